@@ -1,0 +1,1 @@
+"""Where instructmix runs: everything that touches Ray, the pipeline driver included."""

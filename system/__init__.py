@@ -1,0 +1,1 @@
+"""What instructmix computes: pure functions and records, no Ray."""

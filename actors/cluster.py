@@ -1,0 +1,131 @@
+"""The only place that starts or joins Ray, and the owner of the actor pools.
+
+Pools live as long as the driver wants them: the vLLM scorers, which take long to start, serve
+tagging, influence and evaluation with one engine each.  `close_pools` frees their CPUs and GPUs
+before Ray Train asks for its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.pool import ActorPool, ActorSpec
+from system.config import ClusterConfig
+from system.errors import ClusterError
+
+_QUIET = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+class Cluster:
+    """A connection to Ray, made on first use."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._pools: dict[str, ActorPool] = {}
+        self._is_connected = False
+        self._is_own = False
+
+    def connect(self) -> None:
+        """Joins the cluster that the configuration names, or starts a local one.
+
+        Raises:
+            ClusterError: there is no Ray at the address.
+        """
+        if self._is_connected:
+            return
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        address = self._config.address
+        if address == "auto":
+            address = os.environ.get("RAY_ADDRESS", "local")
+        if ray.is_initialized():
+            self._is_connected = True
+            return
+        options: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "configure_logging": True,
+            "runtime_env": {"env_vars": dict(_QUIET)},
+        }
+        if address == "local":
+            options |= {"include_dashboard": False, "_temp_dir": _short_temporary_directory()}
+            if self._config.num_cpus is not None:
+                options["num_cpus"] = self._config.num_cpus
+            self._is_own = True
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            raise ClusterError(
+                f"cluster.address {self._config.address!r}: expected a Ray cluster, found none "
+                f"({error}). Start one (`ray start --head`), or use `--set cluster.address=local`."
+            ) from error
+        self._is_connected = True
+
+    def pool(self, spec: ActorSpec) -> ActorPool:
+        """The pool of that name; made on first use, the same one afterwards.
+
+        Raises:
+            ClusterError: a local Ray can never hold all actors of the open pools.
+        """
+        self.connect()
+        if spec.name not in self._pools:
+            self._check_room(spec)
+            self._pools[spec.name] = ActorPool(spec)
+        return self._pools[spec.name]
+
+    def close_pool(self, name: str) -> None:
+        """Ends the actors of one pool."""
+        pool = self._pools.pop(name, None)
+        if pool is not None:
+            pool.close()
+
+    def close_pools(self) -> None:
+        """Ends all actors."""
+        for name in list(self._pools):
+            self.close_pool(name)
+
+    def shutdown(self) -> None:
+        """Ends all actors and leaves Ray; a local Ray that was started here ends."""
+        if self._is_connected:
+            self.close_pools()
+            ray.shutdown()
+            self._is_connected = False
+
+    def _check_room(self, spec: ActorSpec) -> None:
+        """A joined cluster may grow; a local one cannot, and waiting for it would never end."""
+        if not self._is_own:
+            return
+        have = {kind: ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
+        specs = [*(pool.spec for pool in self._pools.values()), spec]
+        asked = {
+            "CPU": sum(other.num_cpus * other.num_actors for other in specs),
+            "GPU": sum(other.num_gpus * other.num_actors for other in specs),
+        }
+        if any(asked[kind] > have[kind] for kind in have):
+            names = ", ".join(f"{other.num_actors} {other.name}" for other in specs)
+            raise ClusterError(
+                f"the actors {names} ask for {asked} together, but this local Ray has {have}. "
+                "Lower cluster.num_tuners, cluster.num_scorers or cluster.actor_cpus, raise "
+                "cluster.num_cpus, or use a larger machine."
+            )
+
+
+def _short_temporary_directory() -> str:
+    """Ray puts Unix sockets below it, whose paths may have 107 bytes at most."""
+    root = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
+    path = Path(root) / "instructmix-ray"
+    path.mkdir(exist_ok=True)
+    return str(path)

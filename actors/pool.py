@@ -1,0 +1,178 @@
+"""A pool of actors that survives the death of its actors.
+
+    driver ── submit(key, method, args) ──> queue ──> idle actor      one call in flight per actor
+           <──────── wait_any([pools]) ──── value | the unit is queued again, the actor replaced
+
+The classes are plain; they become remote here.  Every call must be safe to repeat, because a unit
+whose actor died is given out again (at most `max_attempts` times).  An exception that the actor's
+code raises is the unit's answer: it is raised to the caller at once, under its own type.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from system.errors import ClusterError
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One finished unit."""
+
+    pool: ActorPool
+    key: Hashable
+    value: Any
+
+
+@dataclass(slots=True)
+class _Unit:
+    key: Hashable
+    method: str
+    args: tuple[Any, ...]
+    attempts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorSpec:
+    """How the actors of a pool are made."""
+
+    name: str
+    actor_class: type
+    args: tuple[Any, ...] = ()
+    num_actors: int = 1
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    env: dict[str, str] = field(default_factory=dict)
+    max_attempts: int = 3
+
+
+class ActorPool:
+    """Actors of one kind, each with at most one call in flight."""
+
+    def __init__(self, spec: ActorSpec) -> None:
+        self.spec = spec
+        threads = str(max(1, int(spec.num_cpus)))
+        self._remote_class = ray.remote(
+            num_cpus=spec.num_cpus,
+            num_gpus=spec.num_gpus,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **spec.env}},
+        )(spec.actor_class)
+        self._idle: list[Any] = []
+        self._num_actors = 0
+        self._queue: deque[_Unit] = deque()
+        self._in_flight: dict[ray.ObjectRef, tuple[_Unit, Any]] = {}
+
+    @property
+    def num_pending(self) -> int:
+        """Units that are queued or in flight."""
+        return len(self._queue) + len(self._in_flight)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a unit submitted now would start at once."""
+        return self.num_pending < self.spec.num_actors
+
+    def submit(self, key: Hashable, method: str, *args: Any) -> None:
+        """Queues one call of an actor's method."""
+        self._queue.append(_Unit(key, method, args))
+        self._start_queued()
+
+    def map(
+        self, units: Mapping[Hashable, Sequence[Any]], method: str
+    ) -> Iterator[tuple[Hashable, Any]]:
+        """Calls the method for every unit; yields (key, value) as they finish, in any order."""
+        waiting = deque(units.items())
+        while waiting or self.num_pending:
+            while waiting and self.has_room:
+                key, args = waiting.popleft()
+                self.submit(key, method, *args)
+            for done in wait_any([self]):
+                yield done.key, done.value
+
+    def close(self) -> None:
+        """Ends the actors and frees what they hold."""
+        for actor in self._idle + [actor for _, actor in self._in_flight.values()]:
+            ray.kill(actor)
+        self._idle.clear()
+        self._in_flight.clear()
+        self._queue.clear()
+        self._num_actors = 0
+
+    def _start_queued(self) -> None:
+        while self._queue:
+            if self._idle:
+                actor = self._idle.pop()
+            elif self._num_actors < self.spec.num_actors:
+                actor = self._remote_class.remote(*self.spec.args)
+                self._num_actors += 1
+            else:
+                return
+            unit = self._queue.popleft()
+            unit.attempts += 1
+            reference = getattr(actor, unit.method).remote(*unit.args)
+            self._in_flight[reference] = (unit, actor)
+
+    def _collect(self, reference: ray.ObjectRef) -> list[Done]:
+        unit, actor = self._in_flight.pop(reference)
+        try:
+            value = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            self._idle.append(actor)
+            raise _cause(error) from error
+        except (
+            ray.exceptions.RayActorError,
+            ray.exceptions.WorkerCrashedError,
+            ray.exceptions.NodeDiedError,
+            ray.exceptions.ObjectLostError,
+        ) as error:
+            self._replace(unit, actor, error)
+            return []
+        self._idle.append(actor)
+        self._start_queued()
+        return [Done(self, unit.key, value)]
+
+    def _replace(self, unit: _Unit, actor: Any, error: Exception) -> None:
+        ray.kill(actor)
+        self._num_actors -= 1
+        cause = getattr(error, "cause", None)
+        if isinstance(error, ray.exceptions.ActorDiedError) and _constructor_error(error):
+            raise ClusterError(
+                f"an actor of the {self.spec.name} pool could not start: {error}"
+            ) from (cause if isinstance(cause, BaseException) else error)
+        if unit.attempts >= self.spec.max_attempts:
+            raise ClusterError(
+                f"{self.spec.name} {unit.key}: expected an answer, but its actor died "
+                f"{unit.attempts} times in a row ({type(error).__name__}). The usual cause is "
+                "memory: look at the node's log, lower the actor's batch or raise its memory. "
+                "Finished units are kept; run again to continue."
+            ) from error
+        self._queue.appendleft(unit)
+        self._start_queued()
+
+
+def wait_any(pools: Sequence[ActorPool], timeout_seconds: float | None = None) -> list[Done]:
+    """Waits until at least one unit of any pool is finished; empty where none is pending."""
+    while True:
+        owners = {reference: pool for pool in pools for reference in pool._in_flight}
+        if not owners:
+            return []
+        ready, _ = ray.wait(list(owners), num_returns=1, timeout=timeout_seconds)
+        done = [item for reference in ready for item in owners[reference]._collect(reference)]
+        if done or (timeout_seconds is not None and not ready):
+            return done
+
+
+def _cause(error: ray.exceptions.RayTaskError) -> BaseException:
+    """The exception that the actor's code raised, under its own type."""
+    cause = error.cause
+    return cause if isinstance(cause, BaseException) else error
+
+
+def _constructor_error(error: ray.exceptions.ActorDiedError) -> bool:
+    return "creation task" in str(error)

@@ -1,0 +1,42 @@
+"""What a stage gets and gives: the shape that all stages of the pipeline share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from actors.cluster import Cluster
+from system.config import RunConfig
+from system.progress import Progress
+from system.rundir import RunDir, StageRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageContext:
+    """Everything a stage may use."""
+
+    config: RunConfig
+    run_dir: RunDir
+    attempt: str
+    """Absolute URI. The stage writes only below it; after a crash it gets the same one again."""
+    upstream: Mapping[str, StageRecord]
+    """Records of the stages before it, by stage name."""
+    progress: Progress
+    cluster: Cluster
+
+    def input(self, stage: str, output: str) -> str:
+        """Absolute URI of an output of an earlier stage."""
+        return self.run_dir.output_uri(self.upstream[stage], output)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResult:
+    """What a stage leaves."""
+
+    outputs: dict[str, str]
+    """Name -> path relative to the attempt."""
+    counts: dict[str, Any]
+    """JSON values: rows in / out / dropped by reason, tokens, ..."""
+    lines: tuple[str, ...] = ()
+    """Two to six short lines for a person."""

@@ -1,0 +1,414 @@
+"""The configuration of a run: one frozen tree, one YAML file, unknown keys are errors.
+
+Every section belongs to the stage of the same name; a stage's record keeps the sections it read,
+so a change anywhere else never makes it run again.  The string under a field is its help text.
+Loading, overriding and error messages live in `system.load`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, no unknown keys, docstrings are help texts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SourceConfig(Section):
+    """One source of instruction rows: a file, a glob, a directory, a URI or a hub data set."""
+
+    path: str
+    """Relative to `data_dir`, absolute, `s3://...`, `gs://...`, or `hf://owner/name`."""
+    name: str = ""
+    """How reports call it; empty: the file's name without its endings."""
+    format: Literal[
+        "auto", "alpaca", "prompt-completion", "question-answer", "sharegpt", "messages",
+        "threads", "preference", "columns",
+    ] = "auto"  # fmt: skip
+    """Shape of a row; `auto` decides from the first rows' keys."""
+    columns: dict[str, str] = {}
+    """For `format: columns`: which column is `system`, `prompt`, `response`."""
+    category: str | None = None
+    """One category for the whole source."""
+    category_column: str | None = None
+    """Column that holds the category."""
+    category_pattern: str | None = None
+    """Regular expression with a group `category`, matched against the file's path."""
+    category_map: dict[str, str] = {}
+    """Renames found categories (merges them where two map to one); others keep their name."""
+    answer_column: str | None = None
+    """Column that holds a verifiable final answer."""
+    answer_pattern: str | None = None
+    """Regular expression with one group that finds the final answer inside a response."""
+    score_column: str | None = None
+    """Column with a quality score (higher is better), for `select.method: quality`."""
+    max_rows: Positive | None = None
+    """Read at most this many rows, in file order; null reads all."""
+
+    @model_validator(mode="after")
+    def _one_origin_of_category(self) -> SourceConfig:
+        given = [
+            name
+            for name in ("category", "category_column", "category_pattern")
+            if getattr(self, name) is not None
+        ]
+        if len(given) > 1:
+            raise ValueError(f"give one of {given}, not several")
+        for name in ("category_pattern", "answer_pattern"):
+            pattern = getattr(self, name)
+            if pattern is None:
+                continue
+            try:
+                compiled = re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{name} {pattern!r} does not compile: {error}") from error
+            if name == "category_pattern" and "category" not in compiled.groupindex:
+                raise ValueError(f"{name} {pattern!r} needs a group (?P<category>...)")
+            if name == "answer_pattern" and compiled.groups != 1:
+                raise ValueError(f"{name} {pattern!r} needs exactly one group")
+        if self.format == "columns" and not {"prompt", "response"} <= set(self.columns):
+            raise ValueError("format 'columns' needs columns.prompt and columns.response")
+        return self
+
+
+class IngestConfig(Section):
+    """Stage 1: raw files to Arrow shards by category."""
+
+    estimate_share: Share = 0.1
+    """Share of rows, by content hash, on which the effect matrix is measured."""
+    test_share: Share = 0.1
+    """Share of rows, by content hash, on which everything is judged."""
+    max_rejected_share: Share = 0.05
+    """The stage fails when more than this share of the rows read is rejected."""
+    min_train_rows: Positive = 32
+    """Smallest number of train rows of a category."""
+    min_heldout_rows: Positive = 8
+    """Smallest number of estimate rows, and of test rows, of a category."""
+    max_chars: Positive = 200_000
+    """Rows whose messages are longer together are rejected (`too-long`)."""
+    deduplicate: Literal["none", "exact", "near"] = "exact"
+    """`exact`: normalised content; `near`: also MinHash neighbours."""
+    near_threshold: Share = 0.8
+    """Jaccard similarity of word 5-grams above which two rows are near-duplicates."""
+    benchmarks: tuple[str, ...] = ()
+    """Files (relative to data_dir) whose text no train row may contain."""
+    benchmark_ngram: Positive = 13
+    """A train row that shares a run of this many words with a benchmark is rejected."""
+    chunk_bytes: Positive = 64 * 2**20
+    """Size of the byte ranges into which splittable files are cut."""
+    shard_rows: Positive = 50_000
+    """Rows per Arrow shard."""
+
+    @model_validator(mode="after")
+    def _something_left_to_train_on(self) -> IngestConfig:
+        if self.estimate_share + self.test_share >= 1.0:
+            raise ValueError(
+                f"estimate_share {self.estimate_share} + test_share {self.test_share} "
+                "must stay below 1, or nothing is left to train on"
+            )
+        return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021); the language-model head is never adapted."""
+
+    rank: Positive = 16
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+
+
+class TinyModelConfig(Section):
+    """The Llama that `model.path: builtin:tiny` builds and warms up on the corpus."""
+
+    vocab_size: Positive = 4096
+    hidden_size: Positive = 128
+    num_layers: Positive = 4
+    num_heads: Positive = 4
+    warmup_tokens: int = Field(default=1_000_000, ge=0)
+    """Tokens of plain language modelling on train rows before the run proper."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    batch_tokens: Positive = 4096
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    path: str
+    """A Hugging Face id, a local directory, a `.gguf` file, or `builtin:tiny`."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of weights for scoring, and of the forward pass for training."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you read it."""
+    chat_template: str | None = None
+    """File with a Jinja chat template; null: the tokenizer's own, else ChatML."""
+    max_length: Annotated[int, Field(ge=16)] = 1024
+    """Tokens per sequence, prompt and response together; longer ones are truncated at the end."""
+    tiny: TinyModelConfig = TinyModelConfig()
+
+
+class TagConfig(Section):
+    """Stage 2: a category for every row that has none."""
+
+    categories: tuple[str, ...] = ()
+    """Names to choose among; empty: the categories that the corpus already has."""
+    aliases: dict[str, str] = {}
+    """Free tags that mean a category: `{"maths": "math"}`; applied after normalisation."""
+    max_instruction_tokens: Positive = 96
+    """Tokens of the instruction that the choice sees."""
+    prior_correction: bool = True
+    """Subtract each name's log-likelihood after an empty instruction (contextual calibration)."""
+    accuracy_rows: int = Field(default=2000, ge=0)
+    """Rows with known labels, stratified, on which the accuracy of tagging is reported."""
+
+
+class InfluenceConfig(Section):
+    """Stage 3: interventions, scores, effect matrix."""
+
+    estimator: Literal["retrain", "branch"] = "retrain"
+    """`retrain`: from the base model; `branch`: from one checkpoint warmed up on the base mix."""
+    directions: tuple[Literal["add", "remove"], ...] = ("remove",)
+    """Which way a category's dose moves; both are kept apart in the matrix."""
+    rows_per_category: Positive = 192
+    """Rows of each category in the base schedule of every run."""
+    dose_rows: Positive = 128
+    """Rows added or masked in an intervention; at most rows_per_category."""
+    heldout_rows: Positive = 96
+    """Rows of each category's estimate split on which every run is scored."""
+    replications: Positive = 2
+    """Independent common schedules. With one, errors are held-out only."""
+    batch_size: Positive = 16
+    """Rows per optimiser step."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak; annealed linearly to zero, which halves the noise of training order."""
+    warmup_share: Share = 0.05
+    """Share of the steps with rising learning rate."""
+    warm_rows_per_category: Positive = 192
+    """`branch` only: rows of each category in the shared warm-up."""
+    lora: LoraConfig | None = None
+    """Train adapters (merged before scoring) instead of all weights."""
+    targets: dict[str, str] = {}
+    """Further targets that no source owns: name -> instruction file relative to data_dir."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Level of all intervals."""
+    gamma_floor: float = Field(default=1e-6, ge=0)
+    """Own effect, nats per token per row, above which a target's gamma can be identifiable."""
+    gamma_max_width: float = Field(default=2.0, gt=0)
+    """Widest gamma interval that still counts as identifiable."""
+    shrinkage: bool = True
+    """Solve with empirical-Bayes shrunken effects instead of the raw ones."""
+    min_agreement: float = Field(default=0.0, ge=-1.0, le=1.0)
+    """Split-half rank correlation below which the mix falls back to the base, and says so."""
+    keep_checkpoints: bool = False
+    """Keep intervention checkpoints after they are scored."""
+
+    @model_validator(mode="after")
+    def _dose_fits(self) -> InfluenceConfig:
+        if self.dose_rows > self.rows_per_category:
+            raise ValueError(
+                f"dose_rows {self.dose_rows} is more than rows_per_category "
+                f"{self.rows_per_category}: a dose cannot be removed that is not there"
+            )
+        if len(set(self.directions)) != len(self.directions) or not self.directions:
+            raise ValueError(f"directions {self.directions}: give add, remove or both, once each")
+        return self
+
+
+class GroupLimit(Section):
+    """Limits on the sum over some categories, in the budget's unit."""
+
+    categories: tuple[str, ...] = Field(min_length=1)
+    lower: float = Field(default=0.0, ge=0)
+    upper: float | None = Field(default=None, ge=0)
+
+
+class SolveConfig(Section):
+    """Stage 4: the mix. Meaning of every limit: DESIGN section 2, `docs/optimiser.md`."""
+
+    budget: Positive
+    """N: examples (or response tokens) of one pass over the mix."""
+    unit: Literal["examples", "tokens"] = "examples"
+    objective: Literal["linear", "max-min", "concave", "robust"] = "linear"
+    matrix: Literal["effect", "gamma"] = "effect"
+    """Optimise effects in nats, or the paper's own formula in gamma."""
+    move: Share = 0.1
+    """Trust region: largest share of the budget that may move away from the base mix."""
+    category_cap: float = Field(default=1.0, gt=0)
+    """Largest move of one category, as a share of its base count."""
+    max_epochs: float = Field(default=1.0, gt=0)
+    """How often one example may be used within a pass."""
+    guard: float | None = Field(default=None, ge=0)
+    """No target may lose more than this share of its base effect."""
+    guard_nats: float | None = Field(default=None, ge=0)
+    """The same limit in nats; give one of the two."""
+    importance: Literal["base", "uniform"] | dict[str, float] = "base"
+    """Weight of each target: its base share, equal, or given by name."""
+    lower: dict[str, float] = {}
+    upper: dict[str, float] = {}
+    groups: dict[str, GroupLimit] = {}
+    max_categories: Positive | None = None
+    """At most this many categories in the mix (MILP)."""
+    integer: bool = True
+    """Whole examples (MILP), never a rounding that breaks a limit."""
+    robust_kind: Literal["box", "budget"] = "budget"
+    robust_radius: float = Field(default=1.0, ge=0)
+    """Standard errors that a move must pay for; `budget`: how many entries may be bad at once."""
+
+    @model_validator(mode="after")
+    def _one_guard(self) -> SolveConfig:
+        if self.guard is not None and self.guard_nats is not None:
+            raise ValueError("give guard or guard_nats, not both")
+        return self
+
+
+class CurriculumConfig(Section):
+    """Stage 5: dependency taxonomy and curriculum."""
+
+    preset: Literal["tilted", "paper", "sequential", "natural", "reversed"] = "tilted"
+    num_stages: Positive = 3
+    """Stages of every preset but `paper`, which has three."""
+    epochs: Positive = 1
+    """Passes over the mix, all stages together; `paper` makes three."""
+    tilt: Share = 0.5
+    """How strongly early stages lean on base levels: 0 not at all, 1 as far as rehearsal lets."""
+    rehearsal: Share = 0.2
+    """Share of its proportional count that every category keeps in every stage."""
+    false_discovery_rate: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Benjamini-Hochberg level of the dependency edges."""
+    bootstrap: Positive = 200
+    """Resamples behind each edge's stability."""
+
+
+class SelectConfig(Section):
+    """Stage 6: which examples."""
+
+    method: Literal["random", "quality"] = "random"
+    """`random`: seeded by content id, independent of shards; `quality`: highest score first."""
+
+
+class TrainConfig(Section):
+    """Stage 7: curriculum SFT under Ray Train."""
+
+    num_workers: Positive | tuple[Positive, Positive] = 2
+    """Workers, or [fewest, most] for an elastic group."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    lr_schedule: Literal["cosine", "linear", "warmup-stable-decay"] = "cosine"
+    """One schedule through all stages."""
+    warmup_share: Share = 0.03
+    decay_share: Share = 0.2
+    """Share of the steps in which warmup-stable-decay decays."""
+    min_lr_share: Share = 0.0
+    """Last learning rate as a share of the peak."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    batch_size: Positive = 16
+    """Examples per optimiser step, over all workers."""
+    micro_batch_tokens: Positive = 4096
+    """Padded tokens of one forward pass of one worker; memory follows this number."""
+    packing: bool = True
+    """Best-fit packing with block-diagonal attention (equal to unpacked training)."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    activation_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    checkpoint_every: Positive = 50
+    """Optimiser steps between checkpoints: what a failure repeats at most."""
+    keep_checkpoints: Positive = 2
+    max_failures: int = Field(default=3, ge=0)
+    """Times the worker group is started again after a failure."""
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Trackers besides train/metrics.jsonl."""
+
+
+Arm = Literal[
+    "natural", "uniform", "solved", "solved-curriculum", "solved-reversed", "natural-curriculum",
+]  # fmt: skip
+
+
+class EvaluateConfig(Section):
+    """Stage 8: held-out loss and verifiable accuracy against honest baselines."""
+
+    arms: tuple[Arm, ...] = ("natural", "solved", "solved-curriculum")
+    """Trained at equal budget; names without `-curriculum` or `-reversed` are shuffled."""
+    seeds: Positive = 2
+    """Trainings per arm; every seed draws other examples and another order for all arms alike."""
+    test_rows: Positive = 200
+    """Rows of each category's test split that are scored."""
+    accuracy_rows: int = Field(default=50, ge=0)
+    """Verifiable rows of each category whose answers are generated and checked."""
+    max_new_tokens: Positive = 128
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+
+
+class ClusterConfig(Section):
+    """Where it runs. Never part of a stage's fingerprint: results do not depend on it."""
+
+    address: str = "auto"
+    """`local` starts a Ray of its own; `auto` joins the cluster of a Ray job, else starts one."""
+    num_cpus: Positive | None = None
+    """CPUs of a local Ray; null: all of this machine."""
+    num_tuners: Positive = 1
+    """Intervention runs at a time."""
+    num_scorers: Positive = 1
+    """vLLM engines at a time."""
+    num_ingestors: Positive = 2
+    actor_cpus: float = Field(default=1.0, gt=0)
+    """CPUs of one tuner, scorer or train worker; it uses as many threads."""
+    tuner_gpus: float = Field(default=0.0, ge=0)
+    scorer_gpus: float = Field(default=0.0, ge=0)
+    train_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of one actor of each kind; 0 runs on CPU."""
+    max_attempts: Positive = 3
+    """Times one unit of work is given out again when its actor dies."""
+    engine_memory_gib: float = Field(default=1.0, gt=0)
+    """KV cache of one CPU scorer."""
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, lt=1)
+    """Share of a GPU's memory that one scorer may take."""
+
+
+class RunConfig(Section):
+    """Everything a run needs."""
+
+    run_dir: str
+    """Where everything is written: a local directory, `s3://...` or `gs://...`."""
+    data_dir: str = "."
+    """What relative source paths start from."""
+    seed: int = Field(default=0, ge=0)
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    ingest: IngestConfig = IngestConfig()
+    model: ModelConfig
+    tag: TagConfig = TagConfig()
+    influence: InfluenceConfig = InfluenceConfig()
+    solve: SolveConfig
+    curriculum: CurriculumConfig = CurriculumConfig()
+    select: SelectConfig = SelectConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("run_dir")
+    @classmethod
+    def _run_dir_is_named(cls, run_dir: str) -> str:
+        if not run_dir.strip():
+            raise ValueError("run_dir is empty: name the directory that takes the results")
+        return run_dir
+
+    @model_validator(mode="after")
+    def _source_names_differ(self) -> RunConfig:
+        names = [source.name for source in self.sources if source.name]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"source names must differ; twice: {twice}")
+        return self

@@ -1,0 +1,76 @@
+"""What a person sees while a stage works: a bar on a terminal, a plain line now and then elsewhere.
+
+Everything goes to stderr; stdout belongs to data.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+LINE_SECONDS = 15.0
+
+
+class Bar:
+    """Progress of one piece of work; use as a context manager."""
+
+    def __init__(self, label: str, total: int, is_terminal: bool) -> None:
+        self._label = label
+        self._total = total
+        self._done = 0
+        self._started = time.monotonic()
+        self._last_line = self._started
+        self._bar = (
+            tqdm(total=total, desc=f"  {label}", file=sys.stderr, leave=False, dynamic_ncols=True)
+            if is_terminal
+            else None
+        )
+
+    def advance(self, amount: int = 1) -> None:
+        """Counts finished units."""
+        self._done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            seconds = self._last_line - self._started
+            left = seconds / self._done * (self._total - self._done)
+            print(
+                f"  {self._label}: {self._done:,} of {self._total:,}, "
+                f"{seconds:.0f} s, about {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> Bar:
+        """The bar itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Takes the bar off the screen."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Progress:
+    """Where a stage says how far it is."""
+
+    def __init__(self, is_terminal: bool | None = None) -> None:
+        self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
+
+    def bar(self, label: str, total: int) -> Bar:
+        """A bar for `total` units of work."""
+        return Bar(label, total, self._is_terminal)
+
+    def say(self, line: str) -> None:
+        """One line for a person, without breaking a bar."""
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()

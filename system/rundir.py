@@ -1,0 +1,227 @@
+"""The run directory: what is finished, what it was made from, and who works on it.
+
+    RUN_DIR/
+      lease.json                 who drives this run just now
+      config.json                the resolved configuration of the last `run`
+      <stage>/record.json        the commit: which attempt is the stage's result
+      <stage>/<fingerprint>/...  an attempt; its own record.json, written when it is finished
+      <stage>/matrix.parquet     links to the committed attempt's outputs (local disks only)
+
+A stage's fingerprint is the hash of everything its result depends on: its revision, the parts of
+the configuration that it reads, and the fingerprints of the stages before it.  An attempt's
+directory is named by it, so a killed attempt is found and continued, and going back to an earlier
+configuration finds its finished result.  Readers follow records and never list directories.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from system import storage
+from system.errors import DataError, RunBusyError
+
+FORMAT = 1
+HEARTBEAT_SECONDS = 5.0
+LEASE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord:
+    """What a finished stage leaves: the proof that it is finished, and how to read it."""
+
+    stage: str
+    fingerprint: str
+    """Hash of `inputs`, 16 hex digits; also the name of the attempt's directory."""
+    inputs: dict[str, Any]
+    """Flat: dotted name -> value; what the fingerprint was computed from."""
+    outputs: dict[str, str]
+    """Name -> path relative to the run directory."""
+    counts: dict[str, Any]
+    """Rows in / out / dropped by reason, tokens, whatever the stage counts."""
+    lines: tuple[str, ...]
+    """What the stage told a person when it was done."""
+    seconds: float
+    """Wall time of all sessions that worked on this attempt."""
+    finished: str
+    """UTC, ISO 8601."""
+    versions: dict[str, str]
+    """Package -> version."""
+    format: int = FORMAT
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """16 hex digits of the SHA-256 over the canonical JSON of the inputs."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flatten(prefix: str, value: Any) -> dict[str, Any]:
+    """Nested mappings as one level of dotted names; sequences stay values."""
+    if isinstance(value, Mapping):
+        flat: dict[str, Any] = {}
+        for key, inner in value.items():
+            flat |= flatten(f"{prefix}.{key}" if prefix else str(key), inner)
+        return flat or {prefix: {}}
+    return {prefix: value}
+
+
+def describe_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Which inputs differ, for people: `influence.learning_rate 0.001 -> 0.0003`."""
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name, "(absent)"), new.get(name, "(absent)")
+        if before != after:
+            changes.append(f"{name} {_short(before)} -> {_short(after)}")
+    shown = ", ".join(changes[:3])
+    return shown + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+class RunDir:
+    """One run directory, local or on an object store."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = storage.absolute(uri)
+
+    def stage_uri(self, folder: str) -> str:
+        """Directory of a stage."""
+        return storage.join(self.uri, folder)
+
+    def attempt_uri(self, folder: str, attempt: str) -> str:
+        """Directory of one attempt at a stage."""
+        return storage.join(self.uri, folder, attempt)
+
+    def read_record(self, folder: str) -> StageRecord | None:
+        """The committed record of a stage, or None where the stage is not finished.
+
+        Raises:
+            DataError: the record was written by another format of this program.
+        """
+        return _read_record(storage.join(self.stage_uri(folder), "record.json"))
+
+    def read_attempt_record(self, folder: str, attempt: str) -> StageRecord | None:
+        """The record of a finished attempt, whether or not it is the committed one."""
+        return _read_record(storage.join(self.attempt_uri(folder, attempt), "record.json"))
+
+    def output_uri(self, record: StageRecord, name: str) -> str:
+        """Absolute URI of an output.
+
+        Raises:
+            KeyError: the stage has no output of that name.
+        """
+        return storage.join(self.uri, record.outputs[name])
+
+    def commit(self, folder: str, record: StageRecord) -> None:
+        """Makes a finished attempt the stage's result: one atomic write decides."""
+        value = asdict(record)
+        storage.write_json(
+            storage.join(self.attempt_uri(folder, record.fingerprint), "record.json"), value
+        )
+        storage.write_json(storage.join(self.stage_uri(folder), "record.json"), value)
+        self._link_outputs(folder, record)
+
+    def invalidate(self, folder: str, attempt: str) -> None:
+        """Forgets a stage's result and deletes the attempt: `--redo`."""
+        storage.delete(storage.join(self.stage_uri(folder), "record.json"))
+        storage.delete(self.attempt_uri(folder, attempt))
+
+    def _link_outputs(self, folder: str, record: StageRecord) -> None:
+        """Stable names beside the record, for people; programs follow the record."""
+        stage = storage.local_path(self.stage_uri(folder))
+        if stage is None:
+            return
+        for output in record.outputs.values():
+            target = Path(self.uri, output)
+            link = stage / target.name
+            temporary = stage / f".{target.name}.{uuid.uuid4().hex}"
+            temporary.symlink_to(os.path.relpath(target, stage))
+            os.replace(temporary, link)
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[None]:
+        """Holds the run directory for this process; a heartbeat keeps the lease fresh.
+
+        Raises:
+            RunBusyError: a living driver holds it.
+        """
+        uri = storage.join(self.uri, "lease.json")
+        mine = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        _refuse_living_holder(uri, self.uri)
+        _write_lease(uri, mine)
+        # Two drivers may have passed the check together: the later write wins, the other sees it.
+        time.sleep(0.2)
+        if storage.read_json(uri)["token"] != mine["token"]:
+            _refuse_living_holder(uri, self.uri)
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(HEARTBEAT_SECONDS):
+                _write_lease(uri, mine)
+
+        thread = threading.Thread(target=beat, daemon=True, name="lease")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            storage.delete(uri)
+
+
+def _read_record(uri: str) -> StageRecord | None:
+    if not storage.exists(uri):
+        return None
+    value = storage.read_json(uri)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise DataError(
+            f"{uri}: expected a stage record of format {FORMAT}, found "
+            f"{value.get('format') if isinstance(value, dict) else type(value).__name__}; the run "
+            "directory was written by another version: use a new run_dir, or run the stage again "
+            "with --redo."
+        )
+    return StageRecord(**{**value, "lines": tuple(value["lines"])})
+
+
+def _write_lease(uri: str, mine: Mapping[str, Any]) -> None:
+    storage.write_json(uri, {**mine, "time": time.time()})
+
+
+def _refuse_living_holder(uri: str, run_dir: str) -> None:
+    if not storage.exists(uri):
+        return
+    holder = storage.read_json(uri)
+    age = time.time() - holder["time"]
+    if age > LEASE_SECONDS:
+        return
+    if holder["host"] == socket.gethostname() and not _is_alive(holder["pid"]):
+        return
+    raise RunBusyError(
+        f"{run_dir} is in use: expected a free run directory, found a driver on "
+        f"{holder['host']}, process {holder['pid']}, last seen {age:.0f} s ago. Wait for it, stop "
+        f"it, or use another run_dir; a dead driver's lease ends after {LEASE_SECONDS:.0f} s."
+    )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

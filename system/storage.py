@@ -1,0 +1,200 @@
+"""Files under one name space: local paths and fsspec URIs (`s3://`, `gs://`, ...) alike.
+
+Every write is atomic: a reader sees the old bytes or the new ones.  On a local disk that is a
+temporary file in the same directory, flushed to disk and renamed; object stores give it themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from system.errors import DataError
+
+
+def local_path(uri: str) -> Path | None:
+    """The local path that the URI names, or None where it names something remote."""
+    if uri.startswith("file://"):
+        return Path(uri[len("file://") :])
+    return None if "://" in uri else Path(uri)
+
+
+def absolute(uri: str) -> str:
+    """The URI with a local path made absolute: Ray workers run in directories of their own."""
+    path = local_path(uri)
+    return uri if path is None else str(path.absolute())
+
+
+def join(uri: str, *parts: str) -> str:
+    """The URI extended by path parts."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def _filesystem(uri: str) -> tuple[Any, str]:
+    try:
+        return fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise DataError(
+            f"{uri!r} cannot be opened: {error}. Install the package for this kind of storage "
+            "(s3fs for s3://, gcsfs for gs://) or use a local path."
+        ) from error
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or directory is there."""
+    path = local_path(uri)
+    if path is not None:
+        return path.exists()
+    filesystem, key = _filesystem(uri)
+    filesystem.invalidate_cache()
+    return filesystem.exists(key)
+
+
+def list_names(uri: str) -> list[str]:
+    """Names directly below a directory, sorted; empty where there is no such directory."""
+    path = local_path(uri)
+    if path is not None:
+        return sorted(os.listdir(path)) if path.is_dir() else []
+    filesystem, key = _filesystem(uri)
+    filesystem.invalidate_cache()
+    if not filesystem.exists(key):
+        return []
+    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in filesystem.ls(key, detail=False))
+
+
+def delete(uri: str) -> None:
+    """Removes a file or a directory with all below it; nothing there is no error."""
+    path = local_path(uri)
+    if path is None:
+        filesystem, key = _filesystem(uri)
+        if filesystem.exists(key):
+            filesystem.rm(key, recursive=True)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def open_input(uri: str) -> IO[bytes]:
+    """A readable binary file."""
+    path = local_path(uri)
+    if path is not None:
+        return path.open("rb")
+    filesystem, key = _filesystem(uri)
+    return filesystem.open(key, "rb")
+
+
+@contextlib.contextmanager
+def atomic_output(uri: str) -> Iterator[IO[bytes]]:
+    """A writable binary file that appears under its name only when the block ends well."""
+    path = local_path(uri)
+    if path is None:
+        with tempfile.TemporaryFile() as buffer:
+            yield buffer
+            buffer.seek(0)
+            filesystem, key = _filesystem(uri)
+            with filesystem.open(key, "wb") as remote:
+                shutil.copyfileobj(buffer, remote, 2**20)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_bytes(uri: str) -> bytes:
+    """The content of a file."""
+    with open_input(uri) as file:
+        return file.read()
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Writes a file atomically."""
+    with atomic_output(uri) as file:
+        file.write(data)
+
+
+def read_json(uri: str) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        DataError: the file is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise DataError(f"{uri}: expected JSON, found something else ({error})") from error
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Writes a value as JSON, keys in the order given, NaN refused."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(uri, (text + "\n").encode())
+
+
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """An Arrow table from a `.parquet` or `.arrow` (IPC file) file; local IPC is memory-mapped."""
+    path = local_path(uri)
+    if uri.endswith(".parquet"):
+        with open_input(uri) as file:
+            return pq.read_table(file, columns=columns)
+    if path is not None:
+        with pa.memory_map(str(path)) as mapped:
+            table = pyarrow.ipc.open_file(mapped).read_all()
+    else:
+        table = pyarrow.ipc.open_file(pa.BufferReader(read_bytes(uri))).read_all()
+    return table if columns is None else table.select(columns)
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """Writes an Arrow table as `.parquet` or `.arrow`, by the name's ending."""
+    with atomic_output(uri) as file:
+        if uri.endswith(".parquet"):
+            pq.write_table(table, file, compression="zstd")
+        else:
+            with pyarrow.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table, max_chunksize=65536)
+
+
+def upload_directory(local: Path, uri: str) -> None:
+    """Copies a local directory; a file that is already there is replaced."""
+    for path in sorted(local.rglob("*")):
+        if path.is_file():
+            with (
+                path.open("rb") as source,
+                atomic_output(join(uri, path.relative_to(local).as_posix())) as target,
+            ):
+                shutil.copyfileobj(source, target, 2**20)
+
+
+def download_directory(uri: str, cache: Path) -> Path:
+    """A local directory with the content of the URI: itself where it is local, else a copy."""
+    path = local_path(uri)
+    if path is not None:
+        return path
+    filesystem, key = _filesystem(uri)
+    for found in filesystem.find(key):
+        target = cache / found[len(key) :].lstrip("/")
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            filesystem.get_file(found, str(target))
+    return cache
