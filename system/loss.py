@@ -1,0 +1,114 @@
+"""Cross entropy where a label exists, without ever holding the logits of a pass.
+
+Only the hidden states in front of a response token meet the language-model head, and they meet it
+a block at a time: a block's logits become its losses and its gradient at once, in place, and are
+gone.  Memory follows `BLOCK_BYTES`, whatever the vocabulary.
+
+M = labels, V = vocabulary, E = hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+BLOCK_BYTES = 64 * 2**20
+"""Bytes of float32 logits that live at a time."""
+
+
+def head_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum and values of the token losses.
+
+    Args:
+        hidden: [M, E], the last hidden state in front of each label.
+        weight: [V, E] of the language-model head.
+        bias: [V] or none.
+        targets: [M] int64, the labels.
+        compute_dtype: precision of the matrix products (losses are float32); null: the weight's.
+
+    Returns:
+        The sum in nats, differentiable in hidden, weight and bias; and [M] float32 losses in
+        nats, detached.
+    """
+    with_grad = torch.is_grad_enabled()
+    total, nll_M = _HeadLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden, weight, bias, targets, compute_dtype or weight.dtype, with_grad
+    )
+    return total, nll_M
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Gradients are made in the forward pass, so backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        dtype: torch.dtype,
+        with_grad: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for_hidden, for_weight, for_bias = (
+            needed and with_grad for needed in ctx.needs_input_grad[:3]
+        )
+        states, table = hidden.to(dtype), weight.to(dtype)
+        nll_M = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(states) if for_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None  # pyright: ignore
+        block = max(1, BLOCK_BYTES // (4 * len(weight)))
+        for start in range(0, len(targets), block):
+            part = slice(start, start + block)
+            logits = states[part] @ table.T
+            if bias is not None:
+                logits = logits + bias
+            grad, nll_M[part] = _softmax_step(logits.float(), targets[part])
+            lowered = grad.to(dtype)
+            if grad_hidden is not None:
+                torch.matmul(lowered, table, out=grad_hidden[part])
+            if grad_weight is not None:
+                if dtype == torch.float32:
+                    grad_weight.addmm_(lowered.T, states[part])
+                else:
+                    grad_weight += (lowered.T @ states[part]).float()
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(nll_M)
+        return nll_M.sum(), nll_M
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_total = grads[0]
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (
+            None if grad_hidden is None else (grad_hidden * grad_total).to(hidden_dtype),
+            None if grad_weight is None else (grad_weight * grad_total).to(weight_dtype),
+            None if grad_bias is None else grad_bias * grad_total,
+            None,
+            None,
+            None,
+        )
+
+
+def _softmax_step(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of the summed loss in the logits, made in their place, and the losses."""
+    logits -= logits.amax(dim=1, keepdim=True)
+    picked = logits.gather(1, targets[:, None])
+    logits.exp_()
+    total = logits.sum(dim=1, keepdim=True)
+    nll = (total.log() - picked)[:, 0]
+    logits /= total
+    logits.scatter_add_(1, targets[:, None], torch.full_like(picked, -1.0))
+    return logits, nll

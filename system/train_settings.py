@@ -1,0 +1,77 @@
+"""How a training goes: the same record for interventions and for the final run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from system.config import InfluenceConfig, LoraConfig, ModelConfig, TrainConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """Everything about the loop that is not the model, the plan or the machine."""
+
+    learning_rate: float
+    """Peak."""
+    lr_schedule: Literal["cosine", "linear", "warmup-stable-decay"]
+    warmup_share: float
+    decay_share: float = 0.2
+    min_lr_share: float = 0.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    micro_batch_tokens: int = 4096
+    """Tokens of one forward pass of one rank."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward pass on a GPU; weights and optimiser are float32, and so is
+    everything on a CPU."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    activation_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    seed: int = 0
+    """Adapter initialisation and dropout; the order is the plan's."""
+
+    @classmethod
+    def from_train(cls, train: TrainConfig, model: ModelConfig, seed: int) -> TrainSettings:
+        """Settings of the final run and of evaluation arms."""
+        return cls(
+            learning_rate=train.learning_rate,
+            lr_schedule=train.lr_schedule,
+            warmup_share=train.warmup_share,
+            decay_share=train.decay_share,
+            min_lr_share=train.min_lr_share,
+            weight_decay=train.weight_decay,
+            beta2=train.beta2,
+            max_grad_norm=train.max_grad_norm,
+            micro_batch_tokens=train.micro_batch_tokens,
+            dtype=model.dtype,
+            parallel=train.parallel,
+            activation_checkpointing=train.activation_checkpointing,
+            lora=train.lora,
+            seed=seed,
+        )
+
+    @classmethod
+    def from_influence(
+        cls, influence: InfluenceConfig, model: ModelConfig, seed: int
+    ) -> TrainSettings:
+        """Settings of an intervention: annealed linearly to zero, one process."""
+        return cls(
+            learning_rate=influence.learning_rate,
+            lr_schedule="linear",
+            warmup_share=influence.warmup_share,
+            dtype=model.dtype,
+            lora=influence.lora,
+            seed=seed,
+        )
+
+    def sha256(self) -> str:
+        """Hash of what decides the trained weights."""
+        values = asdict(self)
+        values["lora"] = None if self.lora is None else self.lora.model_dump(mode="json")
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
