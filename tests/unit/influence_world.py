@@ -1,0 +1,78 @@
+"""A world with known effects and known variance components, for tests of the estimators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from system.measurements import Measurements
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """True effects per example, and how noisy training and held-out examples are, in nats."""
+
+    num_categories: int = 8
+    external_targets: int = 0
+    own: float = 0.30
+    spread: float = 0.06
+    shared_noise: float = 0.02
+    run_noise: float = 0.02
+    own_noise: float = 0.02
+    alike_over_targets: float = 0.5
+    example_effect: float = 0.15
+    example_noise: float = 0.10
+    dose: float = 100.0
+    seed: int = 0
+
+    def truth_TS(self) -> np.ndarray:
+        """[T, S] nats of the whole dose."""
+        rng = np.random.default_rng((self.seed, 1))
+        rows = self.num_categories + self.external_targets
+        effect_TS = rng.normal(0.0, self.spread, (rows, self.num_categories))
+        index = np.arange(self.num_categories)
+        effect_TS[index, index] = self.own * rng.uniform(0.7, 1.3, self.num_categories)
+        return effect_TS
+
+    def measure(
+        self, replications: int, examples: int = 64, *, draw: int = 0, direction: str = "remove"
+    ) -> Measurements:
+        """One draw of all noises."""
+        rng = np.random.default_rng((self.seed, 2, draw))
+        truth_TS = self.truth_TS()
+        rows, columns = truth_TS.shape
+        target_scale = np.random.default_rng((self.seed, 3)).uniform(0.6, 1.6, rows)
+
+        def shock(shape: tuple[int, ...], size: float) -> np.ndarray:
+            # Part of a run's noise moves all targets together: one run, one set of weights.
+            together = rng.normal(size=(*shape, 1)) * np.sqrt(self.alike_over_targets)
+            alone = rng.normal(size=(*shape, rows)) * np.sqrt(1 - self.alike_over_targets)
+            return size * target_scale * (together + alone)
+
+        reference_RT = shock((replications,), self.shared_noise)
+        run_RST = shock((replications, columns), self.run_noise)
+        differences = []
+        for row in range(rows):
+            training_RS = run_RST[:, :, row] - reference_RT[:, None, row]
+            if row < columns:
+                training_RS[:, row] += rng.normal(0.0, self.own_noise, replications)
+            common_H = rng.normal(0.0, self.example_effect, examples) * 0.5
+            persistent_SH = (
+                rng.normal(0.0, self.example_effect, (columns, examples)) * 0.85 + common_H
+            )
+            rest = rng.normal(0.0, self.example_noise, (replications, columns, examples))
+            differences.append(
+                truth_TS[row][None, :, None] + training_RS[:, :, None] + persistent_SH[None] + rest
+            )
+        names = tuple(f"c{index}" for index in range(columns))
+        extra = tuple(f"x{index}" for index in range(self.external_targets))
+        return Measurements(
+            targets=names + extra,
+            sources=names,
+            direction=direction,
+            estimator="retrain",
+            dose_S=np.full(columns, self.dose),
+            dose_tokens_S=self.dose * np.linspace(20.0, 60.0, columns),
+            differences=tuple(differences),
+        )

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+
+from system.shrinkage import shrink
+
+
+def world(rows=12, mean=-0.02, entry=0.05, row=0.03, noise=0.06, common=0.04, seed=0):
+    """True effects, estimates with a shared error per row, and their known variances."""
+    rng = np.random.default_rng(seed)
+    truth = mean + row * rng.normal(size=(rows, 1)) + entry * rng.normal(size=(rows, rows))
+    truth[np.arange(rows), np.arange(rows)] += 0.4
+    shared = common * rng.normal(size=(rows, 1))
+    estimate = truth + shared + noise * rng.normal(size=truth.shape)
+    variance = np.full(truth.shape, noise**2 + common**2)
+    return truth, estimate, variance, np.full(rows, common**2)
+
+
+OWN = np.eye(12, dtype=bool)
+
+
+def test_exact_effects_are_left_alone():
+    truth, _, variance, common = world()
+    shrunken = shrink(truth, variance * 1e-12, common * 1e-12, OWN)
+    np.testing.assert_allclose(shrunken.effect_TS, truth, atol=1e-6)
+
+
+def test_pure_noise_is_pulled_to_the_common_mean():
+    rng = np.random.default_rng(3)
+    estimate = rng.normal(0.0, 0.1, (12, 12))
+    shrunken = shrink(estimate, np.full((12, 12), 0.01), np.zeros(12), OWN)
+    off = ~OWN
+    assert shrunken.effect_TS[off].std() < 0.35 * estimate[off].std()
+
+
+def test_shrinking_lowers_the_error_by_more_than_a_quarter():
+    off = ~OWN
+    raw, shrunk = 0.0, 0.0
+    for seed in range(30):
+        truth, estimate, variance, common = world(seed=seed)
+        shrunken = shrink(estimate, variance, common, OWN)
+        raw += np.mean((estimate - truth)[off] ** 2)
+        shrunk += np.mean((shrunken.effect_TS - truth)[off] ** 2)
+    assert shrunk < 0.75 * raw
+
+
+def test_posterior_deviations_cover_the_truth():
+    off = ~OWN
+    covered = []
+    for seed in range(40):
+        truth, estimate, variance, common = world(seed=seed)
+        shrunken = shrink(estimate, variance, common, OWN)
+        inside = np.abs(shrunken.effect_TS - truth) <= 1.96 * shrunken.effect_se_TS
+        covered.append(inside[off].mean())
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.03)
+
+
+def test_posterior_means_equal_the_dense_formula():
+    """At the fitted variances the row-wise formulas must be those of the full normal model."""
+    _, estimate, variance, common = world(rows=12, seed=5)
+    shrunken = shrink(estimate, variance, common, OWN)
+    prior = shrunken.others
+    for row in range(12):
+        keep = ~OWN[row]
+        size = int(keep.sum())
+        signal = prior.entry_variance * np.eye(size) + prior.row_variance
+        noise = np.diag(variance[row, keep] - common[row]) + common[row]
+        gain = signal @ np.linalg.inv(signal + noise)
+        expected = prior.mean + gain @ (estimate[row, keep] - prior.mean)
+        np.testing.assert_allclose(shrunken.effect_TS[row, keep], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_rows_shared_error_is_taken_out_when_rows_do_not_differ():
+    """All of a row off by the same amount: the reference run's error, not an effect."""
+    rng = np.random.default_rng(2)
+    truth = 0.05 * rng.normal(size=(12, 12))
+    shared = 0.1 * rng.normal(size=(12, 1))
+    noise = 0.005
+    shrunken = shrink(truth + shared, np.full((12, 12), noise**2 + 0.01), np.full(12, 0.01), OWN)
+    left = (shrunken.effect_TS - truth)[~OWN]
+    assert np.mean(left**2) < 0.3 * np.mean(shared**2)
+
+
+def test_scaling_effects_scales_the_answer():
+    _, estimate, variance, common = world(seed=9)
+    one = shrink(estimate, variance, common, OWN)
+    thousandth = shrink(estimate * 1e-3, variance * 1e-6, common * 1e-6, OWN)
+    np.testing.assert_allclose(thousandth.effect_TS, one.effect_TS * 1e-3, rtol=1e-4, atol=1e-9)
+
+
+def test_targets_without_a_source_of_their_own_are_shrunk_too():
+    _, estimate, variance, common = world()
+    own = OWN.copy()
+    own[10:] = False
+    shrunken = shrink(estimate, variance, common, own)
+    assert np.all(shrunken.effect_TS[11] != estimate[11])
+    assert np.isfinite(shrunken.effect_se_TS).all()
