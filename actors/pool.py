@@ -52,6 +52,22 @@ class ActorSpec:
     max_attempts: int = 3
 
 
+class _Host:
+    """Holds the actor's object, so that an error in its constructor keeps its type."""
+
+    def __init__(self, actor_class: type, args: tuple[Any, ...]) -> None:
+        self._error: Exception | None = None
+        try:
+            self._actor = actor_class(*args)
+        except Exception as error:  # raised again, unchanged, by the first call
+            self._error = error
+
+    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+        if self._error is not None:
+            raise self._error
+        return getattr(self._actor, method)(*args)
+
+
 class ActorPool:
     """Actors of one kind, each with at most one call in flight."""
 
@@ -62,7 +78,7 @@ class ActorPool:
             num_cpus=spec.num_cpus,
             num_gpus=spec.num_gpus,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **spec.env}},
-        )(spec.actor_class)
+        )(_Host)
         self._idle: list[Any] = []
         self._num_actors = 0
         self._queue: deque[_Unit] = deque()
@@ -109,13 +125,13 @@ class ActorPool:
             if self._idle:
                 actor = self._idle.pop()
             elif self._num_actors < self.spec.num_actors:
-                actor = self._remote_class.remote(*self.spec.args)
+                actor = self._remote_class.remote(self.spec.actor_class, self.spec.args)
                 self._num_actors += 1
             else:
                 return
             unit = self._queue.popleft()
             unit.attempts += 1
-            reference = getattr(actor, unit.method).remote(*unit.args)
+            reference = actor.call.remote(unit.method, unit.args)
             self._in_flight[reference] = (unit, actor)
 
     def _collect(self, reference: ray.ObjectRef) -> list[Done]:
@@ -140,11 +156,6 @@ class ActorPool:
     def _replace(self, unit: _Unit, actor: Any, error: Exception) -> None:
         ray.kill(actor)
         self._num_actors -= 1
-        cause = getattr(error, "cause", None)
-        if isinstance(error, ray.exceptions.ActorDiedError) and _constructor_error(error):
-            raise ClusterError(
-                f"an actor of the {self.spec.name} pool could not start: {error}"
-            ) from (cause if isinstance(cause, BaseException) else error)
         if unit.attempts >= self.spec.max_attempts:
             raise ClusterError(
                 f"{self.spec.name} {unit.key}: expected an answer, but its actor died "
@@ -172,7 +183,3 @@ def _cause(error: ray.exceptions.RayTaskError) -> BaseException:
     """The exception that the actor's code raised, under its own type."""
     cause = error.cause
     return cause if isinstance(cause, BaseException) else error
-
-
-def _constructor_error(error: ray.exceptions.ActorDiedError) -> bool:
-    return "creation task" in str(error)

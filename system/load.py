@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 from system.config import RunConfig
 from system.errors import ConfigError
 
-
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 """What YAML 1.1 reads as a string although a person means a number: 1e-4."""
 
@@ -44,9 +43,18 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
             f"{path}: expected a mapping such as `run_dir: runs/first`, found "
             f"{type(value).__name__}. Examples are in configs/."
         )
+    apply_overrides(value, overrides)
+    return parse_config(_expand(value), where=path)
+
+
+def apply_overrides(value: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Changes the raw configuration in place by `a.b=value` texts; values are YAML.
+
+    Raises:
+        ConfigError: an override has another form, or leads through something that is no section.
+    """
     for override in overrides:
         _apply_override(value, override)
-    return parse_config(_expand(value), where=path)
 
 
 def parse_config(value: dict[str, Any], where: str) -> RunConfig:

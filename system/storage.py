@@ -61,6 +61,29 @@ def exists(uri: str) -> bool:
     return filesystem.exists(key)
 
 
+def stamp(uri: str) -> str:
+    """What tells one content of a file from another without reading it.
+
+    Size and modification time on a local disk; size and entity tag, checksum or time elsewhere.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    path = local_path(uri)
+    if path is not None:
+        if not path.is_file():
+            raise DataError(f"{uri}: expected a file, found nothing there")
+        stat = path.stat()
+        return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
+    filesystem, key = _filesystem(uri)
+    try:
+        info = filesystem.info(key)
+    except FileNotFoundError as error:
+        raise DataError(f"{uri}: expected a file, found nothing there") from error
+    marks = [info[name] for name in ("ETag", "etag", "md5Hash", "mtime", "created") if name in info]
+    return f"{info['size']} bytes, {marks[0] if marks else 'no time'}"
+
+
 def list_names(uri: str) -> list[str]:
     """Names directly below a directory, sorted; empty where there is no such directory."""
     path = local_path(uri)

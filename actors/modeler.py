@@ -1,0 +1,72 @@
+"""Stage `model`: the base model as one local Hugging Face directory.
+
+    driver ── build(target) ──> Modeler (one actor, a few CPUs)
+
+The actor writes to the attempt's `model/`; the driver's record commits it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from system.corpus import Corpus
+
+from actors.pool import ActorSpec
+from actors.stage import StageContext, StageResult
+from system import storage
+from system.config import ModelConfig
+from system.model import describe_model, kind_of, materialise
+
+WARMUP_CPUS = 2.0
+"""Threads of the built-in model's warm-up: fixed, because the number decides low bits."""
+
+
+class Modeler:
+    """Builds, converts or downloads the base model."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+
+    def build(self, manifest: str, target: str) -> dict[str, Any]:
+        """Writes the model below `target` and returns numbers about it."""
+        local = storage.local_path(target)
+        folder = local if local is not None else Path(tempfile.mkdtemp()) / "model"
+        counts: dict[str, Any] = {}
+        if kind_of(self._config.path) == "builtin":
+            from system.tiny import build_tiny_model
+
+            folder.mkdir(parents=True, exist_ok=True)
+            counts = build_tiny_model(Corpus.open(manifest), self._config, self._seed, folder)
+        else:
+            materialise(self._config, folder)
+        if local is None:
+            storage.upload_directory(folder, target)
+        return {**describe_model(folder), **counts}
+
+
+def run(context: StageContext) -> StageResult:
+    """Stage `model`."""
+    config = context.config
+    builtin = kind_of(config.model.path) == "builtin"
+    pool = context.cluster.pool(
+        ActorSpec(
+            name="modeler",
+            actor_class=Modeler,
+            args=(config.model, config.seed),
+            num_cpus=WARMUP_CPUS if builtin else config.cluster.actor_cpus,
+        )
+    )
+    target = storage.join(context.attempt, "model")
+    manifest = context.input("ingest", "manifest")
+    ((_, counts),) = pool.map({"model": (manifest, target)}, "build")
+    context.cluster.close_pool("modeler")
+    line = f"{counts['architecture']}, {counts['parameters']:,} parameters from {config.model.path}"
+    if "warmup_tokens" in counts:
+        line += (
+            f"; warmed up on {counts['warmup_tokens']:,} tokens, loss "
+            f"{counts['warmup_first_loss']:.2f} -> {counts['warmup_last_loss']:.2f}"
+        )
+    return StageResult(outputs={"model": "model"}, counts=counts, lines=(line,))

@@ -1,0 +1,194 @@
+"""The command line: `instructmix COMMAND ...`.
+
+Heavy modules are imported after the arguments are parsed, inside the command that needs them.
+This is the one module of `system` that may import `actors`, and it does so inside functions.
+Exit codes: 0 done, 1 failed, 2 bad input or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from system.errors import InstructMixError
+from system.stages import STAGE_NAMES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.execute(arguments)
+    except InstructMixError as error:
+        if arguments.debug:
+            raise
+        print(f"instructmix: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("instructmix: stopped; finished work is kept, run again to continue", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="instructmix",
+        description="Find out how categories of instructions help and harm each other, solve for "
+        "the best mix, order it into a curriculum, and fine-tune the model.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_check(commands)
+    _add_looks(commands)
+    _add_submit(commands)
+    _add_tools(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="YAML file; examples are in configs/")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="a.b=value", dest="overrides",
+        help="override one value of the configuration; may be given several times",
+    )  # fmt: skip
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    run = commands.add_parser("run", help="run the job, or continue it where it stopped")
+    _add_config(run)
+    run.add_argument(
+        "--from", dest="first", default=STAGE_NAMES[0], choices=STAGE_NAMES, metavar="STAGE"
+    )
+    run.add_argument(
+        "--until", dest="last", default=STAGE_NAMES[-1], choices=STAGE_NAMES, metavar="STAGE"
+    )
+    run.add_argument(
+        "--redo", action="append", default=[], choices=STAGE_NAMES, metavar="STAGE",
+        help=f"run a finished stage again; stages: {', '.join(STAGE_NAMES)}",
+    )  # fmt: skip
+    run.set_defaults(execute=_run)
+    quickstart = commands.add_parser(
+        "quickstart", help="the whole job on generated instructions and a tiny model"
+    )
+    quickstart.add_argument("--run-dir", default="runs/quickstart")
+    quickstart.add_argument(
+        "--set", action="append", default=[], metavar="a.b=value", dest="overrides"
+    )
+    quickstart.set_defaults(execute=_quickstart)
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    check = commands.add_parser(
+        "check", help="validate a configuration, show the plan and its cost, start nothing"
+    )
+    _add_config(check)
+    check.set_defaults(execute=_check)
+
+
+def _add_looks(commands: argparse._SubParsersAction) -> None:
+    status = commands.add_parser("status", help="what is finished in a run directory")
+    status.add_argument("run_dir")
+    status.set_defaults(execute=_status)
+    report = commands.add_parser("report", help="write report.html and report.json again")
+    report.add_argument("run_dir")
+    report.set_defaults(execute=_report)
+    export = commands.add_parser(
+        "export", help="write the selection for another trainer, in training order"
+    )
+    export.add_argument("run_dir")
+    export.add_argument(
+        "--format", required=True, choices=("hf", "trl", "llama-factory", "axolotl")
+    )
+    export.add_argument("--out", help="directory; default: RUN_DIR/export/FORMAT")
+    export.set_defaults(execute=_export)
+
+
+def _add_submit(commands: argparse._SubParsersAction) -> None:
+    submit = commands.add_parser("submit", help="run the job on a Ray cluster (Ray Jobs)")
+    _add_config(submit)
+    submit.add_argument("--address", required=True, help="http://HEAD:8265")
+    submit.add_argument("--no-wait", action="store_true", help="return when it is submitted")
+    submit.set_defaults(execute=_submit)
+
+
+def _add_tools(commands: argparse._SubParsersAction) -> None:
+    from system.solve.command import add_arguments as add_solve_arguments
+
+    solve = commands.add_parser("solve", help="solve a mix from tables, without a run")
+    add_solve_arguments(solve)
+    solve.set_defaults(execute=_solve)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from system.load import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from actors.pipeline import Plan, run_pipeline
+    from system.progress import Progress
+
+    plan = Plan(first=arguments.first, last=arguments.last, redo=tuple(arguments.redo))
+    run_pipeline(config, plan, Progress())
+    return 0
+
+
+def _quickstart(arguments: argparse.Namespace) -> int:
+    from system.quickstart import prepare_quickstart
+
+    config = prepare_quickstart(arguments.run_dir, arguments.overrides)
+    from actors.pipeline import Plan, run_pipeline
+    from system.progress import Progress
+
+    run_pipeline(config, Plan(), Progress())
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from system.load import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from actors.overview import describe_plan
+
+    print(describe_plan(config))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from actors.overview import describe_status
+
+    print(describe_status(arguments.run_dir))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from system.report import write_report
+
+    print(write_report(arguments.run_dir))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from system.export_selection import export_selection
+
+    print(export_selection(arguments.run_dir, arguments.format, arguments.out))
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from system.load import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from actors.jobs import submit_job
+
+    return submit_job(config, arguments.address, wait=not arguments.no_wait)
+
+
+def _solve(arguments: argparse.Namespace) -> int:
+    from system.solve.command import run
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
