@@ -1,0 +1,235 @@
+import itertools
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from system.config import InfluenceConfig
+from system.errors import DataError
+from system.interventions import (
+    BASE,
+    DOSE,
+    EXTRA,
+    Design,
+    Target,
+    Unit,
+    active_rows,
+    allocate_rows,
+    asked_rows,
+    assemble_design,
+    plan_replication,
+    response_tokens,
+)
+from system.schema import TOKENS
+
+SOURCES = ("alpha", "beta", "gamma")
+
+
+def tokens(category, ids):
+    rows = [[1, 2, 3, 4 + len(name) % 5] for name in ids]
+    masks = [[False, False, True, True]] * len(rows)
+    return pa.table(
+        {"id": ids, "category": [category] * len(ids), "input_ids": rows, "response_mask": masks},
+        schema=TOKENS,
+    )
+
+
+def draw_from(supply):
+    """Rows in an order that depends on the seed, as the corpus gives them."""
+
+    def draw(split, category, wanted, seed):
+        assert split == "train"
+        order = np.random.default_rng([seed, len(category)]).permutation(supply[category])
+        return tokens(category, [f"{category}-{row}" for row in order[:wanted]]), {}
+
+    return draw
+
+
+def config(**knobs):
+    return InfluenceConfig(
+        **{"rows_per_category": 24, "dose_rows": 8, "batch_size": 4, "replications": 2, **knobs}
+    )
+
+
+def schedule(index=0, supply=None, **knobs):
+    return plan_replication(
+        index,
+        run_seed=5,
+        sources=SOURCES,
+        config=config(**knobs),
+        max_length=16,
+        draw=draw_from(supply or dict.fromkeys(SOURCES, 500)),
+    )
+
+
+def active_ids(made, unit):
+    mask = active_rows(made.plan, unit, SOURCES)
+    return {made.plan.table.column("id")[row].as_py() for row in np.flatnonzero(mask)}
+
+
+def unit(kind, source=-1):
+    return Unit(replication=0, kind=kind, source=source)
+
+
+def test_removing_masks_the_dose_rows_of_one_category_and_nothing_else():
+    made = schedule()
+    reference = active_ids(made, unit("reference"))
+    removed = active_ids(made, unit("remove", 1))
+    gone = reference - removed
+    assert len(gone) == 8 and all(name.startswith("beta-") for name in gone)
+    assert removed < reference
+
+
+def test_adding_switches_on_the_extra_rows_of_one_category_and_nothing_else():
+    made = schedule(directions=("add", "remove"))
+    reference = active_ids(made, unit("reference"))
+    added = active_ids(made, unit("add", 2)) - reference
+    assert len(added) == 8 and all(name.startswith("gamma-") for name in added)
+    assert len(reference) == 3 * 24
+    assert len(made.plan.table) == 3 * 32
+
+
+def test_all_runs_share_steps_batches_and_denominators():
+    made = schedule(directions=("add", "remove"))
+    assert made.plan.num_steps == -(-3 * 32 // 4)
+    # Inactive rows stay in the denominators: each step still counts all of its rows.
+    np.testing.assert_array_equal(made.plan.denominators, 2 * 4)
+
+
+def test_replications_differ_in_rows_and_in_order():
+    first, second = schedule(0), schedule(1)
+    ids = [made.plan.table.column("id").to_pylist() for made in (first, second)]
+    assert set(ids[0]) != set(ids[1])
+    small = dict.fromkeys(SOURCES, 24)
+    first, second = schedule(0, supply=small), schedule(1, supply=small)
+    ids = [made.plan.table.column("id").to_pylist() for made in (first, second)]
+    assert set(ids[0]) == set(ids[1]) and ids[0] != ids[1]
+
+
+def test_the_same_seed_gives_the_same_schedule():
+    assert schedule().replication == schedule().replication
+
+
+def test_categories_are_mixed_in_the_order():
+    categories = schedule().plan.table.column("category").to_pylist()
+    changes = sum(a != b for a, b in itertools.pairwise(categories))
+    assert changes > len(categories) / 3
+
+
+def test_warm_up_rows_are_other_rows_where_there_are_enough():
+    made = schedule(estimator="branch", warm_rows_per_category=12)
+    assert made.warm is not None
+    warm = set(made.warm.table.column("id").to_pylist())
+    assert len(warm) == 3 * 12
+    assert not warm & set(made.plan.table.column("id").to_pylist())
+    assert active_rows(made.warm, unit("warm"), SOURCES).all()
+
+
+def test_reused_warm_up_rows_are_written_down():
+    made = schedule(
+        supply={"alpha": 500, "beta": 30, "gamma": 500},
+        estimator="branch",
+        warm_rows_per_category=12,
+    )
+    assert made.replication.rows["beta"].warm_reused == 6
+    assert made.replication.rows["alpha"].warm_reused == 0
+    assert made.warm is not None and made.warm.table.num_rows == 36
+
+
+def test_a_small_category_gets_a_smaller_dose_in_proportion():
+    made = schedule(supply={"alpha": 500, "beta": 16, "gamma": 500}, dose_rows=12)
+    rows = made.replication.rows["beta"]
+    assert (rows.base, rows.dose, rows.available) == (16, 8, 16)
+    assert made.replication.dose_tokens["remove"]["beta"] == 8 * 2
+    assert len(active_ids(made, unit("reference")) - active_ids(made, unit("remove", 1))) == 8
+
+
+def test_with_both_directions_a_small_category_keeps_equal_doses():
+    asked = asked_rows(config(directions=("add", "remove"), rows_per_category=48, dose_rows=16))
+    rows = allocate_rows("c", 40, asked)
+    assert (rows.base, rows.dose, rows.extra) == (30, 10, 10)
+
+
+def test_a_small_category_may_still_be_removed_as_a_whole():
+    rows = allocate_rows("c", 16, asked_rows(config(rows_per_category=24, dose_rows=24)))
+    assert (rows.base, rows.dose) == (16, 16)
+
+
+@pytest.mark.parametrize("available", [0, 3, 11])
+def test_a_category_too_small_for_a_dose_is_named_with_numbers(available):
+    asked = asked_rows(config(dose_rows=16))
+    with pytest.raises(
+        DataError, match=rf"'tiny' has {available} usable.*expected 24.*at least 12"
+    ):
+        allocate_rows("tiny", available, asked)
+
+
+def test_whole_category_may_be_removed():
+    made = schedule(rows_per_category=8, dose_rows=8)
+    left = active_ids(made, unit("remove", 0))
+    assert not any(name.startswith("alpha-") for name in left)
+
+
+def test_roles_are_kept_in_the_plan():
+    made = schedule(directions=("add",))
+    roles = made.plan.table.column("stage").to_pylist()
+    assert {role: roles.count(role) for role in (BASE, DOSE, EXTRA)} == {
+        BASE: 3 * 16,
+        DOSE: 3 * 8,
+        EXTRA: 3 * 8,
+    }
+
+
+def design(**knobs):
+    made = [schedule(index, **knobs) for index in range(2)]
+    return assemble_design(
+        run_seed=5,
+        config=config(**knobs),
+        sources=SOURCES,
+        targets=(Target(name="alpha", num_rows=9, num_tokens=40, is_external=False),),
+        schedules=made,
+        heldout_dropped={"no-response-token": 2},
+    )
+
+
+def test_a_design_survives_json():
+    made = design(directions=("add", "remove"), estimator="branch")
+    assert Design.from_json(json.loads(json.dumps(made.to_json())), "design.json") == made
+
+
+def test_a_design_counts_its_runs():
+    names = [unit.name for unit in design(directions=("add", "remove")).units]
+    assert len(names) == len(set(names)) == 2 * (1 + 2 * 3)
+    assert "r01-remove-002" in names and "r00-reference" in names
+    assert len(design(estimator="branch").units) == 2 * (2 + 3)
+
+
+def test_another_format_is_refused():
+    with pytest.raises(DataError, match=r"format 1, found 0.*--redo influence"):
+        Design.from_json({"format": 0}, "design.json")
+
+
+def test_one_category_cannot_interact():
+    with pytest.raises(DataError, match="at least two categories"):
+        assemble_design(
+            run_seed=0,
+            config=config(),
+            sources=("only",),
+            targets=(),
+            schedules=[],
+            heldout_dropped={},
+        )
+
+
+def test_response_tokens_leave_out_the_first_token_of_a_row():
+    table = pa.table(
+        {
+            "id": ["a", "b"],
+            "category": ["c", "c"],
+            "input_ids": [[1, 2, 3], [4, 5]],
+            "response_mask": [[True, True, False], [False, True]],
+        },
+        schema=TOKENS,
+    )
+    assert response_tokens(table) == 2

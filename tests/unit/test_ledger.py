@@ -1,0 +1,86 @@
+from system.interventions import Unit
+from system.ledger import Ledger
+
+
+def units(replications=1, sources=3, warm=False):
+    found = []
+    for replication in range(replications):
+        if warm:
+            found.append(Unit(replication=replication, kind="warm", source=-1))
+        found.append(Unit(replication=replication, kind="reference", source=-1))
+        found += [Unit(replication=replication, kind="remove", source=j) for j in range(sources)]
+    return found
+
+
+def drain(ledger):
+    """Trains and scores everything, one at a time; names in the order of training."""
+    order = []
+    while not ledger.is_done:
+        unit = ledger.next_to_train()
+        if unit is not None:
+            order.append(unit.name)
+            ledger.trained(unit)
+            continue
+        ready = ledger.next_to_score()
+        assert ready is not None, "nothing to train and nothing to score, yet not done"
+        ledger.scored(ready)
+    return order
+
+
+def test_every_unit_is_trained_once_and_scored_once():
+    made = units(replications=2)
+    order = drain(Ledger(made, trained=(), scored=(), max_checkpoints=2))
+    assert sorted(order) == sorted(unit.name for unit in made)
+
+
+def test_no_more_checkpoints_wait_than_allowed():
+    ledger = Ledger(units(), trained=(), scored=(), max_checkpoints=2)
+    first, second = ledger.next_to_train(), ledger.next_to_train()
+    assert first and second and ledger.next_to_train() is None
+    ledger.trained(first)
+    assert ledger.next_to_train() is None
+    ready = ledger.next_to_score()
+    assert ready == first and ledger.next_to_train() is None
+    ledger.scored(first)
+    assert ledger.next_to_train() is not None
+
+
+def test_what_is_scored_is_not_made_again():
+    made = units()
+    done = {made[0].name, made[2].name}
+    order = drain(Ledger(made, trained=(), scored=done, max_checkpoints=2))
+    assert order == [made[1].name, made[3].name]
+
+
+def test_a_checkpoint_that_is_there_is_scored_without_training():
+    made = units()
+    ledger = Ledger(made, trained={made[1].name}, scored=(), max_checkpoints=2)
+    assert ledger.next_to_score() == made[1]
+    ledger.scored(made[1])
+    assert made[1].name not in drain(ledger)
+
+
+def test_branches_wait_for_their_own_warm_up():
+    made = units(replications=2, warm=True)
+    ledger = Ledger(made, trained=(), scored=(), max_checkpoints=9)
+    first, second = ledger.next_to_train(), ledger.next_to_train()
+    assert first and second and {first.kind, second.kind} == {"warm"}
+    assert ledger.next_to_train() is None
+    ledger.trained(second)
+    following = ledger.next_to_train()
+    assert following is not None and following.replication == second.replication
+
+
+def test_a_warm_up_whose_branches_are_scored_is_not_made_again():
+    made = units(replications=2, warm=True)
+    scored = {unit.name for unit in made if unit.replication == 0 and unit.kind != "warm"}
+    order = drain(Ledger(made, trained=(), scored=scored, max_checkpoints=3))
+    assert all(name.startswith("r01") for name in order)
+
+
+def test_nothing_left_is_done():
+    made = units(warm=True)
+    ledger = Ledger(
+        made, trained=(), scored={u.name for u in made if u.kind != "warm"}, max_checkpoints=1
+    )
+    assert ledger.is_done and ledger.next_to_train() is None
