@@ -1,0 +1,109 @@
+"""The actor that keeps one warm vLLM engine and swaps weights between interventions.
+
+    tagger ──────┐                              one pool for all stages that score, made on first
+    influencer ──┼── submit ──> Scorer, Scorer  use and ended by the driver before training needs
+    evaluator ───┘                              the CPUs; a call blocks its actor until answered
+
+A dead scorer is replaced by the pool and its unit given out again: every method can be repeated.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from actors.pool import ActorPool, ActorSpec
+from actors.stage import StageContext
+from system import storage
+from system.engine import Engine, EngineSettings
+from system.score import Scored, score_tokens
+
+POOL = "scorer"
+
+
+class Scorer:
+    """One engine.  Its only state is which weights it holds."""
+
+    def __init__(self, model_dir: str, settings: EngineSettings) -> None:
+        self._cache = tempfile.TemporaryDirectory(prefix="instructmix-weights-")
+        self._base_dir = str(storage.download_directory(model_dir, Path(self._cache.name) / "base"))
+        self._engine = Engine(self._base_dir, settings)
+        self._loaded = _weights_key(self._base_dir)
+
+    def score(self, weights_uri: str | None, tokens: pa.Table) -> Scored:
+        """Loads the weights (None: the base model's), scores a TOKENS table."""
+        self._load(weights_uri)
+        return score_tokens(self._engine, tokens)
+
+    def choose(
+        self, weights_uri: str | None, prompts: list[list[int]], candidates: list[list[int]]
+    ) -> np.ndarray:
+        """Loads the weights, gives the [B, K] log-likelihoods of the candidates."""
+        self._load(weights_uri)
+        return self._engine.choose(prompts, candidates)
+
+    def generate(
+        self,
+        weights_uri: str | None,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        stop_token_ids: list[int],
+    ) -> list[str]:
+        """Loads the weights, answers the prompts greedily."""
+        self._load(weights_uri)
+        return self._engine.generate(prompts, max_new_tokens, stop_token_ids)
+
+    def _load(self, weights_uri: str | None) -> None:
+        with tempfile.TemporaryDirectory(dir=self._cache.name) as copy:
+            weights_dir = (
+                self._base_dir
+                if weights_uri is None
+                else str(storage.download_directory(weights_uri, Path(copy)))
+            )
+            key = _weights_key(weights_dir)
+            if key != self._loaded:
+                self._loaded = ()
+                self._engine.reload(weights_dir)
+                self._loaded = key
+
+
+def scorer_pool(context: StageContext) -> ActorPool:
+    """The pool of scorers that all stages of this driver share."""
+    config = context.config
+    return context.cluster.pool(
+        ActorSpec(
+            name=POOL,
+            actor_class=Scorer,
+            args=(context.input("model", "model"), engine_settings(context)),
+            num_actors=config.cluster.num_scorers,
+            num_cpus=config.cluster.actor_cpus,
+            num_gpus=config.cluster.scorer_gpus,
+            max_attempts=config.cluster.max_attempts,
+        )
+    )
+
+
+def engine_settings(context: StageContext) -> EngineSettings:
+    """What the configuration says about the engine."""
+    config = context.config
+    return EngineSettings(
+        dtype=config.model.dtype,
+        max_length=config.model.max_length,
+        memory_gib=config.cluster.engine_memory_gib,
+        gpu_memory_utilization=config.cluster.gpu_memory_utilization,
+        use_gpu=config.cluster.scorer_gpus > 0,
+        trust_remote_code=config.model.trust_remote_code,
+        seed=config.seed,
+    )
+
+
+def _weights_key(weights_dir: str) -> tuple[tuple[str, int, int, int], ...]:
+    """Tells one set of weight files from another, also where a path was written anew."""
+    key = []
+    for path in sorted(Path(weights_dir).glob("*.safetensors")):
+        info = path.stat()
+        key.append((str(path), info.st_ino, info.st_size, info.st_mtime_ns))
+    return tuple(key)
