@@ -85,7 +85,7 @@ def encode(
         ModelError: the chat template cannot be trained on (see `template_profile`).
         DataError: the template refuses this conversation, or it has no assistant turn.
     """
-    profile = template_profile(tokenizer, tokenizer.chat_template)
+    profile = template_profile(tokenizer, str(tokenizer.chat_template or ""))
     pieces = _pieces(tokenizer, profile, messages)
     return next(_tokenise(tokenizer, profile, [pieces], max_length))
 
@@ -99,7 +99,7 @@ def encode_prompt(
     Raises:
         ModelError, DataError: as `encode`.
     """
-    profile = template_profile(tokenizer, tokenizer.chat_template)
+    profile = template_profile(tokenizer, str(tokenizer.chat_template or ""))
     turns = [dict(message) for message in messages]
     if turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
@@ -153,7 +153,7 @@ def encode_rows(
     table: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[Encoded], list[int], dict[str, int]]:
     """As `encode_table`, row by row: encodings, their row numbers, counts of the dropped."""
-    profile = template_profile(tokenizer, tokenizer.chat_template)
+    profile = template_profile(tokenizer, str(tokenizer.chat_template or ""))
     dropped: Counter[str] = Counter()
     rows: list[Encoded] = []
     kept: list[int] = []

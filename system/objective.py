@@ -57,7 +57,7 @@ class Objective(torch.nn.Module):
         """Sum of the batch's token losses in nats, differentiable; [M] float32 losses, detached."""
         with self._precision(batch.input_ids.device):
             if self.layout.has_plain_head:
-                head = self.model.get_output_embeddings()
+                head: Any = self.model.get_output_embeddings()
                 hidden = self._hidden(batch)
                 states = hidden.flatten(0, 1).index_select(0, batch.label_places)
                 return head_loss(
@@ -145,8 +145,8 @@ def _agrees(objective: Objective, layout: Layout, expected: torch.Tensor) -> boo
 def _probe(objective: Objective, layout: Layout) -> torch.Tensor:
     """Losses of a few fixed rows, in plan order."""
     model = objective.model
-    device = model.get_input_embeddings().weight.device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size
     generator = np.random.default_rng(0)
     rows = [generator.integers(0, vocabulary, size=n).tolist() for n in _PROBE_LENGTHS]
     tokens = pa.table(

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from system import schema, storage
 from system.errors import DataError
@@ -64,8 +63,10 @@ class TrainPlan:
         return self.offsets[rows + 1] - self.offsets[rows]
 
     def stage(self, step: int) -> str:
-        """The stage in which a step starts."""
-        return self.table.column("stage")[int(self.step_starts[step])].as_py()
+        """The stage of most of a step's rows."""
+        start, stop = (int(row) for row in self.step_starts[step : step + 2])
+        names = self.table.column("stage").slice(start, stop - start).to_pylist()
+        return max(dict.fromkeys(names), key=names.count)
 
     def ids(self, rows: np.ndarray) -> list[str]:
         """Ids of the rows."""
@@ -103,7 +104,7 @@ def build_plan(
             "no rows to train on: the selection is empty, or every row lost its response to "
             "model.max_length"
         )
-    lengths = pc.list_value_length(tokens.column("input_ids")).to_numpy().astype(np.int64)
+    lengths = np.diff(_flat(tokens.column("input_ids"))[1])
     num_rows = len(lengths)
     step = np.arange(num_rows, dtype=np.int32) // batch_size
     sequence = np.zeros(num_rows, dtype=np.int32)

@@ -28,8 +28,9 @@ from system.errors import ModelError, StageError
 from system.lora import add_adapters, merge_adapters
 from system.microbatch import MicroBatch, build_microbatch
 from system.objective import Objective, training_layout
-from system.optim import build_optimizer, learning_rate, set_learning_rate
+from system.optim import learning_rate, set_learning_rate
 from system.pack import group_by_tokens
+from system.parallel import make_parallel
 from system.plan import TrainPlan
 from system.train_settings import TrainSettings
 
@@ -144,7 +145,7 @@ class Training:
                 f"training needs float32 weights (the forward pass may be lower), found "
                 f"{model.dtype}: load the model with dtype float32"
             )
-        self.device = model.get_input_embeddings().weight.device
+        self.device = next(model.parameters()).device
         half = settings.dtype == "bfloat16" and self.device.type == "cuda"
         self.compute_dtype = torch.bfloat16 if half else torch.float32
         self.objective = Objective(model, self.compute_dtype)
@@ -167,35 +168,45 @@ class Training:
                 adapted = add_adapters(self.model, settings.lora, settings.seed)
                 stack.callback(merge_adapters, adapted)
             self.model.train()
-            self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-            self.gradient = _flat_gradient(self.parameters)
-            self.optimizer = build_optimizer(self.model.named_parameters(), settings)
+            self.parallel = make_parallel(self.objective, settings, self.group)
+            stack.callback(self.parallel.close)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Merges adapters and frees gradients and optimiser state."""
-        for parameter in self.parameters:
-            parameter.grad = None
-        del self.gradient, self.optimizer
+        """Frees gradients and optimiser state, then merges adapters."""
         self._stack.close()
 
-    def microbatches(self, step: int) -> Iterator[MicroBatch]:
-        """Forward passes of this rank in a step."""
-        rows = self.plan.rows(step, self.rank, self.world_size)
-        rows = rows[self.active[rows]]
-        is_flat = self.objective.layout.is_flat
-        groups = group_by_tokens(
-            self.plan.lengths(rows), self.settings.micro_batch_tokens, is_padded=not is_flat
-        )
-        for group in groups:
-            yield build_microbatch(
-                self.plan,
-                rows[group],
-                is_flat=is_flat,
-                device=self.device,
-                compute_dtype=self.compute_dtype,
+    def _passes(self, step: int) -> Iterator[tuple[np.ndarray, bool]]:
+        """Rows of each forward pass of this rank, and whether they count.
+
+        Where all ranks must make equally many passes, a rank with fewer repeats rows for nothing;
+        what the others do follows from the plan, so nobody needs to ask.
+        """
+        is_padded = not self.objective.layout.is_flat
+        ranks = range(self.world_size) if self.parallel.needs_equal_passes else [self.rank]
+        passes: dict[int, list[np.ndarray]] = {}
+        for rank in ranks:
+            rows = self.plan.rows(step, rank, self.world_size)
+            rows = rows[self.active[rows]]
+            groups = group_by_tokens(
+                self.plan.lengths(rows), self.settings.micro_batch_tokens, is_padded=is_padded
             )
+            passes[rank] = [rows[group] for group in groups]
+        for rows in passes[self.rank]:
+            yield rows, True
+        longest = max(passes.values(), key=len)
+        for rows in longest[len(passes[self.rank]) :]:
+            yield rows, False
+
+    def _microbatch(self, rows: np.ndarray) -> MicroBatch:
+        return build_microbatch(
+            self.plan,
+            rows,
+            is_flat=self.objective.layout.is_flat,
+            device=self.device,
+            compute_dtype=self.compute_dtype,
+        )
 
     def step(self, step: int) -> StepStats:
         """Makes one optimiser step.
@@ -207,12 +218,12 @@ class Training:
         torch.manual_seed(_step_seed(self.settings.seed, step, self.rank))  # dropout
         totals = self._accumulate(step)
         rate = learning_rate(step, self.plan.num_steps, self.settings)
-        norm = self._clip()
+        norm = self.parallel.clip_gradient(self.settings.max_grad_norm)
         nll_C, labels_C, num_tokens = self._totals(totals)
         if not (np.isfinite(norm) and np.isfinite(nll_C).all()):
             raise StageError(self._not_finite(step, norm))
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
+        set_learning_rate(self.parallel.optimizer, rate)
+        self.parallel.optimizer.step()
         num_labels = int(labels_C.sum())
         return StepStats(
             step=step,
@@ -231,32 +242,29 @@ class Training:
         )
 
     def _accumulate(self, step: int) -> torch.Tensor:
-        """Gradient of this rank's share, then of all ranks; [2 C + 1] float64 totals."""
-        self.gradient.zero_()
+        """Gradient over all ranks; [2 C + 1] float64: nats and labels by category, tokens."""
+        self.parallel.zero_gradient()
         scale = 1.0 / float(self.plan.denominators[step])
         num_categories = len(self.categories)
         totals = np.zeros(2 * num_categories + 1)
-        for batch in self.microbatches(step):
+        for rows, counts in self._passes(step):
+            batch = self._microbatch(rows)
             total, nll_M = self.objective(batch)
-            (total * scale).backward()
+            (total * (scale if counts else 0.0)).backward()
+            if not counts:
+                continue
             category_M = self._category_of_row[batch.label_rows]
             totals[:num_categories] += np.bincount(
                 category_M, nll_M.double().cpu().numpy(), num_categories
             )
             totals[num_categories:-1] += np.bincount(category_M, minlength=num_categories)
-            totals[-1] += int(self.plan.lengths(batch.rows).sum())
+            totals[-1] += int(self.plan.lengths(rows).sum())
+        self.parallel.sum_gradient()
         summed = torch.from_numpy(totals)
         if self.group is not None:
-            dist.all_reduce(self.gradient, group=self.group)
             summed = summed.to(self.device)
             dist.all_reduce(summed, group=self.group)
         return summed
-
-    def _clip(self) -> float:
-        norm = float(torch.linalg.vector_norm(self.gradient))
-        if norm > self.settings.max_grad_norm:
-            self.gradient.mul_(self.settings.max_grad_norm / (norm + 1e-6))
-        return norm
 
     def _totals(self, totals: torch.Tensor) -> tuple[np.ndarray, np.ndarray, int]:
         values = totals.cpu().numpy()
@@ -265,25 +273,19 @@ class Training:
 
     def _not_finite(self, step: int, norm: float) -> str:
         """Looks for the rows behind it, now that speed no longer matters."""
-        bad: list[str] = []
-        rows = self.plan.rows(step, self.rank, self.world_size)
+        start, stop = self.plan.step_starts[step : step + 2]
+        rows = np.arange(start, stop)
         rows = rows[self.active[rows]]
         with torch.no_grad():
-            for row in rows:
-                batch = build_microbatch(
-                    self.plan,
-                    np.array([row]),
-                    is_flat=self.objective.layout.is_flat,
-                    device=self.device,
-                    compute_dtype=self.compute_dtype,
-                )
-                if not bool(torch.isfinite(self.objective(batch)[1]).all()):
-                    bad += self.plan.ids(np.array([row]))
-        shown = self.plan.ids(rows)[:8]
+            bad = [
+                self.plan.ids(np.array([row]))[0]
+                for row in rows  # all rows on all ranks: sharded passes need everybody
+                if not bool(torch.isfinite(self.objective(self._microbatch(row[None]))[1]).all())
+            ]
         found = (
             f"rows whose loss is not finite: {bad[:8]}"
             if bad
-            else f"each row's loss alone is finite; rows of this rank: {shown}"
+            else f"each row alone is finite; its rows start with {self.plan.ids(rows[:4])}"
         )
         return (
             f"training step {step} of {self.plan.num_steps} (stage {self.plan.stage(step)!r}) gave "
@@ -291,20 +293,6 @@ class Training:
             "train.learning_rate, raise train.warmup_share, or remove those rows; the weights "
             "before this step are in the newest checkpoint."
         )
-
-
-def _flat_gradient(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    """One buffer for all gradients, of which the parameters' gradients are views.
-
-    It is zeroed, summed over ranks, measured and clipped in one operation each.
-    """
-    device, dtype = parameters[0].device, torch.float32
-    flat = torch.zeros(sum(p.numel() for p in parameters), device=device, dtype=dtype)
-    start = 0
-    for parameter in parameters:
-        parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
-        start += parameter.numel()
-    return flat
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
