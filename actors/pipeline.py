@@ -49,10 +49,13 @@ def _model_identity(config: RunConfig) -> dict[str, str]:
 
 
 def _target_identity(config: RunConfig) -> dict[str, str]:
-    from system.ingest import resolve_uri
+    from system.sources import resolve
 
-    files = config.influence.targets
-    return {name: storage.stamp(resolve_uri(config.data_dir, path)) for name, path in files.items()}
+    return {
+        f"{name}.{uri}": storage.stamp(uri)
+        for name, path in config.influence.targets.items()
+        for uri in resolve(path, config.data_dir)
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -207,10 +207,8 @@ class InfluenceConfig(Section):
     """Own effect, nats per token per row, above which a target's gamma can be identifiable."""
     gamma_max_width: float = Field(default=2.0, gt=0)
     """Widest gamma interval that still counts as identifiable."""
-    shrinkage: bool = True
-    """Solve with empirical-Bayes shrunken effects instead of the raw ones."""
     min_agreement: float = Field(default=0.0, ge=-1.0, le=1.0)
-    """Split-half rank correlation below which the mix falls back to the base, and says so."""
+    """Split-half rank correlation below which the mix stays at the base, and says so."""
     keep_checkpoints: bool = False
     """Keep intervention checkpoints after they are scored."""
 
@@ -260,11 +258,12 @@ class SolveConfig(Section):
     groups: dict[str, GroupLimit] = {}
     max_categories: Positive | None = None
     """At most this many categories in the mix (MILP)."""
-    integer: bool = True
-    """Whole examples (MILP), never a rounding that breaks a limit."""
-    robust_kind: Literal["box", "budget"] = "budget"
     robust_radius: float = Field(default=1.0, ge=0)
-    """Standard errors that a move must pay for; `budget`: how many entries may be bad at once."""
+    """`robust`: how many standard errors an effect may be off."""
+    robust_sources: float | None = Field(default=None, gt=0)
+    """`robust`: how many sources may be off at once; null: all of them (a box)."""
+    shrinkage: bool = True
+    """Solve with empirical-Bayes shrunken effects instead of the raw ones."""
 
     @model_validator(mode="after")
     def _one_guard(self) -> SolveConfig:

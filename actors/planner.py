@@ -1,0 +1,135 @@
+"""Stages `solve` and `curriculum`: pure computations of milliseconds, made in the driver."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pyarrow.compute as pc
+
+from actors.stage import StageContext, StageResult
+from system import storage
+from system.chat import encode_table
+from system.corpus import Corpus
+from system.curriculum import plan_curriculum
+from system.influence import EffectMatrix
+from system.model import load_tokenizer
+from system.planning import (
+    SWEEP_MOVES,
+    dependency_effects,
+    mix_options,
+    mix_problem,
+    why_not_believed,
+)
+from system.solve import Mix, solve_mix, sweep_move
+from system.taxonomy import estimate_taxonomy
+
+TOKEN_SAMPLE_ROWS = 256
+"""Rows of each category on which the mean number of response tokens is measured."""
+
+
+def run_solve(context: StageContext) -> StageResult:
+    """The mix: mix.json, and the sweep of the trust region."""
+    solve = context.config.solve
+    summary = storage.read_json(context.input("influence", "summary"))
+    counts = Corpus.open(context.input("tag", "manifest")).counts("train")
+    tokens = _mean_tokens(context) if solve.unit == "tokens" else None
+    problem = mix_problem(solve, _matrices(context), counts, tokens)
+    doubt = why_not_believed(summary)
+    options = mix_options(solve, is_believed=not doubt)
+    mix = solve_mix(problem, options)
+    if doubt:
+        mix = dataclasses.replace(mix, notes=(doubt, *mix.notes))
+    storage.write_bytes(storage.join(context.attempt, "mix.json"), mix.to_json().encode())
+    moves = sorted({*SWEEP_MOVES, solve.move})
+    sweep = sweep_move(problem, options, moves)
+    storage.write_json(
+        storage.join(context.attempt, "sweep.json"), [dataclasses.asdict(p) for p in sweep]
+    )
+    return StageResult(
+        outputs={"mix": "mix.json", "sweep": "sweep.json"},
+        counts={"categories": len(mix.categories), "examples": sum(mix.counts().values())},
+        lines=_mix_lines(mix),
+    )
+
+
+def run_curriculum(context: StageContext) -> StageResult:
+    """Dependency taxonomy and stages."""
+    config = context.config
+    matrices = _matrices(context)
+    categories, effects, errors, usable = dependency_effects(matrices)
+    taxonomy = estimate_taxonomy(
+        categories,
+        effects,
+        errors,
+        identifiable=usable,
+        false_discovery_rate=config.curriculum.false_discovery_rate,
+        num_bootstrap=config.curriculum.bootstrap,
+        seed=config.seed,
+    )
+    mix = Mix.from_json(storage.read_bytes(context.input("solve", "mix")).decode())
+    curriculum = plan_curriculum(
+        {name: round(count) for name, count in mix.counts().items()},
+        taxonomy.curriculum_levels,
+        preset=config.curriculum.preset,
+        num_stages=config.curriculum.num_stages,
+        epochs=config.curriculum.epochs,
+        tilt=config.curriculum.tilt,
+        rehearsal=config.curriculum.rehearsal,
+    )
+    storage.write_json(storage.join(context.attempt, "taxonomy.json"), taxonomy.to_json())
+    storage.write_json(storage.join(context.attempt, "curriculum.json"), curriculum.to_json())
+    sizes = ", ".join(f"{stage.name} {stage.size:,}" for stage in curriculum.stages)
+    lines = [taxonomy.summary, f"stages: {sizes}"]
+    if curriculum.note:
+        lines.append(curriculum.note)
+    return StageResult(
+        outputs={"taxonomy": "taxonomy.json", "curriculum": "curriculum.json"},
+        counts={
+            "edges": len(taxonomy.edges),
+            "levels": max(taxonomy.levels) + 1,
+            "stages": len(curriculum.stages),
+            "examples": sum(stage.size for stage in curriculum.stages),
+        },
+        lines=tuple(lines),
+    )
+
+
+def _matrices(context: StageContext) -> dict[str, EffectMatrix]:
+    uri = context.input("influence", "matrix")
+    table = storage.read_table(uri)
+    return {
+        direction: EffectMatrix.from_table(table, direction=direction, where=uri)
+        for direction in context.config.influence.directions
+    }
+
+
+def _mean_tokens(context: StageContext) -> dict[str, float]:
+    """Response tokens of an example, mean over a sample of each category."""
+    config = context.config
+    corpus = Corpus.open(context.input("tag", "manifest"))
+    tokenizer = load_tokenizer(
+        context.input("model", "model"), trust_remote_code=config.model.trust_remote_code
+    )
+    means = {}
+    for category in corpus.categories:
+        sample = corpus.sample("train", category, TOKEN_SAMPLE_ROWS, config.seed)
+        tokens, _ = encode_table(sample, tokenizer, config.model.max_length)
+        mask = pc.list_flatten(tokens.column("response_mask"))
+        means[category] = pc.sum(mask).as_py() / tokens.num_rows
+    return means
+
+
+def _mix_lines(mix: Mix) -> tuple[str, ...]:
+    error = "" if mix.expected_gain_se is None else f" +- {mix.expected_gain_se:.4f}"
+    lines = [
+        f"moved {mix.moved:.1%} of {mix.budget:,.0f} {mix.unit}; predicted gain "
+        f"{mix.expected_gain:+.4f}{error} nats per response token"
+    ]
+    changes = sorted(mix.categories, key=lambda item: item.count - item.base)
+    up = [item for item in reversed(changes) if item.count - item.base >= 1][:3]
+    down = [item for item in changes if item.base - item.count >= 1][:3]
+    for word, items in (("more", up), ("less", down)):
+        if items:
+            parts = [f"{i.category} {i.base:,.0f} -> {i.count:,.0f}" for i in items]
+            lines.append(f"{word}: {', '.join(parts)}")
+    return (*lines, *mix.notes)

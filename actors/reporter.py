@@ -1,0 +1,20 @@
+"""Stage `report`: the page and its numbers, written in the driver."""
+
+from __future__ import annotations
+
+from actors.stage import StageContext, StageResult
+from system import storage
+from system.report import write_report
+
+
+def run(context: StageContext) -> StageResult:
+    """Writes report.html and report.json, in the attempt and at the top of the run directory."""
+    page, numbers = write_report(context.run_dir.uri)
+    for name, content in (("report.html", page), ("report.json", numbers)):
+        storage.write_bytes(storage.join(context.attempt, name), content)
+        storage.write_bytes(storage.join(context.run_dir.uri, name), content)
+    return StageResult(
+        outputs={"page": "report.html", "numbers": "report.json"},
+        counts={"bytes": len(page)},
+        lines=(f"open {storage.join(context.run_dir.uri, 'report.html')}",),
+    )

@@ -1,0 +1,167 @@
+"""From a measured matrix and the user's limits to the optimiser's question, and to the order.
+
+The optimiser (`system.solve`) knows nothing of runs; this module fills in what a run knows: the
+base mix is what the train split holds, the supply is the same, effects come from the influence
+stage, raw or shrunken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from system.config import SolveConfig
+from system.errors import ConfigError
+from system.influence import EffectMatrix
+from system.solve import GroupLimit, MixOptions, MixProblem
+
+SWEEP_MOVES = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+"""Shares of the budget whose predicted gain the report shows, beside the configured share."""
+
+
+def mix_problem(
+    solve: SolveConfig,
+    matrices: Mapping[str, EffectMatrix],
+    counts: Mapping[str, int],
+    tokens: Mapping[str, float] | None,
+) -> MixProblem:
+    """The optimiser's question.
+
+    Args:
+        solve: the limits.
+        matrices: by direction (`add`, `remove`); with one, it serves both.
+        counts: train rows of each category: base mix and supply.
+        tokens: mean response tokens of an example of each category, where the budget is in tokens.
+
+    Raises:
+        ConfigError: a limit or a weight names no category or target.
+    """
+    add = matrices.get("add", matrices.get("remove"))
+    remove = matrices.get("remove", matrices.get("add"))
+    assert add is not None and remove is not None, "the influence stage measures one direction"
+    categories, targets = add.sources, add.targets
+    for name, given in (("solve.lower", solve.lower), ("solve.upper", solve.upper)):
+        _check_names(name, given, categories)
+    for group, limit in solve.groups.items():
+        _check_names(f"solve.groups.{group}", limit.categories, categories)
+    add_TS, se_add_TS = _values(add, solve)
+    remove_TS, se_remove_TS = _values(remove, solve)
+    base_S = np.array([counts[name] for name in categories], dtype=np.float64)
+    weights_S = base_S if tokens is None else base_S * _per_category(tokens, categories, 1.0)
+    return MixProblem(
+        categories=categories,
+        targets=targets,
+        base_S=base_S,
+        effect_add_TS=add_TS,
+        effect_remove_TS=remove_TS,
+        se_TS=se_add_TS,
+        se_remove_TS=se_remove_TS,
+        identifiable_TS=_usable(add, remove, solve),
+        importance_T=_importance(solve, targets),
+        supply_S=base_S,
+        lower_S=_per_category(solve.lower, categories, 0.0) if solve.lower else None,
+        upper_S=_per_category(solve.upper, categories, np.inf) if solve.upper else None,
+        cap_S=solve.category_cap * base_S * (solve.budget / weights_S.sum()),
+        tokens_S=None if tokens is None else _per_category(tokens, categories, 1.0),
+    )
+
+
+def mix_options(solve: SolveConfig, *, is_believed: bool) -> MixOptions:
+    """The user's options; a matrix that does not agree with itself moves nothing."""
+    return MixOptions(
+        objective=solve.objective,
+        budget=float(solve.budget),
+        unit=solve.unit,
+        max_epochs=solve.max_epochs,
+        move=solve.move if is_believed else 0.0,
+        guard=solve.guard,
+        guard_nats=solve.guard_nats,
+        integer=True,
+        max_categories=solve.max_categories,
+        groups=tuple(
+            GroupLimit(
+                name=name,
+                members=limit.categories,
+                lower=limit.lower,
+                upper=float("inf") if limit.upper is None else limit.upper,
+            )
+            for name, limit in solve.groups.items()
+        ),
+        radius=solve.robust_radius,
+        uncertainty="box" if solve.robust_sources is None else "budget",
+        sources_off=solve.robust_sources,
+    )
+
+
+def why_not_believed(summary: Mapping[str, Any]) -> str:
+    """Why the mix stays at the base, or an empty text where the matrix may move it."""
+    if summary["is_believed"]:
+        return ""
+    if summary["replications"] < 2:
+        return (
+            "the matrix has one replication, so nothing shows that it would come out the same "
+            "again: the mix stays at the base (raise influence.replications)"
+        )
+    return (
+        "independent halves of the matrix agree less than influence.min_agreement "
+        f"{summary['min_agreement']:g}: the mix stays at the base"
+    )
+
+
+def dependency_effects(
+    matrices: Mapping[str, EffectMatrix],
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:
+    """Effects among categories for the taxonomy: mean over directions.
+
+    Returns:
+        Categories, effects [C, C] in nats per response token per example, their standard errors,
+        and replicate effects' count-free mask of usable entries [C, C] (finite errors).
+    """
+    first = next(iter(matrices.values()))
+    categories = tuple(name for name in first.sources if name in first.targets)
+    rows = [first.targets.index(name) for name in categories]
+    columns = [first.sources.index(name) for name in categories]
+    grid = np.ix_(rows, columns)
+    effects = np.mean([matrix.effect_TS[grid] for matrix in matrices.values()], axis=0)
+    variances = [matrix.effect_se_TS[grid] ** 2 for matrix in matrices.values()]
+    errors = np.sqrt(np.sum(variances, axis=0)) / len(variances)
+    return categories, effects, errors, np.isfinite(effects) & np.isfinite(errors)
+
+
+def _values(matrix: EffectMatrix, solve: SolveConfig) -> tuple[np.ndarray, np.ndarray]:
+    if solve.matrix == "gamma":
+        width = (matrix.gamma_high_TS - matrix.gamma_low_TS) / 4.0
+        return np.nan_to_num(matrix.gamma_TS), np.nan_to_num(width)
+    if solve.shrinkage:
+        return matrix.shrunk_TS, matrix.shrunk_se_TS
+    return matrix.effect_TS, matrix.effect_se_TS
+
+
+def _usable(add: EffectMatrix, remove: EffectMatrix, solve: SolveConfig) -> np.ndarray | None:
+    """Effects in nats are usable with their errors; gamma only where it is identifiable."""
+    if solve.matrix == "gamma":
+        return add.identifiable_TS & remove.identifiable_TS
+    return None
+
+
+def _importance(solve: SolveConfig, targets: tuple[str, ...]) -> np.ndarray | None:
+    if solve.importance == "base":
+        return None
+    if solve.importance == "uniform":
+        return np.full(len(targets), 1.0 / len(targets))
+    _check_names("solve.importance", solve.importance, targets)
+    return _per_category(solve.importance, targets, 0.0)
+
+
+def _per_category(
+    values: Mapping[str, float], names: tuple[str, ...], default: float
+) -> np.ndarray:
+    return np.array([values.get(name, default) for name in names], dtype=np.float64)
+
+
+def _check_names(where: str, given: Any, known: tuple[str, ...]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConfigError(f"{where} names {unknown}, but there are only {sorted(known)}")
