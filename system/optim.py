@@ -60,13 +60,21 @@ def build_optimizer(
             "weight_decay": 0.0,
         },
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
         fused=not is_sharded,
     )
+    for _, parameter in trainable:  # now, not in the first step: a checkpoint loads into it
+        device = torch.device("cpu") if is_sharded else parameter.device
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -177,6 +177,22 @@ class Training:
         """Frees gradients and optimiser state, then merges adapters."""
         self._stack.close()
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Trainable weights and optimiser moments by name: the tensors themselves, not copies."""
+        optimizer = self.parallel.optimizer
+        state = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                state[f"weight.{name}"] = parameter.detach()
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+        return state
+
+    def set_steps_made(self, steps: int) -> None:
+        """Tells the optimiser how many steps its moments stand for."""
+        for state in self.parallel.optimizer.state.values():
+            state["step"].fill_(steps)
+
     def _passes(self, step: int) -> Iterator[tuple[np.ndarray, bool]]:
         """Rows of each forward pass of this rank, and whether they count.
 

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from training_builders import (
+    build_model,
+    build_settings,
+    build_small_plan,
+    build_tokens,
+    largest_difference,
+    weights_of,
+)
+
+from system import storage
+from system.checkpoint import CheckpointWriter, find_checkpoints, load_checkpoint
+from system.config import LoraConfig
+from system.errors import DataError, StageError
+from system.train import Training
+
+IDENTITY = {"plan": "a" * 64, "settings": "b" * 64, "model": "c" * 64}
+LORA = LoraConfig(rank=2, dropout=0.2, targets=("q_proj", "v_proj"))
+
+
+def plan_of_six_steps():
+    return build_small_plan(build_tokens(48), batch_size=8)
+
+
+def run_all(root: Path | None, *, keep: int = 2, is_async: bool = False, **changes):
+    """Six steps without a break, saving after steps 2 and 4."""
+    model = build_model()
+    with Training(model, plan_of_six_steps(), build_settings(**changes)) as training:
+        writer = CheckpointWriter(str(root), IDENTITY, keep=keep, is_async=is_async)
+        for step in range(6):
+            training.step(step)
+            if root is not None and step in (1, 3):
+                writer.save(training, step + 1, {"tokens": step})
+            writer.poll()
+        writer.finish()
+    return weights_of(model)
+
+
+def resume(root: Path, **changes):
+    """A new model, continued from the newest checkpoint to the end."""
+    model = build_model(seed=99)
+    newest = find_checkpoints(str(root), IDENTITY)[0]
+    with Training(model, plan_of_six_steps(), build_settings(**changes)) as training:
+        if changes.get("lora") is not None:  # frozen weights come from the base model
+            frozen = dict(build_model().named_parameters())
+            for name, parameter in model.named_parameters():
+                if not parameter.requires_grad:
+                    parameter.data.copy_(frozen[name.replace(".base_layer", "")])
+        load_checkpoint(newest, training)
+        for step in range(newest.step, 6):
+            training.step(step)
+    return weights_of(model), newest
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_resumed_training_ends_in_the_same_bits(tmp_path, lora, is_async):
+    whole = run_all(tmp_path, lora=lora, is_async=is_async)
+    resumed, newest = resume(tmp_path, lora=lora)
+    assert newest.step == 4 and newest.counters == {"tokens": 3}
+    assert largest_difference(whole, resumed) == 0.0
+
+
+def test_saving_does_not_disturb_the_training(tmp_path):
+    assert largest_difference(run_all(tmp_path), run_all(None)) == 0.0
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "uncommitted", "stray"])
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+    whole = run_all(tmp_path)
+    newest = Path(find_checkpoints(str(tmp_path), IDENTITY)[0].uri)
+    data = newest / "__0_0.distcp"
+    if damage == "truncate":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif damage == "remove":
+        (newest / ".metadata").unlink()
+    elif damage == "uncommitted":
+        (newest / "COMMIT.json").unlink()
+    else:
+        data.unlink()
+        (tmp_path / "step-00000006-dead00").mkdir()
+    resumed, used = resume(tmp_path)
+    assert used.step == 2
+    assert largest_difference(whole, resumed) == 0.0
+
+
+def test_unreadable_checkpoint_of_the_right_size_is_taken_out_of_the_way(tmp_path):
+    run_all(tmp_path)
+    newest = find_checkpoints(str(tmp_path), IDENTITY)[0]
+    metadata = Path(newest.uri) / ".metadata"
+    metadata.write_bytes(b"\0" * metadata.stat().st_size)
+    with pytest.raises(StageError, match="taken out of the way"):
+        resume(tmp_path)
+    assert resume(tmp_path)[1].step == 2
+
+
+@pytest.mark.parametrize("field", ["plan", "settings", "model"])
+def test_checkpoint_of_another_training_is_refused_with_the_difference(tmp_path, field):
+    run_all(tmp_path)
+    with pytest.raises(DataError, match=rf"{field}: .*0000000000000000 here"):
+        find_checkpoints(str(tmp_path), IDENTITY | {field: "0" * 64})
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_only_the_newest_checkpoints_stay(tmp_path, keep):
+    run_all(tmp_path, keep=keep)
+    assert [c.step for c in find_checkpoints(str(tmp_path), IDENTITY)] == [4, 2][:keep]
+    assert len(list(tmp_path.iterdir())) == keep
+
+
+def test_failed_save_leaves_the_older_checkpoints_usable(tmp_path, monkeypatch):
+    model = build_model()
+    with Training(model, plan_of_six_steps(), build_settings()) as training:
+        writer = CheckpointWriter(str(tmp_path), IDENTITY, keep=1)
+        training.step(0)
+        writer.save(training, 1, {})
+
+        def no_space(uri, value):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(storage, "write_json", no_space)
+        training.step(1)
+        with pytest.raises(OSError, match="No space"):
+            writer.save(training, 2, {})
+    assert [c.step for c in find_checkpoints(str(tmp_path), IDENTITY)] == [1]
+
+
+def test_commit_says_what_the_checkpoint_is(tmp_path):
+    run_all(tmp_path)
+    newest = Path(find_checkpoints(str(tmp_path), IDENTITY)[0].uri)
+    commit = json.loads((newest / "COMMIT.json").read_text())
+    assert commit["identity"] == IDENTITY and commit["step"] == 4
+    assert commit["versions"]["torch"] == torch.__version__
+    assert set(commit["files"]) == {"__0_0.distcp", ".metadata"}
