@@ -1,0 +1,205 @@
+"""Bytes of (compressed) files in blocks, and blocks as lines or JSON values, in flat memory."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import re
+import zlib
+from collections.abc import Iterator
+
+import zstandard
+
+from system import storage
+from system.errors import DataError
+
+COMPRESSION_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh"}
+MAX_ROW_BYTES = 64 * 2**20
+"""A longer row is rejected unread, so that one broken file cannot take the memory."""
+
+_BLOCK_BYTES = 1 << 20
+_ZSTD_INPUT_BYTES = 1 << 16
+_QUOTE = 0x22
+_TOKEN = re.compile(rb'[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*("?)', re.DOTALL)
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def read_blocks(uri: str, compression: str | None, start: int = 0) -> Iterator[bytes]:
+    """The (decompressed) bytes of a file; a plain one from the byte before `start`.
+
+    Raises:
+        DataError: the archive is damaged or cut off.
+    """
+    try:
+        with storage.open_input(uri) as raw:
+            if compression == "zstd":
+                yield from _zstd_blocks(raw, uri)
+                return
+            if compression == "gzip":
+                file = gzip.GzipFile(fileobj=raw)
+            elif compression == "bzip2":
+                file = bz2.BZ2File(raw)
+            else:
+                file = raw
+                if start:
+                    file.seek(start - 1)
+            while block := file.read(_BLOCK_BYTES):
+                yield block
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise _damaged(uri, str(error)) from error
+    except OSError as error:
+        if compression == "bzip2" and error.errno is None:
+            raise _damaged(uri, str(error)) from error
+        raise
+
+
+def _damaged(uri: str, what: str) -> DataError:
+    return DataError(
+        f"{uri}: the archive is damaged or cut off ({what}). Nothing of it was used; fetch or "
+        "write the file again."
+    )
+
+
+def _zstd_blocks(raw: object, uri: str) -> Iterator[bytes]:
+    """Frame after frame: the library's own stream reader takes a cut-off frame for a whole one."""
+    context = zstandard.ZstdDecompressor()
+    frame = None
+    while data := raw.read(_ZSTD_INPUT_BYTES):  # type: ignore[attr-defined]
+        while data:
+            frame = context.decompressobj() if frame is None else frame
+            block = frame.decompress(data)
+            if block:
+                yield block
+            data = b""
+            if frame.eof:
+                data, frame = frame.unused_data, None
+    if frame is not None:
+        raise _damaged(uri, "it ends inside a zstd frame")
+
+
+def split_lines(blocks: Iterator[bytes], start: int, end: int | None) -> Iterator[bytes | None]:
+    """Lines without their LF; None stands for one that is longer than MAX_ROW_BYTES.
+
+    A line belongs to the range [start, end) of the file in which its first byte lies.  With a
+    start above 0 the blocks begin at the byte before it, which tells whether a line begins there.
+    """
+    position = start - 1 if start else 0
+    is_first = start > 0
+    for line, size in _raw_lines(blocks):
+        if is_first:
+            is_first = False
+        elif end is not None and position >= end:
+            return
+        else:
+            yield line
+        position += size + 1
+
+
+def _raw_lines(blocks: Iterator[bytes]) -> Iterator[tuple[bytes | None, int]]:
+    held: list[bytes] = []
+    size = 0
+    for block in blocks:
+        head, newline, rest = block.partition(b"\n")
+        size += len(head)
+        if size <= MAX_ROW_BYTES:
+            held.append(head)
+        else:
+            held.clear()
+        if not newline:
+            continue
+        yield (b"".join(held) if size <= MAX_ROW_BYTES else None), size
+        lines = rest.split(b"\n")
+        last = lines.pop()
+        for line in lines:
+            yield line, len(line)
+        held, size = [last], len(last)
+    if size:
+        yield (b"".join(held) if size <= MAX_ROW_BYTES else None), size
+
+
+def split_values(blocks: Iterator[bytes], is_array: bool, where: str) -> Iterator[bytes | None]:
+    """The elements of one JSON array, or JSON objects one after the other, as bytes.
+
+    Only brackets and strings are looked at, so an element with any other mistake is handed out like
+    all others, and decoding it finds the mistake.  None stands for an element that is longer than
+    MAX_ROW_BYTES.
+
+    Raises:
+        DataError: the brackets do not add up: the file is cut off, or a quote is unbalanced.
+    """
+    inside = 1 if is_array else 0
+    depth = scan = start = gap = num_values = 0
+    buffer = b""
+    is_oversized = False
+    for block in blocks:
+        base = start if depth > inside else gap
+        if len(buffer) - base > MAX_ROW_BYTES:
+            is_oversized = depth > inside
+            buffer, base, scan = _unfinished_string(buffer[scan:]), 0, 0
+            start = gap = 0
+        buffer = buffer[base:] + block
+        scan, start, gap = scan - base, max(start - base, 0), max(gap - base, 0)
+        for match in _TOKEN.finditer(buffer, scan):
+            place = match.start()
+            byte = buffer[place]
+            if byte == _QUOTE:
+                if not match.group(1):
+                    scan = place
+                    break
+            elif byte in b"{[":
+                if depth == inside:
+                    yield from _scalars(buffer[gap:place])
+                    start = place
+                depth += 1
+                gap = place + 1 if depth == inside else gap
+            else:
+                depth -= 1
+                if depth == inside:
+                    num_values += 1
+                    yield None if is_oversized else buffer[start : match.end()]
+                    is_oversized, gap = False, match.end()
+                elif depth < inside:
+                    yield from _scalars(buffer[gap:place])
+                    _check_end(
+                        buffer[place:] if not is_array else buffer[place + 1 :], blocks, where
+                    )
+                    return
+            scan = match.end()
+    if depth != 0 or is_array:
+        raise DataError(
+            f"{where}: expected JSON that ends where its brackets close, found its end "
+            f"{depth} levels deep, after {num_values:,} whole values. The file is cut off, or a "
+            "quote in it is not escaped; fetch or write it again."
+        )
+    yield from _scalars(buffer[gap:])
+
+
+def _unfinished_string(rest: bytes) -> bytes:
+    """The least that lets the scan go on after the rest is thrown away."""
+    if not rest.startswith(b'"'):
+        return b""
+    num_backslashes = len(rest) - len(rest.rstrip(b"\\"))
+    return b'"\\' if num_backslashes % 2 else b'"'
+
+
+def _scalars(text: bytes) -> Iterator[bytes]:
+    """What stands between two elements besides commas: values that are no objects."""
+    if not text.strip(b", \t\r\n"):
+        return
+    values = _STRING.findall(text)
+    for part in _STRING.sub(b'""', text).split(b","):
+        part = part.strip()
+        if part:
+            yield values.pop(0) if part == b'""' else part
+
+
+def _check_end(rest: bytes, blocks: Iterator[bytes], where: str) -> None:
+    while not rest.strip():
+        block = next(blocks, None)
+        if block is None:
+            return
+        rest = block
+    raise DataError(
+        f"{where}: expected nothing after the end of the JSON, found {rest.strip()[:40]!r}. Write "
+        "one array, or one object a line."
+    )
