@@ -1,0 +1,17 @@
+"""The optimiser: an exact, explained mix from measured effects (HiGHS)."""
+
+from system.solve.mix import CategoryMix, GroupMix, Mix, SolverInfo, TargetMix
+from system.solve.problem import GroupLimit, MixOptions, MixProblem
+from system.solve.solve import solve_mix
+
+__all__ = [
+    "CategoryMix",
+    "GroupLimit",
+    "GroupMix",
+    "Mix",
+    "MixOptions",
+    "MixProblem",
+    "SolverInfo",
+    "TargetMix",
+    "solve_mix",
+]

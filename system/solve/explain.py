@@ -1,0 +1,225 @@
+"""Prices and ranges of an optimum: what binds, what loosening it brings, how far it holds.
+
+All of it is read off the optimal basis of the first solve. With tight rows ``R`` and basic columns
+``C``, ``M = A_RC^-1 A_R`` says how the basic columns answer to every other one; a cost or a bound
+may move until a reduced cost changes sign or a basic column meets a bound.
+Source: textbook sensitivity analysis (Bertsimas, Tsitsiklis 1997, chapter 5), over the pair
+``(u, v)`` of a category at once, which a solver's column-by-column ranging does not know.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from system.solve.model import Model
+from system.solve.program import Point, Program
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prices:
+    """Duals in the user's units; every array is per category or per target."""
+
+    reduced_add_S: np.ndarray
+    """[S] objective per example if u were raised; > 0 only where a limit stops it."""
+    reduced_remove_S: np.ndarray
+    """[S] the same for v."""
+    budget: float
+    move: float
+    guard_T: np.ndarray
+    group_G: np.ndarray
+
+
+def read_prices(model: Model, program: Program, point: Point) -> Prices:
+    """Duals of the rows and columns of an LP optimum; what the solver cannot tell from 0 is 0."""
+    assert point.reduced_cost_C is not None and point.dual_R is not None
+    S = model.num_sources
+    reduced_C = _without_noise(point.reduced_cost_C, program.zero_costs())
+    dual_R = _without_noise(point.dual_R, program.zero_duals())
+    budget = move = 0.0
+    position = {name: i for i, name in enumerate(model.problem.targets)}
+    guard_T = np.zeros(len(position))
+    group = dict.fromkeys((g.name for g in model.groups), 0.0)
+    for label, dual in zip(program.labels, dual_R.tolist(), strict=True):
+        match label:
+            case ("budget",):
+                budget = dual
+            case ("move",):
+                move = max(dual, 0.0)
+            case ("guard", name):
+                guard_T[position[name]] += max(-dual, 0.0)
+            case ("group", name):
+                group[name] = abs(dual)
+    return Prices(
+        reduced_add_S=reduced_C[:S],
+        reduced_remove_S=reduced_C[S : 2 * S],
+        budget=budget,
+        move=move,
+        guard_T=guard_T,
+        group_G=np.array([group[g.name] for g in model.groups]),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ranges:
+    """How far one number may move, all others fixed, before the basis changes; inf: no end."""
+
+    score_down_S: np.ndarray
+    score_up_S: np.ndarray
+    bound_down_S: np.ndarray
+    """[S] for the upper bound of u (the ceiling of a category), in examples."""
+    bound_up_S: np.ndarray
+
+
+def read_ranges(model: Model, program: Program, point: Point) -> Ranges:
+    """Ranging of scores and ceilings at an LP optimum."""
+    basis = _Basis(model, program, point)
+    S = model.num_sources
+    score_down_S, score_up_S = np.zeros(S), np.zeros(S)
+    is_basic_C = basis.is_basic_C
+    simple = ~(is_basic_C[:S] | is_basic_C[S : 2 * S])
+    up_S, down_S = basis.nonbasic_score_room()
+    score_up_S[simple], score_down_S[simple] = up_S[simple], down_S[simple]
+    for j in np.flatnonzero(~simple):
+        score_up_S[j] = basis.basic_score_room(j, +1.0)
+        score_down_S[j] = basis.basic_score_room(j, -1.0)
+    bound_up_S, bound_down_S = basis.bound_room()
+    return Ranges(
+        score_down_S=score_down_S,
+        score_up_S=score_up_S,
+        bound_down_S=bound_down_S,
+        bound_up_S=bound_up_S,
+    )
+
+
+class _Basis:
+    """The optimal basis as dense algebra; as many tight rows as basic columns."""
+
+    def __init__(self, model: Model, program: Program, point: Point) -> None:
+        assert point.is_basic_C is not None and point.is_basic_R is not None
+        assert point.reduced_cost_C is not None and point.dual_R is not None
+        self.model, self.program, self.point = model, program, point
+        self.is_basic_C = point.is_basic_C
+        self.basic = np.flatnonzero(point.is_basic_C)
+        self.tight = np.flatnonzero(~point.is_basic_R)
+        rows_RC = program.rows[self.tight]
+        self.inverse = np.linalg.inv(rows_RC[:, self.basic])
+        self.answer = self.inverse @ rows_RC
+        """[len(basic), C] how basic columns fall when a column rises."""
+        self.reduced_C = point.reduced_cost_C
+        self.dual_R = point.dual_R[self.tight]
+        x_C = point.x_C
+        is_movable_C = ~self.is_basic_C & (program.upper_C > program.lower_C)
+        middle_C = 0.5 * (program.lower_C + program.upper_C)
+        self.at_upper_C = is_movable_C & (x_C > middle_C)
+        self.at_lower_C = is_movable_C & ~self.at_upper_C
+        row_R = program.rows @ x_C
+        low, high = program.row_lower_R[self.tight], program.row_upper_R[self.tight]
+        is_equality = low == high
+        nearer_low = np.abs(row_R[self.tight] - low) <= np.abs(high - row_R[self.tight])
+        self.row_at_lower = ~is_equality & nearer_low
+        self.row_at_upper = ~is_equality & ~nearer_low
+
+    def nonbasic_score_room(self) -> tuple[np.ndarray, np.ndarray]:
+        """[S] room up and down for categories with neither u nor v in the basis."""
+        S = self.model.num_sources
+        add_S, remove_S = self.reduced_C[:S], self.reduced_C[S : 2 * S]
+        low, high = self.at_lower_C, self.at_upper_C
+        inf = np.inf
+        # A rising score raises the reduced cost of u and lowers that of v.
+        up_S = np.minimum(
+            np.where(low[:S], np.maximum(-add_S, 0), inf),
+            np.where(high[S : 2 * S], np.maximum(remove_S, 0), inf),
+        )
+        down_S = np.minimum(
+            np.where(high[:S], np.maximum(add_S, 0), inf),
+            np.where(low[S : 2 * S], np.maximum(-remove_S, 0), inf),
+        )
+        return up_S, down_S
+
+    def basic_score_room(self, j: int, sign: float) -> float:
+        """Room of the score of category j in one direction when it is in the basis."""
+        S = self.model.num_sources
+        change_C = np.zeros(len(self.reduced_C))
+        change_C[j], change_C[S + j] = sign, -sign
+        basic_change = change_C[self.basic]
+        reduced_change_C = change_C - basic_change @ self.answer
+        room = _sign_room(self.reduced_C, reduced_change_C, self.at_upper_C, self.at_lower_C)
+        dual_change = basic_change @ self.inverse
+        rows = _sign_room(self.dual_R, dual_change, self.row_at_upper, self.row_at_lower)
+        return min(room, rows)
+
+    def bound_room(self) -> tuple[np.ndarray, np.ndarray]:
+        """[S] how far the upper bound of u may rise and fall."""
+        S = self.model.num_sources
+        x_C, program = self.point.x_C, self.program
+        up_S = np.full(S, np.inf)
+        down_S = program.upper_C[:S] - x_C[:S]
+        held = np.flatnonzero(self.at_upper_C[:S])
+        if not len(held):
+            return up_S, down_S
+        fall = self.answer[:, held]
+        # What the other rows gain per example: guards that are not in the program included.
+        below = x_C[self.basic] - program.lower_C[self.basic]
+        above = program.upper_C[self.basic] - x_C[self.basic]
+        up_S[held] = _box_room(fall, below, above)
+        down_S[held] = np.minimum(_box_room(-fall, below, above), program.upper_C[held])
+        slack_rows = np.flatnonzero(self.point.is_basic_R)
+        rows_RC = program.rows[slack_rows]
+        drift = rows_RC[:, held] - rows_RC[:, self.basic] @ fall
+        row_R = rows_RC @ x_C
+        blocks = [
+            (
+                drift,
+                row_R - program.row_lower_R[slack_rows],
+                program.row_upper_R[slack_rows] - row_R,
+            )
+        ]
+        floor_T = -self.model.guard_T
+        absent = np.flatnonzero(np.isfinite(floor_T) & ~self._guards_in_program())
+        effects = self.model.effects
+        if len(absent) and effects.off_add_TS is None:
+            # Row by row in blocks: a thousand targets by two thousand columns is fine, but a copy
+            # of it for every block is not.
+            for block in np.array_split(absent, max(1, len(absent) // 256)):
+                rows = effects.rows(block)
+                basic = self.basic[self.basic < 2 * S]
+                inside = fall[self.basic < 2 * S]
+                moved = rows[:, held] - rows[:, basic] @ inside
+                room = rows @ x_C[: 2 * S] - floor_T[block]
+                blocks.append((moved, room, np.full(len(block), np.inf)))
+        for moved, below_rows, above_rows in blocks:
+            up_S[held] = np.minimum(up_S[held], _box_room(-moved, below_rows, above_rows))
+            down_S[held] = np.minimum(down_S[held], _box_room(moved, below_rows, above_rows))
+        return up_S, down_S
+
+    def _guards_in_program(self) -> np.ndarray:
+        names = {label[1] for label in self.program.labels if label[0] == "guard"}  # type: ignore[index]
+        return np.array([t in names for t in self.model.problem.targets])
+
+
+def _sign_room(
+    value: np.ndarray, change: np.ndarray, must_stay_up: np.ndarray, must_stay_down: np.ndarray
+) -> float:
+    """Largest step for which values that are >= 0 (<= 0) by optimality stay so."""
+    falls = must_stay_up & (change < -1e-13)
+    rises = must_stay_down & (change > 1e-13)
+    rooms = np.r_[
+        np.maximum(value[falls], 0.0) / -change[falls],
+        np.maximum(-value[rises], 0.0) / change[rises],
+        np.inf,
+    ]
+    return float(rooms.min())
+
+
+def _box_room(fall: np.ndarray, below: np.ndarray, above: np.ndarray) -> np.ndarray:
+    """[k] largest step of each column until something falling by ``fall`` leaves its box."""
+    if not len(fall):
+        return np.full(fall.shape[1], np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        down = np.where(fall > 1e-13, np.maximum(below, 0.0)[:, None] / fall, np.inf)
+        up = np.where(fall < -1e-13, np.maximum(above, 0.0)[:, None] / -fall, np.inf)
+    return np.minimum(down, up).min(axis=0)
+
+
+def _without_noise(value: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(value) <= zero, 0.0, value)

@@ -1,0 +1,237 @@
+"""A thin, checked door to HiGHS: every return value is looked at, every number must be finite.
+
+HiGHS accepts NaN silently (and then calls the model infeasible), ignores options that it does not
+know but for a status value, and never raises; all three become errors here. One thread and a fixed
+seed: the same model gives the same answer.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import highspy
+import numpy as np
+
+from system.errors import StageError
+
+TOLERANCE = 1e-9
+"""Primal and dual feasibility, in the scaled units of the model (``model.py`` scales)."""
+
+
+class ModelInfeasibleError(Exception):
+    """HiGHS proved that no point satisfies the model; callers translate it for the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Solution:
+    """An optimal point. Duals are derivatives of the (maximised) objective; None for a MILP."""
+
+    x_C: np.ndarray
+    row_R: np.ndarray
+    objective: float
+    reduced_cost_C: np.ndarray | None
+    """[C] cost - A'y: > 0 at an upper bound, < 0 at a lower one."""
+    dual_R: np.ndarray | None
+    """[R] d objective / d right-hand side."""
+    is_basic_C: np.ndarray | None
+    is_basic_R: np.ndarray | None
+    is_proven: bool = True
+    """False: the node limit stopped an integer search at a feasible point."""
+    gap: float = 0.0
+    """Proven distance from the best bound, in units of the objective."""
+
+
+class Solver:
+    """One HiGHS model that is built, solved, changed and solved again from its warm basis."""
+
+    def __init__(self, *, max_nodes: int | None = None) -> None:
+        self._highs = highspy.Highs()
+        # Two methods of the compiled base class that the package's type stubs leave out.
+        self._core: Any = self._highs
+        self._num_columns = 0
+        self._num_rows = 0
+        self._is_mip = False
+        self.iterations = 0
+        options: dict[str, bool | int | float] = {
+            "output_flag": False,
+            "threads": 1,
+            "random_seed": 0,
+            "primal_feasibility_tolerance": TOLERANCE,
+            "dual_feasibility_tolerance": TOLERANCE,
+            "small_matrix_value": 1e-12,
+            "mip_rel_gap": 0.0,
+            "mip_abs_gap": TOLERANCE,
+        }
+        if max_nodes is not None:
+            options["mip_max_nodes"] = max_nodes
+        for name, value in options.items():
+            self._check(self._highs.setOptionValue(name, value), f"set option {name}={value}")
+        self._check(self._highs.changeObjectiveSense(highspy.ObjSense.kMaximize), "maximise")
+
+    @staticmethod
+    def version() -> str:
+        """The version of HiGHS."""
+        return str(highspy.Highs().version())
+
+    def add_columns(
+        self,
+        cost_C: np.ndarray,
+        lower_C: np.ndarray,
+        upper_C: np.ndarray,
+        is_integer_C: np.ndarray | None = None,
+    ) -> None:
+        """Append columns that no row uses yet."""
+        n = len(cost_C)
+        _require_finite("cost", cost_C)
+        _require_no_nan("column bound", lower_C, upper_C)
+        none = np.zeros(0)
+        self._check(
+            self._highs.addCols(
+                n, cost_C, lower_C, upper_C, 0, np.zeros(n, np.int32), none.astype(np.int32), none
+            ),
+            "add columns",
+        )
+        if is_integer_C is not None and is_integer_C.any():
+            which = (self._num_columns + np.flatnonzero(is_integer_C)).astype(np.int32)
+            kinds = np.full(len(which), highspy.HighsVarType.kInteger.value, np.uint8)
+            self._check(
+                self._highs.changeColsIntegrality(len(which), which, kinds), "set integrality"
+            )
+            self._is_mip = True
+        self._num_columns += n
+
+    def add_rows(self, rows_RC: np.ndarray, lower_R: np.ndarray, upper_R: np.ndarray) -> None:
+        """Append rows given as a dense block over all columns; exact zeros are not stored."""
+        _require_finite("row", rows_RC)
+        _require_no_nan("row bound", lower_R, upper_R)
+        where_r, where_c = np.nonzero(rows_RC)
+        starts = np.searchsorted(where_r, np.arange(len(rows_RC))).astype(np.int32)
+        values = np.ascontiguousarray(rows_RC[where_r, where_c])
+        self._check(
+            self._highs.addRows(
+                len(rows_RC),
+                np.ascontiguousarray(lower_R, dtype=np.float64),
+                np.ascontiguousarray(upper_R, dtype=np.float64),
+                len(values),
+                starts,
+                where_c.astype(np.int32),
+                values,
+            ),
+            "add rows",
+        )
+        self._num_rows += len(rows_RC)
+
+    def set_costs(self, cost_C: np.ndarray) -> None:
+        """Replace the objective."""
+        _require_finite("cost", cost_C)
+        index = np.arange(self._num_columns, dtype=np.int32)
+        self._check(self._highs.changeColsCost(len(index), index, cost_C), "change costs")
+
+    def set_column_bounds(self, lower_C: np.ndarray, upper_C: np.ndarray) -> None:
+        """Replace the bounds of all columns."""
+        _require_no_nan("column bound", lower_C, upper_C)
+        index = np.arange(self._num_columns, dtype=np.int32)
+        self._check(
+            self._highs.changeColsBounds(len(index), index, lower_C, upper_C), "change bounds"
+        )
+
+    def set_row_bounds(self, lower_R: np.ndarray, upper_R: np.ndarray) -> None:
+        """Replace the bounds of all rows."""
+        _require_no_nan("row bound", lower_R, upper_R)
+        index = np.arange(self._num_rows, dtype=np.int32)
+        self._check(
+            self._core.changeRowsBounds(len(index), index, lower_R, upper_R), "change bounds"
+        )
+
+    def set_coefficients(self, row: int, columns: np.ndarray, values: np.ndarray) -> None:
+        """Replace some coefficients of one row."""
+        _require_finite("row", values)
+        for column, value in zip(columns.tolist(), values.tolist(), strict=True):
+            self._check(self._highs.changeCoeff(row, column, value), "change a coefficient")
+
+    def solve(self) -> Solution:
+        """Solve from the present basis.
+
+        Raises:
+            ModelInfeasibleError: no point satisfies the rows and bounds.
+            StageError: HiGHS ended in any state but a proven optimum (or, for a MILP, a feasible
+                point at the node limit).
+        """
+        status = self._highs.run()
+        if status == highspy.HighsStatus.kError:
+            # The global scheduler keeps the thread count of whoever used HiGHS first in this
+            # process; a run that asks for another count fails until the scheduler is rebuilt.
+            highspy.Highs.resetGlobalScheduler(True)
+            status = self._highs.run()
+        model_status = self._highs.getModelStatus()
+        info = self._highs.getInfo()
+        self.iterations += max(info.simplex_iteration_count, 0)
+        kinds = highspy.HighsModelStatus
+        if model_status in (kinds.kInfeasible, kinds.kUnboundedOrInfeasible):
+            raise ModelInfeasibleError
+        has_point = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+        is_stopped = self._is_mip and model_status == kinds.kSolutionLimit and has_point
+        if status == highspy.HighsStatus.kError or not (
+            model_status == kinds.kOptimal or is_stopped
+        ):
+            raise StageError(
+                "HiGHS was to end with a proven optimum, but it ended with status "
+                f"{self._highs.modelStatusToString(model_status)!r} on a model of "
+                f"{self._num_columns} columns and {self._num_rows} rows; if this is an integer "
+                "problem, raise mip_max_nodes, else report the input that led here"
+            )
+        return self._read(info, is_proven=not is_stopped)
+
+    def _read(self, info: "highspy.HighsInfo", *, is_proven: bool) -> Solution:
+        point = self._highs.getSolution()
+        x_C, row_R = np.array(point.col_value), np.array(point.row_value)
+        objective = float(info.objective_function_value)
+        _require_finite("solution", x_C)
+        if self._is_mip:
+            gap = abs(float(info.mip_dual_bound) - objective)
+            return Solution(
+                x_C=x_C,
+                row_R=row_R,
+                objective=objective,
+                reduced_cost_C=None,
+                dual_R=None,
+                is_basic_C=None,
+                is_basic_R=None,
+                is_proven=is_proven,
+                gap=gap,
+            )
+        if not point.dual_valid:
+            raise StageError("HiGHS gave an optimum without dual values; report the input")
+        status, basic = self._core.getBasicVariables()
+        self._check(status, "read the basis")
+        basic = np.asarray(basic)
+        is_basic_C, is_basic_R = np.zeros(self._num_columns, bool), np.zeros(self._num_rows, bool)
+        is_basic_C[basic[basic >= 0]] = True
+        is_basic_R[-1 - basic[basic < 0]] = True
+        return Solution(
+            x_C=x_C,
+            row_R=row_R,
+            objective=objective,
+            reduced_cost_C=np.array(point.col_dual),
+            dual_R=np.array(point.row_dual),
+            is_basic_C=is_basic_C,
+            is_basic_R=is_basic_R,
+        )
+
+    def _check(self, status: "highspy.HighsStatus", what: str) -> None:
+        if status != highspy.HighsStatus.kOk:
+            raise StageError(
+                f"HiGHS {self.version()} refused to {what} (status {status.name}); this is a "
+                "mistake in the model or an unsupported version of highspy, not in your data"
+            )
+
+
+def _require_finite(what: str, *arrays: np.ndarray) -> None:
+    for array in arrays:
+        if not np.all(np.isfinite(array)):
+            raise StageError(f"a {what} handed to HiGHS is not finite; report the input")
+
+
+def _require_no_nan(what: str, *arrays: np.ndarray) -> None:
+    for array in arrays:
+        if np.any(np.isnan(array)):
+            raise StageError(f"a {what} handed to HiGHS is not a number; report the input")

@@ -1,0 +1,302 @@
+"""What the optimiser is asked: the measured problem and the user's options, checked on arrival.
+
+Shape suffixes, here and in the whole package: ``T`` target (measured on), ``S`` source category
+(trained on), ``C`` column of a linear program, ``R`` row of a linear program.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from system.errors import ConfigError, DataError
+
+Objective = Literal["linear", "max-min", "concave", "robust"]
+OBJECTIVES: tuple[Objective, ...] = ("linear", "max-min", "concave", "robust")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MixProblem:
+    """The categories, what there is of them, and what they were measured to do to every target.
+
+    Effects are nats per response token *per example* of the source (or, for the paper's own
+    objective, the dimensionless gamma); positive means that more of the source helps the target.
+    Arrays are converted to float64; ``None`` in an optional field means "no such limit".
+    Source: arXiv 2409.07045, section 3 (EE-CPO), with separate add and remove slopes and errors.
+
+    Raises:
+        DataError: a shape, a name or a number that cannot be used; the message names the entry.
+
+    Example:
+        >>> MixProblem(categories=("a", "b"), targets=("a", "b"), base_S=[10, 10],
+        ...            effect_add_TS=[[1.0, 0.5], [-0.2, 1.0]]).importance_T.tolist()
+        [0.5, 0.5]
+    """
+
+    categories: tuple[str, ...]
+    """[S] source names, unique."""
+    targets: tuple[str, ...]
+    """[T] target names, unique; they need not be categories."""
+    base_S: np.ndarray
+    """[S] counts as given, examples; scaled to the budget by the solver."""
+    effect_add_TS: np.ndarray
+    """[T, S] effect of one more example of S on T."""
+    effect_remove_TS: np.ndarray | None = None
+    """[T, S] what one example of S is worth when it is taken away; None: as when it is added."""
+    se_TS: np.ndarray | None = None
+    """[T, S] standard error of ``effect_add_TS``, same unit, >= 0."""
+    se_remove_TS: np.ndarray | None = None
+    """[T, S] standard error of ``effect_remove_TS``; None: ``se_TS``."""
+    identifiable_TS: np.ndarray | None = None
+    """[T, S] bool; a False entry counts as zero effect and keeps its standard error."""
+    importance_T: np.ndarray = None  # type: ignore[assignment]
+    """[T] weights beta >= 0, used as given. None: base shares of the targets that are categories
+    (zero for the others); uniform when no target is a category."""
+    supply_S: np.ndarray | None = None
+    """[S] distinct examples there are; a mix may use ``supply * max_epochs`` of them."""
+    lower_S: np.ndarray | None = None
+    """[S] least number of examples."""
+    upper_S: np.ndarray | None = None
+    """[S] greatest number of examples."""
+    cap_S: np.ndarray | None = None
+    """[S] most examples by which a category may move away from the base mix, either way."""
+    tokens_S: np.ndarray | None = None
+    """[S] mean tokens per example, > 0; needed for a budget in tokens."""
+    group_S: tuple[str | None, ...] | None = None
+    """[S] name of the group that each category belongs to."""
+    guard_T: np.ndarray | None = None
+    """[T] nats that each target may lose at most; inf: unguarded. Adds to the options' guard."""
+
+    def __post_init__(self) -> None:
+        """Convert, check, and fill the default importance."""
+        set_field = object.__setattr__
+        set_field(self, "categories", _names(self.categories, "categories"))
+        set_field(self, "targets", _names(self.targets, "targets"))
+        S, T = len(self.categories), len(self.targets)
+        set_field(self, "base_S", _vector(self.base_S, "base count", self.categories))
+        if not self.base_S.sum() > 0:
+            raise DataError(
+                "the base mix needs at least one category with a positive count, but all "
+                f"{S} counts are 0; give the counts of the data you would train on by default"
+            )
+        for field, label in _SOURCE_VECTORS.items():
+            set_field(self, field, _optional_vector(getattr(self, field), label, self.categories))
+        guard_T = _optional_vector(self.guard_T, "guard", self.targets)
+        set_field(self, "guard_T", guard_T)
+        for field in ("effect_add_TS", "effect_remove_TS", "se_TS", "se_remove_TS"):
+            matrix = getattr(self, field)
+            if matrix is not None or field == "effect_add_TS":
+                set_field(self, field, self._matrix(matrix, field))
+        if self.identifiable_TS is not None:
+            mask = np.asarray(self.identifiable_TS)
+            if mask.shape != (T, S) or mask.dtype != np.bool_:
+                raise DataError(
+                    f"identifiable_TS must be a bool table of {T} targets x {S} sources, found "
+                    f"{mask.dtype} of shape {mask.shape}"
+                )
+        self._check_vectors()
+        if self.importance_T is None:
+            set_field(self, "importance_T", self._default_importance())
+        else:
+            weights = _vector(self.importance_T, "importance", self.targets)
+            set_field(self, "importance_T", weights)
+        if not self.importance_T.sum() > 0:
+            raise DataError(
+                "at least one target needs a positive importance, but all are 0; there is nothing "
+                "to optimise"
+            )
+
+    def _check_vectors(self) -> None:
+        if self.tokens_S is not None and not np.all(self.tokens_S > 0):
+            j = int(np.argmin(self.tokens_S))
+            raise DataError(
+                f"tokens per example must be > 0, found {self.tokens_S[j]} for category "
+                f"{self.categories[j]!r}"
+            )
+        for (low, low_name), (high, high_name) in (
+            ((self.lower_S, "lower"), (self.upper_S, "upper")),
+        ):
+            if low is None or high is None:
+                continue
+            for j in np.flatnonzero(low > high)[:1]:
+                raise DataError(
+                    f"category {self.categories[j]!r} has {low_name} limit {low[j]:g} above its "
+                    f"{high_name} limit {high[j]:g}; swap or widen them"
+                )
+        if self.group_S is not None and len(self.group_S) != len(self.categories):
+            raise DataError(
+                f"{len(self.group_S)} group names for {len(self.categories)} categories; give one "
+                "name (or nothing) for each category"
+            )
+
+    def _matrix(self, matrix: Any, field: str) -> np.ndarray:
+        S, T = len(self.categories), len(self.targets)
+        array = np.asarray(matrix)
+        if array.dtype != np.float64:
+            array = array.astype(np.float64)
+        if array.shape != (T, S):
+            raise DataError(
+                f"{field} must have one row for each of the {T} targets and one column for each "
+                f"of the {S} source categories, found shape {array.shape}"
+            )
+        for start in range(0, T, 512):
+            bad = np.argwhere(~np.isfinite(array[start : start + 512]))
+            if len(bad):
+                i, j = start + int(bad[0, 0]), int(bad[0, 1])
+                raise DataError(
+                    f"{field} must hold finite numbers, found {array[i, j]} for target "
+                    f"{self.targets[i]!r}, source {self.categories[j]!r}; mark an entry that "
+                    "could not be measured as not identifiable instead (an empty cell in a table)"
+                )
+        if field.startswith("se_") and array.size and array.min() < 0:
+            i, j = np.unravel_index(int(np.argmin(array)), array.shape)
+            raise DataError(
+                f"standard errors must be >= 0, found {array[i, j]} for target "
+                f"{self.targets[i]!r}, source {self.categories[j]!r}"
+            )
+        return array
+
+    def _default_importance(self) -> np.ndarray:
+        column = {name: j for j, name in enumerate(self.categories)}
+        shares_S = self.base_S / self.base_S.sum()
+        weights = [shares_S[column[t]] if t in column else 0.0 for t in self.targets]
+        if not any(t in column for t in self.targets):
+            weights = [1.0 / len(self.targets)] * len(self.targets)
+        return np.array(weights)
+
+
+_SOURCE_VECTORS = {
+    "supply_S": "supply",
+    "lower_S": "lower limit",
+    "upper_S": "upper limit",
+    "cap_S": "cap",
+    "tokens_S": "tokens per example",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLimit:
+    """The examples of several categories together lie in ``[lower, upper]``."""
+
+    name: str
+    members: tuple[str, ...] | None = None
+    """Category names; None: the categories whose ``group_S`` is ``name``."""
+    lower: float = 0.0
+    upper: float = float("inf")
+
+    def __post_init__(self) -> None:
+        """Refuse limits that cross."""
+        if not 0 <= self.lower <= self.upper:
+            raise ConfigError(
+                f"group {self.name!r} needs 0 <= min <= max, found min {self.lower:g} and max "
+                f"{self.upper:g}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixOptions:
+    """How the mix is to be chosen.
+
+    Raises:
+        ConfigError: a value outside its range, or two options that exclude each other.
+    """
+
+    objective: Objective = "linear"
+    budget: float | None = None
+    """Examples or tokens (``unit``) in the mix. None: the whole base."""
+    unit: Literal["examples", "tokens"] = "examples"
+    max_epochs: float = 1.0
+    """How often an example may be used; limits each category to ``supply * max_epochs``."""
+    move: float = 0.1
+    """Trust region: the largest share of the budget that may be added to categories."""
+    cap: float | None = None
+    """The largest share of the budget by which any one category may move, either way."""
+    guard: float | None = None
+    """No target may lose more than this share of the size of its base effect."""
+    guard_nats: float | None = None
+    """No target may lose more than this, in the unit of the effects."""
+    integer: bool = False
+    """Whole examples."""
+    max_categories: int | None = None
+    """At most so many categories in the mix."""
+    groups: tuple[GroupLimit, ...] = ()
+    radius: float = 1.0
+    """``robust``: how many standard errors an effect may be off."""
+    uncertainty: Literal["box", "budget"] = "box"
+    """``robust``: all sources may be off at once, or only ``sources_off`` of them."""
+    sources_off: float | None = None
+    """``robust`` with ``budget``: how many sources may be off at once. None: sqrt(sources)."""
+    mip_max_nodes: int = 100_000
+    """Node limit of the integer search: a count, not a time, so that it is the same everywhere."""
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective must be one of {OBJECTIVES}, found {self.objective!r}")
+        if self.unit not in ("examples", "tokens"):
+            raise ConfigError(f"unit must be 'examples' or 'tokens', found {self.unit!r}")
+        if self.uncertainty not in ("box", "budget"):
+            raise ConfigError(f"uncertainty must be 'box' or 'budget', found {self.uncertainty!r}")
+        _in_range("budget", self.budget, 0, open_low=True)
+        _in_range("max_epochs", self.max_epochs, 0, open_low=True)
+        _in_range("move", self.move, 0, 1)
+        for name in ("cap", "guard", "guard_nats", "radius", "sources_off"):
+            _in_range(name, getattr(self, name), 0)
+        if self.guard is not None and self.guard_nats is not None:
+            raise ConfigError("guard (a share) and guard_nats exclude each other; give one of them")
+        if self.max_categories is not None and self.max_categories < 1:
+            raise ConfigError(f"max_categories must be at least 1, found {self.max_categories}")
+        if self.mip_max_nodes < 1:
+            raise ConfigError(f"mip_max_nodes must be at least 1, found {self.mip_max_nodes}")
+        names = [g.name for g in self.groups]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"group limits must have different names, found {names}")
+
+
+def _in_range(
+    name: str,
+    value: float | None,
+    low: float,
+    high: float = float("inf"),
+    *,
+    open_low: bool = False,
+) -> None:
+    if value is None:
+        return
+    above = value > low if open_low else value >= low
+    if not (above and value <= high and np.isfinite(value)):
+        wanted = f"> {low:g}" if open_low else f">= {low:g}"
+        wanted += f" and <= {high:g}" if np.isfinite(high) else ""
+        raise ConfigError(f"{name} must be a finite number {wanted}, found {value}")
+
+
+def _names(names: Any, label: str) -> tuple[str, ...]:
+    names = tuple(names)
+    if not names or not all(isinstance(n, str) and n for n in names):
+        raise DataError(f"{label} must be one or more non-empty names, found {list(names)[:5]}")
+    if len(set(names)) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise DataError(f"{label} must be different names, found {twice!r} more than once")
+    return names
+
+
+def _vector(
+    values: Any, label: str, names: tuple[str, ...], *, allow_inf: bool = False
+) -> np.ndarray:
+    array = np.array(values, dtype=np.float64)
+    if array.shape != (len(names),):
+        raise DataError(
+            f"expected one {label} for each of the {len(names)} names, found shape {array.shape}"
+        )
+    bad = ~(array >= 0) | (np.isinf(array) & (not allow_inf))
+    if bad.any():
+        j = int(np.argmax(bad))
+        raise DataError(
+            f"every {label} must be a number >= 0{'' if allow_inf else ' and finite'}, found "
+            f"{array[j]} for {names[j]!r}"
+        )
+    return array
+
+
+def _optional_vector(values: Any, label: str, names: tuple[str, ...]) -> np.ndarray | None:
+    return None if values is None else _vector(values, label, names, allow_inf=True)

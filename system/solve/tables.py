@@ -1,0 +1,245 @@
+"""Reading the tables of ``instructmix solve``: matrices, the base table, the limits file."""
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from system.errors import DataError
+
+_BASE_NUMBERS = ("count", "supply", "importance", "lower", "upper", "cap", "tokens")
+_BASE_COLUMNS = ("category", *_BASE_NUMBERS, "group")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MatrixTable:
+    """A named [T, S] matrix; an empty cell is an entry that could not be measured."""
+
+    path: str
+    targets: tuple[str, ...]
+    categories: tuple[str, ...]
+    values_TS: np.ndarray
+    """Zero where a cell was empty."""
+    is_measured_TS: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BaseTable:
+    """The categories and what there is of them; columns that the file lacks are None."""
+
+    path: str
+    categories: tuple[str, ...]
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
+    """Column name to [S] values, NaN for an empty cell; at least ``count``."""
+    groups: tuple[str | None, ...] | None = None
+
+
+def read_matrix(path: str, base: BaseTable) -> MatrixTable:
+    """A matrix table: first column target names, header source names (rows = targets).
+
+    ``.csv``, ``.parquet``, or ``.npy`` with targets and sources both in the order of ``base``.
+
+    Raises:
+        DataError: unreadable, a cell that is not a number, or a shape that does not fit.
+    """
+    suffix = _suffix(path, (".csv", ".parquet", ".npy"))
+    if suffix == ".npy":
+        return _read_npy(path, base)
+    header, rows = _read_csv(path) if suffix == ".csv" else _read_parquet(path)
+    if len(header) < 2 or not rows:
+        raise DataError(
+            f"{path}: expected a table with a first column of target names and one column for each "
+            f"source, found {len(header)} columns and {len(rows)} rows"
+        )
+    values = np.zeros((len(rows), len(header) - 1))
+    measured = np.ones(values.shape, bool)
+    for i, row in enumerate(rows):
+        for j, cell in enumerate(row[1:]):
+            if cell is None or cell == "":
+                measured[i, j] = False
+            else:
+                values[i, j] = _number(cell, path, i, str(row[0]), header[j + 1])
+    return MatrixTable(
+        path=path,
+        targets=_distinct([str(row[0]) for row in rows], path, "target rows"),
+        categories=_distinct(header[1:], path, "source columns"),
+        values_TS=values,
+        is_measured_TS=measured,
+    )
+
+
+def align(
+    table: MatrixTable, targets: tuple[str, ...], categories: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values and mask of the table in the given order of names.
+
+    Raises:
+        DataError: names that do not match; says which are missing and which are unknown.
+    """
+    for found, wanted, what in (
+        (table.targets, targets, "target rows"),
+        (table.categories, categories, "source columns"),
+    ):
+        missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+        if missing or unknown:
+            raise DataError(
+                f"{table.path}: the {what} must have the same names as the other tables; missing: "
+                f"{missing[:8]}, unknown: {unknown[:8]}"
+            )
+    if table.targets == targets and table.categories == categories:
+        return table.values_TS, table.is_measured_TS
+    rows = np.array([table.targets.index(name) for name in targets])
+    columns = np.array([table.categories.index(name) for name in categories])
+    where = np.ix_(rows, columns)
+    return table.values_TS[where], table.is_measured_TS[where]
+
+
+def read_base(path: str) -> BaseTable:
+    """``category,count[,supply,importance,lower,upper,cap,tokens,group]`` from CSV or Parquet.
+
+    Raises:
+        DataError: a missing or unknown column, a name twice, or a cell that is not a number.
+    """
+    suffix = _suffix(path, (".csv", ".parquet"))
+    header, rows = _read_csv(path) if suffix == ".csv" else _read_parquet(path)
+    unknown = [name for name in header if name not in _BASE_COLUMNS]
+    missing = [name for name in ("category", "count") if name not in header]
+    if unknown or missing or len(set(header)) != len(header):
+        raise DataError(
+            f"{path}: expected the columns category,count and any of "
+            f"{','.join(_BASE_COLUMNS[2:])}; found {','.join(header)}"
+        )
+    if not rows:
+        raise DataError(f"{path}: expected one row for each category, found none")
+    column = {name: k for k, name in enumerate(header)}
+    names = [_cell(row[column["category"]]) for row in rows]
+    numbers = {}
+    for name in _BASE_NUMBERS:
+        if name in column:
+            numbers[name] = np.array(
+                [
+                    np.nan
+                    if _cell(row[column[name]]) == ""
+                    else _number(row[column[name]], path, i, names[i], name)
+                    for i, row in enumerate(rows)
+                ]
+            )
+    for i in np.flatnonzero(np.isnan(numbers["count"]))[:1]:
+        raise DataError(f"{path}: category {names[i]!r} has no count; give a number, 0 if none")
+    groups = None
+    if "group" in column:
+        groups = tuple(_cell(row[column["group"]]) or None for row in rows)
+    return BaseTable(
+        path=path,
+        categories=_distinct(names, path, "categories"),
+        numbers=numbers,
+        groups=groups,
+    )
+
+
+def read_limits(path: str) -> dict[str, Any]:
+    """The limits file (YAML) as a mapping; ``command.py`` gives it meaning.
+
+    Raises:
+        DataError: unreadable, not a mapping, or an unknown key.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read as YAML: {error}") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path}: expected keys such as 'groups:' and 'categories:', found "
+            f"{type(content).__name__}"
+        )
+    return content
+
+
+def _suffix(path: str, known: tuple[str, ...]) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in known:
+        raise DataError(f"{path}: expected a file name ending in {', '.join(known)}")
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file")
+    return suffix
+
+
+def _read_npy(path: str, base: BaseTable) -> MatrixTable:
+    try:
+        # Mapped, not read: ten thousand categories are 800 MB, and each pass streams it once.
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a .npy array: {error}") from error
+    S = len(base.categories)
+    if values.shape != (S, S) or values.dtype.kind not in "fiu":
+        raise DataError(
+            f"{path}: a .npy matrix has no names, so it must be a number for each of the {S} x {S} "
+            f"pairs of {base.path}, in its order; found {values.dtype} of shape {values.shape}; "
+            "use .csv or .parquet for other targets"
+        )
+    return MatrixTable(
+        path=path,
+        targets=base.categories,
+        categories=base.categories,
+        values_TS=values,
+        is_measured_TS=np.ones((1, 1), bool),
+    )
+
+
+def _read_csv(path: str) -> tuple[list[str], list[list[Any]]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV: {error}") from error
+    if not lines:
+        raise DataError(f"{path}: expected a table with a header, found an empty file")
+    header = [cell.strip() for cell in lines[0]]
+    for number, line in enumerate(lines[1:], start=2):
+        if len(line) != len(header):
+            raise DataError(
+                f"{path}: the header has {len(header)} columns but table row {number} has "
+                f"{len(line)}: {','.join(line)[:80]}"
+            )
+    return header, [[cell.strip() for cell in line] for line in lines[1:]]
+
+
+def _read_parquet(path: str) -> tuple[list[str], list[list[Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+    columns = [table.column(k).to_pylist() for k in range(table.num_columns)]
+    return list(table.column_names), [list(row) for row in zip(*columns, strict=True)]
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _number(cell: Any, path: str, row: int, name: str, column: str) -> float:
+    try:
+        value = float(cell)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not np.isfinite(value):
+        raise DataError(
+            f"{path}: expected a finite number in column {column!r} of row {name!r} (table row "
+            f"{row + 2}), found {cell!r}; leave the cell empty if it could not be measured"
+        )
+    return value
+
+
+def _distinct(names: list[str], path: str, what: str) -> tuple[str, ...]:
+    if len(set(names)) != len(names) or not all(names):
+        twice = next((n for n in names if not n or names.count(n) > 1), "")
+        raise DataError(f"{path}: the {what} must have different names, found {twice!r} again")
+    return tuple(names)
