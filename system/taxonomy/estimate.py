@@ -1,0 +1,182 @@
+"""From effects with errors to a dependency graph: tests, weights, levels, bootstrap.
+
+Legend of shape suffixes: R replications, T target (measured on), S source (trained on); both axes
+hold the same categories in the same order.  `[i, j]` speaks of "i depends on j".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from system.errors import ConfigError
+from system.taxonomy.dependence import (
+    DependenceRule,
+    EffectTable,
+    PairTests,
+    direction_correlation,
+    draw_effects,
+)
+from system.taxonomy.inputs import read_table
+from system.taxonomy.ordering import acyclic_subgraph, longest_paths, transitive_reduction
+from system.taxonomy.records import AsymmetryUnit, Edge, Taxonomy
+
+
+def estimate_taxonomy(
+    categories: Sequence[str],
+    effect_TS: np.ndarray,
+    effect_se_TS: np.ndarray,
+    *,
+    effect_RTS: np.ndarray | None = None,
+    degrees_of_freedom: np.ndarray | float = np.inf,
+    identifiable_TS: np.ndarray | None = None,
+    false_discovery_rate: float = 0.1,
+    asymmetry_unit: AsymmetryUnit = "nats",
+    smallest_effect: float = 0.0,
+    num_bootstrap: int = 200,
+    seed: int = 0,
+    exact_limit: int = 40,
+    node_limit: int = 500,
+) -> Taxonomy:
+    """Finds which categories depend on which, and the levels that follow.
+
+    i depends on j when both hold:
+
+    - *help*: `effect[i, j] > smallest_effect`, one-sided t test (normal where the degrees of
+      freedom are infinite);
+    - *asymmetry*: `d[i, j] = effect[i, j] - effect[j, i] > 0`, one-sided t test with
+      `se(d)^2 = se_ij^2 + se_ji^2 - 2 rho se_ij se_ji` and Welch-Satterthwaite degrees of freedom.
+      rho, one number for the whole matrix, is the correlation of the two directions over
+      replications; 0 where there are none.  With `asymmetry_unit="gamma"` the two effects are first
+      divided by their targets' own effects (`effect[i, j] / effect[i, i]`, errors by the delta
+      method): fair where some targets are easier to move than others, but defined only where both
+      own effects are positive and identifiable.
+
+    The larger of the two p-values tests "both hold" at its level (intersection-union test).
+    Benjamini-Hochberg over all tested ordered pairs bounds the expected share of false edges.
+    An edge weighs `d * z^2 / (1 + z^2)`, `z = d / se(d)`: the asymmetry, shrunk by its error.  The
+    acyclic subgraph of largest weight is kept; levels are longest paths in it.
+
+    Stability of an edge is the share of bootstrap draws in whose (locally searched) acyclic graph
+    it stands.  Draws are normal around the effects with the given errors; with replications, what
+    these show of the errors keeps its correlations (see `draw_effects`).  A draw adds the noise a
+    second time, so stabilities err on the low side.
+
+    Args:
+        categories: names, in the order of both axes.
+        effect_TS: [T, S] float64, nats per response token per unit of data; positive = helps.
+        effect_se_TS: [T, S] standard errors, same unit, >= 0 (0 = known exactly).
+        effect_RTS: [R, T, S] effects of the single replications, if there are any.
+        degrees_of_freedom: behind the errors; one number or [T, S].
+        identifiable_TS: [T, S] bool, entries that may be used; a pair needs both directions.
+        false_discovery_rate: between 0 and 1, exclusive.
+        asymmetry_unit: `nats` or `gamma`.
+        smallest_effect: nats; helping less than this is no dependency.
+        num_bootstrap: draws; 0 = no stabilities.
+        seed: of the draws.
+        exact_limit: clusters of mutually reachable categories up to this size are solved exactly.
+        node_limit: branch-and-bound nodes a cluster may take.
+
+    Returns:
+        the taxonomy.  No significant pair is an answer: no edges, all categories on level 0.
+
+    Raises:
+        DataError: arrays that do not fit the categories, or usable entries that are not finite.
+        ConfigError: a setting out of range.
+    """
+    if not 0 < false_discovery_rate < 1:
+        raise ConfigError(
+            f"false_discovery_rate must lie between 0 and 1; got {false_discovery_rate!r}."
+        )
+    if asymmetry_unit not in ("nats", "gamma"):
+        raise ConfigError(f"asymmetry_unit must be nats or gamma; got {asymmetry_unit!r}.")
+    if num_bootstrap < 0:
+        raise ConfigError(f"num_bootstrap must be 0 or more; got {num_bootstrap!r}.")
+    table = read_table(
+        categories, effect_TS, effect_se_TS, effect_RTS, degrees_of_freedom, identifiable_TS
+    )
+    rule = DependenceRule(
+        false_discovery_rate=false_discovery_rate,
+        asymmetry_unit=asymmetry_unit,
+        smallest_effect=smallest_effect,
+        rho=direction_correlation(table, effect_RTS),
+    )
+    tests = rule.test(table)
+    graph = acyclic_subgraph(tests.weight_TS, exact_limit=exact_limit, node_limit=node_limit)
+    level_S = longest_paths(graph.kept)
+    stability_TS, level_stability_S = _bootstrap(
+        table, rule, effect_RTS, level_S, num_bootstrap=num_bootstrap, seed=seed
+    )
+    is_reduced_TS = transitive_reduction(graph.kept)
+
+    def edges(chosen_TS: np.ndarray) -> tuple[Edge, ...]:
+        return _read_edges(
+            table.categories,
+            chosen_TS,
+            tests,
+            stability_TS=stability_TS if num_bootstrap else None,
+            is_reduced_TS=is_reduced_TS,
+        )
+
+    by_level = np.argsort(level_S, kind="stable")
+    return Taxonomy(
+        categories=table.categories,
+        edges=edges(graph.kept),
+        dropped=edges((tests.weight_TS > 0) & ~graph.kept),
+        levels=tuple(int(level) for level in level_S),
+        level_stability=tuple(float(x) for x in level_stability_S) if num_bootstrap else None,
+        order=tuple(table.categories[s] for s in by_level),
+        objective=graph.objective,
+        gap=(graph.bound - graph.objective) / graph.bound if graph.bound > 0 else 0.0,
+        method=graph.method,
+        num_tested=int(tests.tested_TS.sum()),
+        false_discovery_rate=float(false_discovery_rate),
+        asymmetry_unit=asymmetry_unit,
+        num_bootstrap=num_bootstrap,
+        seed=seed,
+    )
+
+
+def _read_edges(
+    names: tuple[str, ...],
+    chosen_TS: np.ndarray,
+    tests: PairTests,
+    *,
+    stability_TS: np.ndarray | None,
+    is_reduced_TS: np.ndarray,
+) -> tuple[Edge, ...]:
+    return tuple(
+        Edge(
+            target=names[i],
+            source=names[j],
+            weight=float(tests.weight_TS[i, j]),
+            z=float(tests.z_TS[i, j]),
+            p=float(tests.p_TS[i, j]),
+            stability=None if stability_TS is None else float(stability_TS[i, j]),
+            is_reduced=bool(is_reduced_TS[i, j]),
+        )
+        for i, j in np.argwhere(chosen_TS)
+    )
+
+
+def _bootstrap(
+    table: EffectTable,
+    rule: DependenceRule,
+    effect_RTS: np.ndarray | None,
+    level_S: np.ndarray,
+    *,
+    num_bootstrap: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Share of draws with each edge, [T, S], and with each category's level, [S]."""
+    generator = np.random.default_rng(seed)
+    edge_TS, same_S = np.zeros_like(table.effect_TS), np.zeros(len(level_S))
+    for _ in range(num_bootstrap):
+        drawn = replace(table, effect_TS=draw_effects(table, effect_RTS, generator))
+        weight_TS = rule.test(drawn).weight_TS
+        kept = acyclic_subgraph(weight_TS, exact_limit=0, node_limit=0, is_draft=True).kept
+        edge_TS += kept
+        same_S += longest_paths(kept) == level_S
+    return edge_TS / max(num_bootstrap, 1), same_S / max(num_bootstrap, 1)
