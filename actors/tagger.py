@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from actors.pool import ActorPool, Done, wait_any
 from actors.scorer import scorer_pool
@@ -185,8 +184,9 @@ class _Tagging:
             chosen = pa.concat_tables(blocks).column("category").combine_chunks()
         index = CORPUS.get_field_index("category")
         table = table.set_column(index, CORPUS.field("category"), chosen)
+        names = np.array(chosen.to_pylist(), dtype=object)
         for category in self.names:
-            part = table.filter(pc.is_in(chosen, value_set=pa.array([category])))
+            part = table.filter(pa.array(names == category))
             if part.num_rows:
                 path = f"{shard_directory(shard.split, category)}/{number:05d}.arrow"
                 yield write_shard(self.context.attempt, path, part, shard.split, category)
