@@ -264,6 +264,9 @@ def finish_ingest(
         details={"duplicates": dict(sorted(duplicates.items()))},
     )
     num_written = _write_rejected(plan, outcomes)
+    if not duplicates:
+        uri = storage.join(plan.attempt, "duplicates", "00000.parquet")
+        storage.write_table(uri, DUPLICATES.empty_table())
     _check_sums(manifest, num_written)
     if not sum(manifest.untagged.values()):
         check_category_sizes(manifest, plan.settings)

@@ -24,7 +24,7 @@ from system.ingest_plan import (
     PieceCount,
     chunk_uri,
 )
-from system.readers import Defect, Piece, read_rows
+from system.readers import Defect, Piece, read_numbers, read_rows
 from system.schema import MESSAGES
 from system.spill import SpillWriter, spill_output
 
@@ -69,9 +69,9 @@ def detect_format(source: SourceConfig, piece: Piece) -> Format | None:
     defect: Defect | None = None
     whole = Piece(file=piece.file, uri=piece.uri, stamp=piece.stamp)
     for row, value in read_rows(whole):
-        if type(value) is dict:
+        if isinstance(value, dict):
             first.append(value)
-        elif isinstance(value, Defect):
+        else:
             defect = defect or value
         if len(first) == _DETECTION_ROWS:
             break
@@ -123,7 +123,7 @@ class _ChunkWorker:
         labels = self._labels
         labels.open_file(piece.uri)
         last = -1
-        for row, value in read_rows(piece):
+        for row, value in read_numbers(piece):
             last = row
             if value is None:
                 continue

@@ -53,6 +53,9 @@ class Piece:
     """Bytes of JSONL, row groups of Parquet; None: to the end of the file."""
 
 
+RawRow = tuple[int, "dict[str, Any] | Defect | None"]
+
+
 class FileKind(NamedTuple):
     """How a file is to be read."""
 
@@ -148,16 +151,19 @@ def _excerpt(line: bytes) -> str:
     return text + ("..." if len(line) > 80 else "")
 
 
-RawRow = tuple[int, "dict[str, Any] | Defect | None"]
-"""Number within the piece, and the row; None is an empty line, which is numbered but is no row."""
-
-
-def read_rows(piece: Piece) -> Iterator[RawRow]:
-    """All rows of a piece, numbered from 0.
+def read_rows(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | Defect]]:
+    """All rows of a piece with their numbers, counted from 0.
 
     Raises:
         DataError: the file is damaged, cut off, or of no known kind.
     """
+    for number, row in read_numbers(piece):
+        if row is not None:
+            yield number, row
+
+
+def read_numbers(piece: Piece) -> Iterator[RawRow]:
+    """The same with an entry for every number: None is an empty line, which is no row."""
     kind = file_kind(piece.uri)
     if kind.name == "lines":
         return _read_lines(piece, kind.compression)
