@@ -20,11 +20,16 @@ class Interval:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> Interval:
     """Share of successes with its Wilson score interval.
 
     Unlike the plain normal interval it stays inside [0, 1] and keeps its level for few trials and
     for shares near 0 or 1.  Source: Wilson 1927, J. Am. Stat. Assoc. 22 (158).
+
+    Args:
+        successes: may be fractional: the mean over repetitions on the same trials.
+        trials: independent trials; repetitions on the same ones do not add any.
+        confidence: level of the interval.
 
     Raises:
         ValueError: no trials, or more successes than trials.
@@ -37,4 +42,8 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> In
     centre = (share + z * z / (2 * trials)) / denominator
     spread = share * (1 - share) / trials + z * z / (4 * trials * trials)
     half = z * math.sqrt(spread) / denominator
-    return Interval(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half))
+    return Interval(
+        value=share,
+        low=0.0 if successes == 0 else max(0.0, centre - half),
+        high=1.0 if successes == trials else min(1.0, centre + half),
+    )

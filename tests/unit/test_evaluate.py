@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy import stats
+
+from system.contrast import contrast
+from system.errors import DataError
+from system.evaluate import (
+    LOSSES,
+    OUTCOMES,
+    ArmInfo,
+    accuracy_table,
+    headline,
+    performance_of,
+    summarise,
+)
+from system.intervals import wilson_interval
+
+DIFFERENCE = {"solved": 1.0, "natural": -1.0}
+BASE_GAP = 0.7
+
+
+def simulate(
+    rng: np.random.Generator,
+    *,
+    gain: float = 0.0,
+    seeds: int = 3,
+    rows: int = 40,
+    seed_sd: float = 0.02,
+    example_sd: float = 0.5,
+    interaction_sd: float = 0.05,
+    categories: tuple[str, ...] = ("a", "b"),
+    arms: tuple[str, ...] = ("natural", "solved", "solved-curriculum"),
+) -> dict[str, dict[str, np.ndarray]]:
+    """Arms x seeds x examples with the error model of `system.contrast`."""
+    performance = {arm: {} for arm in ("base", *arms)}
+    noise = {arm: rng.normal(0, seed_sd, seeds) for arm in arms}
+    common = rng.normal(0, 3 * seed_sd, seeds)
+    for category in categories:
+        examples = rng.normal(-2, example_sd, rows)
+        taste = rng.normal(0, interaction_sd, rows)
+        performance["base"][category] = (examples + taste - BASE_GAP)[None, :]
+        for arm in arms:
+            taste = rng.normal(0, interaction_sd, rows)
+            rest = rng.normal(0, 0.05, (seeds, rows))
+            level = gain if arm == "solved" else 0.0
+            performance[arm][category] = (
+                level + (common + noise[arm])[:, None] + examples + taste + rest
+            )
+    return performance
+
+
+def test_a_difference_by_hand():
+    performance = {
+        "natural": {"a": np.array([[0.0, 0.0], [0.0, 0.0]])},
+        "solved": {"a": np.array([[1.0, 3.0], [2.0, 6.0]])},
+    }
+    found = contrast(performance, DIFFERENCE, {"a": 1.0}, 0.95)
+    # d = [[1, 3], [2, 6]]: seed means 2, 4; example means 1.5, 4.5; mean 3; rest +-0.5.
+    # MS_seed = 2 * var(2, 4) = 4, MS_example = 2 * var(1.5, 4.5) = 9, MS_rest = 4 * 0.25 / 1 = 1.
+    assert found.value == 3.0
+    assert found.se**2 == pytest.approx((4 + 9 - 1) / 4)
+    assert found.se_seeds**2 == pytest.approx(4 / 4)
+    assert found.se_heldout**2 == pytest.approx((9 - 1) / 4)
+    degrees = 12**2 / (4**2 / 1 + 9**2 / 1 + 1**2 / 1)
+    assert found.degrees == pytest.approx(degrees)
+    half = stats.t.ppf(0.975, degrees) * np.sqrt(3.0)
+    assert (found.low, found.high) == pytest.approx((3 - half, 3 + half))
+    assert found.verdict == "tie"
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    truth, hits, runs = 0.03, 0, 600
+    for _ in range(runs):
+        performance = simulate(rng, gain=truth)
+        found = contrast(performance, DIFFERENCE, {"a": 0.7, "b": 0.3}, 0.95)
+        hits += found.low <= truth <= found.high
+    assert 0.93 <= hits / runs <= 0.99
+
+
+def test_intervals_against_the_base_cover_although_the_base_has_no_seed():
+    rng = np.random.default_rng(1)
+    hits, runs = 0, 600
+    for _ in range(runs):
+        performance = simulate(rng, gain=0.2, seeds=4)
+        found = contrast(performance, {"solved": 1.0, "base": -1.0}, {"a": 0.5, "b": 0.5}, 0.95)
+        hits += found.low <= BASE_GAP + 0.2 <= found.high
+    assert 0.93 <= hits / runs <= 0.99
+
+
+def test_a_true_gain_is_found_and_none_is_a_tie_most_of_the_time():
+    rng = np.random.default_rng(2)
+    weights = {"a": 0.5, "b": 0.5}
+    big = [contrast(simulate(rng, gain=0.3), DIFFERENCE, weights, 0.95) for _ in range(50)]
+    none = [contrast(simulate(rng), DIFFERENCE, weights, 0.95).verdict for _ in range(200)]
+    assert sum(found.verdict == "better" for found in big) >= 48
+    assert none.count("tie") >= 184
+    assert {contrast(simulate(rng, gain=-1.0), DIFFERENCE, weights, 0.95).verdict} == {"worse"}
+
+
+def test_more_examples_do_not_hide_that_trainings_differ():
+    rng = np.random.default_rng(3)
+    found = contrast(
+        simulate(rng, rows=20_000, seed_sd=0.1, interaction_sd=0.0), DIFFERENCE, {"a": 1.0}, 0.95
+    )
+    assert found.se > 0.02
+    assert found.se_seeds == pytest.approx(found.se, rel=0.05)
+
+
+def test_with_one_seed_the_missing_part_of_the_error_is_named_not_guessed():
+    found = contrast(simulate(np.random.default_rng(4), seeds=1), DIFFERENCE, {"a": 1.0}, 0.95)
+    assert found.se_seeds is None
+    assert found.se == found.se_heldout > 0
+
+
+def test_pairing_takes_out_what_arms_share():
+    rng = np.random.default_rng(5)
+    performance = simulate(rng, example_sd=5.0, interaction_sd=0.0, seed_sd=0.0)
+    assert contrast(performance, DIFFERENCE, {"a": 1.0}, 0.95).se < 0.02
+
+
+def test_identical_arms_are_a_tie_with_no_error():
+    same = simulate(np.random.default_rng(6), arms=("natural",))["natural"]
+    found = contrast({"natural": same, "solved": same}, DIFFERENCE, {"a": 1.0}, 0.95)
+    assert (found.value, found.se, found.verdict) == (0.0, 0.0, "tie")
+
+
+def test_arms_with_different_seeds_cannot_be_paired():
+    performance = simulate(np.random.default_rng(7))
+    performance["solved"] = {c: of[:2] for c, of in performance["solved"].items()}
+    with pytest.raises(ValueError, match="different numbers of seeds"):
+        contrast(performance, DIFFERENCE, {"a": 1.0}, 0.95)
+
+
+def loss_table(performance: dict[str, dict[str, np.ndarray]]) -> pa.Table:
+    rows = [
+        {"arm": arm, "seed": seed, "category": c, "id": f"{c}{i:03d}", "nll": -value * 7,
+         "num_tokens": 7}
+        for arm, of in performance.items()
+        for c, values in of.items()
+        for seed, line in enumerate(values)
+        for i, value in enumerate(line)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=LOSSES)
+
+
+def test_a_long_table_becomes_arrays_over_seeds_and_common_examples():
+    performance = simulate(np.random.default_rng(8), rows=5)
+    table = loss_table(performance)
+    order = np.random.default_rng(0).permutation(table.num_rows)
+    found, left_out = performance_of(table.take(pa.array(order)), "loss")
+    assert left_out == {}
+    for arm, of in performance.items():
+        for c, values in of.items():
+            np.testing.assert_allclose(found[arm][c], values)
+    found, left_out = performance_of(table.slice(1), "loss")
+    assert left_out == {"a": 1}
+    np.testing.assert_allclose(found["solved"]["a"], performance["solved"]["a"][:, 1:])
+
+
+def arm_info(name: str, seeds: int = 3) -> ArmInfo:
+    return ArmInfo(
+        name=name, mix="natural", order="shuffled", seeds=seeds, examples=10, response_tokens=70,
+        steps=2, counts={"a": 5, "b": 5},
+    )  # fmt: skip
+
+
+def full_summary(performance, outcomes=None):
+    outcomes = OUTCOMES.empty_table() if outcomes is None else outcomes
+    trained = [name for name in performance if name != "base"]
+    return summarise(
+        losses=loss_table(performance),
+        outcomes=outcomes,
+        arms=[arm_info(name) for name in trained],
+        importance={"a": 30.0, "b": 10.0},
+        mix=None,
+        confidence=0.95,
+    )
+
+
+def test_the_summary_compares_every_arm_with_natural_and_with_base():
+    performance = simulate(np.random.default_rng(9), gain=1.0)
+    summary = full_summary(performance)
+    pairs = {(r["arm"], r["reference"]) for r in summary["comparisons"]}
+    assert pairs == {
+        ("solved", "natural"), ("solved-curriculum", "natural"),
+        ("natural", "base"), ("solved", "base"), ("solved-curriculum", "base"),
+    }  # fmt: skip
+    overall = {
+        (r["arm"], r["reference"], r["weighting"]): r
+        for r in summary["comparisons"]
+        if r["category"] is None
+    }
+    per_category = {
+        r["category"]: r["value"]
+        for r in summary["comparisons"]
+        if r["arm"] == "solved" and r["reference"] == "natural" and r["category"]
+    }
+    assert overall["solved", "natural", "importance"]["value"] == pytest.approx(
+        0.75 * per_category["a"] + 0.25 * per_category["b"]
+    )
+    assert overall["solved", "natural", "uniform"]["value"] == pytest.approx(
+        0.5 * per_category["a"] + 0.5 * per_category["b"]
+    )
+    assert overall["solved", "natural", "importance"]["verdict"] == "better"
+    assert any("solved against natural: +" in line for line in headline(summary))
+    levels = {(r["arm"], r["category"]): r["value"] for r in summary["losses"]}
+    assert levels["solved", "a"] == pytest.approx(-performance["solved"]["a"].mean())
+
+
+def test_mix_and_order_are_judged_apart_where_all_four_arms_were_trained():
+    arms = ("natural", "solved", "natural-curriculum", "solved-curriculum")
+    performance = simulate(np.random.default_rng(10), arms=arms, seed_sd=0.0)
+    for c in ("a", "b"):
+        for arm, level in zip(arms, (0.0, 0.5, 0.2, 0.9), strict=True):
+            performance[arm][c] = performance["natural"][c] + level
+    factors = {
+        r["factor"]: r["value"]
+        for r in full_summary(performance)["factors"]
+        if r["weighting"] == "uniform"
+    }
+    assert factors == pytest.approx({"mix": 0.6, "order": 0.3, "interaction": 0.2})
+    del performance["natural-curriculum"]
+    factors = {
+        r["factor"]: (r["formula"], r["value"])
+        for r in full_summary(performance)["factors"]
+        if r["weighting"] == "uniform"
+    }
+    assert factors["mix"] == ("solved - natural", pytest.approx(0.5))
+    assert factors["order"] == ("solved-curriculum - solved", pytest.approx(0.4))
+    assert "interaction" not in factors
+
+
+def test_accuracy_is_compared_on_the_same_questions():
+    performance = simulate(np.random.default_rng(11))
+    rows = [
+        {"arm": arm, "seed": seed, "category": "a", "id": f"q{i}",
+         "correct": i < (8 if arm == "solved" else 3)}
+        for arm, seeds in (("base", 1), ("natural", 3), ("solved", 3), ("solved-curriculum", 3))
+        for seed in range(seeds)
+        for i in range(10)
+    ]  # fmt: skip
+    outcomes = pa.Table.from_pylist(rows, schema=OUTCOMES)
+    summary = full_summary(performance, outcomes)
+    solved = next(r for r in summary["accuracy"] if r["arm"] == "solved")
+    assert (solved["value"], solved["rows"], solved["seeds"]) == (0.8, 10, 3)
+    assert 0.4 < solved["low"] < 0.5
+    gain = next(
+        r
+        for r in summary["comparisons"]
+        if r["metric"] == "accuracy" and r["arm"] == "solved" and r["reference"] == "natural"
+    )
+    assert gain["value"] == pytest.approx(0.5)
+    table = accuracy_table(outcomes, 0.95)
+    assert table.num_rows == 10
+    assert set(table["rows"].to_pylist()) == {10}
+
+
+def test_too_few_common_rows_is_a_clear_error():
+    performance = simulate(np.random.default_rng(12), rows=1)
+    with pytest.raises(DataError, match=r"evaluate\.test_rows"):
+        full_summary(performance)
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 10), (10, 10), (3, 7), (81, 263)])
+def test_wilson_ends_are_where_the_score_test_just_accepts(hits: int, trials: int):
+    found = wilson_interval(hits, trials, 0.95)
+    z = stats.norm.ppf(0.975)
+    for end in (found.low, found.high):
+        if 0 < end < 1:
+            assert abs(hits / trials - end) == pytest.approx(z * np.sqrt(end * (1 - end) / trials))
+    assert found.low <= found.value <= found.high
+
+
+def test_wilson_refuses_no_trials():
+    with pytest.raises(ValueError, match="trials"):
+        wilson_interval(0, 0)
