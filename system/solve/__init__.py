@@ -2,7 +2,7 @@
 
 from system.solve.mix import CategoryMix, GroupMix, Mix, SolverInfo, TargetMix
 from system.solve.problem import GroupLimit, MixOptions, MixProblem
-from system.solve.solve import solve_mix
+from system.solve.solve import MixSession, MovePoint, solve_mix, sweep_move
 
 __all__ = [
     "CategoryMix",
@@ -11,7 +11,10 @@ __all__ = [
     "Mix",
     "MixOptions",
     "MixProblem",
+    "MixSession",
+    "MovePoint",
     "SolverInfo",
     "TargetMix",
     "solve_mix",
+    "sweep_move",
 ]

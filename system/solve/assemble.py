@@ -8,37 +8,32 @@ from system.solve.explain import Prices, Ranges
 from system.solve.highs import Solver
 from system.solve.mix import At, CategoryMix, GroupMix, Mix, SolverInfo, TargetMix
 from system.solve.model import Model
+from system.solve.objectives import Outcome
+from system.solve.verify import check_limits
 
 
-def assemble_mix(
-    model: Model,
-    *,
-    x_C: np.ndarray,
-    gain: float,
-    prices: Prices | None,
-    ranges: Ranges | None,
-    start: float,
-    iterations: int,
-    rows: int,
-    is_proven: bool = True,
-    gap: float = 0.0,
-    notes: tuple[str, ...] = (),
-) -> Mix:
-    """The ``Mix`` of a point ``(u, v)``; ``start`` is the ``perf_counter`` at which work began."""
+def assemble_mix(model: Model, outcome: Outcome, *, start: float) -> Mix:
+    """The ``Mix`` of an outcome; ``start`` is the ``perf_counter`` at which work began.
+
+    Raises:
+        StageError: the point breaks a limit.
+    """
     problem, options = model.problem, model.options
-    u_S, v_S = model.split(x_C)
+    prices, ranges = outcome.prices, outcome.ranges
+    u_S, v_S = model.split(outcome.x_C)
     count_S = _counts(model, u_S, v_S)
+    check_limits(model, u_S, v_S, count_S)
     change_T = model.effects.change(u_S, v_S, nominal=True)
     base_objective = 0.0
     if options.objective != "max-min":
         base_objective = float(problem.importance_T @ model.base_effect_T)
     expected_gain = float(problem.importance_T @ change_T)
     return Mix(
-        status="optimal" if is_proven else "feasible",
+        status="optimal" if outcome.is_proven else "feasible",
         kind=options.objective,
-        objective=base_objective + gain,
+        objective=base_objective + outcome.gain,
         base_objective=base_objective,
-        gain=gain,
+        gain=outcome.gain,
         expected_gain=expected_gain,
         expected_gain_se=gain_error(model, u_S, v_S),
         budget=model.budget,
@@ -54,11 +49,11 @@ def assemble_mix(
             name="HiGHS",
             version=Solver.version(),
             seconds=time.perf_counter() - start,
-            iterations=iterations,
-            rows=rows,
-            gap=gap,
+            iterations=outcome.iterations,
+            rows=outcome.rows,
+            gap=outcome.gap,
         ),
-        notes=(*_notes(model, u_S), *notes),
+        notes=_notes(model, u_S),
     )
 
 

@@ -193,7 +193,7 @@ class _Basis:
         return up_S, down_S
 
     def _guards_in_program(self) -> np.ndarray:
-        names = {label[1] for label in self.program.labels if label[0] == "guard"}  # type: ignore[index]
+        names = {label[1] for label in self.program.labels if label[0] == "guard"}
         return np.array([t in names for t in self.model.problem.targets])
 
 

@@ -60,6 +60,7 @@ class Solver:
             "small_matrix_value": 1e-12,
             "mip_rel_gap": 0.0,
             "mip_abs_gap": TOLERANCE,
+            "mip_feasibility_tolerance": 1e-8,
         }
         if max_nodes is not None:
             options["mip_max_nodes"] = max_nodes

@@ -59,16 +59,15 @@ class Model:
     score_add_S: np.ndarray
     """[S] importance-weighted, pessimistic where the objective is."""
     score_remove_S: np.ndarray
+    move_budget: float
+    """Trust region in budget units."""
+    must_remove_S: np.ndarray
+    """[S] lower bound of v: all of a category that was closed."""
 
     @property
     def num_sources(self) -> int:
         """S."""
         return len(self.problem.categories)
-
-    @property
-    def move_budget(self) -> float:
-        """Trust region in budget units."""
-        return self.options.move * self.budget
 
     @property
     def unit(self) -> float:
@@ -143,6 +142,8 @@ def build_model(problem: MixProblem, options: MixOptions) -> Model:
         groups=_groups(problem, options),
         score_add_S=score_add_S,
         score_remove_S=score_remove_S,
+        move_budget=options.move * budget,
+        must_remove_S=np.zeros(len(base_S)),
     )
 
 
@@ -165,7 +166,7 @@ def new_program(
         is_integer_C = np.r_[np.ones(2 * S, bool), np.zeros(len(extra_upper), bool)]
     program = Program(
         cost_C=cost_C,
-        lower_C=np.r_[np.zeros(2 * S), extra_lower],
+        lower_C=np.r_[np.zeros(S), model.must_remove_S, extra_lower],
         upper_C=np.r_[model.up_S, model.down_S, extra_upper],
         unit_C=np.r_[np.full(2 * S, model.unit), extra_unit],
         is_integer_C=is_integer_C,
@@ -186,7 +187,9 @@ def shared_rows(
     rows = [np.r_[length_S, -length_S], np.r_[length_S, np.zeros(S)]]
     labels: list[tuple[str, ...]] = [("budget",), ("move",)]
     spent = float(length_S @ model.base_S)
-    slack = model.budget - spent if model.options.integer else 0.0
+    slack = model.budget - spent
+    if abs(slack) <= 1e-9 * model.budget:
+        slack = 0.0
     longest = float(length_S.max())
     # Whole examples rarely add up to a token budget; less than one example may stay unspent.
     unspent = longest * (1.0 - 1e-6) if model.options.integer else 0.0

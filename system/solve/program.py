@@ -6,12 +6,16 @@ the caller, rows and costs by the power of two nearest their largest entry, so s
 rounds nothing.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from system.solve.highs import Solution, Solver
+
+Label = tuple[Any, ...]
+"""What a row is about: a kind, and a name or number."""
 
 DROP = 1e-11
 """Row entries below this share of the row's largest are zero: below what HiGHS can hold."""
@@ -48,7 +52,7 @@ class Program:
         self.lower_C, self.upper_C = np.asarray(lower_C, float), np.asarray(upper_C, float)
         self.is_integer_C = is_integer_C
         self.max_nodes = max_nodes
-        self.labels: list[Hashable] = []
+        self.labels: list[Label] = []
         self._blocks: list[np.ndarray] = []
         self.row_lower_R, self.row_upper_R = np.zeros(0), np.zeros(0)
         self._row_scale_R = np.zeros(0)
@@ -76,7 +80,7 @@ class Program:
 
     def add_rows(
         self,
-        labels: Sequence[Hashable],
+        labels: Sequence[Label],
         rows_RC: np.ndarray,
         lower_R: np.ndarray,
         upper_R: np.ndarray,

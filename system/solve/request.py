@@ -127,7 +127,7 @@ def _importance(
 
 
 def _refuse_repeats(args: argparse.Namespace, numbers: dict[str, np.ndarray]) -> None:
-    """A flag that says what a column says already is an error: so that no one must guess which is meant."""
+    """A flag that says what a column says already is an error: since one of them must win."""
     if args.cap is not None and "cap" in numbers:
         raise ConfigError(
             "--cap and a 'cap' for single categories (base table or limits file) say the same "

@@ -33,7 +33,7 @@ class GuardCuts:
         self._model = model
         self._kind = kind
         self.floor_T = floor_T
-        self._has_floor_T = np.isfinite(floor_T)
+        """[T] may be replaced between calls; -inf: no floor."""
         self._scale_T: np.ndarray | None = None
         T = len(floor_T)
         # Few targets: all at once, fewer rounds. Many: batches keep the program small.
@@ -41,15 +41,14 @@ class GuardCuts:
 
     def __call__(self, x_C: np.ndarray) -> Cuts | None:
         """The most violated floors at ``x_C``, or None when all hold."""
-        if not self._has_floor_T.any():
+        has_floor_T = np.isfinite(self.floor_T)
+        if not has_floor_T.any():
             return None
         model = self._model
         S = model.num_sources
         u_S, v_S = x_C[:S], x_C[S : 2 * S]
-        missing_T = np.where(
-            self._has_floor_T, self.floor_T - model.effects.change(u_S, v_S), -np.inf
-        )
-        violation_T = missing_T / self._scales()
+        missing_T = np.where(has_floor_T, self.floor_T - model.effects.change(u_S, v_S), -np.inf)
+        violation_T = missing_T / self.scales()
         bad = np.flatnonzero(violation_T > VIOLATED)
         if not len(bad):
             return None
@@ -66,7 +65,8 @@ class GuardCuts:
             lower_R=self.floor_T[bad],
         )
 
-    def _scales(self) -> np.ndarray:
+    def scales(self) -> np.ndarray:
+        """[T] largest coefficient of each row times the column unit, what violations are measured in."""
         if self._scale_T is None:
             effects = self._model.effects
             size_T = np.abs(effects.add_TS).max(axis=1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from system.solve.leastsquares import least_squares_point
-from system.solve.model import Model
+from system.solve.model import Model, new_program
 from system.solve.program import Point, Program
 from system.solve.row_generation import Cuts, solve_with_cuts
 
@@ -72,7 +72,8 @@ def nearest_optimum(model: Model, program: Program, point: Point, finders: list[
     x_C = _full(face, nearest.x_C)
     second = optimal_face(small, nearest)
     if not second.is_unique:
-        x_C = _full(face, _least_squares(second, length_C[face.free], face, finders))
+        watch = [_on_face(finder, face) for finder in finders]
+        x_C = _full(face, _least_squares(second, length_C[face.free], watch))
     return Point(
         x_C=x_C,
         objective=float(program.cost_C @ x_C),
@@ -105,26 +106,36 @@ def _least_move(
     return program, solve_with_cuts(program, *[_on_face(f, face) for f in finders])
 
 
-def _least_squares(
-    second: Face, length_F: np.ndarray, face: Face, finders: list[Finder]
-) -> np.ndarray:
-    """[F] values of the first face's free columns with the least sum of squared moves."""
-    free = second.free
-    fixed_R = _fixed_part(second)
-    rows = second.rows_RC[:, free]
-    lower, upper = second.row_lower_R - fixed_R, second.row_upper_R - fixed_R
-    watch = [_on_face(f, face) for f in finders]
+def least_move_point(model: Model, finders: list[Finder]) -> np.ndarray:
+    """[2S] the feasible ``(u, v)`` nearest the base; the finders hold what must stay reached.
+
+    Raises:
+        ModelInfeasibleError: no point satisfies the limits and the finders' rows.
+    """
+    length_C = np.tile(model.length_S, 2)
+    program = new_program(model, cost_C=-length_C)
+    point = solve_with_cuts(program, *finders)
+    face = optimal_face(program, point)
+    return point.x_C if face.is_unique else _least_squares(face, length_C, finders)
+
+
+def _least_squares(face: Face, length_C: np.ndarray, finders: list[Finder]) -> np.ndarray:
+    """[C] the point of the face with the least sum of squared moves."""
+    free = face.free
+    fixed_R = _fixed_part(face)
+    rows = face.rows_RC[:, free]
+    lower, upper = face.row_lower_R - fixed_R, face.row_upper_R - fixed_R
     while True:
         values = least_squares_point(
-            weight_C=length_F[free],
+            weight_C=length_C[free],
             rows_RC=rows,
             row_lower_R=lower,
             row_upper_R=upper,
-            lower_C=second.lower_C[free],
-            upper_C=second.upper_C[free],
+            lower_C=face.lower_C[free],
+            upper_C=face.upper_C[free],
         )
-        full = _full(second, values)
-        found = [cuts for finder in watch if (cuts := finder(full)) is not None]
+        full = _full(face, values)
+        found = [cuts for finder in finders if (cuts := finder(full)) is not None]
         if not found:
             return full
         for cuts in found:

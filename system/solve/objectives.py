@@ -1,0 +1,232 @@
+"""The four objectives as linear programs over the same moves.
+
+- scores (``linear``, ``concave``, ``robust`` with a box): a value per example, one LP;
+- ``robust`` with a budget: the same minus what the worst ``k`` sources could cost; the dual of the
+  inner maximum makes it one LP (Bertsimas, Sim 2004, "The price of robustness", theorem 1);
+- ``max-min``: lift the worst-off target, then, with it held, the next, and so on (lexicographic).
+
+Every function returns the first optimum's prices and ranges, and the point nearest the base.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from system.solve.explain import Prices, Ranges, read_prices, read_ranges
+from system.solve.model import Model, new_program
+from system.solve.program import Point, Program
+from system.solve.row_generation import Cuts, GuardCuts, solve_with_cuts
+from system.solve.tiebreak import least_move_point, nearest_optimum, optimal_face
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """What an objective found."""
+
+    x_C: np.ndarray
+    """[2S] (u, v), nearest the base among the optima."""
+    gain: float
+    """In the objective's own terms, against the base mix."""
+    prices: Prices | None = None
+    ranges: Ranges | None = None
+    iterations: int = 0
+    rows: int = 0
+    is_proven: bool = True
+    gap: float = 0.0
+
+
+def score_program(model: Model) -> Program:
+    """The program of an objective that is a value per example added or removed."""
+    return new_program(model, cost_C=np.r_[model.score_add_S, -model.score_remove_S])
+
+
+def solve_scores(model: Model, program: Program | None = None) -> Outcome:
+    """``linear``, ``concave`` and ``robust`` with a box; a given program is solved warm."""
+    program = score_program(model) if program is None else program
+    guards = GuardCuts(model, -model.guard_T)
+    point = solve_with_cuts(program, guards)
+    nearest = nearest_optimum(model, program, point, [guards])
+    return Outcome(
+        x_C=nearest.x_C,
+        gain=nearest.objective,
+        prices=read_prices(model, program, point),
+        ranges=read_ranges(model, program, point),
+        iterations=program.iterations,
+        rows=len(program.labels),
+    )
+
+
+def solve_budgeted(model: Model) -> Outcome:
+    """``robust`` against ``sources_off`` sources being off at once."""
+    program = budgeted_program(model)
+    guards = GuardCuts(model, -model.guard_T)
+    point = solve_with_cuts(program, guards)
+    floor = ObjectiveCuts(model, point.objective)
+    x_C = least_move_point(model, [guards, floor])
+    return Outcome(
+        x_C=x_C,
+        gain=pessimistic_gain(model, x_C),
+        prices=read_prices(model, program, point),
+        iterations=program.iterations,
+        rows=len(program.labels),
+    )
+
+
+def budgeted_program(model: Model) -> Program:
+    """Columns ``u, v, p, q``: the penalty ``k p + sum q`` with ``p + q_j >= off_j``."""
+    S = model.num_sources
+    off_add_S, off_remove_S = source_losses(model)
+    largest = float(max(off_add_S.max(), off_remove_S.max()))
+    size = np.exp2(np.floor(np.log2(largest))) if largest > 0 else 1.0
+    unit = model.unit * float(size)
+    program = new_program(
+        model,
+        cost_C=np.r_[
+            model.score_add_S, -model.score_remove_S, -model.effects.sources_off, np.full(S, -1.0)
+        ],
+        extra_upper=np.full(S + 1, np.inf),
+        extra_unit=np.full(S + 1, unit),
+    )
+    rows = np.concatenate(
+        [-np.diag(off_add_S), -np.diag(off_remove_S), np.ones((S, 1)), np.eye(S)], axis=1
+    )
+    labels = [("off", name) for name in model.problem.categories]
+    program.add_rows(labels, rows, np.zeros(S), np.full(S, np.inf))
+    return program
+
+
+def source_losses(model: Model) -> tuple[np.ndarray, np.ndarray]:
+    """[S] what an example of a source that is off costs, importance-weighted, added / removed."""
+    effects, weight_T = model.effects, model.problem.importance_T
+    assert effects.off_add_TS is not None and effects.off_remove_TS is not None
+    return weight_T @ effects.off_add_TS, weight_T @ effects.off_remove_TS
+
+
+def pessimistic_gain(model: Model, x_C: np.ndarray) -> float:
+    """The objective's gain of a point, the worst sources being off under budget uncertainty."""
+    S = model.num_sources
+    u_S, v_S = x_C[:S], x_C[S : 2 * S]
+    gain = float(model.score_add_S @ u_S - model.score_remove_S @ v_S)
+    if model.effects.off_add_TS is not None:
+        off_add_S, off_remove_S = source_losses(model)
+        loss = (off_add_S * u_S + off_remove_S * v_S)[None, :]
+        gain -= float((loss * model.effects.worst_sources(loss)).sum())
+    return gain
+
+
+class ObjectiveCuts:
+    """Keeps the pessimistic objective at its optimum while the move is made smaller."""
+
+    def __init__(self, model: Model, optimum: float) -> None:
+        self._model = model
+        add_S, remove_S = model.score_add_S, model.score_remove_S
+        self._scale = max(float(np.abs(add_S).max()), float(np.abs(remove_S).max()), 1e-300)
+        self._scale *= model.unit
+        # Half of what the solver cannot tell from feasible, so that the optimum itself stays in.
+        self._floor = optimum - 2e-9 * self._scale
+
+    def __call__(self, x_C: np.ndarray) -> Cuts | None:
+        """The one row that ``x_C`` violates most, if any."""
+        model, S = self._model, self._model.num_sources
+        if pessimistic_gain(model, x_C) >= self._floor - 4e-9 * self._scale:
+            return None
+        row = np.r_[model.score_add_S, -model.score_remove_S]
+        if model.effects.off_add_TS is not None:
+            off_add_S, off_remove_S = source_losses(model)
+            loss = off_add_S * x_C[:S] + off_remove_S * x_C[S : 2 * S]
+            is_off = model.effects.worst_sources(loss[None, :])[0]
+            row = row - np.r_[is_off * off_add_S, is_off * off_remove_S]
+        return Cuts(labels=[("objective",)], rows_RC=row[None, :], lower_R=np.array([self._floor]))
+
+
+class _LevelCuts:
+    """Finds targets below the level ``t``, the last column of the program."""
+
+    def __init__(self, model: Model, active: set[int]) -> None:
+        self._model, self._active = model, active
+        floor_T = np.full(len(model.problem.targets), -np.inf)
+        self._finder = GuardCuts(model, floor_T, kind="level")
+
+    def __call__(self, x_C: np.ndarray) -> Cuts | None:
+        floor_T = np.full(len(self._model.problem.targets), -np.inf)
+        floor_T[sorted(self._active)] = x_C[-1]
+        self._finder.floor_T = floor_T
+        cuts = self._finder(x_C[:-1])
+        if cuts is None:
+            return None
+        rows = np.concatenate([cuts.rows_RC, np.full((len(cuts.rows_RC), 1), -1.0)], axis=1)
+        return Cuts(labels=cuts.labels, rows_RC=rows, lower_R=np.zeros(len(rows)))
+
+
+def level_program(model: Model) -> Program:
+    """Columns ``u, v, t``: maximise the level ``t``."""
+    size = float(max(np.abs(model.effects.add_TS).max(), np.abs(model.effects.remove_TS).max()))
+    unit = model.unit * (float(np.exp2(np.floor(np.log2(size)))) if size > 0 else 1.0)
+    # Without any row the level is unbounded: the sum of all moves bounds every change.
+    reach = 2.0 * size * float(model.up_S.sum() + model.down_S.sum()) + 1.0
+    return new_program(
+        model,
+        cost_C=np.r_[np.zeros(2 * model.num_sources), 1.0],
+        extra_lower=np.array([-reach]),
+        extra_upper=np.array([reach]),
+        extra_unit=np.array([unit]),
+    )
+
+
+def solve_max_min(model: Model) -> Outcome:
+    """Lift the worst-off target of positive importance, then the next, until none can rise."""
+    names = model.problem.targets
+    active = {i for i in range(len(names)) if model.problem.importance_T[i] > 0}
+    position = {name: i for i, name in enumerate(names)}
+    floor_T = np.full(len(names), -np.inf)
+    program = level_program(model)
+    guards = GuardCuts(model, -model.guard_T)
+    levels = _LevelCuts(model, active)
+    point = first = solve_with_cuts(program, guards, levels)
+    prices = read_prices(model, program, first)
+    while True:
+        stuck = _stuck_targets(program, point)
+        for row in stuck:
+            i = position[str(program.labels[row][1])]
+            active.discard(i)
+            floor_T[i] = max(floor_T[i], float(point.objective))
+        assert stuck, "the prices of the level's rows add up to 1"
+        if not active or optimal_face(program, point).is_unique:
+            break
+        _hold(program, stuck, float(point.objective))
+        point = solve_with_cuts(program, guards, levels)
+    change_T = model.effects.change(*model.split(point.x_C))
+    remaining = sorted(active)
+    floor_T[remaining] = np.maximum(floor_T[remaining], change_T[remaining])
+    x_C = least_move_point(model, [guards, _softened(model, floor_T)])
+    return Outcome(
+        x_C=x_C,
+        gain=first.objective,
+        prices=prices,
+        iterations=program.iterations,
+        rows=len(program.labels),
+    )
+
+
+def _softened(model: Model, floor_T: np.ndarray) -> GuardCuts:
+    """Floors lowered by what the solver cannot tell from feasible: their own optimum stays in."""
+    finder = GuardCuts(model, floor_T, kind="held")
+    finder.floor_T = floor_T - 2e-9 * finder.scales()
+    return finder
+
+
+def _stuck_targets(program: Program, point: Point) -> list[int]:
+    """Rows of the level that have a price: their targets cannot rise further together."""
+    assert point.dual_R is not None
+    priced = np.abs(point.dual_R) > program.zero_duals()
+    return [row for row, label in enumerate(program.labels) if label[0] == "level" and priced[row]]
+
+
+def _hold(program: Program, rows: list[int], level: float) -> None:
+    """Turn ``change_i - t >= 0`` into ``change_i >= level`` for the given rows."""
+    lower_R = program.row_lower_R.copy()
+    for row in rows:
+        program.set_coefficient(row, len(program.cost_C) - 1, 0.0)
+        program.labels[row] = ("held", program.labels[row][1])
+        lower_R[row] = level
+    program.set_row_bounds(lower_R, program.row_upper_R)
