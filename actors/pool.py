@@ -156,6 +156,11 @@ class ActorPool:
     def _replace(self, unit: _Unit, actor: Any, error: Exception) -> None:
         ray.kill(actor)
         self._num_actors -= 1
+        if getattr(error, "actor_init_failed", False):
+            raise ClusterError(
+                f"an actor of the {self.spec.name} pool cannot start on its node; the usual cause "
+                f"is that the node lacks this package or has another version of it: {error}"
+            ) from error
         if unit.attempts >= self.spec.max_attempts:
             raise ClusterError(
                 f"{self.spec.name} {unit.key}: expected an answer, but its actor died "

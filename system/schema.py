@@ -110,14 +110,13 @@ def check_table(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
             f"missing {missing}. The file was written by another version: run that stage again "
             "with --redo."
         )
-    try:
-        table = table.select(schema.names).cast(schema)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-        raise DataError(
-            f"{where}: expected {schema.to_string(show_field_metadata=False)!r}; {error}"
-        ) from error
     for field in schema:
         nulls = table.column(field.name).null_count
         if nulls and not field.nullable:
             raise DataError(f"{where}: column {field.name!r} has {nulls} nulls where none may be")
-    return table
+    try:
+        return table.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise DataError(
+            f"{where}: expected {schema.to_string(show_field_metadata=False)!r}; {error}"
+        ) from error

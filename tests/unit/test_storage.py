@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from system import storage
+from system.errors import DataError
+from system.schema import SCORES, check_table
+
+TABLE = pa.table({"a": [1, 2, 3], "b": ["x", None, "z"]})
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path)
+    return f"memory://{request.node.name.replace('[', '-').replace(']', '')}"
+
+
+def test_bytes_and_json_come_back(root: str) -> None:
+    uri = storage.join(root, "deep/er", "x.json")
+    storage.write_json(uri, {"ä": [1, None]})
+    assert storage.exists(uri)
+    assert storage.read_json(uri) == {"ä": [1, None]}
+    assert storage.list_names(storage.join(root, "deep/er")) == ["x.json"]
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
+def test_tables_come_back(root: str, name: str) -> None:
+    uri = storage.join(root, name)
+    storage.write_table(uri, TABLE)
+    assert storage.read_table(uri).equals(TABLE)
+    assert storage.read_table(uri, columns=["b"]).column_names == ["b"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    uri = str(tmp_path / "x.txt")
+    storage.write_bytes(uri, b"old")
+    with pytest.raises(RuntimeError), storage.atomic_output(uri) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert storage.read_bytes(uri) == b"old"
+    assert storage.list_names(str(tmp_path)) == ["x.txt"]
+
+
+def test_a_failed_write_to_an_object_store_writes_nothing() -> None:
+    uri = "memory://failed-write/x.txt"
+    with pytest.raises(RuntimeError), storage.atomic_output(uri) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert not storage.exists(uri)
+
+
+def test_delete_takes_files_directories_and_nothing(root: str) -> None:
+    storage.write_bytes(storage.join(root, "d/x"), b"1")
+    storage.delete(storage.join(root, "d"))
+    storage.delete(storage.join(root, "d"))
+    assert not storage.exists(storage.join(root, "d/x"))
+
+
+def test_delete_of_a_link_keeps_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/x").write_text("x")
+    (tmp_path / "link").symlink_to("real")
+    storage.delete(str(tmp_path / "link"))
+    assert (tmp_path / "real/x").exists()
+
+
+def test_stamp_changes_with_the_content(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_text("1")
+    before = storage.stamp(str(file))
+    file.write_text("12")
+    assert storage.stamp(str(file)) != before
+    with pytest.raises(DataError, match="nothing there"):
+        storage.stamp(str(tmp_path / "y"))
+
+
+def test_directories_travel_to_a_store_and_back(tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/x").write_text("x")
+    (tmp_path / "a/y").write_text("y")
+    storage.upload_directory(tmp_path / "a", "memory://travel/model")
+    back = storage.download_directory("memory://travel/model", tmp_path / "back")
+    assert (back / "b/x").read_text() == "x"
+    assert (back / "y").read_text() == "y"
+
+
+def test_unknown_protocol_says_what_to_install() -> None:
+    with pytest.raises(DataError, match="Install"):
+        storage.exists("nosuch://bucket/x")
+
+
+def test_nan_is_refused_in_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Out of range"):
+        storage.write_json(str(tmp_path / "x.json"), float("nan"))
+
+
+def test_check_table_names_what_is_wrong() -> None:
+    good = {"id": ["a"], "category": ["c"], "nll": [1.0], "num_tokens": [3]}
+    assert check_table(pa.table(good), SCORES, "here").schema.equals(SCORES)
+    with pytest.raises(DataError, match="missing \\['nll'\\]"):
+        check_table(pa.table({k: v for k, v in good.items() if k != "nll"}), SCORES, "here")
+    with pytest.raises(DataError, match="'category' has 1 nulls"):
+        check_table(pa.table(good | {"category": pa.array([None], pa.string())}), SCORES, "here")
+    with pytest.raises(DataError, match="here"):
+        check_table(pa.table(good | {"nll": ["x"]}), SCORES, "here")
