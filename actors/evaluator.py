@@ -1,0 +1,353 @@
+"""Stage `evaluate`: the delivered model and honest controls on rows that nothing was fitted to.
+
+    plans of all arms x seeds ──> trainer.fit (one group of workers) ──> arms/<arm>-<seed>/
+    base, delivered, arms ──> Scorer.score, Scorer.generate ──> scores/*, answers/*   one by one
+                                     │ all there
+                   losses.parquet, accuracy.parquet, outputs.jsonl, summary.json
+
+A model is deleted once both its files are written.  A driver that starts again trains, scores and
+asks only what has left no file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from actors.pool import Done, wait_any
+from actors.scorer import scorer_pool
+from actors.stage import StageContext, StageResult
+from actors.trainer import fit, make_job, plan_selection
+from system import storage
+from system.answers import ANSWERS, Questions, check_answers, draw_questions
+from system.arms import ArmPlan, plan_arms
+from system.corpus import Corpus
+from system.curriculum import Curriculum
+from system.evaluate import (
+    BASE,
+    DELIVERED,
+    LOSSES,
+    OUTCOMES,
+    ArmInfo,
+    accuracy_table,
+    headline,
+    summarise,
+)
+from system.heldout import seeded_draw
+from system.interventions import seed_of
+from system.model import load_tokenizer
+from system.plan import read_plan, write_plan
+from system.score import Scored
+from system.select import select_arm
+from system.solve import Mix
+
+
+def run(context: StageContext) -> StageResult:
+    """Trains the arms, scores everything on `test`, writes the comparison."""
+    stage = _Evaluation(context)
+    stage.train_arms()
+    stage.measure()
+    return stage.conclude()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    """One set of weights to measure."""
+
+    arm: str
+    seed: int
+    weights_uri: str | None
+    """None: the base model."""
+    is_ours: bool
+    """Trained here, to be deleted once measured."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.seed:02d}"
+
+
+class _Evaluation:
+    """The work of one attempt; its files are its only state."""
+
+    def __init__(self, context: StageContext) -> None:
+        config = context.config
+        self.context = context
+        self.corpus = Corpus.open(context.input("tag", "manifest"))
+        self.mix = Mix.from_json(storage.read_bytes(context.input("solve", "mix")).decode())
+        self.tokenizer = load_tokenizer(
+            context.input("model", "model"), trust_remote_code=config.model.trust_remote_code
+        )
+        self.arms = plan_arms(
+            config.evaluate.arms,
+            mix=self.mix,
+            curriculum=Curriculum.from_json(
+                storage.read_json(context.input("curriculum", "curriculum"))
+            ),
+            settings=config.curriculum,
+            supply=self.corpus.counts("train"),
+            max_epochs=config.solve.max_epochs,
+        )
+        delivered = context.input("train", "model")
+        self.models = [
+            _Model(arm=BASE, seed=0, weights_uri=None, is_ours=False),
+            _Model(arm=DELIVERED, seed=0, weights_uri=delivered, is_ours=False),
+            *(
+                _Model(
+                    arm=arm.name,
+                    seed=seed,
+                    weights_uri=self._uri("arms", f"{arm.name}-{seed:02d}", "model"),
+                    is_ours=True,
+                )
+                for seed in range(config.evaluate.seeds)
+                for arm in self.arms
+            ),
+        ]
+        self.questions = self._questions()
+
+    def train_arms(self) -> None:
+        """Trains every arm and seed whose measurements are not all there."""
+        plans = {arm.name: arm for arm in self.arms}
+        jobs = []
+        for model in self.models:
+            if model.is_ours and (not self._has("scores", model) or self._lacks_answers(model)):
+                seed = seed_of(self.context.config.seed, "evaluate", model.seed)
+                plan_uri = self._uri("arms", model.name, "plan.arrow")
+                self._write_plan(plans[model.arm], seed, plan_uri, model)
+                output_uri = self._uri("arms", model.name)
+                job = make_job(
+                    model.name, plan_uri, output_uri, self.context, seed=seed, keep_checkpoints=0
+                )
+                jobs.append(job)
+        if jobs:
+            fit(jobs, self.context)
+
+    def measure(self) -> None:
+        """Losses and answers of every model; each is kept as soon as it is there."""
+        tokens, dropped = self._test_rows()
+        storage.write_json(self._uri("dropped.json"), dropped)
+        pending = list(self._units(tokens))
+        if not pending:
+            return
+        pool = scorer_pool(self.context)
+        models = {model.name: model for model in self.models}
+        with self.context.progress.bar("evaluate", total=len(pending)) as bar:
+            waiting = iter(pending)
+            unit = next(waiting, None)
+            while unit is not None or pool.num_pending:
+                while unit is not None and pool.has_room:
+                    key, method, args = unit
+                    pool.submit(key, method, *args)
+                    unit = next(waiting, None)
+                for done in wait_any([pool]):
+                    self._keep(done, models)
+                    bar.advance()
+
+    def conclude(self) -> StageResult:
+        """Brings the models' files together and compares the arms."""
+        config = self.context.config
+        losses, rejected = self._losses()
+        answers = {model.name: self._read("answers", model) for model in self._asked()}
+        self._write_outputs(answers)
+        outcomes = pa.concat_tables(
+            [
+                OUTCOMES.empty_table(),
+                *(_labelled(answers[model.name], model, OUTCOMES) for model in self._asked()),
+            ]
+        )
+        summary = summarise(
+            losses=losses,
+            outcomes=outcomes,
+            arms=self._arm_infos(),
+            importance=self._importance(),
+            mix=self.mix,
+            confidence=config.evaluate.confidence,
+        )
+        summary["rejected"] = rejected
+        summary["dropped"] = storage.read_json(self._uri("dropped.json"))
+        storage.write_table(self._uri("losses.parquet"), losses)
+        storage.write_table(
+            self._uri("accuracy.parquet"), accuracy_table(outcomes, config.evaluate.confidence)
+        )
+        storage.write_json(self._uri("summary.json"), summary)
+        return StageResult(
+            outputs={
+                "losses": "losses.parquet",
+                "summary": "summary.json",
+                "accuracy": "accuracy.parquet",
+                "outputs": "outputs.jsonl",
+            },
+            counts={
+                "models": len(self.models),
+                "test_rows": sum(summary["test_rows"].values()),
+                "questions": self.questions.rows.num_rows,
+                "rejected": sum(len(rows) for rows in rejected.values()),
+                "dropped": summary["dropped"],
+            },
+            lines=headline(summary),
+        )
+
+    def _questions(self) -> Questions:
+        config = self.context.config
+        longest = config.model.max_length
+        room = min(config.evaluate.max_new_tokens, longest // 2)
+        return draw_questions(
+            self.corpus,
+            self.tokenizer,
+            rows_per_category=config.evaluate.accuracy_rows,
+            seed=seed_of(config.seed, "evaluate-questions"),
+            max_prompt_tokens=longest - room,
+        )
+
+    def _test_rows(self) -> tuple[pa.Table, dict[str, int]]:
+        """The same rows for all models."""
+        config = self.context.config
+        draw = seeded_draw(self.corpus, self.tokenizer, config.model.max_length)
+        seed = seed_of(config.seed, "evaluate-test")
+        tables, dropped = [], {}
+        for category in self.corpus.categories:
+            tokens, lost = draw("test", category, config.evaluate.test_rows, seed)
+            tables.append(tokens)
+            for reason, count in lost.items():
+                dropped[reason] = dropped.get(reason, 0) + count
+        return pa.concat_tables(tables), dropped
+
+    def _write_plan(self, arm: ArmPlan, seed: int, uri: str, model: _Model) -> None:
+        """The arm's frozen schedule, and its numbers for the summary (written after it)."""
+        info_uri = self._uri("arms", model.name, "arm.json")
+        if storage.exists(info_uri) and storage.exists(uri):
+            return
+        table = select_arm(
+            self.corpus,
+            arm.counts,
+            seed,
+            curriculum=arm.curriculum,
+            method=self.context.config.select.method,
+        )
+        plan, dropped = plan_selection([table], self.context.input("model", "model"), self.context)
+        write_plan(uri, plan)
+        info = {
+            "examples": plan.table.num_rows,
+            "response_tokens": int(plan.denominators.sum()),
+            "steps": plan.num_steps,
+            "dropped": dropped,
+        }
+        storage.write_json(info_uri, info)
+
+    def _units(self, tokens: pa.Table) -> Iterator[tuple[tuple[str, str], str, tuple[Any, ...]]]:
+        limit = self.context.config.evaluate.max_new_tokens
+        stops = self.questions.stop_token_ids
+        for model in self.models:
+            if not self._has("scores", model):
+                yield (model.name, "scores"), "score", (model.weights_uri, tokens)
+            if self._lacks_answers(model):
+                asked = (model.weights_uri, self.questions.prompts, limit, stops)
+                yield (model.name, "answers"), "generate", asked
+
+    def _keep(self, done: Done, models: Mapping[str, _Model]) -> None:
+        name, kind = done.key  # pyright: ignore[reportGeneralTypeIssues]
+        model = models[name]
+        if kind == "scores":
+            scored: Scored = done.value
+            metadata = {"instructmix.rejected": json.dumps(scored.rejected)}
+            table = scored.table.replace_schema_metadata(metadata)
+        else:
+            table = check_answers(self.questions, done.value, self.tokenizer)
+        storage.write_table(self._uri(kind, f"{name}.parquet"), table)
+        if model.is_ours and self._has("scores", model) and not self._lacks_answers(model):
+            storage.delete(self._uri("arms", name, "model"))
+
+    def _losses(self) -> tuple[pa.Table, dict[str, dict[str, str]]]:
+        tables, rejected = [], {}
+        for model in self.models:
+            table = self._read("scores", model)
+            lost = json.loads((table.schema.metadata or {}).get(b"instructmix.rejected", b"{}"))
+            if lost:
+                rejected[model.name] = lost
+            tables.append(_labelled(table, model, LOSSES))
+        return pa.concat_tables(tables), rejected
+
+    def _write_outputs(self, answers: Mapping[str, pa.Table]) -> None:
+        with storage.atomic_output(self._uri("outputs.jsonl")) as file:
+            for model in self._asked():
+                for row in answers[model.name].select(ANSWERS.names).to_pylist():
+                    line = {
+                        "id": row["id"], "category": row["category"], "arm": model.arm,
+                        "seed": model.seed, "prompt": row["prompt"], "expected": row["expected"],
+                        "output": row["output"], "correct": row["correct"],
+                    }  # fmt: skip
+                    file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+    def _arm_infos(self) -> list[ArmInfo]:
+        seeds = self.context.config.evaluate.seeds
+        infos = []
+        for arm in self.arms:
+            found = [
+                storage.read_json(self._uri("arms", f"{arm.name}-{seed:02d}", "arm.json"))
+                for seed in range(seeds)
+            ]
+            infos.append(
+                ArmInfo(
+                    name=arm.name,
+                    mix=arm.mix,
+                    order=arm.order,
+                    seeds=seeds,
+                    examples=found[0]["examples"],
+                    response_tokens=sum(info["response_tokens"] for info in found) // seeds,
+                    steps=found[0]["steps"],
+                    counts=arm.counts,
+                )
+            )
+        plan = read_plan(self.context.input("train", "plan"))
+        categories = plan.table.column("category").to_pylist()
+        infos.append(
+            ArmInfo(
+                name=DELIVERED,
+                mix="solved",
+                order="curriculum",
+                seeds=1,
+                examples=plan.table.num_rows,
+                response_tokens=int(plan.denominators.sum()),
+                steps=plan.num_steps,
+                counts={name: categories.count(name) for name in self.corpus.categories},
+            )
+        )
+        return infos
+
+    def _importance(self) -> dict[str, float]:
+        importance = self.context.config.solve.importance
+        if isinstance(importance, dict):
+            return importance
+        counts = self.corpus.counts("train")
+        if importance == "uniform":
+            return dict.fromkeys(counts, 1.0)
+        return {name: float(count) for name, count in counts.items()}
+
+    def _asked(self) -> list[_Model]:
+        return self.models if self.questions.rows.num_rows else []
+
+    def _lacks_answers(self, model: _Model) -> bool:
+        return bool(self.questions.rows.num_rows) and not self._has("answers", model)
+
+    def _has(self, kind: str, model: _Model) -> bool:
+        return storage.exists(self._uri(kind, f"{model.name}.parquet"))
+
+    def _read(self, kind: str, model: _Model) -> pa.Table:
+        return storage.read_table(self._uri(kind, f"{model.name}.parquet"))
+
+    def _uri(self, *parts: str) -> str:
+        return storage.join(self.context.attempt, *parts)
+
+
+def _labelled(table: pa.Table, model: _Model, schema: pa.Schema) -> pa.Table:
+    """The table with arm and seed in front, in the schema's columns."""
+    size = table.num_rows
+    columns = {
+        "arm": pa.array([model.arm] * size, pa.string()),
+        "seed": pa.array([model.seed] * size, pa.int32()),
+        **{name: table.column(name) for name in schema.names if name in table.column_names},
+    }
+    return pa.table(columns, schema=schema)
