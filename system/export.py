@@ -71,7 +71,6 @@ class ModelCard:
 
 def export_model(
     model: PreTrainedModel,
-    state: Mapping[str, torch.Tensor] | None,
     base_dir: str,
     output_uri: str,
     card: ModelCard,
@@ -83,7 +82,6 @@ def export_model(
 
     Args:
         model: the trained model, adapters merged.
-        state: its weights on CPU where they are not in the model itself; null takes the model's.
         base_dir: directory of the base model, for tokenizer and generation settings.
         output_uri: where the directory goes; files that are there are replaced.
         card: the model card.
@@ -93,8 +91,7 @@ def export_model(
     tokenizer = load_tokenizer(base_dir, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="instructmix-export-") as folder:
         target = Path(folder)
-        weights = dict(state or model.state_dict())
-        lowered = {name: value.to(getattr(torch, dtype)) for name, value in weights.items()}
+        lowered = _in_precision(model.state_dict(), getattr(torch, dtype))
         before: Any = model.config.dtype
         use_cache = model.config.use_cache
         model.config.dtype = getattr(torch, dtype)
@@ -110,6 +107,18 @@ def export_model(
                 shutil.copyfile(Path(base_dir) / name, target / name)
         (target / "README.md").write_text(card.render(), encoding="utf-8")
         storage.upload_directory(target, output_uri)
+
+
+def _in_precision(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights in a precision; tied ones stay one tensor."""
+    converted: dict[int, torch.Tensor] = {}
+    result = {}
+    for name, value in state.items():
+        key = value.data_ptr()
+        if key not in converted or converted[key].shape != value.shape:
+            converted[key] = value.to("cpu", dtype if value.is_floating_point() else value.dtype)
+        result[name] = converted[key]
+    return result
 
 
 def whole_state(training: Training) -> dict[str, torch.Tensor]:

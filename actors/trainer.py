@@ -1,0 +1,327 @@
+"""Stage `train`, and the one way to train a model on the cluster: `fit`.
+
+    driver ── fit(jobs) ──> TorchTrainer ──> controller ──> workers (actors.train_worker)
+       │                                                       │
+       └── reads progress.json ◄── checkpoints/, metrics/, model/ ── storage
+
+Ray Train launches the workers and starts them again after a failure; that is all it is used for.
+What to resume from is read from our own commit markers: Ray Train learns of a checkpoint only when
+its controller polls, keeps its list in a file that a crash can tear, and then refuses the run's
+name.  So every `fit` has a name of its own and reports metrics, not checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.exceptions
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+
+from actors.stage import StageContext, StageResult
+from actors.train_worker import Outcome, train_jobs
+from system import schema, storage
+from system.chat import encode_table
+from system.errors import ClusterError, ConfigError, DataError, StageError
+from system.model import load_tokenizer
+from system.plan import TrainPlan, build_plan, write_plan
+from system.progress import Progress
+from system.rundir import fingerprint
+from system.trackers import check_trackers
+from system.train_job import TrainedModel, TrainJob, read_finished
+from system.train_settings import TrainSettings
+
+START_TIMEOUT_SECONDS = 60
+"""How long a worker group may wait for its resources before the run gives up."""
+_POLL_SECONDS = 2.0
+
+
+def run(context: StageContext) -> StageResult:
+    """Stage `train`: encodes the selection, freezes the plan, trains, exports."""
+    config = context.config
+    manifest = storage.read_json(context.input("select", "manifest"))
+    folder = context.input("select", "selection")
+    tables = (
+        schema.check_table(
+            storage.read_table(storage.join(folder, file["path"])), schema.SELECTION, file["path"]
+        )
+        for file in manifest["files"]
+    )
+    model_dir = context.input("model", "model")
+    plan, dropped = plan_selection(tables, model_dir, context)
+    plan_uri = storage.join(context.attempt, "plan.arrow")
+    write_plan(plan_uri, plan)
+    job = make_job("train", plan_uri, context.attempt, context, seed=config.seed)
+    (model,) = fit([job], context)
+    stages = list(dict.fromkeys(plan.table.column("stage").to_pylist()))
+    counts = {
+        "rows": plan.table.num_rows,
+        "dropped": dropped,
+        "rows_by_category": dict(Counter(plan.table.column("category").to_pylist())),
+        "steps": model.num_steps,
+        "tokens": model.num_tokens,
+        "response_tokens": model.num_labels,
+        "first_loss": model.first_loss,
+        "last_loss": model.last_loss,
+        "step_seconds": model.seconds,
+        "plan_sha256": plan.sha256,
+    }
+    rate = model.num_tokens / max(model.seconds, 1e-9)
+    lines = [
+        f"{plan.table.num_rows:,} rows in {model.num_steps:,} steps over "
+        f"{len(stages)} stages ({', '.join(stages)})",
+        f"loss {model.first_loss:.3f} -> {model.last_loss:.3f} nats per response token "
+        "(first and last tenth of the steps)",
+        f"{model.num_tokens:,} tokens at {rate:,.0f} tokens/s",
+    ]
+    if dropped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        lines.append(f"left out: {reasons}")
+    outputs = {
+        "model": "model",
+        "metrics": "metrics.jsonl",
+        "plan": "plan.arrow",
+        "checkpoints": "checkpoints",
+    }
+    return StageResult(outputs=outputs, counts=counts, lines=tuple(lines))
+
+
+def plan_selection(
+    tables: Iterator[pa.Table] | Sequence[pa.Table], model_dir: str, context: StageContext
+) -> tuple[TrainPlan, dict[str, int]]:
+    """The frozen plan of SELECTION tables in training order, and what had to be left out."""
+    config = context.config
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
+    parts, stages = [], []
+    dropped: Counter[str] = Counter()
+    for table in tables:
+        for stage, rows in _by_stage(table):
+            tokens, lost = encode_table(rows, tokenizer, config.model.max_length)
+            dropped.update(lost)
+            parts.append(tokens)
+            stages += [stage] * tokens.num_rows
+    if not parts:
+        raise DataError("the selection holds no file: run the select stage again")
+    plan = build_plan(
+        pa.concat_tables(parts),
+        stages,
+        batch_size=config.train.batch_size,
+        max_length=config.model.max_length,
+        packing=config.train.packing,
+    )
+    return plan, dict(dropped)
+
+
+def make_job(
+    name: str, plan_uri: str, output_uri: str, context: StageContext, *, seed: int, **changes: Any
+) -> TrainJob:
+    """A job with the configuration's settings.
+
+    Args:
+        name: how progress and trackers call it.
+        plan_uri: a written plan.
+        output_uri: directory of its own.
+        context: of the calling stage.
+        seed: of adapters and dropout.
+        changes: other fields of TrainJob, for instance `keep_checkpoints=0`.
+    """
+    config = context.config
+    hashes = {stage: record.fingerprint for stage, record in context.upstream.items()}
+    values: dict[str, Any] = {
+        "name": name,
+        "plan_uri": plan_uri,
+        "output_uri": output_uri,
+        "settings": TrainSettings.from_train(config.train, config.model, seed),
+        "model_dir": context.input("model", "model"),
+        "base_model": config.model.path,
+        "export_dtype": config.model.dtype,
+        "checkpoint_every": config.train.checkpoint_every,
+        "keep_checkpoints": config.train.keep_checkpoints,
+        "trust_remote_code": config.model.trust_remote_code,
+        "log_to": config.train.log_to,
+        "hashes": hashes | {"configuration": fingerprint(config.model_dump(mode="json"))},
+    }
+    return TrainJob(**(values | changes))
+
+
+def fit(jobs: Sequence[TrainJob], context: StageContext) -> list[TrainedModel]:
+    """Trains the jobs one after the other with one group of workers; finished ones are kept.
+
+    Args:
+        jobs: each with an output directory of its own.
+        context: of the calling stage; all actor pools are closed to make room.
+
+    Returns:
+        The models, in the order of the jobs.
+
+    Raises:
+        ConfigError: a tracker cannot be used.
+        ClusterError: the workers do not fit into the cluster, or died more often than allowed.
+        StageError: a training diverged.
+        DataError, ModelError: a plan, a model or a checkpoint cannot be used.
+    """
+    for job in jobs:
+        check_trackers(job.log_to, job.output_uri)
+    finished = {job.name: read_finished(job) for job in jobs}
+    if len(finished) != len(jobs):
+        raise ConfigError(f"jobs need names of their own, found {[job.name for job in jobs]}")
+    waiting = [job for job in jobs if finished[job.name] is None]
+    if waiting:
+        finished |= {model.name: model for model in _fit(waiting, context)}
+    return [model for job in jobs if (model := finished[job.name]) is not None]
+
+
+def _fit(jobs: Sequence[TrainJob], context: StageContext) -> Sequence[TrainedModel]:
+    context.cluster.close_pools()
+    context.cluster.connect()
+    _check_room(context)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_SECONDS))
+    scratch = storage.join(context.attempt, "ray-train")
+    trainer = _trainer(jobs, context, scratch)
+    try:
+        with _shown_progress(jobs, context.progress):
+            outcome: Any = trainer.fit().return_value
+    except ControllerError as error:
+        raise ClusterError(
+            f"{_request(context)} could not be started within {START_TIMEOUT_SECONDS} s and a few "
+            f"more attempts: {error.controller_failure}. Free resources or ask for less "
+            "(train.num_workers, cluster.actor_cpus, cluster.train_gpus); run again to continue "
+            "from the newest checkpoint."
+        ) from error
+    except (TrainingFailedError, ray.exceptions.RayActorError) as error:
+        raise ClusterError(
+            f"training failed more than train.max_failures = {context.config.train.max_failures} "
+            f"times; the last time with: {_last_line(error)}. Checkpoints are kept; run again to "
+            "continue from the newest one."
+        ) from error
+    finally:
+        storage.delete(scratch)
+    if not isinstance(outcome, Outcome):
+        raise StageError("the training workers ended without an answer; run again to continue")
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.models
+
+
+def _trainer(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> TorchTrainer:
+    config = context.config
+    cluster = config.cluster
+    use_gpu = cluster.train_gpus > 0
+    resources = {"CPU": cluster.actor_cpus}
+    if use_gpu:
+        resources["GPU"] = cluster.train_gpus
+    threads = max(1, int(cluster.actor_cpus))
+    return TorchTrainer(
+        train_jobs,
+        train_loop_config={"jobs": list(jobs), "num_threads": threads},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.train.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=f"fit-{uuid.uuid4().hex[:12]}",
+            storage_path=scratch,
+            failure_config=FailureConfig(
+                max_failures=config.train.max_failures, controller_failure_limit=2
+            ),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        ),
+    )
+
+
+def _by_stage(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """Stretches of rows of one stage, in order."""
+    names = table.column("stage").to_pylist()
+    start = 0
+    for row in range(1, len(names) + 1):
+        if row == len(names) or names[row] != names[start]:
+            yield names[start], table.slice(start, row - start)
+            start = row
+
+
+def _fewest_workers(context: StageContext) -> int:
+    wanted = context.config.train.num_workers
+    return wanted if isinstance(wanted, int) else wanted[0]
+
+
+def _request(context: StageContext) -> str:
+    cluster = context.config.cluster
+    return (
+        f"{_fewest_workers(context)} training workers with {cluster.actor_cpus:g} CPUs and "
+        f"{cluster.train_gpus:g} GPUs each (the cluster has {_resources()})"
+    )
+
+
+def _resources() -> str:
+    have: Mapping[str, float] = ray.cluster_resources()
+    return f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
+
+
+def _check_room(context: StageContext) -> None:
+    """A cluster that was joined may grow; a local one never will, so waiting is no use."""
+    config = context.config.cluster
+    if config.address not in ("local", "auto") or os.environ.get("RAY_ADDRESS"):
+        return
+    have: Mapping[str, float] = ray.cluster_resources()
+    num_workers = _fewest_workers(context)
+    cpus, gpus = num_workers * config.actor_cpus, num_workers * config.train_gpus
+    if cpus > have.get("CPU", 0) or gpus > have.get("GPU", 0):
+        raise ClusterError(
+            f"{_request(context)} do not fit into this local Ray. Lower train.num_workers (to "
+            f"{max(1, math.floor(have.get('CPU', 1) / config.actor_cpus))}) or "
+            "cluster.actor_cpus, raise cluster.num_cpus, or use a larger machine."
+        )
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _shown_progress(jobs: Sequence[TrainJob], progress: Progress) -> Iterator[None]:
+    """Shows how far the jobs are while the block runs, from the files that they leave."""
+    stop = threading.Event()
+    label = "train" if len(jobs) == 1 else f"train {len(jobs)} models"
+
+    def watch() -> None:
+        with progress.bar(label, total=1000 * len(jobs)) as bar:
+            shown = 0
+            while not stop.wait(_POLL_SECONDS):
+                share = sum(_done_share(job) for job in jobs)
+                if (now := int(1000 * share)) > shown:
+                    bar.advance(now - shown)
+                    shown = now
+
+    thread = threading.Thread(target=watch, name="train-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _done_share(job: TrainJob) -> float:
+    if storage.exists(storage.join(job.output_uri, "done.json")):
+        return 1.0
+    uri = storage.join(job.output_uri, "progress.json")
+    if not storage.exists(uri):
+        return 0.0
+    with contextlib.suppress(FileNotFoundError):  # the worker removes it when it is done
+        state = storage.read_json(uri)
+        return state["step"] / state["of"]
+    return 0.0

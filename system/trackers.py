@@ -1,0 +1,109 @@
+"""Experiment trackers besides `metrics.jsonl`, each used only where its package is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from system import storage
+from system.errors import ConfigError
+
+Sink = Callable[[dict[str, Any]], None]
+
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+_NUMBERS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes")
+
+
+def check_trackers(names: Sequence[str], output_uri: str) -> None:
+    """Before training: every tracker asked for can be used.
+
+    Raises:
+        ConfigError: its package is not installed, or it cannot write where the run writes.
+    """
+    for name in names:
+        package = _PACKAGES[name]
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"train.log_to asks for {name!r}, but the package {package} is not installed here; "
+                f"run `pip install {package}` or take it out (metrics.jsonl is always written)"
+            )
+    if "tensorboard" in names and storage.local_path(output_uri) is None:
+        raise ConfigError(
+            f"train.log_to: tensorboard writes local files, but the run directory is {output_uri}; "
+            "use wandb or mlflow there, or read metrics.jsonl"
+        )
+
+
+def open_trackers(
+    names: Sequence[str], output_uri: str, run_name: str, stack: contextlib.ExitStack
+) -> list[Sink]:
+    """One function a tracker that takes a step's metrics; `stack` closes them.
+
+    Args:
+        names: `tensorboard`, `wandb`, `mlflow`.
+        output_uri: the job's directory; TensorBoard writes below it.
+        run_name: how the tracker calls the run.
+        stack: closes the trackers.
+    """
+    return [_OPENERS[name](output_uri, run_name, stack) for name in names]
+
+
+def flat_metrics(record: dict[str, Any]) -> dict[str, float]:
+    """Names and numbers of a record, categories included."""
+    numbers = {name: float(record[name]) for name in _NUMBERS}
+    by_category = {f"loss/{name}": loss for name, loss in record["category_loss"].items()}
+    return numbers | by_category
+
+
+def _open_tensorboard(output_uri: str, run_name: str, stack: contextlib.ExitStack) -> Sink:
+    from tensorboardX import SummaryWriter
+
+    folder = storage.local_path(storage.join(output_uri, "tensorboard"))
+    writer = SummaryWriter(str(folder))
+    stack.callback(writer.close)
+
+    def write(record: dict[str, Any]) -> None:
+        for name, value in flat_metrics(record).items():
+            writer.add_scalar(name, value, record["step"])
+
+    return write
+
+
+def _open_wandb(output_uri: str, run_name: str, stack: contextlib.ExitStack) -> Sink:
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    run = wandb.init(project="instructmix", name=run_name, id=_run_id(output_uri), resume="allow")
+    stack.callback(run.finish)
+
+    def write(record: dict[str, Any]) -> None:
+        run.log(flat_metrics(record), step=record["step"])
+
+    return write
+
+
+def _open_mlflow(output_uri: str, run_name: str, stack: contextlib.ExitStack) -> Sink:
+    import mlflow  # pyright: ignore[reportMissingImports]
+
+    mlflow.set_experiment("instructmix")
+    stack.enter_context(mlflow.start_run(run_name=run_name))
+
+    def write(record: dict[str, Any]) -> None:
+        mlflow.log_metrics(flat_metrics(record), step=record["step"])
+
+    return write
+
+
+def _run_id(output_uri: str) -> str:
+    """The same id after a restart, so that the tracker continues its curve."""
+    import hashlib
+
+    return hashlib.sha256(output_uri.encode()).hexdigest()[:16]
+
+
+_OPENERS: dict[str, Callable[[str, str, contextlib.ExitStack], Sink]] = {
+    "tensorboard": _open_tensorboard,
+    "wandb": _open_wandb,
+    "mlflow": _open_mlflow,
+}
