@@ -15,6 +15,8 @@ from scipy import stats
 
 from system.taxonomy.records import AsymmetryUnit
 
+PRIOR_PRODUCTS = 10  # weight of "no correlation" against the products observed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EffectTable:
@@ -109,16 +111,25 @@ def _per_own_effect(table: EffectTable) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def direction_correlation(table: EffectTable, effect_RTS: np.ndarray | None) -> float:
-    """Correlation over replications of effect[i, j] with effect[j, i], one for all pairs."""
+    """Correlation of the errors of effect[i, j] and effect[j, i], one number for all pairs.
+
+    Covariance of the means over R replications, in units of the full standard errors (which hold
+    held-out sampling too: that part is not shared), averaged over pairs and drawn towards 0 where
+    few products stand behind it: two replications of one pair always correlate at +-1.
+    """
     if effect_RTS is None or len(effect_RTS) < 2:
         return 0.0
-    pairs = np.triu(table.usable_TS & table.usable_TS.T, 1)
-    residual_RTS = np.where(pairs | pairs.T, effect_RTS - effect_RTS.mean(axis=0), 0.0)
-    # Standardised, so that no loud pair speaks for all.
-    scale_TS = np.sqrt((residual_RTS**2).sum(axis=0))
-    residual_RTS = residual_RTS / np.where(scale_TS > 0, scale_TS, 1.0)
-    products = (residual_RTS * residual_RTS.transpose(0, 2, 1)).sum(axis=0)[pairs]
-    return float(products.mean()) if len(products) else 0.0
+    num = len(effect_RTS)
+    known_TS = table.usable_TS & (table.se_TS > 0)
+    pairs_TS = np.triu(known_TS & known_TS.T, 1)
+    num_products = int(pairs_TS.sum()) * (num - 1)
+    if num_products == 0:
+        return 0.0
+    deviation_RTS = np.where(known_TS, effect_RTS - effect_RTS.mean(axis=0), 0.0)
+    deviation_RTS = deviation_RTS / np.where(known_TS, table.se_TS, 1.0)
+    covariance_TS = (deviation_RTS * deviation_RTS.transpose(0, 2, 1)).sum(axis=0)
+    rho = float(covariance_TS[pairs_TS].mean()) / (num * (num - 1))
+    return float(np.clip(rho, -1.0, 1.0)) * num_products / (num_products + PRIOR_PRODUCTS)
 
 
 def draw_effects(

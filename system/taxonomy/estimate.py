@@ -48,11 +48,11 @@ def estimate_taxonomy(
       freedom are infinite);
     - *asymmetry*: `d[i, j] = effect[i, j] - effect[j, i] > 0`, one-sided t test with
       `se(d)^2 = se_ij^2 + se_ji^2 - 2 rho se_ij se_ji` and Welch-Satterthwaite degrees of freedom.
-      rho, one number for the whole matrix, is the correlation of the two directions over
-      replications; 0 where there are none.  With `asymmetry_unit="gamma"` the two effects are first
-      divided by their targets' own effects (`effect[i, j] / effect[i, i]`, errors by the delta
-      method): fair where some targets are easier to move than others, but defined only where both
-      own effects are positive and identifiable.
+      rho, one number for the whole matrix, is how the errors of the two directions go together
+      over replications; 0 where there are none.  With `asymmetry_unit="gamma"` the two effects are
+      first divided by their targets' own effects (`effect[i, j] / effect[i, i]`, errors by the
+      delta method): fair where some targets are easier to move than others, but defined only where
+      both own effects are positive and identifiable.
 
     The larger of the two p-values tests "both hold" at its level (intersection-union test).
     Benjamini-Hochberg over all tested ordered pairs bounds the expected share of false edges.
