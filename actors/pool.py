@@ -74,11 +74,13 @@ class ActorPool:
     def __init__(self, spec: ActorSpec) -> None:
         self.spec = spec
         threads = str(max(1, int(spec.num_cpus)))
+        # Under the class's own name, which is what Ray's tools show.
+        host = type(spec.actor_class.__name__, (_Host,), {})
         self._remote_class = ray.remote(
             num_cpus=spec.num_cpus,
             num_gpus=spec.num_gpus,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, **spec.env}},
-        )(_Host)
+        )(host)
         self._idle: list[Any] = []
         self._num_actors = 0
         self._queue: deque[_Unit] = deque()

@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 failed, 2 bad input or configuration.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ from system.stages import STAGE_NAMES
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     arguments = _parser().parse_args(argv)
+    # `ray job stop` and Kubernetes end a driver with SIGTERM: leave as after Ctrl-C, lease freed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return arguments.execute(arguments)
     except InstructMixError as error:
@@ -114,6 +117,11 @@ def _add_submit(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_tools(commands: argparse._SubParsersAction) -> None:
+    verify = commands.add_parser(
+        "verify", help="what the solver promised beside what the mix brought on held-out data"
+    )
+    verify.add_argument("run_dir")
+    verify.set_defaults(execute=_verify)
     from system.solve.command import add_arguments as add_solve_arguments
 
     solve = commands.add_parser("solve", help="solve a mix from tables, without a run")
@@ -165,6 +173,13 @@ def _report(arguments: argparse.Namespace) -> int:
     from system.report import write_report
 
     print(write_report(arguments.run_dir))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from system.verification import describe_prediction
+
+    print(describe_prediction(arguments.run_dir))
     return 0
 
 
