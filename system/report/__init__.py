@@ -1,0 +1,38 @@
+"""The report of a run: one HTML page for people, one JSON file for programs."""
+
+from __future__ import annotations
+
+import json
+
+from system import storage
+from system.report.machine import report_json
+from system.report.page import render_report
+from system.report.view import RunView
+
+__all__ = ["RunView", "render_report", "report_files", "report_json", "write_report"]
+
+
+def report_files(run_dir_uri: str) -> tuple[bytes, bytes]:
+    """Content of report.html and report.json for a run directory, finished or not.
+
+    Raises:
+        ConfigError: there is no run directory.
+        DataError: an output that a stage's record names cannot be read.
+    """
+    view = RunView.open(run_dir_uri)
+    numbers = json.dumps(report_json(view), indent=1, ensure_ascii=False, allow_nan=False)
+    return render_report(view).encode(), (numbers + "\n").encode()
+
+
+def write_report(run_dir_uri: str) -> str:
+    """Writes report.html and report.json into the run directory; returns the page's URI.
+
+    Raises:
+        ConfigError: there is no run directory.
+        DataError: an output that a stage's record names cannot be read.
+    """
+    page, numbers = report_files(run_dir_uri)
+    page_uri = storage.join(storage.absolute(run_dir_uri), "report.html")
+    storage.write_bytes(page_uri, page)
+    storage.write_bytes(storage.join(storage.absolute(run_dir_uri), "report.json"), numbers)
+    return page_uri

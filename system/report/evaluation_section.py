@@ -1,0 +1,377 @@
+"""The evaluation on the page: what the mix and its order are worth on held-out data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from system.report.blocks import (
+    Block,
+    Cell,
+    Column,
+    Heading,
+    Picture,
+    Prose,
+    Section,
+    Table,
+    Tone,
+    text_column,
+    waiting,
+)
+from system.report.evaluation_figures import difference_figure, level_figure, prediction_figure
+from system.report.formatting import (
+    NOTHING,
+    count,
+    decimals,
+    fixed,
+    interval,
+    percent,
+    plural,
+    signed,
+)
+from system.report.view import Evaluation, RunView
+
+TITLE = "Evaluation on held-out data"
+NATURAL = "natural"
+_TONES: dict[str, Tone] = {"better": "good", "worse": "bad", "tie": "quiet"}
+_SCOPES = {"importance": "all, by importance", "uniform": "all, equally"}
+
+
+def evaluation_section(view: RunView) -> Section:
+    """Differences, losses, accuracy, the two by two, promise against outcome."""
+    evaluation = view.evaluation
+    if evaluation is None:
+        return waiting("evaluation", TITLE, "evaluate")
+    summary = evaluation.summary
+    blocks: list[Block] = [Prose(text=_lead(summary), tone="lead"), _arm_table(summary)]
+    against = comparisons(evaluation, "loss", NATURAL)
+    if against:
+        blocks += [
+            Heading(text="Against the natural mix"),
+            *_differences(evaluation, against),
+        ]
+    blocks += [
+        *_factors(summary),
+        *_prediction(summary),
+        Heading(text="Losses themselves"),
+        *_levels(evaluation),
+        *_accuracy(evaluation),
+    ]
+    return Section(name="evaluation", title=TITLE, blocks=blocks)
+
+
+def comparisons(evaluation: Evaluation, metric: str, reference: str) -> list[dict[str, Any]]:
+    """Comparisons of one metric with one reference, in the file's order."""
+    return [
+        row
+        for row in evaluation.summary["comparisons"]
+        if row["metric"] == metric and row["reference"] == reference
+    ]
+
+
+def overall(rows: list[dict[str, Any]], arm: str, weighting: str) -> dict[str, Any] | None:
+    """The comparison of an arm over all categories."""
+    for row in rows:
+        if row["arm"] == arm and row["category"] is None and row["weighting"] == weighting:
+            return row
+    return None
+
+
+def _lead(summary: dict[str, Any]) -> str:
+    rows = sum(summary["test_rows"].values())
+    text = (
+        "Gains are in nats per response token, reference minus arm: positive favours the arm. All "
+        f"models are scored on the same {rows:,} test examples, which no training and no matrix "
+        f"has seen. Intervals hold for other examples and other trainings at "
+        f"{percent(summary['confidence'], 0)} confidence; where one holds zero, it is a tie. Each "
+        "verdict stands alone: of twenty ties about one looks like more."
+    )
+    if summary["left_out"]:
+        text += (
+            f" {plural(sum(summary['left_out'].values()), 'example was', 'examples were')} left "
+            "out because some model could not score them."
+        )
+    return text
+
+
+def _arm_table(summary: dict[str, Any]) -> Table:
+    return Table(
+        caption="What was trained",
+        columns=(
+            text_column("arm"),
+            text_column("mix"),
+            text_column("order"),
+            Column(label="trainings"),
+            Column(label="examples"),
+            Column(label="response tokens"),
+            Column(label="steps"),
+        ),
+        rows=[
+            (
+                arm["name"], arm["mix"], arm["order"], str(arm["seeds"]), count(arm["examples"]),
+                f"{arm['response_tokens']:,}", f"{arm['steps']:,}",
+            )
+            for arm in summary["arms"]
+        ],
+    )  # fmt: skip
+
+
+def _scope_order(rows: list[dict[str, Any]]) -> list[str | None]:
+    """All first, then categories from the largest gain of the last arm to the smallest."""
+    arm = rows[-1]["arm"]
+    own = [row for row in rows if row["arm"] == arm and row["category"] is not None]
+    own.sort(key=lambda row: (-row["value"], row["category"]))
+    return [None, *[row["category"] for row in own]]
+
+
+def _differences(evaluation: Evaluation, rows: list[dict[str, Any]]) -> list[Block]:
+    arms = [arm["name"] for arm in evaluation.summary["arms"]]
+    shown = [row for row in rows if row["weighting"] != "uniform"]
+    return [
+        Picture(
+            figures=[difference_figure(shown, _scope_order(shown), arms)],
+            captions=["Right of zero: better than the natural mix of equal budget."],
+        ),
+        Table(
+            caption="Gains over the natural mix",
+            columns=_contrast_columns("arm"),
+            rows=[
+                (row["arm"], _scope(row), *_contrast_cells(row, _digits(rows)))
+                for row in rows
+                if row["category"] is None
+            ],
+        ),
+        Table(
+            caption="Gains over the natural mix by category",
+            columns=_contrast_columns("arm"),
+            rows=[
+                (row["arm"], _scope(row), *_contrast_cells(row, _digits(rows)))
+                for row in rows
+                if row["category"] is not None
+            ],
+            folded=True,
+            note=_tally(rows),
+        ),
+    ]
+
+
+def _tally(rows: list[dict[str, Any]]) -> str:
+    parts = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        verdicts = tally(rows, arm)
+        parts.append(
+            f"{arm}: better on {verdicts['better']}, tie on {verdicts['tie']}, worse on "
+            f"{verdicts['worse']}"
+        )
+    return "; ".join(parts) + "."
+
+
+def tally(rows: list[dict[str, Any]], arm: str) -> Counter[str]:
+    """How many categories an arm is better, tied or worse on."""
+    return Counter(
+        row["verdict"] for row in rows if row["arm"] == arm and row["category"] is not None
+    )
+
+
+def _digits(rows: list[dict[str, Any]]) -> int:
+    return max(3, min(4, decimals([row["se"] for row in rows], least=3)))
+
+
+def _scope(row: dict[str, Any]) -> str:
+    return _SCOPES.get(row["weighting"], "") if row["category"] is None else row["category"]
+
+
+def _contrast_columns(first: str) -> tuple[Column, ...]:
+    return (
+        text_column(first),
+        text_column("over"),
+        Column(label="gain"),
+        Column(label="interval"),
+        text_column("verdict"),
+        Column(label="error from trainings", title="falls with more seeds"),
+        Column(label="from examples", title="falls with more held-out examples"),
+        Column(label="trainings"),
+        Column(label="examples"),
+    )
+
+
+def _contrast_cells(row: dict[str, Any], digits: int) -> tuple[str | Cell, ...]:
+    return (
+        signed(row["value"], digits),
+        interval(row["low"], row["high"], digits),
+        Cell(text=row["verdict"], tone=_TONES[row["verdict"]]),
+        "one training" if row["se_seeds"] is None else fixed(row["se_seeds"], digits),
+        fixed(row["se_heldout"], digits),
+        str(row["seeds"]),
+        count(row["rows"]),
+    )
+
+
+def _factors(summary: dict[str, Any]) -> list[Block]:
+    rows = summary["factors"]
+    if not rows:
+        return []
+    return [
+        Heading(text="Mix and order, judged apart"),
+        Table(
+            caption="What the mix and the order each bring",
+            columns=(*_contrast_columns("factor")[:5], text_column("computed from")),
+            rows=[
+                (
+                    row["factor"], _SCOPES[row["weighting"]],
+                    *_contrast_cells(row, _digits(rows))[:3], row["formula"],
+                )
+                for row in rows
+            ],
+            note="With all four arms (natural and solved, shuffled and in curriculum order) these "
+            "are the main effects of a two-by-two design.",
+        ),
+    ]  # fmt: skip
+
+
+def _prediction(summary: dict[str, Any]) -> list[Block]:
+    prediction = summary["prediction"]
+    if prediction is None or not prediction["targets"]:
+        return []
+    total, rows = prediction["overall"], prediction["targets"]
+    digits = max(4, decimals([total["predicted"]]))
+    text = (
+        f"The solver promised {signed(total['predicted'], digits)} nats for the solved mix; "
+        f"training on it brought {signed(total['realised'], digits)} "
+        f"({interval(total['low'], total['high'], digits)})."
+    )
+    if prediction["slope"] is not None:
+        text += (
+            f" Per target, {fixed(prediction['slope'], 2)} nats came for each promised one"
+            " (1 is a kept promise, 0 a worthless one)"
+        )
+        rank = prediction["rank_correlation"]
+        text += "." if rank is None else f"; rank correlation {fixed(rank, 2)}."
+    return [
+        Heading(text="Promise and outcome"),
+        Prose(text=text),
+        Picture(
+            figures=[prediction_figure(rows)],
+            captions=["Every target; on the dotted line the promise would be kept exactly."],
+        ),
+        Table(
+            caption="Promise and outcome by target",
+            columns=(
+                text_column("target"),
+                Column(label="predicted"),
+                Column(label="standard error"),
+                Column(label="realised"),
+                Column(label="interval"),
+                text_column("verdict"),
+            ),
+            rows=[
+                (
+                    row["target"], signed(row["predicted"], digits),
+                    fixed(row["predicted_se"], digits), signed(row["realised"], digits),
+                    interval(row["low"], row["high"], digits),
+                    Cell(text=row["verdict"], tone=_TONES[row["verdict"]]),
+                )
+                for row in sorted(rows, key=lambda row: -row["predicted"])
+            ],
+            folded=True,
+        ),
+    ]  # fmt: skip
+
+
+def _levels(evaluation: Evaluation) -> list[Block]:
+    summary = evaluation.summary
+    rows, arms = summary["losses"], [arm["name"] for arm in summary["arms"]]
+    order = list(dict.fromkeys(["base", *arms]))
+    categories = sorted(
+        {row["category"] for row in rows if row["category"] is not None},
+        key=lambda name: (
+            -next(r["value"] for r in rows if r["category"] == name and r["arm"] == "base")
+        ),
+    )
+    scopes: list[str | None] = [None, *categories]
+    cells = {(row["arm"], row["category"]): row for row in rows}
+    return [
+        Picture(
+            figures=[level_figure(rows, scopes, order)],
+            captions=[
+                "Held-out loss of every model, lower is better. Intervals of single models are "
+                "wide because examples differ; the comparisons above pair them."
+            ],
+        ),
+        Table(
+            caption="Held-out loss by category",
+            columns=(text_column("category"), *[Column(label=arm) for arm in order]),
+            rows=[
+                [
+                    "all, by importance" if scope is None else scope,
+                    *[
+                        Cell(
+                            text=fixed(cells[arm, scope]["value"], 4),
+                            title=_level_ends(cells[arm, scope]),
+                        )
+                        if (arm, scope) in cells
+                        else NOTHING
+                        for arm in order
+                    ],
+                ]
+                for scope in scopes
+            ],
+            note="Mean over the trainings of an arm, nats per response token.",
+        ),
+    ]
+
+
+def _level_ends(row: dict[str, Any]) -> str:
+    return f"{fixed(row['low'], 4)} to {fixed(row['high'], 4)}"
+
+
+def _accuracy(evaluation: Evaluation) -> list[Block]:
+    summary = evaluation.summary
+    rows = summary["accuracy"]
+    blocks: list[Block] = [Heading(text="Right answers")]
+    if not rows:
+        return [
+            *blocks,
+            Prose(text="No test example has an answer that can be checked, or none was asked for."),
+        ]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    cells = {(row["arm"], row["category"]): row for row in rows}
+    blocks.append(
+        Table(
+            caption="Share of right answers, by exact match",
+            columns=(
+                text_column("category"),
+                Column(label="examples"),
+                *[Column(label=arm) for arm in arms],
+            ),
+            rows=[
+                [
+                    category,
+                    str(cells[arms[0], category]["rows"]),
+                    *[_share_cell(cells[arm, category]) for arm in arms],
+                ]
+                for category in dict.fromkeys(row["category"] for row in rows)
+            ],
+            note="Mean over trainings, with Wilson intervals of the examples in brackets.",
+        )
+    )
+    against = [
+        row for row in comparisons(evaluation, "accuracy", NATURAL) if row["category"] is None
+    ]
+    if against:
+        blocks.append(
+            Table(
+                caption="Accuracy against the natural mix",
+                columns=_contrast_columns("arm"),
+                rows=[(row["arm"], _scope(row), *_contrast_cells(row, 3)) for row in against],
+                note="Differences of shares of right answers.",
+            )
+        )
+    return blocks
+
+
+def _share_cell(row: dict[str, Any]) -> str:
+    return (
+        f"{fixed(100 * row['value'], 1)} % [{fixed(100 * row['low'], 0)}, "
+        f"{fixed(100 * row['high'], 0)}]"
+    )

@@ -1,0 +1,116 @@
+"""Numbers and names as a person reads them: real minus signs, honest digits, escaped text."""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Iterable
+
+MINUS = "−"
+NOTHING = "–"
+
+
+def fixed(value: float | None, digits: int) -> str:
+    """A number with a fixed count of decimals; a dash for none."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    text = f"{value:,.{digits}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", MINUS)
+
+
+def signed(value: float | None, digits: int) -> str:
+    """As `fixed`, with a plus sign before what is above zero after rounding."""
+    text = fixed(value, digits)
+    if value is not None and value > 0 and any(digit in text for digit in "123456789"):
+        return f"+{text}"
+    return text
+
+
+def interval(low: float | None, high: float | None, digits: int) -> str:
+    """`[low, high]`, both signed; a dash where an end is missing."""
+    if low is None or high is None:
+        return NOTHING
+    return f"[{signed(low, digits)}, {signed(high, digits)}]"
+
+
+def span(low: float | None, high: float | None, digits: int) -> str:
+    """`−0.01 to +0.03`: an interval inside a sentence."""
+    return f"{signed(low, digits)} to {signed(high, digits)}"
+
+
+def decimals(values: Iterable[float | None], *, significant: int = 2, least: int = 2) -> int:
+    """Decimals that show the typical (median) size of the values with so many digits, up to 9."""
+    sizes = sorted(abs(v) for v in values if v is not None and math.isfinite(v) and v != 0)
+    if not sizes:
+        return least
+    typical = sizes[len(sizes) // 2]
+    return max(least, min(9, significant - 1 - math.floor(math.log10(typical))))
+
+
+def count(value: float | None) -> str:
+    """Examples, tokens, rows: whole where it is whole, else one decimal."""
+    if value is None:
+        return NOTHING
+    return fixed(value, 0 if abs(value - round(value)) < 1e-6 else 1)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return NOTHING if share is None else f"{fixed(100 * share, digits)} %"
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `12 min 05 s`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def names(items: Iterable[str], *, most: int = 6) -> str:
+    """`a, b and c`; beyond `most` names, how many more there are."""
+    listed = [quote(item) for item in items]
+    if not listed:
+        return "none"
+    if len(listed) > most:
+        return f"{', '.join(listed[:most])} and {len(listed) - most} more"
+    if len(listed) == 1:
+        return listed[0]
+    return f"{', '.join(listed[:-1])} and {listed[-1]}"
+
+
+def quote(name: str) -> str:
+    """A name inside a sentence, so that one sees where it begins and ends."""
+    return f"“{name}”"
+
+
+def plural(number: int, noun: str, many: str | None = None) -> str:
+    """`1 category`, `3 categories`."""
+    return f"{number:,} {noun if number == 1 else many or noun + 's'}"
+
+
+def wrapped(name: str, width: int, *, lines: int = 2) -> list[str]:
+    """The name in at most so many lines of the width; the last one ends in … where it is cut."""
+    clean = " ".join(name.split()) or "(empty)"
+    parts = textwrap.wrap(clean, width, break_long_words=True) or [clean]
+    if len(parts) <= lines:
+        return parts
+    kept = parts[:lines]
+    kept[-1] = kept[-1][: width - 1].rstrip() + "…"
+    return kept
+
+
+def figure_text(text: str) -> str:
+    """Text for Plotly, which reads some HTML: nothing in a name may become markup."""
+    return html.escape(text, quote=True)
+
+
+def figure_label(name: str, width: int) -> str:
+    """A tick label of at most two lines for Plotly."""
+    return "<br>".join(figure_text(line) for line in wrapped(name, width))

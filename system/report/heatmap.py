@@ -1,0 +1,195 @@
+"""The effect matrix as heat maps, related categories side by side.
+
+Legend of shape suffixes: T target (measured on), S source (trained on).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+from scipy.spatial.distance import pdist
+
+from system.influence import EffectMatrix
+from system.report.formatting import figure_label, figure_text, fixed, signed, wrapped
+from system.report.pairs import Entry
+from system.report.theme import DIVERGING, INK, MUTED, UNKNOWN, Figure, axis, layout
+
+_WIDE_LABEL, _NARROW_LABEL = 24, 14
+_LARGEST_GAMMA = 2.0
+"""Colours beyond it would hide everything else."""
+
+
+def clustered_order(matrices: list[EffectMatrix]) -> tuple[list[str], list[str]]:
+    """Targets and sources in dendrogram order; both axes share the order of the categories.
+
+    A category's profile is what it does to others and what others do to it (shrunken effects of a
+    dose), over all directions.  Average linkage with optimal leaf order (Bar-Joseph et al. 2001).
+    Targets that no source owns come last, in their given order.
+    """
+    sources, targets = list(matrices[0].sources), list(matrices[0].targets)
+    own = [name for name in sources if name in targets]
+    rows = [targets.index(name) for name in own]
+    columns = [sources.index(name) for name in own]
+    parts = []
+    for matrix in matrices:
+        dose_TS = (matrix.shrunk_TS * matrix.dose_S)[np.ix_(rows, columns)].copy()
+        np.fill_diagonal(dose_TS, 0.0)
+        scale = float(np.sqrt(np.mean(dose_TS**2))) or 1.0
+        parts += [dose_TS / scale, dose_TS.T / scale]
+    if len(own) > 2:
+        profile = np.concatenate(parts, axis=1)
+        distance = pdist(profile)
+        order = leaves_list(optimal_leaf_ordering(linkage(distance, "average"), distance))
+        own = [own[place] for place in order]
+    rest = [name for name in sources if name not in own]
+    return own + [name for name in targets if name not in own], own + rest
+
+
+def effect_figure(grid: list[list[Entry]], direction: str) -> Figure:
+    """Effect of a dose of each source on each target, nats per response token."""
+    return _figure(
+        grid,
+        [[entry.effect for entry in row] for row in grid],
+        largest=float("inf"),
+        name=f"effect-{direction}",
+        label=f"Heat map of effects ({direction}): rows are targets, columns are sources.",
+        title="nats per token",
+    )
+
+
+def gamma_figure(grid: list[list[Entry]], direction: str) -> Figure:
+    """Gamma: how many of the target's own examples one example of the source is worth."""
+    return _figure(
+        grid,
+        [[entry.gamma for entry in row] for row in grid],
+        largest=_LARGEST_GAMMA,
+        name=f"gamma-{direction}",
+        label=f"Heat map of gamma ({direction}): rows are targets, columns are sources.",
+        title="gamma",
+    )
+
+
+def _limit(grid: list[list[Entry]], values: list[list[float | None]], largest: float) -> float:
+    """End of the colour scale: nearly the largest value between different categories."""
+    other = [
+        abs(value)
+        for row, line in zip(grid, values, strict=True)
+        for entry, value in zip(row, line, strict=True)
+        if value is not None and not entry.is_own
+    ]
+    limit = float(np.quantile(other, 0.98)) if other else 0.0
+    return min(limit, largest) or 1.0
+
+
+def _figure(
+    grid: list[list[Entry]],
+    values: list[list[float | None]],
+    *,
+    largest: float,
+    name: str,
+    label: str,
+    title: str,
+) -> Figure:
+    targets, sources = [row[0].target for row in grid], [entry.source for entry in grid[0]]
+    limit = _limit(grid, values, largest)
+    data: list[dict[str, Any]] = [
+        {
+            "type": "heatmap", "z": values, "zmin": -limit, "zmax": limit,
+            "x": list(range(len(sources))), "y": list(range(len(targets))),
+            "colorscale": [list(stop) for stop in DIVERGING], "xgap": 1, "ygap": 1,
+            "customdata": [[_hover(entry) for entry in row] for row in grid],
+            "hoverongaps": True,
+            "hovertemplate": (
+                "<b>%{customdata[0]}</b> → <b>%{customdata[1]}</b><br>effect %{customdata[2]}"
+                "<br>gamma %{customdata[3]}<br>%{customdata[4]}<extra></extra>"
+            ),
+            "colorbar": {
+                "orientation": "h", "thickness": 9, "len": 0.6, "lenmode": "fraction", "x": 0,
+                "xanchor": "left", "y": 0, "yanchor": "top", "ypad": 14, "outlinewidth": 0,
+                "title": {"text": title, "side": "top", "font": {"size": 11, "color": MUTED}},
+                "tickfont": {"size": 11}, "nticks": 5, "tickformat": "~g",
+            },
+        },
+        _hatching(grid),
+    ]  # fmt: skip
+    cell = 30 if len(sources) <= 16 else 24
+    longest = max(len(_cut(source)) for source in sources)
+    ticks = {"ticks": "", "showgrid": False, "zeroline": False, "showline": False}
+    return Figure(
+        name=name,
+        label=label,
+        data=data,
+        layout=layout(
+            xaxis=axis(
+                "", side="top", tickmode="array", tickvals=list(range(len(sources))),
+                ticktext=[figure_text(_cut(source)) for source in sources], tickangle=-50,
+                range=[-0.5, len(sources) - 0.5], **ticks,
+            ),
+            yaxis=axis(
+                "", tickmode="array", tickvals=list(range(len(targets))),
+                ticktext=[figure_label(target, _WIDE_LABEL) for target in targets],
+                range=[len(targets) - 0.5, -0.5], ticklabelstandoff=4, **ticks,
+            ),
+            shapes=_outlines(targets, sources),
+            margin={"l": 8, "r": 44, "t": 8, "b": 66},
+            showlegend=False,
+        )
+        | {"plot_bgcolor": UNKNOWN},
+        height=12 + round(4.9 * longest) + 86 + cell * len(targets),
+        min_width=176 + cell * len(sources),
+        narrow={"yaxis.ticktext": [figure_label(target, _NARROW_LABEL) for target in targets]},
+    )  # fmt: skip
+
+
+def _cut(name: str) -> str:
+    return wrapped(name, _WIDE_LABEL, lines=1)[0]
+
+
+def _hover(entry: Entry) -> list[str]:
+    gamma = entry.gamma_text
+    if entry.gamma is not None:
+        gamma += f" {entry.gamma_interval}"
+    return [
+        figure_text(entry.source),
+        figure_text(entry.target),
+        f"{signed(entry.effect, 4)} ± {fixed(entry.se, 4)} nats",
+        gamma,
+        "identifiable" if entry.is_identifiable else "not identifiable",
+    ]
+
+
+def _hatching(grid: list[list[Entry]]) -> dict[str, Any]:
+    """Three thin diagonals through every cell whose gamma is not identifiable."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for row, entries in enumerate(grid):
+        for column, entry in enumerate(entries):
+            if entry.is_identifiable:
+                continue
+            left, right, top, bottom = column - 0.45, column + 0.45, row - 0.45, row + 0.45
+            for line_x, line_y in (
+                ((left, column), (row, top)),
+                ((left, right), (bottom, top)),
+                ((column, right), (bottom, row)),
+            ):
+                x += [*line_x, None]
+                y += [*line_y, None]
+    return {
+        "type": "scatter", "mode": "lines", "x": x, "y": y, "hoverinfo": "skip",
+        "line": {"color": "rgba(29,33,37,0.28)", "width": 0.8}, "name": "not identifiable",
+    }  # fmt: skip
+
+
+def _outlines(targets: list[str], sources: list[str]) -> list[dict[str, Any]]:
+    """Frames around the entries of a category on itself."""
+    place = {source: column for column, source in enumerate(sources)}
+    return [
+        {
+            "type": "rect", "x0": place[t] - 0.48, "x1": place[t] + 0.48, "y0": row - 0.48,
+            "y1": row + 0.48, "line": {"color": INK, "width": 1.1},
+        }
+        for row, t in enumerate(targets)
+        if t in place
+    ]  # fmt: skip

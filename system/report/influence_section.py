@@ -1,0 +1,188 @@
+"""The effect matrix on the page: heat maps, strongest pairs, how far to believe it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from system.report.blocks import (
+    Block,
+    Bullets,
+    Cell,
+    Column,
+    Heading,
+    Picture,
+    Prose,
+    Section,
+    Table,
+    text_column,
+    waiting,
+)
+from system.report.formatting import count, decimals, fixed, interval, percent, plural, signed
+from system.report.heatmap import clustered_order, effect_figure, gamma_figure
+from system.report.pairs import Entry, entry_grid
+from system.report.view import Influence, RunView
+
+TITLE = "How categories help and harm each other"
+_STRONGEST = 12
+_LARGEST_TABLE = 60
+"""Sources beyond which the whole matrix is left to report.json."""
+_VERB = {"add": "adding", "remove": "removing"}
+_MEANING = {
+    "add": "training with a dose of the source added, against training without it",
+    "remove": "training with the source's dose, against training with it removed",
+}
+
+
+def influence_section(view: RunView) -> Section:
+    """Heat maps and tables of every direction that was measured."""
+    influence = view.influence
+    if influence is None:
+        return waiting("effects", TITLE, "influence")
+    matrices = list(influence.matrices.values())
+    targets, sources = clustered_order(matrices)
+    dose = reference_dose(influence)
+    blocks: list[Block] = [
+        Prose(
+            text=f"Each cell answers: by how much does a dose of {count(dose)} examples of the "
+            "source (column) lower the held-out loss of the target (row)? Blue helps, orange "
+            "harms. Framed cells are a category's effect on itself; hatched cells are not "
+            "identifiable: their error is too large for a ratio. Related categories stand side "
+            "by side. Colours are scaled to the effects between different categories.",
+            tone="lead",
+        ),
+        Bullets(items=_belief(influence)),
+    ]
+    for direction, matrix in influence.matrices.items():
+        grid = entry_grid(matrix, targets, sources, dose)
+        blocks += [
+            Heading(text=f"Measured by {_VERB[direction]}"),
+            Picture(
+                figures=[
+                    effect_figure(grid, direction),
+                    gamma_figure(grid, direction),
+                ],
+                captions=[
+                    f"Effect in nats per response token: {_MEANING[direction]}.",
+                    "Gamma: how many of the target's own examples one example of the source is "
+                    "worth. Grey: unknown.",
+                ],
+            ),
+            _strongest_table(grid, direction, dose, influence.summary["confidence"]),
+        ]
+        if len(sources) <= _LARGEST_TABLE:
+            blocks.append(_whole_table(grid, direction))
+    return Section(name="effects", title=TITLE, blocks=blocks)
+
+
+def reference_dose(influence: Influence) -> float:
+    """Examples by which all effects are shown: the median dose of the sources."""
+    doses = np.concatenate([matrix.dose_S for matrix in influence.matrices.values()])
+    return float(np.median(doses))
+
+
+def _belief(influence: Influence) -> list[str]:
+    summary = influence.summary
+    items = [
+        f"{plural(summary['replications'], 'independent replication')}, estimator "
+        f"{summary['estimator']}: {summary['cost']['runs']} trainings, "
+        f"{summary['cost']['trained_tokens']:,} tokens trained."
+    ]
+    for direction, part in summary["directions"].items():
+        noise = part["noise"]
+        items.append(
+            f"{_VERB[direction].capitalize()}: {part['significant_pairs']} of {part['pairs']} "
+            f"pairs differ from zero at {percent(summary['confidence'], 0)} confidence, gamma is "
+            f"identifiable for {part['identifiable_off_diagonal']}. The typical standard error of "
+            f"a dose's effect is {fixed(noise['dose_se_median'], 4)} nats; the true effects are "
+            f"estimated to vary by {fixed(noise['signal_sd'], 4)}."
+        )
+        items += _agreement(direction, part, summary["confidence"])
+    if summary["errors"] == "held-out only":
+        items.append(
+            "There was one replication only, so the errors do not contain the noise of training: "
+            "nothing here counts as identifiable."
+        )
+    if summary["adapted"]:
+        items.append(
+            f"{plural(len(summary['adapted']), 'category', 'categories')} had fewer rows than "
+            "asked and got a smaller dose."
+        )
+    return items
+
+
+def _agreement(direction: str, part: dict[str, Any], confidence: float) -> list[str]:
+    halves = part["agreement"]
+    if halves is None:
+        return []
+    rank = halves["rank"]
+    text = (
+        f"Halves of the replications ({_VERB[direction]}) put the pairs in the same order with a "
+        f"rank correlation of {fixed(rank['value'], 2)} "
+        f"({percent(confidence, 0)} {interval(rank['low'], rank['high'], 2)}) and agree on the "
+        f"sign of {percent(halves['sign'], 0)} of them."
+    )
+    needed = part["halving"]["replications"]
+    if needed is not None:
+        text += f" About {needed} replications in all would halve the standard errors."
+    return [text]
+
+
+def _strongest_table(
+    grid: list[list[Entry]], direction: str, dose: float, confidence: float
+) -> Table:
+    pairs = [entry for row in grid for entry in row if not entry.is_own]
+    pairs.sort(key=lambda entry: (-abs(entry.shrunk), entry.target, entry.source))
+    chosen = sorted(pairs[:_STRONGEST], key=lambda entry: -entry.shrunk)
+    digits = decimals([entry.se for entry in chosen], least=3)
+    return Table(
+        caption=f"Strongest pairs, measured by {_VERB[direction]}",
+        columns=(
+            text_column("source"),
+            text_column("target"),
+            Column(label="effect", title="nats per response token for the dose"),
+            Column(label=f"{percent(confidence, 0)} interval"),
+            Column(label="shrunken", title="empirical-Bayes estimate that the solver uses"),
+            Column(label="gamma"),
+            Column(label="gamma interval"),
+            text_column("identifiable"),
+        ),
+        rows=[
+            (
+                entry.source, entry.target,
+                Cell(text=signed(entry.effect, digits), tone="good" if entry.effect > 0 else "bad"),
+                interval(entry.low, entry.high, digits), signed(entry.shrunk, digits),
+                entry.gamma_text, entry.gamma_interval, entry.known,
+            )
+            for entry in chosen
+        ],
+        note=f"Chosen by the size of the shrunken effect of {count(dose)} examples; raw extremes "
+        "are partly luck, the shrunken number allows for that.",
+    )  # fmt: skip
+
+
+def _whole_table(grid: list[list[Entry]], direction: str) -> Table:
+    digits = decimals([entry.se for row in grid for entry in row], least=3)
+    rows = [
+        [
+            row[0].target,
+            *[
+                Cell(
+                    text=f"{signed(entry.effect, digits)} ± {fixed(entry.se, digits)}",
+                    tone="" if entry.is_identifiable else "quiet",
+                    title=f"gamma {entry.gamma_text} {entry.gamma_interval}, "
+                    f"identifiable: {entry.known}",
+                )
+                for entry in row
+            ],
+        ]
+        for row in grid
+    ]
+    return Table(
+        caption=f"All effects with standard errors, measured by {_VERB[direction]}",
+        columns=[text_column("target ╲ source"), *[Column(label=e.source) for e in grid[0]]],
+        rows=rows,
+        folded=True,
+        note="Grey: gamma of the pair is not identifiable.",
+    )

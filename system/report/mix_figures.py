@@ -1,0 +1,106 @@
+"""Pictures of the mix: what moved, and what moving more would bring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from system.report.formatting import figure_label, figure_text, interval, signed
+from system.report.theme import BASE, GAIN, HARM, INK, MAIN, Figure, axis, category_axis, layout
+from system.solve.mix import CategoryMix, Mix
+
+
+def by_change(mix: Mix) -> list[CategoryMix]:
+    """Categories from what gained most examples to what lost most."""
+    return sorted(mix.categories, key=lambda c: (-(c.count - c.base), c.category))
+
+
+def mix_figure(mix: Mix) -> Figure:
+    """Bars per category: examples in the base mix and in the solved one."""
+    rows = by_change(mix)
+    places = list(range(len(rows)))
+    changes = [row.count - row.base for row in rows]
+    total = sum(row.base for row in rows)
+    hover = [
+        [figure_text(row.category), row.base / total, row.share, signed(change, 0)]
+        for row, change in zip(rows, changes, strict=True)
+    ]
+    template = (
+        "<b>%{customdata[0]}</b><br>%{x:,.0f} examples, %{customdata[SHARE]:.1%}"
+        "<br>change %{customdata[3]}<extra></extra>"
+    )
+    bars: list[dict[str, Any]] = [
+        {
+            "type": "bar", "orientation": "h", "name": "base mix", "y": places,
+            "x": [row.base for row in rows], "marker": {"color": BASE}, "customdata": hover,
+            "hovertemplate": template.replace("SHARE", "1"),
+        },
+        {
+            "type": "bar", "orientation": "h", "name": "solved mix", "y": places,
+            "x": [row.count for row in rows], "marker": {"color": MAIN}, "customdata": hover,
+            "hovertemplate": template.replace("SHARE", "2"),
+            "text": [signed(change, 0) if abs(change) >= 0.5 else "" for change in changes],
+            "textposition": "outside", "cliponaxis": False,
+            "textfont": {
+                "size": 11, "color": [GAIN if change > 0 else HARM for change in changes],
+            },
+        },
+    ]  # fmt: skip
+    largest = max(max(row.base, row.count) for row in rows)
+    return Figure(
+        name="mix",
+        label="Bars per category: examples in the base mix and in the solved mix.",
+        data=bars,
+        layout=layout(
+            barmode="group",
+            bargap=0.32,
+            bargroupgap=0.08,
+            xaxis=axis("examples of one pass", rangemode="tozero", range=[0, largest * 1.14]),
+            yaxis=category_axis([figure_label(row.category, 30) for row in rows]),
+            legend=layout()["legend"] | {"traceorder": "normal"},
+        ),
+        height=96 + 34 * len(rows),
+        narrow={"yaxis.ticktext": [figure_label(row.category, 15) for row in rows]},
+    )
+
+
+def sweep_figure(sweep: Sequence[dict[str, Any]], move: float) -> Figure:
+    """Predicted gain against the share of the budget that may move, with its band."""
+    shares = [row["move"] for row in sweep]
+    low, high = [row["gain_low"] for row in sweep], [row["gain_high"] for row in sweep]
+    line: dict[str, Any] = {
+        "type": "scatter", "mode": "lines+markers", "x": shares, "y": [r["gain"] for r in sweep],
+        "name": "predicted gain", "line": {"color": MAIN, "width": 2}, "marker": {"size": 6},
+        "customdata": [[interval(*ends, 4)] for ends in zip(low, high, strict=True)],
+        "hovertemplate": (
+            "%{x:.1%} may move<br>predicted gain %{y:+.4f} %{customdata[0]}<extra></extra>"
+        ),
+    }  # fmt: skip
+    band: dict[str, Any] = {
+        "type": "scatter", "mode": "lines", "x": [*shares, *reversed(shares)],
+        "y": [*high, *reversed(low)], "fill": "toself", "fillcolor": "rgba(11,92,158,0.14)",
+        "line": {"width": 0}, "name": "interval", "hoverinfo": "skip",
+    }  # fmt: skip
+    return Figure(
+        name="sweep",
+        label="Line: predicted gain against the share of the budget that may move, with a band.",
+        data=[line] if None in low or None in high else [band, line],
+        layout=layout(
+            xaxis=axis("share of the budget that may move", tickformat=".0%", rangemode="tozero"),
+            yaxis=axis("predicted gain, nats per token", zeroline=True, rangemode="tozero"),
+            shapes=[
+                {
+                    "type": "line", "x0": move, "x1": move, "yref": "paper", "y0": 0, "y1": 1,
+                    "line": {"color": INK, "width": 1, "dash": "dot"},
+                }
+            ],
+            annotations=[
+                {
+                    "x": move, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False,
+                    "text": "this mix", "font": {"size": 11, "color": INK},
+                }
+            ],
+            showlegend=False,
+        ),
+        height=320,
+    )  # fmt: skip

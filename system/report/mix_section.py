@@ -1,0 +1,278 @@
+"""The mix on the page: what changed, what holds it, which data to collect next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from system.report.blocks import (
+    Block,
+    Bullets,
+    Cell,
+    Column,
+    Heading,
+    Picture,
+    Prose,
+    Section,
+    Table,
+    text_column,
+    waiting,
+)
+from system.report.formatting import (
+    count,
+    decimals,
+    fixed,
+    interval,
+    names,
+    percent,
+    plural,
+    signed,
+)
+from system.report.mix_figures import by_change, mix_figure, sweep_figure
+from system.report.view import RunView
+from system.solve.mix import Mix
+
+TITLE = "The mix"
+PER = 100
+"""Prices are shown per so many examples."""
+_HELD_BY = {
+    "lower": "lower limit",
+    "upper": "upper limit",
+    "supply": "supply",
+    "cap": "cap on one category's move",
+    "free": "nothing, it balances the rest",
+    "base": "stays at the base",
+}
+_OBJECTIVES = {
+    "linear": "the importance-weighted effect on all targets",
+    "max-min": "the change of the worst-off target",
+    "concave": "the importance-weighted effect, with separate slopes for adding and removing",
+    "robust": "the importance-weighted effect after paying for its uncertainty",
+}
+
+
+def mix_section(view: RunView) -> Section:
+    """Before and after, prices, the sweep of the trust region."""
+    mix = view.mix
+    if mix is None or view.sweep is None:
+        return waiting("mix", TITLE, "solve")
+    blocks: list[Block] = [
+        Prose(text=_lead(mix), tone="lead"),
+        *[Prose(text=note, tone="note") for note in mix.notes],
+        Picture(
+            figures=[mix_figure(mix)],
+            captions=[
+                "Examples of one pass in the base mix and in the solved mix, sorted by change. "
+                "The number is the change in examples."
+            ],
+        ),
+        _mix_table(mix),
+        Heading(text="What holds it where it is"),
+        Bullets(items=_limits(mix)),
+        Heading(text="Which data to collect next"),
+        *_collect(mix),
+        Heading(text="What moving more would bring"),
+        *_sweep(view.sweep, mix),
+        _target_table(mix),
+    ]
+    return Section(name="mix", title=TITLE, blocks=blocks)
+
+
+def _lead(mix: Mix) -> str:
+    gain = signed(mix.expected_gain, decimals([mix.expected_gain], least=4))
+    if mix.expected_gain_se is not None:
+        error = fixed(mix.expected_gain_se, decimals([mix.expected_gain_se], least=4))
+        gain += f" ± {error} (standard error)"
+    proven = (
+        "proven optimal"
+        if mix.status == "optimal"
+        else f"the best found, within {percent(mix.solver.gap, 2)} of the proven bound"
+    )
+    return (
+        f"The solved mix moves {percent(mix.moved)} of a budget of {count(mix.budget)} {mix.unit} "
+        f"(at most {percent(mix.move)} may move). It maximises {_OBJECTIVES[mix.kind]} and is "
+        f"{proven}. Predicted gain over the base mix: {gain} nats per response token."
+    )
+
+
+def _mix_table(mix: Mix) -> Table:
+    rows = by_change(mix)
+    prices = [v for row in rows for v in (row.limit_price, row.reduced_cost, row.supply_price)]
+    digits = decimals([None if v is None else v * PER for v in prices], least=4)
+    total = sum(row.base for row in rows)
+    body = []
+    for row in rows:
+        change = row.count - row.base
+        tone = "quiet" if abs(change) < 0.5 else "good" if change > 0 else "bad"
+        body.append(
+            (
+                row.category, count(row.base), count(row.count),
+                Cell(text=signed(change, 0), tone=tone), percent(row.base / total),
+                percent(row.share), _HELD_BY[row.at], _price(row.limit_price, digits),
+                _price(row.reduced_cost, digits),
+            )
+        )  # fmt: skip
+    return Table(
+        caption="The mix, category by category",
+        columns=(
+            text_column("category"),
+            Column(label="base"),
+            Column(label="solved"),
+            Column(label="change"),
+            Column(label="base share"),
+            Column(label="share"),
+            text_column("held by"),
+            Column(label="price of that limit", title="gain if the limit is loosened, >= 0"),
+            Column(label="reduced cost", title="change of the objective if the count is raised"),
+        ),
+        rows=body,
+        note=f"Prices and reduced costs: nats per response token for {PER} examples; a dash means "
+        "that no price exists. Prices describe the first solve, before ties are broken and counts "
+        "are made whole.",
+    )
+
+
+def _price(value: float | None, digits: int) -> str:
+    return signed(None if value is None else value * PER, digits)
+
+
+def _limits(mix: Mix) -> list[str]:
+    items = []
+    for at, words in _HELD_BY.items():
+        held = [row.category for row in by_change(mix) if row.at == at]
+        if held:
+            items.append(
+                f"{words[0].upper()}{words[1:]}: {plural(len(held), 'category', 'categories')} "
+                f"({names(held, most=8)})."
+            )
+    if mix.move_price is not None:
+        value = mix.move_price * mix.budget / 100
+        items.append(
+            "Trust region: letting one more percent of the budget move is worth "
+            f"{signed(value, decimals([value], least=4))} nats."
+            if mix.move_price > 0
+            else "Trust region: does not bind, something else stops the mix first."
+        )
+    if mix.budget_price is not None:
+        value = mix.budget_price * PER
+        items.append(
+            f"Budget: {PER} more {mix.unit}, everything else as it is, are worth "
+            f"{signed(value, decimals([value], least=4))} nats."
+        )
+    guarded = [target for target in mix.targets if target.guard is not None]
+    binding = [target.target for target in guarded if (target.guard_price or 0) > 0]
+    if guarded:
+        items.append(f"Guards: {len(binding)} of {len(guarded)} bind ({names(binding)}).")
+    for group in mix.groups:
+        price = "" if group.price is None else f", price {signed(group.price * PER, 6)} per {PER}"
+        items.append(f"Group {group.group}: {count(group.count)} examples{price}.")
+    return items
+
+
+def _collect(mix: Mix) -> list[Block]:
+    wanted = sorted(
+        (row for row in mix.categories if row.supply_price is not None and row.supply_price > 0),
+        key=lambda row: (-(row.supply_price or 0), row.category),
+    )
+    if not wanted:
+        known = any(row.supply_price is not None for row in mix.categories)
+        text = (
+            "No category is held back by its supply: more of the same data would not change this "
+            "mix."
+            if known
+            else "This kind of solution has no supply prices."
+        )
+        return [Prose(text=text)]
+    digits = decimals([(row.supply_price or 0) * PER for row in wanted], least=4)
+    return [
+        Prose(
+            text=f"These categories are used up. {PER} more examples of the first, "
+            f"{names([wanted[0].category])}, would be worth "
+            f"{_price(wanted[0].supply_price, digits)} nats per response token."
+        ),
+        Table(
+            caption="Shadow prices of supply",
+            columns=(
+                text_column("category"),
+                Column(label="supply used"),
+                Column(label=f"worth of {PER} more", title="nats per response token"),
+                Column(label="holds from"),
+                Column(label="to"),
+            ),
+            rows=[
+                (
+                    row.category, count(row.count), _price(row.supply_price, digits),
+                    count(row.supply_low), count(row.supply_high),
+                )
+                for row in wanted
+            ],
+            note="The price holds while the supply stays in the range given.",
+        ),
+    ]  # fmt: skip
+
+
+def _sweep(sweep: list[dict[str, Any]], mix: Mix) -> list[Block]:
+    digits = decimals([row["gain"] for row in sweep], least=4)
+    best = max(sweep, key=lambda row: row["gain"])
+    text = (
+        f"The prediction is highest with {percent(best['move'], 0)} of the budget free to move "
+        f"({signed(best['gain'], digits)} nats)"
+    )
+    if all(row["gain_low"] is not None for row in sweep):
+        sure = max(sweep, key=lambda row: row["gain_low"])
+        text += f"; the lower end of its band is highest at {percent(sure['move'], 0)}"
+    return [
+        Prose(
+            text=f"{text}. Predictions promise more than trainings keep, the more so the farther "
+            "a mix moves: compare promise and outcome in the evaluation."
+        ),
+        Picture(
+            figures=[sweep_figure(sweep, mix.move)],
+            captions=[
+                "Predicted gain over the base mix with its band (1.96 standard errors), the mix "
+                "solved anew at each share."
+            ],
+        ),
+        Table(
+            caption="The sweep in numbers",
+            columns=(
+                text_column("share that may move"),
+                Column(label="moved"),
+                Column(label="predicted gain"),
+                Column(label="band"),
+                Column(label="worst target", title="change of the target that does worst"),
+            ),
+            rows=[
+                (
+                    percent(row["move"]), percent(row["moved"]), signed(row["gain"], digits),
+                    interval(row["gain_low"], row["gain_high"], digits),
+                    signed(row["worst_change"], digits),
+                )
+                for row in sweep
+            ],
+            folded=True,
+        ),
+    ]  # fmt: skip
+
+
+def _target_table(mix: Mix) -> Table:
+    digits = decimals([target.change for target in mix.targets], least=4)
+    rows = sorted(mix.targets, key=lambda target: (-target.change, target.target))
+    return Table(
+        caption="Predicted change of every target",
+        columns=(
+            text_column("target"),
+            Column(label="importance"),
+            Column(label="predicted change", title="nats per response token; positive is better"),
+            Column(label="standard error"),
+            Column(label="may lose at most"),
+            Column(label="guard price"),
+        ),
+        rows=[
+            (
+                row.target, fixed(row.importance, 3), signed(row.change, digits),
+                fixed(row.change_se, digits), fixed(row.guard, digits), fixed(row.guard_price, 3),
+            )
+            for row in rows
+        ],
+        folded=True,
+    )  # fmt: skip

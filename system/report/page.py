@@ -1,0 +1,110 @@
+"""The page: sections and figures in one HTML file that loads nothing from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from system.report.blocks import Picture, Section
+from system.report.evaluation_section import evaluation_section
+from system.report.influence_section import influence_section
+from system.report.mix_section import mix_section
+from system.report.run_section import corpus_section, cost_section
+from system.report.training_section import curriculum_section, graph_section, training_section
+from system.report.verdict import give_verdict
+from system.report.view import RunView
+
+SECTIONS = (
+    mix_section,
+    influence_section,
+    graph_section,
+    curriculum_section,
+    training_section,
+    evaluation_section,
+    corpus_section,
+    cost_section,
+)
+
+
+def render_report(view: RunView) -> str:
+    """The report as one HTML page.
+
+    It opens offline: style, script and the plotting library are inside, and a content security
+    policy forbids every request.  Only the two scripts that this package ships may run (by their
+    hashes), so a name in the data can never become a program.
+    """
+    from plotly.offline import get_plotlyjs
+
+    sections = [build(view) for build in SECTIONS]
+    scripts = [get_plotlyjs(), _resource("report.js")]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_resource("report.html"))
+    return template.render(
+        heading=_heading(view),
+        verdict=give_verdict(view),
+        sections=sections,
+        style=_resource("report.css"),
+        plotly=scripts[0],
+        script=scripts[1],
+        figures=_script_json(_figures(sections)),
+        policy=_policy(scripts),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Heading:
+    title: str
+    model: str
+    seed: int
+    finished: str
+    folder: str
+
+
+def _heading(view: RunView) -> _Heading:
+    finished = max((record.finished for record in view.records.values()), default="")
+    return _Heading(
+        title=view.run_dir.rstrip("/").rsplit("/", 1)[-1],
+        model=view.config["model"]["path"],
+        seed=view.config["seed"],
+        finished=finished.replace("T", " ").removesuffix("+00:00"),
+        folder=view.run_dir,
+    )
+
+
+def _figures(sections: list[Section]) -> dict[str, Any]:
+    return {
+        figure.name: figure.to_json()
+        for section in sections
+        for block in section.blocks
+        if isinstance(block, Picture)
+        for figure in block.figures
+    }
+
+
+def _script_json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _policy(scripts: list[str]) -> str:
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
+        for s in scripts
+    )
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _resource(name: str) -> str:
+    return resources.files("system.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,76 @@
+"""One entry of the effect matrix as plain numbers, at a dose that people can picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from system.influence import EffectMatrix
+from system.report.formatting import interval, signed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What a dose of `source` does to `target`; effects in nats per response token."""
+
+    target: str
+    source: str
+    effect: float
+    se: float
+    low: float
+    high: float
+    shrunk: float
+    gamma: float | None
+    gamma_low: float | None
+    gamma_high: float | None
+    is_identifiable: bool
+    is_own: bool
+
+    @property
+    def gamma_text(self) -> str:
+        """Gamma to two decimals, or a dash."""
+        return signed(self.gamma, 2)
+
+    @property
+    def gamma_interval(self) -> str:
+        """Its interval, or a dash."""
+        return interval(self.gamma_low, self.gamma_high, 2)
+
+    @property
+    def known(self) -> str:
+        """`yes` or `no`: whether gamma may be used."""
+        return "yes" if self.is_identifiable else "no"
+
+
+def entry_grid(
+    matrix: EffectMatrix, targets: list[str], sources: list[str], dose: float
+) -> list[list[Entry]]:
+    """[T][S] entries in the order given, effects for `dose` examples of the source."""
+    rows = [matrix.targets.index(name) for name in targets]
+    columns = [matrix.sources.index(name) for name in sources]
+    return [[_entry(matrix, row, column, dose) for column in columns] for row in rows]
+
+
+def _entry(matrix: EffectMatrix, row: int, column: int, dose: float) -> Entry:
+    def effect(values_TS: np.ndarray) -> float:
+        return float(values_TS[row, column]) * dose
+
+    def ratio(values_TS: np.ndarray) -> float | None:
+        value = float(values_TS[row, column])
+        return value if np.isfinite(value) else None
+
+    return Entry(
+        target=matrix.targets[row],
+        source=matrix.sources[column],
+        effect=effect(matrix.effect_TS),
+        se=effect(matrix.effect_se_TS),
+        low=effect(matrix.effect_low_TS),
+        high=effect(matrix.effect_high_TS),
+        shrunk=effect(matrix.shrunk_TS),
+        gamma=ratio(matrix.gamma_TS),
+        gamma_low=ratio(matrix.gamma_low_TS),
+        gamma_high=ratio(matrix.gamma_high_TS),
+        is_identifiable=bool(matrix.identifiable_TS[row, column]),
+        is_own=matrix.targets[row] == matrix.sources[column],
+    )

@@ -1,0 +1,97 @@
+"""Colours and the frame that all figures share.  Colour-blind safe (after Okabe and Ito 2008)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+INK = "#1d2125"
+MUTED = "#5b6570"
+RULE = "#dfe3e8"
+PAPER = "#ffffff"
+BASE = "#a7b1bc"
+MAIN = "#0b5c9e"
+GAIN = "#0b5c9e"
+HARM = "#b8480c"
+UNKNOWN = "#e9ecef"
+SERIES = ("#0b5c9e", "#d2691e", "#1b8a6b", "#8a5aa8", "#c79a00", "#4f9fd0", "#7d4e2d", "#5b6570")
+"""Told apart by lightness as well as by hue; also distinguished by symbol or pattern."""
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "hexagon", "x")
+PATTERNS = ("", "/", ".", "\\", "x", "-", "+", "|")
+
+DIVERGING = (
+    (0.0, "#7f2a04"), (0.15, "#b8480c"), (0.32, "#e89a68"), (0.45, "#f8e3d5"), (0.5, "#fbfbfa"),
+    (0.55, "#d9e7f3"), (0.68, "#7fb2da"), (0.85, "#0b5c9e"), (1.0, "#06315a"),
+)  # fmt: skip
+"""Harm (orange) through nothing (paper) to help (blue)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One picture: Plotly data and layout, and what a reader without the picture is told."""
+
+    name: str
+    """Unique on the page."""
+    label: str
+    """What it shows, for screen readers."""
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    height: int
+    """Pixels."""
+    min_width: int = 0
+    """Pixels; a narrower page scrolls the picture inside its own box."""
+    narrow: dict[str, Any] = field(default_factory=dict)
+    """Dotted layout attributes that differ below 560 pixels, such as shorter labels."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What the page's script reads."""
+        return {"data": self.data, "layout": self.layout, "narrow": self.narrow}
+
+
+def axis(title: str = "", **more: Any) -> dict[str, Any]:
+    """A quiet axis: thin grid, no zoom (a finger that scrolls the page must not get stuck)."""
+    return {
+        "title": {"text": title, "font": {"size": 12, "color": MUTED}, "standoff": 10},
+        "gridcolor": RULE,
+        "linecolor": RULE,
+        "zerolinecolor": "#8a949e",
+        "zerolinewidth": 1,
+        "tickfont": {"size": 12, "color": INK},
+        "automargin": True,
+        "fixedrange": True,
+        **more,
+    }
+
+
+def category_axis(ticks: Sequence[str], **more: Any) -> dict[str, Any]:
+    """A vertical axis with the categories at 0, 1, 2, ... from the top."""
+    return axis(
+        tickmode="array",
+        tickvals=list(range(len(ticks))),
+        ticktext=list(ticks),
+        range=[len(ticks) - 0.5, -0.5],
+        showgrid=False,
+        zeroline=False,
+        ticks="",
+        ticklabelstandoff=6,
+        **more,
+    )
+
+
+def layout(**more: Any) -> dict[str, Any]:
+    """The frame that all figures share."""
+    return {
+        "font": {"family": "ui-sans-serif, system-ui, sans-serif", "size": 12, "color": INK},
+        "paper_bgcolor": PAPER,
+        "plot_bgcolor": PAPER,
+        "margin": {"l": 8, "r": 12, "t": 36, "b": 44},
+        "hoverlabel": {"bgcolor": INK, "font": {"color": PAPER, "size": 12}, "align": "left"},
+        "legend": {
+            "orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom",
+            "font": {"size": 12}, "itemclick": False, "itemdoubleclick": False,
+        },
+        "dragmode": False,
+        "barcornerradius": 2,
+        **more,
+    }  # fmt: skip

@@ -1,0 +1,343 @@
+"""Dependencies, curriculum and the training itself on the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from system.curriculum.records import Curriculum
+from system.report.blocks import (
+    Block,
+    Cell,
+    Column,
+    Drawing,
+    Picture,
+    Prose,
+    Section,
+    Table,
+    text_column,
+    waiting,
+)
+from system.report.formatting import (
+    count,
+    decimals,
+    duration,
+    figure_text,
+    fixed,
+    names,
+    percent,
+    plural,
+)
+from system.report.graph import graph_svg
+from system.report.theme import MAIN, MUTED, Figure, axis, category_axis, layout
+from system.report.view import RunView
+from system.taxonomy.records import Edge, Taxonomy
+
+GRAPH, CURRICULUM, TRAINING = "What depends on what", "The curriculum", "The training"
+_LEVELS = ("#08306b", "#2171b5", "#6baed6", "#bdd7e7", "#fdd0a2", "#fd8d3c", "#d94801")
+_UNPLACED = "#c9ced4"
+
+
+def graph_section(view: RunView) -> Section:
+    """The dependency graph and its edges."""
+    taxonomy = view.taxonomy
+    if taxonomy is None:
+        return waiting("dependencies", GRAPH, "curriculum")
+    blocks: list[Block] = [Prose(text=taxonomy.summary, tone="lead")]
+    if taxonomy.edges:
+        stability = (
+            ""
+            if taxonomy.num_bootstrap == 0
+            else f" Paler lines were found in fewer of {taxonomy.num_bootstrap} bootstrap draws."
+        )
+        blocks += [
+            Drawing(
+                svg=graph_svg(taxonomy),
+                caption="An arrow runs from a category to one that depends on it: its data helps "
+                "the other, and not as much the other way round. Wider lines are stronger."
+                f"{stability} Arrows that a longer path implies are left out of the picture.",
+            ),
+            _edge_table(taxonomy),
+        ]
+    if taxonomy.isolated and taxonomy.edges:
+        blocks.append(
+            Prose(text=f"Without a dependency: {names(taxonomy.isolated, most=40)}.", tone="note")
+        )
+    return Section(name="dependencies", title=GRAPH, blocks=blocks)
+
+
+def _edge_table(taxonomy: Taxonomy) -> Table:
+    level = taxonomy.level_by_category
+    digits = decimals([edge.weight for edge in taxonomy.edges], least=3)
+
+    def row(edge: Edge, state: str) -> tuple[str | Cell, ...]:
+        return (
+            edge.target, edge.source, fixed(edge.weight, digits), fixed(edge.z, 1),
+            f"{edge.p:.1e}", percent(edge.stability, 0), str(level[edge.target]), state,
+        )  # fmt: skip
+
+    edges = sorted(taxonomy.edges, key=lambda edge: -edge.weight)
+    rows = [row(edge, "drawn" if edge.is_reduced else "implied by a path") for edge in edges]
+    rows += [row(edge, "left out: closes a cycle") for edge in taxonomy.dropped]
+    return Table(
+        caption="All dependencies",
+        columns=(
+            text_column("category"),
+            text_column("depends on"),
+            Column(label=f"weight ({taxonomy.asymmetry_unit})", title="shrunken asymmetry"),
+            Column(label="z"),
+            Column(label="p"),
+            Column(label="stability", title="share of bootstrap draws with this edge"),
+            Column(label="level"),
+            text_column("in the picture"),
+        ),
+        rows=rows,
+        folded=len(rows) > 12,
+        note=f"Tested at a false discovery rate of {percent(taxonomy.false_discovery_rate, 0)}; "
+        f"cycles broken by {taxonomy.method}.",
+    )
+
+
+def curriculum_section(view: RunView) -> Section:
+    """Stages, stacked by level."""
+    curriculum = view.curriculum
+    if curriculum is None:
+        return waiting("curriculum", CURRICULUM, "curriculum")
+    total = sum(stage.size for stage in curriculum.stages)
+    blocks: list[Block] = [
+        Prose(
+            text=f"Preset {curriculum.preset}: {plural(len(curriculum.stages), 'stage')}, "
+            f"{count(total)} examples in all, {plural(curriculum.epochs, 'pass', 'passes')} over "
+            f"the mix, tilt {curriculum.tilt:g}, rehearsal {percent(curriculum.rehearsal, 0)}. "
+            "Categories without a place in the dependency graph keep their share in every stage.",
+            tone="lead",
+        )
+    ]
+    if curriculum.note:
+        blocks.append(Prose(text=curriculum.note, tone="note"))
+    blocks += [
+        Picture(
+            figures=[_curriculum_figure(curriculum)],
+            captions=["Examples of each stage by category, coloured by dependency level."],
+        ),
+        _curriculum_table(curriculum),
+    ]
+    return Section(name="curriculum", title=CURRICULUM, blocks=blocks)
+
+
+def _by_level(curriculum: Curriculum) -> list[str]:
+    """Categories by level, those without a place last."""
+    return sorted(
+        curriculum.levels,
+        key=lambda name: (
+            curriculum.levels[name] is None,
+            curriculum.levels[name] or 0,
+            name,
+        ),
+    )
+
+
+def _level_name(level: int | None) -> str:
+    return "no place" if level is None else "base" if level == 0 else f"level {level}"
+
+
+def _curriculum_figure(curriculum: Curriculum) -> Figure:
+    top = max((level for level in curriculum.levels.values() if level is not None), default=0)
+    stages = curriculum.stages
+    data: list[dict[str, Any]] = []
+    shown: set[int | None] = set()
+    for name in _by_level(curriculum):
+        level = curriculum.levels[name]
+        place = 0 if top == 0 else round((level or 0) / top * (len(_LEVELS) - 1))
+        data.append(
+            {
+                "type": "bar", "orientation": "h", "y": list(range(len(stages))),
+                "x": [stage.counts[name] for stage in stages], "name": _level_name(level),
+                "legendgroup": _level_name(level), "showlegend": level not in shown,
+                "marker": {
+                    "color": _UNPLACED if level is None else _LEVELS[place],
+                    "line": {"color": "#ffffff", "width": 1},
+                },
+                "customdata": [
+                    [figure_text(name), stage.counts[name] / max(1, stage.size)]
+                    for stage in stages
+                ],
+                "hovertemplate": "<b>%{customdata[0]}</b><br>%{x:,} examples, "
+                "%{customdata[1]:.1%} of the stage<extra></extra>",
+            }
+        )  # fmt: skip
+        shown.add(level)
+    return Figure(
+        name="curriculum",
+        label="Stacked bars: examples of every category in each stage of the training.",
+        data=data,
+        layout=layout(
+            barmode="stack",
+            barcornerradius=0,
+            bargap=0.28,
+            xaxis=axis("examples", rangemode="tozero"),
+            yaxis=category_axis([figure_text(stage.name) for stage in stages]),
+            legend=layout()["legend"] | {"traceorder": "normal"},
+        ),
+        height=100 + 52 * len(stages),
+    )
+
+
+def _curriculum_table(curriculum: Curriculum) -> Table:
+    stages = curriculum.stages
+    totals = {name: sum(stage.counts[name] for stage in stages) for name in curriculum.levels}
+    rows: list[list[str | Cell]] = [
+        [
+            name,
+            _level_name(curriculum.levels[name]),
+            *[count(stage.counts[name]) for stage in stages],
+            count(totals[name]),
+        ]
+        for name in _by_level(curriculum)
+    ]
+    rows.append(["all", "", *[count(stage.size) for stage in stages], count(sum(totals.values()))])
+    return Table(
+        caption="Examples per stage",
+        columns=(
+            text_column("category"),
+            text_column("level"),
+            *[Column(label=stage.name) for stage in stages],
+            Column(label="all"),
+        ),
+        rows=rows,
+        folded=True,
+    )
+
+
+def training_section(view: RunView) -> Section:
+    """Loss against steps."""
+    steps = view.training
+    if steps is None:
+        return waiting("training", TRAINING, "train")
+    stages = stage_spans(steps)
+    seconds = sum(step["seconds"] for step in steps)
+    tokens = sum(step["tokens"] for step in steps)
+    return Section(
+        name="training",
+        title=TRAINING,
+        blocks=[
+            Prose(
+                text=f"{plural(len(steps), 'optimiser step')} on {tokens:,} tokens "
+                f"({sum(step['response_tokens'] for step in steps):,} of them trained on as "
+                f"responses) with {plural(steps[-1]['world_size'], 'worker')}: "
+                f"{duration(seconds)} of stepping, {tokens / seconds:,.0f} tokens per second, "
+                f"at most {steps[-1]['memory_bytes'] / 2**30:.1f} GiB a worker.",
+                tone="lead",
+            ),
+            Picture(
+                figures=[_loss_figure(steps, stages)],
+                captions=[
+                    "Training loss, nats per response token: each step (dots) and a running mean "
+                    "weighted by tokens (line). Bands are the stages of the curriculum; a jump "
+                    "between them shows another mixture, not another model."
+                ],
+            ),
+            _stage_table(steps, stages),
+        ],
+    )
+
+
+def stage_spans(steps: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
+    """Consecutive steps of the same stage: (name, first index, last index)."""
+    spans: list[tuple[str, int, int]] = []
+    for index, step in enumerate(steps):
+        if spans and spans[-1][0] == step["stage"]:
+            spans[-1] = (spans[-1][0], spans[-1][1], index)
+        else:
+            spans.append((step["stage"], index, index))
+    return spans
+
+
+def running_mean(values: np.ndarray, weights: np.ndarray, reach: int) -> np.ndarray:
+    """Weighted mean over up to `reach` steps to either side; shorter at the ends."""
+    total = np.concatenate([[0.0], np.cumsum(values * weights)])
+    weight = np.concatenate([[0.0], np.cumsum(weights)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
+    with np.errstate(invalid="ignore"):
+        return (total[high] - total[low]) / (weight[high] - weight[low])
+
+
+def _loss_figure(steps: list[dict[str, Any]], stages: list[tuple[str, int, int]]) -> Figure:
+    x = [step["step"] + 1 for step in steps]
+    loss = np.array([step["loss"] for step in steps], dtype=float)
+    weights = np.array([step["response_tokens"] for step in steps], dtype=float)
+    smooth = running_mean(loss, weights, max(1, len(steps) // 40))
+    data: list[dict[str, Any]] = [
+        {
+            "type": "scatter", "mode": "markers", "x": x, "y": loss.tolist(), "name": "step",
+            "marker": {"size": 3, "color": MUTED, "opacity": 0.45},
+            "hovertemplate": "step %{x}<br>loss %{y:.4f}<extra></extra>",
+        },
+        {
+            "type": "scatter", "mode": "lines", "x": x,
+            "y": [None if np.isnan(value) else float(value) for value in smooth],
+            "name": "running mean", "line": {"color": MAIN, "width": 2}, "hoverinfo": "skip",
+        },
+    ]  # fmt: skip
+    shapes, notes = [], []
+    for number, (name, first, last) in enumerate(stages):
+        left, right = x[first] - 0.5, x[last] + 0.5
+        shapes.append(
+            {
+                "type": "rect", "x0": left, "x1": right, "yref": "paper", "y0": 0, "y1": 1,
+                "fillcolor": "#eef2f6" if number % 2 == 0 else "#ffffff", "line": {"width": 0},
+                "layer": "below",
+            }
+        )  # fmt: skip
+        notes.append(
+            {
+                "x": (left + right) / 2, "y": 1, "yref": "paper", "yanchor": "bottom",
+                "showarrow": False, "text": figure_text(name),
+                "font": {"size": 11, "color": MUTED},
+            }
+        )  # fmt: skip
+    return Figure(
+        name="loss",
+        label="Line: training loss against steps, stages shaded.",
+        data=data,
+        layout=layout(
+            xaxis=axis("optimiser step", showgrid=False, zeroline=False),
+            yaxis=axis("loss, nats per token", zeroline=False),
+            shapes=shapes,
+            annotations=notes,
+            showlegend=False,
+        ),
+        height=340,
+    )
+
+
+def _stage_table(steps: list[dict[str, Any]], stages: list[tuple[str, int, int]]) -> Table:
+    rows = []
+    for name, first, last in stages:
+        part = steps[first : last + 1]
+        tenth = max(1, len(part) // 10)
+        rows.append(
+            (
+                name, str(len(part)), f"{sum(step['response_tokens'] for step in part):,}",
+                fixed(float(np.mean([step["loss"] for step in part[:tenth]])), 4),
+                fixed(float(np.mean([step["loss"] for step in part[-tenth:]])), 4),
+                f"{part[0]['learning_rate']:.2e}", f"{part[-1]['learning_rate']:.2e}",
+                fixed(float(np.median([step["grad_norm"] for step in part])), 2),
+            )
+        )  # fmt: skip
+    return Table(
+        caption="The training by stage",
+        columns=(
+            text_column("stage"),
+            Column(label="steps"),
+            Column(label="response tokens"),
+            Column(label="loss, first tenth"),
+            Column(label="loss, last tenth"),
+            Column(label="learning rate, first"),
+            Column(label="last"),
+            Column(label="gradient norm, median"),
+        ),
+        rows=rows,
+    )

@@ -1,0 +1,339 @@
+"""The top of the page: whether to trust the mix, in plain sentences made from the numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from system.report.evaluation_section import NATURAL, comparisons, overall, tally
+from system.report.formatting import (
+    MINUS,
+    NOTHING,
+    count,
+    decimals,
+    duration,
+    fixed,
+    interval,
+    percent,
+    plural,
+    quote,
+    signed,
+    span,
+)
+from system.report.run_section import total_seconds
+from system.report.view import Evaluation, RunView
+from system.solve.mix import CategoryMix, Mix
+
+PREFERRED_ARMS = ("solved-curriculum", "solved")
+"""Whose gain the headline tells: the first that was trained."""
+AGREES_WELL, AGREES_PARTLY = 0.6, 0.3
+"""Rank correlations of split halves; where the line is drawn is a judgement, the number is not."""
+_CALLED = {
+    "solved-curriculum": "the solved mix with its curriculum",
+    "solved": "the solved mix",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """A number to see first."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A sentence or two on one question."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the run shows, before all details."""
+
+    headline: str
+    outcome: Literal["better", "worse", "tie", "open"]
+    tiles: tuple[Tile, ...]
+    points: tuple[Point, ...]
+
+
+def give_verdict(view: RunView) -> Verdict:
+    """Reads the verdict off the numbers; says what is missing where stages have not run."""
+    headline, outcome = _headline(view)
+    points = [
+        Point(question="What was gained?", answer=_gain(view)),
+        Point(question="Does the matrix agree with itself?", answer=_agreement(view)),
+        Point(question="Was the promise kept?", answer=_promise(view)),
+        Point(question="What does the mix change?", answer=_changes(view)),
+        Point(question="Does the order matter?", answer=_order(view)),
+        Point(question="What did it cost?", answer=_cost(view)),
+    ]
+    return Verdict(headline=headline, outcome=outcome, tiles=_tiles(view), points=tuple(points))
+
+
+def headline_comparison(evaluation: Evaluation) -> dict[str, Any] | None:
+    """The preferred arm against the natural mix on losses, over all categories by importance."""
+    rows = comparisons(evaluation, "loss", NATURAL)
+    for arm in PREFERRED_ARMS:
+        found = overall(rows, arm, "importance")
+        if found is not None:
+            return found
+    return None
+
+
+def _headline(view: RunView) -> tuple[str, Literal["better", "worse", "tie", "open"]]:
+    if view.evaluation is None:
+        return (
+            "Nothing has been judged on held-out data yet, so nothing here shows that the mix is "
+            "better than the natural one.",
+            "open",
+        )
+    row = headline_comparison(view.evaluation)
+    if row is None:
+        return (
+            "The evaluation trained no solved mix beside a natural one, so it cannot say what the "
+            "mix is worth.",
+            "open",
+        )
+    arm = _CALLED[row["arm"]]
+    arm = arm[0].upper() + arm[1:]
+    size, ends = fixed(abs(row["value"]), 4), span(row["low"], row["high"], 4)
+    level = percent(view.evaluation.summary["confidence"], 0)
+    if row["verdict"] == "better":
+        text = (
+            f"{arm} beats the natural mix on held-out data by {size} nats per token "
+            f"({level} interval {ends})."
+        )
+    elif row["verdict"] == "worse":
+        text = (
+            f"{arm} is worse than the natural mix on held-out data by {size} nats per token "
+            f"({level} interval of the gain {ends})."
+        )
+    else:
+        text = (
+            f"{arm} and the natural mix are tied on held-out data: "
+            f"{signed(row['value'], 4)} nats per token, and the {level} interval {ends} holds zero."
+        )
+    return text, row["verdict"]
+
+
+def _gain(view: RunView) -> str:
+    if view.evaluation is None:
+        return _not_yet("evaluate")
+    summary = view.evaluation.summary
+    rows = comparisons(view.evaluation, "loss", NATURAL)
+    parts = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        row = overall(rows, arm, "importance")
+        assert row is not None, "every compared arm is compared over all categories"
+        verdicts = tally(rows, arm)
+        parts.append(
+            f"{quote(arm)}: {signed(row['value'], 4)} {interval(row['low'], row['high'], 4)}, "
+            f"{row['verdict']}; by category better on {verdicts['better']}, tie on "
+            f"{verdicts['tie']}, worse on {verdicts['worse']}."
+        )
+    if not parts:
+        return "No arm was compared with the natural mix."
+    text = (
+        "Against a natural mix of equal budget, in nats per response token (more is better). "
+        + " ".join(parts)
+    )
+    loss = next(
+        (r["value"] for r in summary["losses"] if r["arm"] == NATURAL and r["category"] is None),
+        None,
+    )
+    if loss is not None:
+        text += f" The natural mix's own held-out loss is {fixed(loss, 4)}."
+    if any(row["se_seeds"] is None for row in rows):
+        text += " One training per arm: how trainings differ by chance is not in these intervals."
+    return text
+
+
+def _agreement(view: RunView) -> str:
+    if view.influence is None:
+        return _not_yet("influence")
+    summary = view.influence.summary
+    parts = []
+    for direction, part in summary["directions"].items():
+        halves = part["agreement"]
+        if halves is None:
+            continue
+        rank = halves["rank"]
+        parts.append(
+            f"{_belief(rank)} Measured by {_verb(direction)}, halves of "
+            f"{summary['replications']} replications order the pairs with a rank correlation of "
+            f"{fixed(rank['value'], 2)} ({percent(summary['confidence'], 0)} "
+            f"{interval(rank['low'], rank['high'], 2)}), and {part['significant_pairs']} of "
+            f"{part['pairs']} pairs differ from zero."
+        )
+    if not parts:
+        return (
+            "Unknown: there is one replication (or fewer than three categories), so the matrix "
+            "cannot be compared with itself."
+        )
+    if not summary["is_believed"]:
+        parts.append(
+            f"That is below influence.min_agreement ({summary['min_agreement']:g}): the mix stays "
+            "at the base."
+        )
+    return " ".join(parts)
+
+
+def _belief(rank: dict[str, float | None]) -> str:
+    value, low = rank["value"], rank["low"]
+    if value is None:
+        return "It cannot be said."
+    if low is not None and low <= 0:
+        return "Not beyond doubt: agreement cannot be told from chance."
+    if value >= AGREES_WELL:
+        return "Largely."
+    if value >= AGREES_PARTLY:
+        return "In part; single entries are uncertain."
+    return "Hardly; take the mix as a guess."
+
+
+def _promise(view: RunView) -> str:
+    if view.mix is None:
+        return _not_yet("solve")
+    mix = view.mix
+    digits = decimals([mix.expected_gain], least=4)
+    promised = signed(mix.expected_gain, digits)
+    if mix.expected_gain_se is not None:
+        promised += f" ± {fixed(mix.expected_gain_se, digits)}"
+    if view.evaluation is None or view.evaluation.summary["prediction"] is None:
+        return f"The solver promises {promised} nats per token. What it brings is not measured yet."
+    prediction = view.evaluation.summary["prediction"]
+    total = prediction["overall"]
+    text = (
+        f"The solver promised {signed(total['predicted'], 4)} nats; training on the solved mix "
+        f"(shuffled, against the natural mix) brought {signed(total['realised'], 4)} "
+        f"{interval(total['low'], total['high'], 4)}."
+    )
+    if total["low"] <= total["predicted"] <= total["high"]:
+        text += " The promise lies inside the interval of the outcome."
+    elif total["realised"] < total["predicted"]:
+        text += " It promised too much."
+    else:
+        text += " It promised too little."
+    if prediction["slope"] is not None:
+        text += f" Per target, {fixed(prediction['slope'], 2)} nats came for each one promised."
+    return text
+
+
+def _changes(view: RunView) -> str:
+    if view.mix is None:
+        return _not_yet("solve")
+    mix = view.mix
+    if mix.moved == 0:
+        notes = f" {' '.join(note[0].upper() + note[1:] + '.' for note in mix.notes)}"
+        return f"Nothing: the mix is the base mix.{notes if mix.notes else ''}"
+    ranked = sorted(mix.categories, key=lambda c: (c.count - c.base, c.category))
+    up = [c for c in reversed(ranked) if c.count - c.base >= 0.5][:3]
+    down = [c for c in ranked if c.base - c.count >= 0.5][:3]
+    text = f"It moves {percent(mix.moved)} of {count(mix.budget)} {mix.unit}."
+    if up:
+        text += f" More: {', '.join(_change(c) for c in up)}."
+    if down:
+        text += f" Less: {', '.join(_change(c) for c in down)}."
+    return text
+
+
+def _change(category: CategoryMix) -> str:
+    moved = category.count - category.base
+    text = f"{quote(category.category)} {count(round(category.base))} → {count(category.count)}"
+    if category.base > 0:
+        share = f"{abs(moved) / category.base:.0%}".replace("%", " %")
+        text += f" ({'+' if moved > 0 else MINUS}{share})"
+    return text
+
+
+def _order(view: RunView) -> str:
+    if view.evaluation is None:
+        return _not_yet("evaluate")
+    for row in view.evaluation.summary["factors"]:
+        if row["factor"] == "order" and row["weighting"] == "importance":
+            called = {"better": "It helps", "worse": "It harms", "tie": "A tie"}[row["verdict"]]
+            return (
+                f"{called}: curriculum order instead of shuffling is worth "
+                f"{signed(row['value'], 4)} nats {interval(row['low'], row['high'], 4)} "
+                f"({row['formula']})."
+            )
+    return "Not measured: no arm was trained both shuffled and in curriculum order."
+
+
+def _cost(view: RunView) -> str:
+    if not view.records:
+        return "Nothing has run yet."
+    ranked = sorted(view.records.values(), key=lambda record: -record.seconds)[:3]
+    text = (
+        f"{duration(total_seconds(view))} in all; most of it in "
+        + ", ".join(f"{record.stage} ({duration(record.seconds)})" for record in ranked)
+        + "."
+    )
+    if view.influence is not None:
+        cost = view.influence.summary["cost"]
+        text += (
+            f" The matrix took {plural(cost['runs'], 'training')} on "
+            f"{cost['trained_tokens']:,} tokens."
+        )
+    return text
+
+
+def _tiles(view: RunView) -> tuple[Tile, ...]:
+    gain = headline_comparison(view.evaluation) if view.evaluation is not None else None
+    rank = _weakest_agreement(view)
+    prediction = None if view.evaluation is None else view.evaluation.summary["prediction"]
+    return (
+        Tile(
+            label="gain over the natural mix",
+            value=NOTHING if gain is None else signed(gain["value"], 4),
+            note="not evaluated yet"
+            if gain is None
+            else f"{interval(gain['low'], gain['high'], 4)} nats per token: {gain['verdict']}",
+        ),
+        Tile(
+            label="the matrix agrees with itself",
+            value=NOTHING if rank is None else fixed(rank["value"], 2),
+            note="not known" if rank is None else "rank correlation of split halves",
+        ),
+        Tile(
+            label="promised, and realised",
+            value=_promise_tile(view.mix, prediction),
+            note="solved mix, nats per token",
+        ),
+        Tile(
+            label="time of all stages",
+            value=duration(total_seconds(view)) if view.records else NOTHING,
+            note=plural(len(view.records), "stage finished", "stages finished"),
+        ),
+    )
+
+
+def _promise_tile(mix: Mix | None, prediction: dict[str, Any] | None) -> str:
+    if prediction is not None:
+        total = prediction["overall"]
+        return f"{signed(total['predicted'], 3)} → {signed(total['realised'], 3)}"
+    return NOTHING if mix is None else f"{signed(mix.expected_gain, 3)} → ?"
+
+
+def _weakest_agreement(view: RunView) -> dict[str, Any] | None:
+    if view.influence is None:
+        return None
+    found = [
+        part["agreement"]["rank"]
+        for part in view.influence.summary["directions"].values()
+        if part["agreement"] is not None and part["agreement"]["rank"]["value"] is not None
+    ]
+    return min(found, key=lambda rank: rank["value"], default=None)
+
+
+def _verb(direction: str) -> str:
+    return {"add": "adding", "remove": "removing"}[direction]
+
+
+def _not_yet(stage: str) -> str:
+    return f"Not known yet: the stage {stage} has not run."
