@@ -27,6 +27,11 @@ class StageTable:
     rehearsal: float
 
     @property
+    def is_flat(self) -> bool:
+        """Whether no two categories have different levels."""
+        return len(np.unique(self.level_S[~np.isnan(self.level_S)])) < 2
+
+    @property
     def natural_TS(self) -> np.ndarray:
         """[T, S] float64, every stage a small copy of the whole."""
         return np.outer(self.sizes_T, self.totals_S) / self.totals_S.sum()
@@ -132,6 +137,8 @@ def _solve_flow(
 
     widths, slopes = segments
     layer, stage, category = np.nonzero(widths)
+    if not len(layer):  # the floors leave no choice; HiGHS calls a model without columns empty
+        return lower_TS, lower_TS, lower_TS
     width = widths[layer, stage, category].astype(float)
     num_stages, num_categories = lower_TS.shape
     rows = np.stack([stage, num_stages + category], axis=1).ravel().astype(np.int32)

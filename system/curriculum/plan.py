@@ -79,7 +79,6 @@ def plan_curriculum(
     level_by_name = read_levels(levels, names)
     level_S = np.array([np.nan if v is None else v for v in level_by_name.values()], dtype=float)
     used = counts_S > 0
-    is_flat = len(np.unique(level_S[used & ~np.isnan(level_S)])) < 2
     if preset == "paper":
         if stage_sizes is not None:
             raise ConfigError(
@@ -94,12 +93,10 @@ def plan_curriculum(
     problem = StageTable(
         totals_S=totals_S[used], sizes_T=sizes_T, level_S=level_S[used], rehearsal=rehearsal
     )
-    if preset == "paper" and not is_flat:
+    if preset == "paper" and not problem.is_flat:
         table_TS[:, used], deviation = _plan_paper(problem, paper_shift)
     else:
-        table_TS[:, used], deviation = _plan_by_level(
-            problem, "natural" if is_flat else preset, tilt
-        )
+        table_TS[:, used], deviation = _plan_by_level(problem, preset, tilt)
     assert (table_TS.sum(axis=1) == sizes_T).all() and (table_TS.sum(axis=0) == totals_S).all()
     stage_names = _stage_names(preset, len(sizes_T))
     missed = problem.missed(table_TS[:, used])
@@ -120,7 +117,7 @@ def plan_curriculum(
         rehearsal=float(rehearsal),
         deviation=deviation,
         missed=tuple((stage_names[t], used_names[s]) for t, s in missed),
-        note=_note(preset, is_flat, len(missed)),
+        note=_note(preset, problem.is_flat, len(missed)),
     )
 
 
@@ -134,9 +131,9 @@ def _plan_by_level(problem: StageTable, preset: Preset, tilt: float) -> tuple[np
         )
         table_TS, deviation = _plan_by_level(mirrored, "tilted", tilt)
         return table_TS[::-1], deviation
-    if preset == "tilted":
+    if preset == "tilted" and not problem.is_flat:
         wanted_TS = _tilted(problem, tilt)
-    elif preset == "sequential":
+    elif preset == "sequential" and not problem.is_flat:
         wanted_TS = _sequential(problem)
     else:
         wanted_TS = problem.natural_TS
@@ -145,12 +142,11 @@ def _plan_by_level(problem: StageTable, preset: Preset, tilt: float) -> tuple[np
 
 def _tilted(problem: StageTable, tilt: float) -> np.ndarray:
     """`natural * (1 + tilt * place * level)`, both factors centred so that all sums stay."""
-    total = problem.totals_S.sum()
     has_level = ~np.isnan(problem.level_S)
     level_S = np.where(has_level, problem.level_S, 0.0)
     weight_S = problem.totals_S * has_level
     level_S = np.where(has_level, level_S - (level_S @ weight_S) / weight_S.sum(), 0.0)
-    middle_T = (np.cumsum(problem.sizes_T) - problem.sizes_T / 2) / total
+    middle_T = (np.cumsum(problem.sizes_T) - problem.sizes_T / 2) / problem.totals_S.sum()
     place_T = middle_T - 0.5  # the size-weighted mean of the middles is exactly one half
     if len(place_T) == 1:
         return problem.natural_TS

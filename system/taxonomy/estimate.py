@@ -31,7 +31,7 @@ def estimate_taxonomy(
     *,
     effect_RTS: np.ndarray | None = None,
     degrees_of_freedom: np.ndarray | float = np.inf,
-    identifiable_TS: np.ndarray | None = None,
+    identifiable: np.ndarray | None = None,
     false_discovery_rate: float = 0.1,
     asymmetry_unit: AsymmetryUnit = "nats",
     smallest_effect: float = 0.0,
@@ -70,7 +70,7 @@ def estimate_taxonomy(
         effect_se_TS: [T, S] standard errors, same unit, >= 0 (0 = known exactly).
         effect_RTS: [R, T, S] effects of the single replications, if there are any.
         degrees_of_freedom: behind the errors; one number or [T, S].
-        identifiable_TS: [T, S] bool, entries that may be used; a pair needs both directions.
+        identifiable: [T, S] bool, entries that may be used; a pair needs both directions.
         false_discovery_rate: between 0 and 1, exclusive.
         asymmetry_unit: `nats` or `gamma`.
         smallest_effect: nats; helping less than this is no dependency.
@@ -95,7 +95,7 @@ def estimate_taxonomy(
     if num_bootstrap < 0:
         raise ConfigError(f"num_bootstrap must be 0 or more; got {num_bootstrap!r}.")
     table = read_table(
-        categories, effect_TS, effect_se_TS, effect_RTS, degrees_of_freedom, identifiable_TS
+        categories, effect_TS, effect_se_TS, effect_RTS, degrees_of_freedom, identifiable
     )
     rule = DependenceRule(
         false_discovery_rate=false_discovery_rate,

@@ -16,7 +16,7 @@ def read_table(
     effect_se_TS: np.ndarray,
     effect_RTS: np.ndarray | None,
     degrees_of_freedom: np.ndarray | float,
-    identifiable_TS: np.ndarray | None,
+    identifiable: np.ndarray | None,
 ) -> EffectTable:
     """The arguments of `estimate_taxonomy` as one table; DataError where they do not fit."""
     names = tuple(categories)
@@ -26,7 +26,7 @@ def read_table(
             f"A taxonomy needs at least one category and no name twice; got {num} names, "
             f"{len(set(names))} of them different."
         )
-    usable_TS = np.ones((num, num), dtype=bool) if identifiable_TS is None else identifiable_TS
+    usable_TS = np.ones((num, num), dtype=bool) if identifiable is None else identifiable
     for what, array, num_axes in (
         ("effect", effect_TS, 2),
         ("standard error", effect_se_TS, 2),

@@ -180,13 +180,13 @@ def test_entries_that_are_not_identifiable_carry_no_edge_and_may_be_nan():
     effect[1:, 0] = np.nan
     identifiable = ~np.isnan(effect)
     taxonomy = estimate_taxonomy(
-        names(5), effect, np.full((5, 5), 1e-3), identifiable_TS=identifiable
+        names(5), effect, np.full((5, 5), 1e-3), identifiable=identifiable
     )
     assert not found(taxonomy)[~identifiable].any()
     assert not found(taxonomy)[~identifiable.T].any()
     assert taxonomy.num_tested == 12
     nothing = estimate_taxonomy(
-        names(5), effect, effect * np.nan, identifiable_TS=np.zeros((5, 5), dtype=bool)
+        names(5), effect, effect * np.nan, identifiable=np.zeros((5, 5), dtype=bool)
     )
     assert "two replications" in nothing.summary
 
