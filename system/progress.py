@@ -34,7 +34,7 @@ class Bar:
         self._done += amount
         if self._bar is not None:
             self._bar.update(amount)
-        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+        elif self._done and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             seconds = self._last_line - self._started
             left = seconds / self._done * (self._total - self._done)
