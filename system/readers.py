@@ -247,7 +247,9 @@ def _parquet_batches(piece: Piece) -> Iterator[pa.RecordBatch]:
 def _arrow_batches(uri: str) -> Iterator[pa.RecordBatch]:
     path = storage.local_path(uri)
     source = (
-        pa.memory_map(str(path)) if path is not None else pa.PythonFile(storage.open_input(uri))
+        pa.memory_map(str(path))
+        if path is not None
+        else pa.PythonFile(storage.open_input(uri), mode="r")
     )
     with source:
         is_file = source.read(6) == b"ARROW1"

@@ -63,7 +63,7 @@ def read_spill(uri: str, numbers: Sequence[int]) -> list[pa.RecordBatch]:
     path = storage.local_path(uri)
     if path is None:
         with storage.open_input(uri) as remote:
-            reader = pyarrow.ipc.open_file(pa.PythonFile(remote))
+            reader = pyarrow.ipc.open_file(pa.PythonFile(remote, mode="r"))
             return [reader.get_batch(number) for number in numbers]
     with pa.memory_map(str(path)) as mapped:
         reader = pyarrow.ipc.open_file(mapped)

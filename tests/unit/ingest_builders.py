@@ -1,0 +1,80 @@
+"""Small inputs for ingest tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from system import storage
+from system.config import IngestConfig, ModelConfig, RunConfig, SolveConfig, SourceConfig
+from system.corpus import Corpus
+from system.ingest import ingest_local
+
+LENIENT = {"min_train_rows": 1, "min_heldout_rows": 1, "max_rejected_share": 1.0}
+
+
+def run_config(data_dir: Path, *sources: SourceConfig, **ingest: Any) -> RunConfig:
+    return RunConfig(
+        run_dir=str(data_dir / "run"),
+        data_dir=str(data_dir),
+        sources=sources or (SourceConfig(path="rows.jsonl"),),
+        ingest=IngestConfig(**{**LENIENT, **ingest}),
+        model=ModelConfig(path="builtin:tiny"),
+        solve=SolveConfig(budget=100),
+    )
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> Path:
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+def numbered(count: int, start: int = 0) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"What is {k} plus {k}?", "completion": f"It is {2 * k}."}
+        for k in range(start, start + count)
+    ]
+
+
+class Ingested:
+    """A finished ingest, read back."""
+
+    def __init__(self, config: RunConfig, attempt: Path) -> None:
+        self.attempt = attempt
+        self.manifest = ingest_local(config, str(attempt))
+        self.corpus = Corpus.open(str(attempt / "manifest.json"))
+
+    def rows(self) -> list[dict[str, Any]]:
+        found = []
+        for split in ("train", "estimate", "test"):
+            for category in (*self.corpus.categories, None):
+                for table in self.corpus.iter_tables(split, category):
+                    found += [{**row, "split": split} for row in table.to_pylist()]
+        return found
+
+    def turns(self) -> list[list[tuple[str, str]]]:
+        return [[(m["role"], m["content"]) for m in row["messages"]] for row in self.rows()]
+
+    def rejected(self) -> list[dict[str, Any]]:
+        return pq.read_table(self.attempt / "rejected").to_pylist()
+
+    def duplicates(self) -> list[dict[str, Any]]:
+        return pq.read_table(self.attempt / "duplicates").to_pylist()
+
+    def files(self) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(self.attempt)): path.read_bytes()
+            for path in sorted(self.attempt.rglob("*"))
+            if path.is_file()
+        }
+
+
+def ingest(tmp_path: Path, *sources: SourceConfig, **settings: Any) -> Ingested:
+    attempt = tmp_path / "attempt"
+    storage.delete(str(attempt))
+    return Ingested(run_config(tmp_path, *sources, **settings), attempt)

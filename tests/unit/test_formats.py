@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from system.config import SourceConfig
+from system.conversation import (
+    RowRejected,
+    content_id,
+    find_answer,
+    normalise,
+    normalise_text,
+    split_of,
+)
+from system.errors import DataError
+from system.formats import FORMATS, choose_format, columns_format
+
+
+def turns(row: dict, name: str = "auto") -> list[tuple[str, str]]:
+    return choose_format(SourceConfig(path="x", format=name), [row], "x").turns(row)
+
+
+PAIR = [("user", "Q"), ("assistant", "A")]
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "expected"),
+    [
+        ({"instruction": "Q", "output": "A"}, "alpaca", PAIR),
+        (
+            {"instruction": "Q", "input": "X", "output": "A", "response": "A", "more": 1},
+            "alpaca",
+            [("user", "Q\n\nX"), ("assistant", "A")],
+        ),
+        ({"instruction": "Q", "input": "  ", "response": "A"}, "alpaca", PAIR),
+        (
+            {"instruction": "Q", "output": "A", "history": [["q", "a"]], "system": "S"},
+            "alpaca",
+            [("system", "S"), ("user", "q"), ("assistant", "a"), *PAIR],
+        ),
+        (
+            {"instruction": "Q", "context": "C", "response": "A"},
+            "alpaca",
+            [("user", "Q\n\nC"), ("assistant", "A")],
+        ),
+        ({"prompt": "Q", "completion": "A", "task": "t"}, "prompt-completion", PAIR),
+        (
+            {
+                "prompt": [{"role": "user", "content": "Q"}],
+                "completion": [{"role": "assistant", "content": "A"}],
+            },
+            "prompt-completion",
+            PAIR,
+        ),
+        ({"question": "Q", "answer": "A"}, "question-answer", PAIR),
+        (
+            {"system_prompt": "S", "question": "Q", "response": "A"},
+            "question-answer",
+            [("system", "S"), *PAIR],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+            "sharegpt",
+            PAIR,
+        ),
+        (
+            {
+                "conversation": [
+                    {"role": "User", "content": "Q"},
+                    {"role": "Assistant", "content": "A"},
+                ],
+                "system": "S",
+            },
+            "sharegpt",
+            [("system", "S"), *PAIR],
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+            "messages",
+            PAIR,
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                    {"role": "assistant", "content": "A"},
+                ]
+            },
+            "messages",
+            PAIR,
+        ),
+        ({"id": "1", "data": ["Q", "A", "Q", "A"]}, "threads", PAIR * 2),
+        ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "preference", PAIR),
+        (
+            {
+                "chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+                "rejected": [],
+            },
+            "preference",
+            PAIR,
+        ),
+        (
+            {"prompt": "Q", "chosen": [{"role": "assistant", "content": "A"}], "rejected": []},
+            "preference",
+            PAIR,
+        ),
+        (
+            {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},
+            "preference",
+            PAIR,
+        ),
+    ],
+)  # fmt: skip
+def test_each_shape_is_detected_and_becomes_the_same_turns(row, name, expected):
+    assert choose_format(SourceConfig(path="x"), [row], "x").name == name
+    assert turns(row) == expected
+
+
+def test_best_ranked_path_of_a_thread_is_taken():
+    row = {
+        "message_tree_id": "t",
+        "prompt": {
+            "role": "prompter",
+            "text": "Q",
+            "replies": [
+                {"role": "assistant", "text": "worse", "rank": 1, "replies": []},
+                {
+                    "role": "assistant",
+                    "text": "best",
+                    "rank": 0,
+                    "replies": [{"role": "prompter", "text": "more?", "replies": []}],
+                },
+                {"role": "assistant", "text": "gone", "rank": -1, "deleted": True},
+            ],
+        },
+    }
+    assert turns(row) == [("user", "Q"), ("assistant", "best"), ("user", "more?")]
+
+
+def test_tool_calls_and_tool_definitions_are_kept_as_json():
+    row = {
+        "tools": [{"name": "weather"}],
+        "messages": [
+            {"role": "user", "content": "Rain?"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"function": {"name": "weather", "arguments": '{"city": "Rome"}'}, "id": "1"}
+                ],
+            },
+            {"role": "tool", "content": "sun", "tool_call_id": "1"},
+            {"role": "assistant", "content": "No."},
+        ],
+    }
+    found = turns(row)
+    assert [role for role, _ in found] == ["system", "user", "assistant", "tool", "assistant"]
+    assert json.loads(found[0][1]) == {"tools": [{"name": "weather"}]}
+    assert json.loads(found[2][1]) == {
+        "tool_calls": [{"name": "weather", "arguments": {"city": "Rome"}}]
+    }
+    assert normalise(found, 1000).roles == [role for role, _ in found]
+
+
+def test_columns_name_prompt_response_and_system():
+    shape = columns_format({"prompt": "p", "response": "r", "system": "s"})
+    assert shape.turns({"p": "Q", "r": "A", "s": "S"}) == [("system", "S"), *PAIR]
+
+
+def test_unknown_format_shows_the_keys_found_and_the_known_formats():
+    with pytest.raises(DataError) as error:
+        choose_format(SourceConfig(path="x"), [{"text": "a", "meta": 1}], "data.jsonl")
+    message = str(error.value)
+    assert "['meta', 'text']" in message
+    assert "data.jsonl" in message
+    assert all(known.name in message for known in FORMATS)
+
+
+def test_format_is_the_majoritys_where_first_rows_differ():
+    rows = [{"text": "header"}, {"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}]
+    assert choose_format(SourceConfig(path="x"), rows, "x").name == "question-answer"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Q", "completion": None}, "missing-field"),
+        ({"prompt": {"a": 1}, "completion": "A"}, "missing-field"),
+        ({"messages": None}, "missing-field"),
+        ({"messages": [{"role": "alien", "content": "x"}]}, "wrong-role-order"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "missing-field"),
+    ],
+)
+def test_a_row_that_lacks_its_shape_is_rejected_with_the_reason(row, reason):
+    name = "prompt-completion" if "prompt" in row else "messages"
+    with pytest.raises(RowRejected) as rejected:
+        turns(row, name)
+    assert rejected.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ([("user", "Q")], "no-assistant-turn"),
+        ([("user", " \n"), ("assistant", "A")], "empty-turn"),
+        ([("user", "Q"), ("assistant", "")], "empty-turn"),
+        ([("assistant", "A")], "wrong-role-order"),
+        ([("user", "Q"), ("user", "Q"), ("assistant", "A")], "wrong-role-order"),
+        ([("user", "Q"), ("system", "S"), ("assistant", "A")], "wrong-role-order"),
+        ([("user", "Q"), ("assistant", "A"), ("assistant", "B")], "wrong-role-order"),
+        ([("user", "Q" * 50), ("assistant", "A" * 51)], "too-long"),
+        ([("user", "Q\x00"), ("assistant", "A")], "control-characters"),
+        ([("user", "a\x1eb"), ("assistant", "A")], "control-characters"),
+        ([("user", "Q\ud800"), ("assistant", "A")], "bad-utf8"),
+    ],
+)  # fmt: skip
+def test_every_reason_of_a_conversation_is_found(given, reason):
+    with pytest.raises(RowRejected) as rejected:
+        normalise(given, 100)
+    assert rejected.value.reason == reason
+
+
+def test_what_follows_the_last_answer_and_empty_system_turns_are_dropped():
+    given = [("system", ""), *PAIR, ("user", "and then?")]
+    assert normalise(given, 100).roles == ["user", "assistant"]
+
+
+def test_id_ignores_line_ends_unicode_form_and_surrounding_space():
+    one = normalise([("user", "caf\u00e9\r\nx  "), ("assistant", "\nA")], 100)
+    two = normalise([("user", "cafe\u0301\nx"), ("assistant", "A\n")], 100)
+    assert one.id == two.id
+    assert one.contents == ["caf\u00e9\nx", "A"]
+
+
+def test_indentation_of_the_first_line_stays_in_the_text_but_not_in_the_id():
+    one = normalise([("user", "Q"), ("assistant", "\n    return x")], 100)
+    assert one.contents[1] == "    return x"
+    assert one.id == normalise([("user", "Q"), ("assistant", "return x")], 100).id
+
+
+def test_ids_and_splits_never_change():
+    known = normalise([("user", "What is 2 plus 2?"), ("assistant", "4")], 100)
+    assert content_id(known.roles, known.contents) == known.id
+    assert known.id == "275167cceca1044a361f80e7308f22f2"
+    assert known.prompt_hash == 14705881055458215051
+
+
+def test_moving_text_between_turns_changes_the_id():
+    ids = {
+        normalise(given, 100).id
+        for given in (
+            [("user", "ab"), ("assistant", "c")],
+            [("user", "a"), ("assistant", "bc")],
+            [("system", "ab"), ("user", "x"), ("assistant", "c")],
+        )
+    }
+    assert len(ids) == 3
+
+
+def test_same_question_with_another_answer_has_the_same_split():
+    one = normalise([("user", "Q"), ("assistant", "A")], 100)
+    two = normalise([("user", "Q"), ("assistant", "B")], 100)
+    assert one.id != two.id
+    assert one.prompt_hash == two.prompt_hash
+
+
+def test_split_shares_are_met_and_a_larger_share_only_adds():
+    hashes = [
+        normalise([("user", str(k)), ("assistant", "A")], 99).prompt_hash for k in range(4000)
+    ]
+    small = [split_of(value, 0.1, 0.1) for value in hashes]
+    large = [split_of(value, 0.2, 0.2) for value in hashes]
+    assert abs(small.count(2) / 4000 - 0.1) < 0.02
+    assert abs(small.count(1) / 4000 - 0.1) < 0.02
+    assert all(after == 2 for before, after in zip(small, large, strict=True) if before == 2)
+
+
+def test_text_is_normalised_without_touching_its_inside():
+    assert normalise_text("\n\n  a\tb\x0c c \r\r") == "  a\tb\n c"
+
+
+def test_answer_is_the_last_match():
+    assert find_answer(r"#### (\S+)", "x #### 3\n#### 42 ") == "42"
+    assert find_answer(r"#### (\S+)", "none") is None

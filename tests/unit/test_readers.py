@@ -1,0 +1,386 @@
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import os
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from system import blocks, sources
+from system.config import SourceConfig
+from system.errors import DataError
+from system.readers import Defect, Piece, file_kind, read_rows
+
+ROWS = [{"prompt": f"q{k}\u2028\n", "completion": f'a "{k}" \\ {{[', "n": k} for k in range(57)]
+
+
+def rows_of(path: Path | str, start: int = 0, end: int | None = None) -> list:
+    piece = Piece(file=0, uri=str(path), stamp="", start=start, end=end)
+    return list(read_rows(piece))
+
+
+def write_jsonl(path: Path, rows=ROWS) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_csv(path: Path, delimiter: str = ",") -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion", "n"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return path
+
+
+def write_arrow(path: Path, stream: bool) -> Path:
+    table = pa.Table.from_pylist(ROWS)
+    make = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    with make(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=10)
+    return path
+
+
+def write_parquet(path: Path) -> Path:
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=10)
+    return path
+
+
+def compressed(kind: str, data: bytes) -> bytes:
+    if kind == "zst":
+        return zstandard.ZstdCompressor().compress(data)
+    return gzip.compress(data) if kind == "gz" else bz2.compress(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lines.jsonl", "lines.json", "array.json", "array.jsonl", "pretty.json", "values.json",
+        "table.csv", "table.tsv", "table.parquet", "file.arrow", "stream.arrow",
+    ],
+)  # fmt: skip
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    path = tmp_path / name
+    match name.split(".")[0]:
+        case "lines":
+            write_jsonl(path)
+        case "array":
+            path.write_text(json.dumps(ROWS))
+        case "pretty":
+            path.write_text(json.dumps(ROWS, indent=2))
+        case "values":
+            path.write_text("\n".join(json.dumps(row, indent=1) for row in ROWS))
+        case "table" if name.endswith("parquet"):
+            write_parquet(path)
+        case "table":
+            write_csv(path, "\t" if name.endswith("tsv") else ",")
+        case kind:
+            write_arrow(path, kind == "stream")
+    found = rows_of(path)
+    assert [number for number, _ in found] == list(range(len(ROWS)))
+    assert [{**row, "n": int(row["n"])} for _, row in found] == ROWS
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "bz2"])
+@pytest.mark.parametrize("name", ["lines.jsonl", "array.json"])
+def test_archives_are_read_whatever_their_name_and_in_several_members(tmp_path, ending, name):
+    text = (
+        json.dumps(ROWS).encode()
+        if name.startswith("array")
+        else write_jsonl(tmp_path / "plain.jsonl").read_bytes()
+    )
+    for path in (tmp_path / f"{name}.{ending}", tmp_path / name):
+        half = len(text) // 2
+        path.write_bytes(compressed(ending, text[:half]) + compressed(ending, text[half:]))
+        assert [row for _, row in rows_of(path)] == ROWS
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "bz2"])
+def test_a_cut_off_archive_is_an_error_and_not_a_short_read(tmp_path, ending):
+    path = tmp_path / f"rows.jsonl.{ending}"
+    noise = [{"prompt": os.urandom(40).hex(), "completion": "a"} for _ in range(500)]
+    data = compressed(ending, write_jsonl(tmp_path / "plain.jsonl", noise).read_bytes())
+    for keep in (len(data) - 3, len(data) // 2):
+        path.write_bytes(data[:keep])
+        with pytest.raises(DataError, match=r"rows\.jsonl.*cut off"):
+            rows_of(path)
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}, {"a": 2}', '[{"a": 1}, {"a": "2', '[{"a": "x"y"}]'])
+def test_an_array_that_does_not_close_is_an_error(tmp_path, text):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"rows\.json.*(cut off|after the end)"):
+        rows_of(path)
+
+
+def test_text_after_an_array_is_an_error(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1}] {"b": 2}')
+    with pytest.raises(DataError, match="after the end"):
+        rows_of(path)
+
+
+def test_broken_elements_of_an_array_are_rows_of_their_own(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[ {"a": 1}, null, {"b": 1,}, "x, y", 7 ,{"a": [{}]}, ]')
+    found = rows_of(path)
+    assert [type(row) for _, row in found] == [dict, Defect, Defect, Defect, Defect, dict]
+    assert [row.reason for _, row in found if isinstance(row, Defect)] == ["bad-json"] * 4
+
+
+def test_lines_that_are_no_objects_are_defects_with_their_line_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b'{"a": 1}\n\n{"a": \n[1]\n{"a": "\xff"}\n{"a": NaN}\r\n   \n' + b"[" * 100_000 + b"\n{}"
+    )
+    found = rows_of(path)
+    kinds = [(n, row.reason if isinstance(row, Defect) else "row") for n, row in found]
+    assert kinds == [
+        (0, "row"), (2, "bad-json"), (3, "bad-json"), (4, "bad-utf8"), (5, "row"), (7, "bad-json"),
+        (8, "row"),
+    ]  # fmt: skip
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    for name, text in (("a.jsonl", '{"a": 1}\n'), ("b.json", '[{"a": 1}]'), ("c.csv", "a\n1\n")):
+        path = tmp_path / name
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert [list(row) for _, row in rows_of(path)] == [["a"]]
+
+
+def test_utf16_is_named_and_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"a": 1}'.encode("utf-16"))
+    with pytest.raises(DataError, match="UTF-16"):
+        rows_of(path)
+
+
+def test_csv_rows_with_too_many_fields_or_open_quotes_are_defects(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'a,b\n1,2\n1,2,3\n\n"x\ny",4\n1\nq\xff,5\n"open,6\n7,8\n')
+    found = rows_of(path)
+    kinds = [row.reason if isinstance(row, Defect) else "row" for _, row in found]
+    assert kinds == ["row", "bad-csv", "row", "bad-csv", "row", "bad-csv"]
+    assert found[2][1] == {"a": "x\ny", "b": "4"}
+
+
+def test_bad_utf8_in_parquet_costs_one_row_and_not_its_batch(tmp_path):
+    offsets = pa.array([0, 1, 2, 3], pa.int32()).buffers()[1]
+    column = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xffb"))
+    pq.write_table(pa.table({"x": column}), tmp_path / "x.parquet")
+    found = [row for _, row in rows_of(tmp_path / "x.parquet")]
+    assert found[0] == {"x": "a"}
+    assert found[1].reason == "bad-utf8"
+    assert found[2] == {"x": "b"}
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_damaged_tables_and_pointer_files_are_errors(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DataError, match=name):
+        rows_of(path)
+    whole = write_parquet(path) if name == "x.parquet" else write_arrow(path, stream=False)
+    path.write_bytes(whole.read_bytes()[:-100])
+    with pytest.raises(DataError, match=name):
+        rows_of(path)
+
+
+def test_a_row_longer_than_the_limit_is_dropped_unread_and_the_next_ones_are_kept(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(blocks, "MAX_ROW_BYTES", 3000)
+    monkeypatch.setattr(blocks, "_BLOCK_BYTES", 100)
+    long = {"a": 'x\\"{[' * 1500}
+    rows = [{"a": 1}, long, {"a": "]}"}, {"b": 2}]
+    lines = write_jsonl(tmp_path / "rows.jsonl", rows)
+    array = tmp_path / "rows.json"
+    array.write_text(json.dumps(rows))
+    for path in (lines, array):
+        found = [row for _, row in rows_of(path)]
+        assert found[1].reason == "too-long"
+        assert [found[0], *found[2:]] == [rows[0], *rows[2:]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lines=st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")), max_size=20),
+    end_with_newline=st.booleans(),
+    chunk=st.integers(1, 40),
+    block=st.integers(1, 17),
+)
+def test_byte_ranges_share_out_every_line_exactly_once(lines, end_with_newline, chunk, block):
+    data = b"\n".join(lines) + (b"\n" if end_with_newline else b"")
+    found = []
+    for start in range(0, len(data), chunk):
+        begin = max(start - 1, 0)
+        pieces = (data[k : k + block] for k in range(begin, len(data), block))
+        found += blocks.split_lines(pieces, start, min(start + chunk, len(data)))
+    expected = data.split(b"\n")
+    assert found == (expected if expected[-1] else expected[:-1])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=4), JSON, max_size=4), max_size=8),
+    indent=st.sampled_from([None, 1]),
+    block=st.integers(1, 23),
+)
+def test_arrays_are_cut_into_their_elements_wherever_the_blocks_end(rows, indent, block):
+    data = json.dumps(rows, indent=indent, ensure_ascii=False).encode()
+    pieces = (data[k : k + block] for k in range(0, len(data), block))
+    found = [json.loads(value) for value in blocks.split_values(pieces, True, "x")]
+    assert found == rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.binary(max_size=300))
+def test_no_bytes_crash_a_reader(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp()
+    for name in ("fuzz.jsonl", "fuzz.json", "fuzz.csv", "fuzz.parquet"):
+        path = folder / name
+        path.write_bytes(data)
+        try:
+            for number, row in rows_of(path):
+                assert isinstance(row, dict | Defect)
+                assert number >= 0
+        except DataError as error:
+            assert name in str(error)
+
+
+@pytest.mark.parametrize("name", ["dataset", "dict"])
+def test_saved_data_sets_are_read_with_the_real_library(tmp_path, name):
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_list(ROWS)
+    if name == "dict":
+        saved = datasets.DatasetDict({"train": saved, "test": datasets.Dataset.from_list(ROWS[:2])})
+    saved.save_to_disk(tmp_path / "saved")
+    assert sources.resolve("saved", str(tmp_path)) == [str(tmp_path / "saved")]
+    assert [row for _, row in rows_of(tmp_path / "saved")] == ROWS
+
+
+def test_hub_sources_go_through_load_dataset(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl")
+    uri = f"hf://{tmp_path / 'set'}"
+    assert sources.resolve(uri, "/nowhere") == [uri]
+    assert [row for _, row in rows_of(uri)] == ROWS
+    first = sources.stat(uri)
+    assert first == sources.stat(uri)
+    with pytest.raises(DataError, match="hf://"):
+        sources.stat("hf://x?color=red")
+
+
+def test_hub_addresses_name_revision_config_and_split():
+    hub = sources.parse_hub("hf://owner/name@v1?config=main&split=test")
+    assert (hub.path, hub.revision, hub.config, hub.split) == ("owner/name", "v1", "main", "test")
+
+
+def test_globs_and_directories_are_sorted_and_skip_what_is_no_data(tmp_path):
+    for name in ("b.jsonl", "a.json.gz", "sub/c.parquet", "README.md", ".hidden.json", "x.txt"):
+        path = tmp_path / "d" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    everything = sources.resolve("d", str(tmp_path))
+    assert [os.path.relpath(p, tmp_path / "d") for p in everything] == [
+        "a.json.gz", "b.jsonl", "sub/c.parquet",
+    ]  # fmt: skip
+    assert sources.resolve("d/*.jsonl", str(tmp_path)) == [str(tmp_path / "d" / "b.jsonl")]
+    with pytest.raises(DataError, match="no data file matches"):
+        sources.resolve("d/*.xml", str(tmp_path))
+    with pytest.raises(DataError, match=r"nope\.jsonl"):
+        sources.resolve("nope.jsonl", str(tmp_path))
+
+
+def test_remote_files_are_listed_stamped_and_read_by_range(tmp_path):
+    remote = fsspec.filesystem("memory")
+    text = write_jsonl(tmp_path / "rows.jsonl").read_bytes()
+    for name in ("a.jsonl", "b.jsonl"):
+        remote.pipe_file(f"/bucket/{name}", text)
+    uris = sources.resolve("memory://bucket/*.jsonl", "/data")
+    assert [uri.rsplit("/", 1)[1] for uri in uris] == ["a.jsonl", "b.jsonl"]
+    size, stamp = sources.stat(uris[0])
+    assert size == len(text)
+    half = size // 2
+    found = rows_of(uris[0], 0, half) + rows_of(uris[0], half, size)
+    assert [row for _, row in found] == ROWS
+    remote.pipe_file("/bucket/a.jsonl", text[:-1])
+    assert sources.stat(uris[0])[1] != stamp
+
+
+def test_big_files_are_cut_and_small_ones_put_together(tmp_path):
+    write_jsonl(tmp_path / "big.jsonl", ROWS * 20)
+    write_parquet(tmp_path / "big.parquet")
+    for name in ("s1.jsonl", "s2.jsonl"):
+        write_jsonl(tmp_path / name, ROWS[:2])
+    (tmp_path / "whole.jsonl.gz").write_bytes(
+        gzip.compress((tmp_path / "big.jsonl").read_bytes(), 0)
+    )
+    configs = [SourceConfig(path=name) for name in ("big.jsonl", "big.parquet", "s*.jsonl", "*.gz")]
+    files = sources.list_files(configs, str(tmp_path))
+    chunks = sources.plan_chunks(files, configs, 1000)
+    by_source = [[c for c in chunks if c.source == k] for k in range(4)]
+    assert len(by_source[0]) == -(-files[0].size // 1000)
+    assert len(by_source[1]) > 1
+    assert len(by_source[2]) == 1 and len(by_source[2][0].pieces) == 2
+    assert len(by_source[3]) == 1
+    assert [c.index for c in chunks] == list(range(len(chunks)))
+    for own, rows in ((by_source[0], ROWS * 20), (by_source[1], ROWS)):
+        found = [row for c in own for p in c.pieces for _, row in read_rows(p)]
+        assert found == rows
+
+
+def test_kinds_are_told_by_content(tmp_path):
+    path = tmp_path / "x.json"
+    for text, kind in (
+        ('{"a": 1}', "lines"), ('{"a": 1}\n{"a": 2}', "lines"), ('{"a"\n{"a": 2}\n', "lines"),
+        ("{\n", "values"), ('{\n "a": 1}', "values"), (" [1]", "array"), ("", "lines"),
+    ):  # fmt: skip
+        path.write_text(text)
+        assert file_kind(str(path)).name == kind, text
+
+
+def test_memory_stays_flat_over_a_large_array(tmp_path):
+    import tracemalloc
+
+    path = tmp_path / "big.json"
+    row = json.dumps({"prompt": "q" * 500, "completion": "a" * 500})
+    with path.open("w") as file:
+        file.write("[" + ",\n".join([row] * 30_000) + "]")
+    tracemalloc.start()
+    count = sum(1 for _ in read_rows(Piece(file=0, uri=str(path), stamp="")))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 30_000
+    assert path.stat().st_size > 30e6
+    assert peak < 12e6
+
+
+def test_csv_field_longer_than_the_libraries_limit_is_read(tmp_path):
+    path = tmp_path / "x.csv"
+    sink = io.StringIO()
+    csv.writer(sink).writerows([["a"], ["x" * 300_000]])
+    path.write_text(sink.getvalue())
+    assert len(rows_of(path)[0][1]["a"]) == 300_000
