@@ -62,7 +62,7 @@ class _Host:
         except Exception as error:  # raised again, unchanged, by the first call
             self._error = error
 
-    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+    def call(self, method: str, *args: Any) -> Any:
         if self._error is not None:
             raise self._error
         return getattr(self._actor, method)(*args)
@@ -133,7 +133,7 @@ class ActorPool:
                 return
             unit = self._queue.popleft()
             unit.attempts += 1
-            reference = actor.call.remote(unit.method, unit.args)
+            reference = actor.call.remote(unit.method, *unit.args)
             self._in_flight[reference] = (unit, actor)
 
     def _collect(self, reference: ray.ObjectRef) -> list[Done]:

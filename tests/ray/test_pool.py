@@ -108,6 +108,11 @@ def test_pools_that_can_never_fit_are_refused(cluster: Cluster, spec: ActorSpec)
         cluster.pool(ActorSpec(name="more", actor_class=Worker, args=("",)))
 
 
+def test_references_arrive_as_the_values_behind_them(cluster: Cluster, spec: ActorSpec) -> None:
+    number = ray.put(7)
+    assert list(cluster.pool(spec).map({"x": (number,)}, "square")) == [("x", 49)]
+
+
 def test_wait_any_serves_two_pools(cluster: Cluster, tmp_path: Path) -> None:
     pools = [
         cluster.pool(ActorSpec(name=name, actor_class=Worker, args=(str(tmp_path),)))
