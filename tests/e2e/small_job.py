@@ -1,0 +1,127 @@
+"""A small but whole job: four categories of generated tasks, a model of 50,000 parameters."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+ROWS = 160
+
+
+def write_data(folder: Path) -> None:
+    """Four categories in three formats; some rows without a category, one row is broken."""
+    draw = random.Random(7)
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = [(draw.randint(1, 99), draw.randint(1, 99)) for _ in range(2 * ROWS)]
+    addition = [
+        {"instruction": f"Add {a} and {b}.", "input": "", "output": str(a + b)}
+        for a, b in sums[:ROWS]
+    ]
+    (folder / "addition.json").write_text(json.dumps(addition))
+    words = [_word(draw) for _ in range(3 * ROWS)]
+    lines = [
+        {"question": f"Spell {w} backward.", "answer": w[::-1], "topic": "spelling"}
+        for w in words[:ROWS]
+    ] + [
+        {"question": f"How many letters has {w}?", "answer": str(len(w)), "topic": "counting"}
+        for w in words[ROWS : 2 * ROWS]
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "words.jsonl").write_text(text + "{not json\n")
+    chats = [
+        {
+            "conversations": [
+                {"from": "human", "value": f"Hello, I am {w}."},
+                {"from": "gpt", "value": f"Hello {w}."},
+                {"from": "human", "value": "What is my name?"},
+                {"from": "gpt", "value": f"Your name is {w}."},
+            ]
+        }
+        for w in words[2 * ROWS :]
+    ]
+    (folder / "chat.json").write_text(json.dumps(chats))
+    untagged = [{"prompt": f"Add {a} and {b}.", "completion": str(a + b)} for a, b in sums[ROWS:]]
+    (folder / "untagged.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in untagged[: ROWS // 8])
+    )
+
+
+def _word(draw: random.Random) -> str:
+    return "".join(draw.choice("abdefgiklmnoprstu") for _ in range(draw.randint(3, 7)))
+
+
+def job_config(folder: Path, **changes: Mapping[str, Any]) -> Path:
+    """Writes data and configuration below the folder and returns the configuration's path."""
+    write_data(folder / "data")
+    value: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "data_dir": str(folder / "data"),
+        "sources": [
+            {"path": "addition.json", "category": "addition"},
+            {"path": "words.jsonl", "category_column": "topic", "answer_column": "answer"},
+            {"path": "chat.json", "category": "chat"},
+            {"path": "untagged.jsonl"},
+        ],
+        "ingest": {"estimate_share": 0.15, "test_share": 0.15, "min_train_rows": 48},
+        "model": {
+            "path": "builtin:tiny",
+            "max_length": 96,
+            "tiny": {
+                "vocab_size": 400,
+                "hidden_size": 32,
+                "num_layers": 2,
+                "num_heads": 2,
+                "warmup_tokens": 12_000,
+            },
+        },
+        "tag": {"accuracy_rows": 40},
+        "influence": {
+            "rows_per_category": 48,
+            "dose_rows": 48,
+            "heldout_rows": 12,
+            "replications": 2,
+            "learning_rate": 2.0e-3,
+        },
+        "solve": {"budget": 200, "importance": "uniform", "move": 0.2},
+        "curriculum": {"num_stages": 2, "bootstrap": 20},
+        "train": {"batch_size": 16, "learning_rate": 2.0e-3, "checkpoint_every": 4},
+        "evaluate": {"test_rows": 12, "accuracy_rows": 4, "max_new_tokens": 8},
+        "cluster": {"num_cpus": 3, "num_tuners": 2, "engine_memory_gib": 0.25},
+    }
+    for section, fields in changes.items():
+        value[section] = {**value[section], **fields}
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(value))
+    return path
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of instructmix, with this interpreter."""
+    return [sys.executable, "-m", "system.cli", *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Of a run in a test: Ray's processes are not niced, so that a loaded machine is no excuse."""
+    return {**os.environ, "RAY_worker_niceness": "0", "PYTHONPATH": str(ROOT)}
+
+
+def run_job(*arguments: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+    """Runs instructmix to its end."""
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        cwd=ROOT,
+        check=False,
+    )
