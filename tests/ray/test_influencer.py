@@ -1,0 +1,213 @@
+"""The influence stage on a real local Ray with real trainings and a real vLLM engine."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from actors.cluster import Cluster
+from actors.influencer import run
+from actors.stage import StageContext, StageResult
+from system import storage
+from system.config import RunConfig
+from system.influence import EffectMatrix
+from system.interventions import Design
+from system.model import load_model
+from system.progress import Bar, Progress
+from system.rundir import RunDir, StageRecord
+from system.schema import MATRIX, check_table
+from system.score import score_reference
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from influence_corpus import TASKS, build_inputs, influence_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def record(stage: str, output: str, path: Path) -> StageRecord:
+    return StageRecord(
+        stage=stage, fingerprint="f", inputs={}, outputs={output: str(path)}, counts={}, lines=(),
+        seconds=0.0, finished="", versions={},
+    )  # fmt: skip
+
+
+class Killed(BaseException):
+    """Ends the driver's loop as a signal would, wherever it is."""
+
+
+class StopsAfter(Progress):
+    """A bar that ends the driver after a number of finished runs."""
+
+    def __init__(self, finished: int) -> None:
+        super().__init__(is_terminal=False)
+        self.left = finished
+
+    def bar(self, label: str, total: int) -> Bar:
+        owner = self
+
+        class Counting(Bar):
+            def advance(self, amount: int = 1) -> None:
+                owner.left -= amount
+                if owner.left < 0:
+                    raise Killed
+
+        return Counting(label, total, False)
+
+
+class World:
+    """One corpus and model, one Ray, many attempts."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        build_inputs(root)
+        self.cluster = Cluster(influence_config(root).cluster)
+
+    def context(
+        self, name: str, config: RunConfig, progress: Progress | None = None
+    ) -> StageContext:
+        return StageContext(
+            config=config,
+            run_dir=RunDir(str(self.root)),
+            attempt=str(self.root / "attempts" / name),
+            upstream={
+                "tag": record("tag", "manifest", Path("corpus/manifest.json")),
+                "model": record("model", "model", Path("model")),
+            },
+            progress=progress or Progress(is_terminal=False),
+            cluster=self.cluster,
+        )
+
+    def run(self, name: str, progress: Progress | None = None, **influence: object) -> StageResult:
+        return run(self.context(name, influence_config(self.root, **influence), progress))
+
+    def path(self, name: str, *parts: str) -> Path:
+        return self.root.joinpath("attempts", name, *parts)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("influence"))
+    yield world
+    world.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def finished(world: World) -> StageResult:
+    return world.run("whole")
+
+
+def matrix(world: World, name: str, direction: str = "remove") -> EffectMatrix:
+    table = storage.read_table(str(world.path(name, "matrix.parquet")))
+    return EffectMatrix.from_table(table, direction=direction)
+
+
+def test_the_stage_leaves_a_matrix_for_every_pair(world, finished):
+    table = pq.read_table(world.path("whole", finished.outputs["matrix"]))
+    checked = check_table(table, MATRIX, "matrix").to_pylist()
+    assert {(row["target"], row["source"]) for row in checked} == {
+        (target, source) for target in TASKS for source in TASKS
+    }
+    assert {row["unit"] for row in checked} == {"examples", "tokens"}
+    assert all(row["effect_se"] > 0 for row in checked)
+    summary = storage.read_json(str(world.path("whole", "summary.json")))
+    assert summary["errors"] == "replication" and summary["cost"]["runs"] == 2 * 4
+    assert summary["cost"]["trained_tokens"] > 10_000
+    assert 3 <= len(finished.lines) <= 6
+
+
+def test_checkpoints_are_deleted_once_scored(world, finished):
+    assert not world.path("whole", "checkpoints").exists()
+    assert len(list(world.path("whole", "scores").iterdir())) == 2 * 4
+
+
+def test_an_actor_that_dies_in_the_middle_changes_nothing(world, finished):
+    """Both kinds of actor are killed with a unit in their hands."""
+    killed: list[str] = []
+    stop = threading.Event()
+
+    def kill_busy_actors() -> None:
+        while not stop.is_set() and len(killed) < 2:
+            time.sleep(0.05)
+            for name, pool in list(world.cluster._pools.items()):
+                if name in killed or not list(world.path("killed", "units").glob("*.json")):
+                    continue
+                for _, actor in list(pool._in_flight.values()):
+                    ray.kill(actor)
+                    killed.append(name)
+
+    thread = threading.Thread(target=kill_busy_actors)
+    thread.start()
+    try:
+        world.run("killed")
+    finally:
+        stop.set()
+        thread.join()
+    assert sorted(killed) == ["scorer", "tuner"]
+    np.testing.assert_array_equal(
+        matrix(world, "killed").effect_TS, matrix(world, "whole").effect_TS
+    )
+
+
+@pytest.mark.parametrize("finished_runs", [0, 3])
+def test_a_driver_that_dies_continues_with_the_same_numbers(world, finished, finished_runs):
+    name = f"stopped-{finished_runs}"
+    with pytest.raises(Killed):
+        world.run(name, StopsAfter(finished_runs))
+    world.cluster.close_pool("tuner")
+    kept = {path.name: path.stat().st_mtime_ns for path in world.path(name, "scores").glob("*")}
+    assert len(kept) >= finished_runs
+    world.run(name)
+    for path, before in kept.items():
+        assert world.path(name, "scores", path).stat().st_mtime_ns == before
+    np.testing.assert_array_equal(matrix(world, name).effect_TS, matrix(world, "whole").effect_TS)
+
+
+def test_a_checkpoint_that_was_not_finished_is_trained_again(world, finished):
+    shutil.copytree(world.path("whole"), world.path("half"))
+    gone = world.path("half", "scores", "r01-remove-001.parquet")
+    gone.unlink()
+    world.path("half", "units", "r01-remove-001.json").unlink()
+    broken = world.path("half", "checkpoints", "r01-remove-001")
+    broken.mkdir(parents=True)
+    (broken / "model.safetensors").write_bytes(b"half of it")
+    world.run("half")
+    np.testing.assert_array_equal(matrix(world, "half").effect_TS, matrix(world, "whole").effect_TS)
+
+
+def test_branch_measures_both_directions_from_a_shared_warm_up(world):
+    result = world.run(
+        "branch", estimator="branch", directions=("add", "remove"), keep_checkpoints=True
+    )
+    assert result.counts["runs"] == 2 * (1 + 1 + 2 * 3)
+    assert result.counts["trained_tokens"] > 0
+    for direction in ("add", "remove"):
+        assert np.isfinite(matrix(world, "branch", direction).effect_TS).all()
+    kept = {path.name for path in world.path("branch", "checkpoints").iterdir()}
+    design = Design.from_json(storage.read_json(str(world.path("branch", "design.json"))), "d")
+    assert kept == {unit.name for unit in design.units}
+
+
+def test_scores_are_those_of_the_kept_checkpoint(world):
+    """The engine scored the weights that this very run trained, not some other run's."""
+    world.run("branch", estimator="branch", directions=("add", "remove"), keep_checkpoints=True)
+    heldout = storage.read_table(str(world.path("branch", "heldout.arrow")))
+    for name in ("r00-reference", "r01-add-002"):
+        model = load_model(world.path("branch", "checkpoints", name))
+        expected = score_reference(model, heldout).table
+        found = storage.read_table(str(world.path("branch", "scores", f"{name}.parquet")))
+        assert found["id"].to_pylist() == expected["id"].to_pylist()
+        np.testing.assert_allclose(
+            found["nll"].to_numpy() / found["num_tokens"].to_numpy(),
+            expected["nll"].to_numpy() / expected["num_tokens"].to_numpy(),
+            atol=1e-3,
+        )

@@ -1,0 +1,129 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from system.errors import DataError
+from system.interventions import CategoryRows, Design, Replication, Target
+from system.measurements import collect_losses, paired_differences
+from system.schema import SCORES
+
+SOURCES = ("a", "b")
+
+
+def rows(dose=8, extra=4):
+    return CategoryRows(available=99, base=16, dose=dose, extra=extra, warm=0, warm_reused=0)
+
+
+def design(replications=2, doses=(8, 8)):
+    return Design(
+        estimator="retrain",
+        seed=0,
+        directions=("add", "remove"),
+        sources=SOURCES,
+        targets=tuple(
+            Target(name=name, num_rows=3, num_tokens=6, is_external=name == "x")
+            for name in ("a", "b", "x")
+        ),
+        replications=tuple(
+            Replication(
+                index=index,
+                seed=index,
+                plan_sha256="",
+                warm_sha256=None,
+                num_steps=1,
+                rows={"a": rows(dose=doses[index]), "b": rows()},
+                dose_tokens={"add": {"a": 40, "b": 80}, "remove": {"a": 80, "b": 160}},
+            )
+            for index in range(replications)
+        ),
+        asked={"base": 16, "dose": 8, "extra": 4, "warm": 0, "heldout": 3},
+        dropped={},
+    )
+
+
+def scores(shift=0.0, skip=(), tokens=2):
+    keys = [(t, f"{t}{k}") for t in ("a", "b", "x") for k in range(3) if f"{t}{k}" not in skip]
+    return pa.table(
+        {
+            "id": [key for _, key in keys],
+            "category": [target for target, _ in keys],
+            "nll": [2.0 * tokens + shift * tokens * (1 + int(key[1])) for _, key in keys],
+            "num_tokens": [tokens] * len(keys),
+        },
+        schema=SCORES,
+    )
+
+
+def all_scores(made, **special):
+    return {unit.name: special.get(unit.name, scores()) for unit in made.units}
+
+
+def test_differences_are_positive_when_data_helps_in_both_directions():
+    made = design()
+    found = all_scores(
+        made,
+        **{
+            "r00-remove-000": scores(shift=0.5),
+            "r01-remove-000": scores(shift=0.5),
+            "r00-add-001": scores(shift=-0.25),
+            "r01-add-001": scores(shift=-0.25),
+        },
+    )
+    losses = collect_losses(made, found)
+    removed = paired_differences(made, losses, "remove")
+    added = paired_differences(made, losses, "add")
+    np.testing.assert_allclose(removed.differences[0][0, 0], [0.5, 1.0, 1.5])
+    np.testing.assert_allclose(removed.mean_RTS[:, 1, 0], 1.0)
+    np.testing.assert_allclose(removed.mean_RTS[:, :, 1], 0.0)
+    np.testing.assert_allclose(added.mean_RTS[:, 2, 1], 0.5)
+    assert removed.dose_S.tolist() == [8, 8] and added.dose_S.tolist() == [4, 4]
+    assert added.dose_tokens_S.tolist() == [40, 80]
+    assert removed.own_T.tolist() == [0, 1, -1]
+
+
+def test_doses_that_differ_between_replications_are_put_on_one_scale():
+    made = design(doses=(8, 4))
+    found = all_scores(
+        made, **{"r00-remove-000": scores(shift=0.8), "r01-remove-000": scores(shift=0.4)}
+    )
+    measured = paired_differences(made, collect_losses(made, found), "remove")
+    assert measured.dose_S[0] == 6
+    per_row = measured.mean_RTS[:, 0, 0] / measured.dose_S[0]
+    np.testing.assert_allclose(per_row, 0.2)
+
+
+def test_an_example_that_one_run_lacks_is_left_out_of_all():
+    made = design()
+    losses = collect_losses(made, all_scores(made, **{"r01-add-001": scores(skip=("b1",))}))
+    assert losses.num_incomplete == 1
+    assert [columns.size for columns in losses.examples] == [3, 2, 3]
+
+
+def test_the_order_of_rows_in_a_file_does_not_matter():
+    made = design()
+    table = scores(shift=0.3)
+    turned = table.take(pa.array(range(table.num_rows - 1, -1, -1)))
+    first = collect_losses(made, all_scores(made, **{"r00-add-000": table}))
+    second = collect_losses(made, all_scores(made, **{"r00-add-000": turned}))
+    np.testing.assert_array_equal(first.loss["r00-add-000"], second.loss["r00-add-000"])
+
+
+def test_a_missing_run_is_named():
+    made = design()
+    found = all_scores(made)
+    del found["r01-remove-001"]
+    with pytest.raises(DataError, match="1 are missing, first r01-remove-001"):
+        collect_losses(made, found)
+
+
+def test_other_tokens_in_one_run_are_refused():
+    made = design()
+    with pytest.raises(DataError, match="r01-add-000 was scored on other tokens"):
+        collect_losses(made, all_scores(made, **{"r01-add-000": scores(tokens=3)}))
+
+
+def test_a_target_without_common_examples_is_named():
+    made = design()
+    skipped = scores(skip=("x0", "x1"))
+    with pytest.raises(DataError, match="target 'x' has 1 held-out examples"):
+        collect_losses(made, all_scores(made, **{"r00-reference": skipped}))
