@@ -19,23 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from training_builders import CHATML, build_model, build_tokenizer
 
-WORDS = [
-    "Which",
-    "city",
-    "is",
-    "the",
-    "capital",
-    "of",
-    "France",
-    "Paris",
-    "Italy",
-    "Rome",
-    "add",
-    "return",
-    "answer",
-    "poem",
-    "sea",
-]
+WORDS = (
+    "Which city is the capital of France Paris Italy Rome add return answer poem sea".split()  # noqa: SIM905
+)
 
 
 def build_selection(num_rows: int) -> pa.Table:
