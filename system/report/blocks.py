@@ -70,10 +70,12 @@ class Heading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """One Plotly figure with a caption, or several beside each other."""
+    """One Plotly figure with a caption, or several."""
 
     figures: Sequence[Figure]
     captions: Sequence[str]
+    are_beside: bool = False
+    """Next to each other where the page is wide enough."""
     kind: Literal["picture"] = "picture"
 
 
@@ -107,13 +109,15 @@ class Section:
     """Anchor."""
     title: str
     blocks: Sequence[Block]
+    short: str
+    """Its name in the navigation."""
     waits_for: str = ""
     """Stage that must run before there is anything to show; empty where it has."""
 
 
-def waiting(name: str, title: str, stage: str) -> Section:
+def waiting(name: str, title: str, short: str, stage: str) -> Section:
     """A section that has nothing to show yet."""
-    return Section(name=name, title=title, blocks=(), waits_for=stage)
+    return Section(name=name, title=title, short=short, blocks=(), waits_for=stage)
 
 
 def text_column(label: str, title: str = "") -> Column:

@@ -6,27 +6,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from system.report.formatting import figure_label, figure_text, signed
-from system.report.theme import BASE, MUTED, SERIES, SYMBOLS, Figure, axis, category_axis, layout
+from system.report.theme import BASE, MAIN, MUTED, Figure, axis, category_axis, layout
+
+ARM_STYLES = {
+    "base": (BASE, "circle"),
+    "natural": ("#3d4650", "circle"),
+    "natural-curriculum": ("#c25e12", "diamond"),
+    "uniform": ("#b08900", "cross"),
+    "solved": ("#15805f", "square"),
+    "solved-curriculum": (MAIN, "triangle-up"),
+    "solved-reversed": ("#8a5aa8", "triangle-down"),
+    "delivered": ("#5a3a22", "star"),
+}
+"""Colour and symbol of each arm, the same in every figure."""
+_OTHER_ARM = (MUTED, "x")
 
 
-def arm_style(arm: str, arms: Sequence[str]) -> dict[str, Any]:
-    """Colour and symbol of an arm, the same in every figure; the base model is grey."""
-    if arm == "base":
-        return {"color": BASE, "symbol": "circle"}
-    trained = [name for name in arms if name != "base"]
-    place = trained.index(arm) % len(SERIES)
-    return {"color": SERIES[place], "symbol": SYMBOLS[place]}
+def arm_style(arm: str) -> dict[str, Any]:
+    """Marker colour and symbol of an arm."""
+    color, symbol = ARM_STYLES.get(arm, _OTHER_ARM)
+    return {"color": color, "symbol": symbol, "size": 10 if "triangle" in symbol else 8}
 
 
-def difference_figure(
-    rows: Sequence[dict[str, Any]], scopes: Sequence[str | None], arms: Sequence[str]
-) -> Figure:
+def difference_figure(rows: Sequence[dict[str, Any]], scopes: Sequence[str | None]) -> Figure:
     """Forest plot: gain over the reference by category and arm, with intervals."""
     compared = list(dict.fromkeys(row["arm"] for row in rows))
     data = []
     for number, arm in enumerate(compared):
         offset = (number - (len(compared) - 1) / 2) * min(0.26, 0.7 / len(compared))
-        data.append(_points(arm, arms, [r for r in rows if r["arm"] == arm], scopes, offset))
+        data.append(_points(arm, [r for r in rows if r["arm"] == arm], scopes, offset))
     return Figure(
         name="differences",
         label="Dots with intervals: gain of each arm over the natural mix by category.",
@@ -37,7 +45,10 @@ def difference_figure(
             shapes=_stripes(scopes),
         ),
         height=110 + (22 + 14 * len(compared)) * len(scopes),
-        narrow={"yaxis.ticktext": _scope_labels(scopes, 15)},
+        narrow={
+            "yaxis.ticktext": _scope_labels(scopes, 15),
+            "xaxis.title.text": "gain, nats per token",
+        },
     )
 
 
@@ -49,7 +60,7 @@ def level_figure(
     data = []
     for number, arm in enumerate(shown):
         offset = (number - (len(shown) - 1) / 2) * min(0.2, 0.7 / len(shown))
-        data.append(_points(arm, arms, [r for r in rows if r["arm"] == arm], scopes, offset))
+        data.append(_points(arm, [r for r in rows if r["arm"] == arm], scopes, offset))
     return Figure(
         name="levels",
         label="Dots with intervals: held-out loss of each arm by category.",
@@ -60,7 +71,10 @@ def level_figure(
             shapes=_stripes(scopes),
         ),
         height=120 + (16 + 9 * len(shown)) * len(scopes),
-        narrow={"yaxis.ticktext": _scope_labels(scopes, 15)},
+        narrow={
+            "yaxis.ticktext": _scope_labels(scopes, 15),
+            "xaxis.title.text": "loss, nats per token",
+        },
     )
 
 
@@ -80,10 +94,10 @@ def prediction_figure(rows: Sequence[dict[str, Any]]) -> Figure:
             },
             {
                 "type": "scatter", "mode": "markers", "name": "targets", "x": promised,
-                "y": [row["realised"] for row in rows], "marker": {"size": 8, "color": SERIES[0]},
+                "y": [row["realised"] for row in rows], "marker": {"size": 8, "color": MAIN},
                 "error_y": {
                     "type": "data", "symmetric": False, "thickness": 1.2, "width": 0,
-                    "color": SERIES[0], "array": [row["high"] - row["realised"] for row in rows],
+                    "color": MAIN, "array": [row["high"] - row["realised"] for row in rows],
                     "arrayminus": [row["realised"] - row["low"] for row in rows],
                 },
                 "customdata": [figure_text(row["target"]) for row in rows],
@@ -104,18 +118,17 @@ def prediction_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def _points(
     arm: str,
-    arms: Sequence[str],
     rows: Sequence[dict[str, Any]],
     scopes: Sequence[str | None],
     offset: float,
 ) -> dict[str, Any]:
-    style = arm_style(arm, arms)
+    style = arm_style(arm)
     by_scope = {row["category"]: row for row in rows}
     found = [(place, by_scope[scope]) for place, scope in enumerate(scopes) if scope in by_scope]
     return {
         "type": "scatter", "mode": "markers", "name": figure_text(arm),
         "x": [row["value"] for _, row in found], "y": [place + offset for place, _ in found],
-        "marker": {"size": 8, **style},
+        "marker": style,
         "error_x": {
             "type": "data", "symmetric": False, "thickness": 1.4, "width": 0,
             "color": style["color"], "array": [row["high"] - row["value"] for _, row in found],
@@ -135,7 +148,7 @@ def _points(
 
 def _scope_labels(scopes: Sequence[str | None], width: int) -> list[str]:
     return [
-        "<b>all, by importance</b>" if scope is None else figure_label(scope, width)
+        "<b>all, by<br>importance</b>" if scope is None else figure_label(scope, width)
         for scope in scopes
     ]
 

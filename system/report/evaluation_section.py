@@ -20,6 +20,7 @@ from system.report.blocks import (
 )
 from system.report.evaluation_figures import difference_figure, level_figure, prediction_figure
 from system.report.formatting import (
+    MINUS,
     NOTHING,
     count,
     decimals,
@@ -41,14 +42,14 @@ def evaluation_section(view: RunView) -> Section:
     """Differences, losses, accuracy, the two by two, promise against outcome."""
     evaluation = view.evaluation
     if evaluation is None:
-        return waiting("evaluation", TITLE, "evaluate")
+        return waiting("evaluation", TITLE, "Evaluation", "evaluate")
     summary = evaluation.summary
     blocks: list[Block] = [Prose(text=_lead(summary), tone="lead"), _arm_table(summary)]
     against = comparisons(evaluation, "loss", NATURAL)
     if against:
         blocks += [
             Heading(text="Against the natural mix"),
-            *_differences(evaluation, against),
+            *_differences(against),
         ]
     blocks += [
         *_factors(summary),
@@ -57,7 +58,7 @@ def evaluation_section(view: RunView) -> Section:
         *_levels(evaluation),
         *_accuracy(evaluation),
     ]
-    return Section(name="evaluation", title=TITLE, blocks=blocks)
+    return Section(name="evaluation", title=TITLE, short="Evaluation", blocks=blocks)
 
 
 def comparisons(evaluation: Evaluation, metric: str, reference: str) -> list[dict[str, Any]]:
@@ -124,12 +125,11 @@ def _scope_order(rows: list[dict[str, Any]]) -> list[str | None]:
     return [None, *[row["category"] for row in own]]
 
 
-def _differences(evaluation: Evaluation, rows: list[dict[str, Any]]) -> list[Block]:
-    arms = [arm["name"] for arm in evaluation.summary["arms"]]
+def _differences(rows: list[dict[str, Any]]) -> list[Block]:
     shown = [row for row in rows if row["weighting"] != "uniform"]
     return [
         Picture(
-            figures=[difference_figure(shown, _scope_order(shown), arms)],
+            figures=[difference_figure(shown, _scope_order(shown))],
             captions=["Right of zero: better than the natural mix of equal budget."],
         ),
         Table(
@@ -213,20 +213,41 @@ def _factors(summary: dict[str, Any]) -> list[Block]:
         return []
     return [
         Heading(text="Mix and order, judged apart"),
+        _two_by_two(summary),
         Table(
             caption="What the mix and the order each bring",
             columns=(*_contrast_columns("factor")[:5], text_column("computed from")),
             rows=[
                 (
                     row["factor"], _SCOPES[row["weighting"]],
-                    *_contrast_cells(row, _digits(rows))[:3], row["formula"],
+                    *_contrast_cells(row, _digits(rows))[:3],
+                    row["formula"].replace(" - ", f" {MINUS} "),
                 )
                 for row in rows
             ],
-            note="With all four arms (natural and solved, shuffled and in curriculum order) these "
-            "are the main effects of a two-by-two design.",
+            note="With all four arms these are the main effects of a two-by-two design and their "
+            "interaction.",
         ),
     ]  # fmt: skip
+
+
+def _two_by_two(summary: dict[str, Any]) -> Table:
+    loss = {row["arm"]: row["value"] for row in summary["losses"] if row["category"] is None}
+    return Table(
+        caption="Held-out loss by mix and order",
+        columns=(text_column("mix"), Column(label="shuffled"), Column(label="curriculum")),
+        rows=[
+            (
+                mix,
+                *[
+                    fixed(loss[arm], 4) if arm in loss else "not trained"
+                    for arm in (mix, f"{mix}-curriculum")
+                ],
+            )
+            for mix in (NATURAL, "solved")
+        ],
+        note="All categories by importance, nats per response token.",
+    )
 
 
 def _prediction(summary: dict[str, Any]) -> list[Block]:
@@ -238,7 +259,7 @@ def _prediction(summary: dict[str, Any]) -> list[Block]:
     text = (
         f"The solver promised {signed(total['predicted'], digits)} nats for the solved mix; "
         f"training on it brought {signed(total['realised'], digits)} "
-        f"({interval(total['low'], total['high'], digits)})."
+        f"{interval(total['low'], total['high'], digits)}."
     )
     if prediction["slope"] is not None:
         text += (
@@ -282,14 +303,13 @@ def _levels(evaluation: Evaluation) -> list[Block]:
     summary = evaluation.summary
     rows, arms = summary["losses"], [arm["name"] for arm in summary["arms"]]
     order = list(dict.fromkeys(["base", *arms]))
+    cells = {(row["arm"], row["category"]): row for row in rows}
+    first = NATURAL if NATURAL in arms else "base"
     categories = sorted(
         {row["category"] for row in rows if row["category"] is not None},
-        key=lambda name: (
-            -next(r["value"] for r in rows if r["category"] == name and r["arm"] == "base")
-        ),
+        key=lambda name: (-cells[first, name]["value"], name),
     )
     scopes: list[str | None] = [None, *categories]
-    cells = {(row["arm"], row["category"]): row for row in rows}
     return [
         Picture(
             figures=[level_figure(rows, scopes, order)],

@@ -29,11 +29,12 @@ def signed(value: float | None, digits: int) -> str:
     return text
 
 
-def interval(low: float | None, high: float | None, digits: int) -> str:
-    """`[low, high]`, both signed; a dash where an end is missing."""
+def interval(low: float | None, high: float | None, digits: int, *, with_sign: bool = True) -> str:
+    """`[low, high]`, signed if asked; a dash where an end is missing."""
     if low is None or high is None:
         return NOTHING
-    return f"[{signed(low, digits)}, {signed(high, digits)}]"
+    write = signed if with_sign else fixed
+    return f"[{write(low, digits)}, {write(high, digits)}]"
 
 
 def span(low: float | None, high: float | None, digits: int) -> str:
@@ -73,6 +74,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def sentence(text: str) -> str:
+    """The text with a capital first letter and a full stop."""
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
 def names(items: Iterable[str], *, most: int = 6) -> str:
     """`a, b and c`; beyond `most` names, how many more there are."""
     listed = [quote(item) for item in items]
@@ -107,8 +114,11 @@ def wrapped(name: str, width: int, *, lines: int = 2) -> list[str]:
 
 
 def figure_text(text: str) -> str:
-    """Text for Plotly, which reads some HTML: nothing in a name may become markup."""
-    return html.escape(text, quote=True)
+    """Text for Plotly, which reads some HTML: nothing in a name may become markup.
+
+    Quotes stay: Plotly knows no entity for them, and without angle brackets they end nothing.
+    """
+    return html.escape(text, quote=False)
 
 
 def figure_label(name: str, width: int) -> str:

@@ -14,7 +14,7 @@ from system.report.formatting import fixed, percent, wrapped
 from system.report.theme import INK, MAIN, MUTED, PAPER
 from system.taxonomy.records import Edge, Taxonomy
 
-_NODE_WIDTH, _NODE_HEIGHT, _COLUMN, _ROW, _MARGIN, _HEAD = 148, 40, 250, 58, 12, 30
+_NODE_WIDTH, _NODE_HEIGHT, _COLUMN, _ROW, _MARGIN, _HEAD = 148, 40, 216, 58, 4, 30
 _SWEEPS = 12
 
 Vertex = tuple[str, int]

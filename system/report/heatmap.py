@@ -16,7 +16,9 @@ from system.report.formatting import figure_label, figure_text, fixed, signed, w
 from system.report.pairs import Entry
 from system.report.theme import DIVERGING, INK, MUTED, UNKNOWN, Figure, axis, layout
 
-_WIDE_LABEL, _NARROW_LABEL = 24, 14
+_WIDE_LABEL, _NARROW_LABEL, _TOP_LABEL = 20, 13, 24
+WIDEST_BESIDE = 15
+"""Sources up to which two heat maps fit next to each other."""
 _LARGEST_GAMMA = 2.0
 """Colours beyond it would hide everything else."""
 
@@ -114,9 +116,14 @@ def _figure(
         },
         _hatching(grid),
     ]  # fmt: skip
-    cell = 30 if len(sources) <= 16 else 24
-    longest = max(len(_cut(source)) for source in sources)
-    ticks = {"ticks": "", "showgrid": False, "zeroline": False, "showline": False}
+    heading = [len(_cut(source)) for source in sources]
+    # Slanted labels of the last columns reach beyond them.
+    beyond = max(12, *(4.2 * n - 22 * (len(heading) - 1 - k) for k, n in enumerate(heading)))
+    longest = max(len(line) for target in targets for line in wrapped(target, _WIDE_LABEL))
+    ticks: dict[str, Any] = {
+        "ticks": "", "showgrid": False, "zeroline": False, "showline": False,
+        "tickfont": {"size": 11, "color": INK},
+    }  # fmt: skip
     return Figure(
         name=name,
         label=label,
@@ -125,7 +132,7 @@ def _figure(
             xaxis=axis(
                 "", side="top", tickmode="array", tickvals=list(range(len(sources))),
                 ticktext=[figure_text(_cut(source)) for source in sources], tickangle=-50,
-                range=[-0.5, len(sources) - 0.5], **ticks,
+                range=[-0.5, len(sources) - 0.5], ticklabeloverflow="allow", **ticks,
             ),
             yaxis=axis(
                 "", tickmode="array", tickvals=list(range(len(targets))),
@@ -133,18 +140,18 @@ def _figure(
                 range=[len(targets) - 0.5, -0.5], ticklabelstandoff=4, **ticks,
             ),
             shapes=_outlines(targets, sources),
-            margin={"l": 8, "r": 44, "t": 8, "b": 66},
+            margin={"l": 8, "r": round(beyond), "t": 8, "b": 66},
             showlegend=False,
         )
         | {"plot_bgcolor": UNKNOWN},
-        height=12 + round(4.9 * longest) + 86 + cell * len(targets),
-        min_width=176 + cell * len(sources),
+        height=98 + round(4.9 * max(heading)) + 28 * len(targets),
+        min_width=round(22 + 6.2 * longest + 22 * len(sources) + beyond),
         narrow={"yaxis.ticktext": [figure_label(target, _NARROW_LABEL) for target in targets]},
     )  # fmt: skip
 
 
 def _cut(name: str) -> str:
-    return wrapped(name, _WIDE_LABEL, lines=1)[0]
+    return wrapped(name, _TOP_LABEL, lines=1)[0]
 
 
 def _hover(entry: Entry) -> list[str]:

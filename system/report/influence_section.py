@@ -20,7 +20,12 @@ from system.report.blocks import (
     waiting,
 )
 from system.report.formatting import count, decimals, fixed, interval, percent, plural, signed
-from system.report.heatmap import clustered_order, effect_figure, gamma_figure
+from system.report.heatmap import (
+    WIDEST_BESIDE,
+    clustered_order,
+    effect_figure,
+    gamma_figure,
+)
 from system.report.pairs import Entry, entry_grid
 from system.report.view import Influence, RunView
 
@@ -39,7 +44,7 @@ def influence_section(view: RunView) -> Section:
     """Heat maps and tables of every direction that was measured."""
     influence = view.influence
     if influence is None:
-        return waiting("effects", TITLE, "influence")
+        return waiting("effects", TITLE, "Effects", "influence")
     matrices = list(influence.matrices.values())
     targets, sources = clustered_order(matrices)
     dose = reference_dose(influence)
@@ -59,6 +64,7 @@ def influence_section(view: RunView) -> Section:
         blocks += [
             Heading(text=f"Measured by {_VERB[direction]}"),
             Picture(
+                are_beside=len(sources) <= WIDEST_BESIDE,
                 figures=[
                     effect_figure(grid, direction),
                     gamma_figure(grid, direction),
@@ -73,7 +79,7 @@ def influence_section(view: RunView) -> Section:
         ]
         if len(sources) <= _LARGEST_TABLE:
             blocks.append(_whole_table(grid, direction))
-    return Section(name="effects", title=TITLE, blocks=blocks)
+    return Section(name="effects", title=TITLE, short="Effects", blocks=blocks)
 
 
 def reference_dose(influence: Influence) -> float:
@@ -92,10 +98,10 @@ def _belief(influence: Influence) -> list[str]:
     for direction, part in summary["directions"].items():
         noise = part["noise"]
         items.append(
-            f"{_VERB[direction].capitalize()}: {part['significant_pairs']} of {part['pairs']} "
+            f"{_VERB[direction].capitalize()}: {part['significant_pairs']:,} of {part['pairs']:,} "
             f"pairs differ from zero at {percent(summary['confidence'], 0)} confidence, gamma is "
-            f"identifiable for {part['identifiable_off_diagonal']}. The typical standard error of "
-            f"a dose's effect is {fixed(noise['dose_se_median'], 4)} nats; the true effects are "
+            f"identifiable for {part['identifiable_off_diagonal']:,}. The typical standard error "
+            f"of a dose's effect is {fixed(noise['dose_se_median'], 4)} nats; the true effects are "
             f"estimated to vary by {fixed(noise['signal_sd'], 4)}."
         )
         items += _agreement(direction, part, summary["confidence"])
@@ -120,7 +126,8 @@ def _agreement(direction: str, part: dict[str, Any], confidence: float) -> list[
     text = (
         f"Halves of the replications ({_VERB[direction]}) put the pairs in the same order with a "
         f"rank correlation of {fixed(rank['value'], 2)} "
-        f"({percent(confidence, 0)} {interval(rank['low'], rank['high'], 2)}) and agree on the "
+        f"({percent(confidence, 0)} {interval(rank['low'], rank['high'], 2, with_sign=False)}) "
+        "and agree on the "
         f"sign of {percent(halves['sign'], 0)} of them."
     )
     needed = part["halving"]["replications"]

@@ -40,7 +40,7 @@ def mix_figure(mix: Mix) -> Figure:
             "x": [row.count for row in rows], "marker": {"color": MAIN}, "customdata": hover,
             "hovertemplate": template.replace("SHARE", "2"),
             "text": [signed(change, 0) if abs(change) >= 0.5 else "" for change in changes],
-            "textposition": "outside", "cliponaxis": False,
+            "textposition": "outside", "cliponaxis": False, "constraintext": "none",
             "textfont": {
                 "size": 11, "color": [GAIN if change > 0 else HARM for change in changes],
             },

@@ -25,6 +25,8 @@ from system.report.formatting import (
     names,
     percent,
     plural,
+    quote,
+    sentence,
     signed,
 )
 from system.report.mix_figures import by_change, mix_figure, sweep_figure
@@ -39,7 +41,7 @@ _HELD_BY = {
     "upper": "upper limit",
     "supply": "supply",
     "cap": "cap on one category's move",
-    "free": "nothing, it balances the rest",
+    "free": "no limit, it balances the rest",
     "base": "stays at the base",
 }
 _OBJECTIVES = {
@@ -54,10 +56,10 @@ def mix_section(view: RunView) -> Section:
     """Before and after, prices, the sweep of the trust region."""
     mix = view.mix
     if mix is None or view.sweep is None:
-        return waiting("mix", TITLE, "solve")
+        return waiting("mix", TITLE, "Mix", "solve")
     blocks: list[Block] = [
         Prose(text=_lead(mix), tone="lead"),
-        *[Prose(text=note, tone="note") for note in mix.notes],
+        *[Prose(text=sentence(note), tone="note") for note in mix.notes],
         Picture(
             figures=[mix_figure(mix)],
             captions=[
@@ -74,10 +76,15 @@ def mix_section(view: RunView) -> Section:
         *_sweep(view.sweep, mix),
         _target_table(mix),
     ]
-    return Section(name="mix", title=TITLE, blocks=blocks)
+    return Section(name="mix", title=TITLE, short="Mix", blocks=blocks)
 
 
 def _lead(mix: Mix) -> str:
+    if mix.moved == 0:
+        return (
+            f"The mix is the base mix: of a budget of {count(mix.budget)} {mix.unit}, at most "
+            f"{percent(mix.move)} might have moved, and nothing did."
+        )
     gain = signed(mix.expected_gain, decimals([mix.expected_gain], least=4))
     if mix.expected_gain_se is not None:
         error = fixed(mix.expected_gain_se, decimals([mix.expected_gain_se], least=4))
@@ -96,39 +103,45 @@ def _lead(mix: Mix) -> str:
 
 def _mix_table(mix: Mix) -> Table:
     rows = by_change(mix)
-    prices = [v for row in rows for v in (row.limit_price, row.reduced_cost, row.supply_price)]
-    digits = decimals([None if v is None else v * PER for v in prices], least=4)
+    score_digits = decimals([row.score * PER for row in rows], least=4)
+    prices = [v for row in rows for v in (row.limit_price, row.reduced_cost) if v is not None]
+    price_digits = decimals([price * PER for price in prices], least=4)
     total = sum(row.base for row in rows)
-    body = []
+    body: list[list[str | Cell]] = []
     for row in rows:
         change = row.count - row.base
         tone = "quiet" if abs(change) < 0.5 else "good" if change > 0 else "bad"
-        body.append(
-            (
-                row.category, count(row.base), count(row.count),
-                Cell(text=signed(change, 0), tone=tone), percent(row.base / total),
-                percent(row.share), _HELD_BY[row.at], _price(row.limit_price, digits),
-                _price(row.reduced_cost, digits),
-            )
-        )  # fmt: skip
-    return Table(
-        caption="The mix, category by category",
-        columns=(
-            text_column("category"),
-            Column(label="base"),
-            Column(label="solved"),
-            Column(label="change"),
-            Column(label="base share"),
-            Column(label="share"),
-            text_column("held by"),
+        cells = [
+            row.category, count(round(row.base)), count(row.count),
+            Cell(text=signed(change, 0), tone=tone), percent(row.base / total),
+            percent(row.share), _HELD_BY[row.at], _price(row.score, score_digits),
+        ]  # fmt: skip
+        if prices:
+            cells += [_price(row.limit_price, price_digits), _price(row.reduced_cost, price_digits)]
+        body.append(cells)
+    columns = [
+        text_column("category"),
+        Column(label="base"),
+        Column(label="solved"),
+        Column(label="change"),
+        Column(label="base share"),
+        Column(label="share"),
+        text_column("held by"),
+        Column(label="value", title="importance-weighted value of more of it, before any limit"),
+    ]
+    note = f"Value: nats per response token for {PER} more examples, before any limit."
+    if prices:
+        columns += [
             Column(label="price of that limit", title="gain if the limit is loosened, >= 0"),
             Column(label="reduced cost", title="change of the objective if the count is raised"),
-        ),
-        rows=body,
-        note=f"Prices and reduced costs: nats per response token for {PER} examples; a dash means "
-        "that no price exists. Prices describe the first solve, before ties are broken and counts "
-        "are made whole.",
-    )
+        ]
+        note += (
+            f" Prices and reduced costs: nats for {PER} examples, of the first solve, before ties "
+            "are broken and counts are made whole."
+        )
+    else:
+        note += " This kind of solution has no shadow prices."
+    return Table(caption="The mix, category by category", columns=columns, rows=body, note=note)
 
 
 def _price(value: float | None, digits: int) -> str:
@@ -161,7 +174,11 @@ def _limits(mix: Mix) -> list[str]:
     guarded = [target for target in mix.targets if target.guard is not None]
     binding = [target.target for target in guarded if (target.guard_price or 0) > 0]
     if guarded:
-        items.append(f"Guards: {len(binding)} of {len(guarded)} bind ({names(binding)}).")
+        items.append(
+            f"Guards: {len(binding)} of {len(guarded)} bind ({names(binding)})."
+            if binding
+            else f"Guards: none of {len(guarded)} binds."
+        )
     for group in mix.groups:
         price = "" if group.price is None else f", price {signed(group.price * PER, 6)} per {PER}"
         items.append(f"Group {group.group}: {count(group.count)} examples{price}.")
@@ -179,7 +196,7 @@ def _collect(mix: Mix) -> list[Block]:
             "No category is held back by its supply: more of the same data would not change this "
             "mix."
             if known
-            else "This kind of solution has no supply prices."
+            else _without_prices(mix)
         )
         return [Prose(text=text)]
     digits = decimals([(row.supply_price or 0) * PER for row in wanted], least=4)
@@ -210,9 +227,22 @@ def _collect(mix: Mix) -> list[Block]:
     ]  # fmt: skip
 
 
+def _without_prices(mix: Mix) -> str:
+    best = sorted(mix.categories, key=lambda row: (-row.score, row.category))[:3]
+    digits = decimals([row.score * PER for row in best], least=4)
+    listed = ", ".join(f"{quote(row.category)} ({_price(row.score, digits)})" for row in best)
+    return (
+        "This kind of solution has no shadow prices. Before any limit, more of these is worth "
+        f"most, in nats for {PER} examples: {listed}."
+    )
+
+
 def _sweep(sweep: list[dict[str, Any]], mix: Mix) -> list[Block]:
     digits = decimals([row["gain"] for row in sweep], least=4)
     best = max(sweep, key=lambda row: row["gain"])
+    table = _sweep_table(sweep, digits)
+    if best["gain"] <= 0:
+        return [Prose(text="At no share of the budget is any move predicted to pay."), table]
     text = (
         f"The prediction is highest with {percent(best['move'], 0)} of the budget free to move "
         f"({signed(best['gain'], digits)} nats)"
@@ -232,26 +262,30 @@ def _sweep(sweep: list[dict[str, Any]], mix: Mix) -> list[Block]:
                 "solved anew at each share."
             ],
         ),
-        Table(
-            caption="The sweep in numbers",
-            columns=(
-                text_column("share that may move"),
-                Column(label="moved"),
-                Column(label="predicted gain"),
-                Column(label="band"),
-                Column(label="worst target", title="change of the target that does worst"),
-            ),
-            rows=[
-                (
-                    percent(row["move"]), percent(row["moved"]), signed(row["gain"], digits),
-                    interval(row["gain_low"], row["gain_high"], digits),
-                    signed(row["worst_change"], digits),
-                )
-                for row in sweep
-            ],
-            folded=True,
+        table,
+    ]
+
+
+def _sweep_table(sweep: list[dict[str, Any]], digits: int) -> Table:
+    return Table(
+        caption="The sweep in numbers",
+        columns=(
+            text_column("share that may move"),
+            Column(label="moved"),
+            Column(label="predicted gain"),
+            Column(label="band"),
+            Column(label="worst target", title="change of the target that does worst"),
         ),
-    ]  # fmt: skip
+        rows=[
+            (
+                percent(row["move"]), percent(row["moved"]), signed(row["gain"], digits),
+                interval(row["gain_low"], row["gain_high"], digits),
+                signed(row["worst_change"], digits),
+            )
+            for row in sweep
+        ],
+        folded=True,
+    )  # fmt: skip
 
 
 def _target_table(mix: Mix) -> Table:

@@ -31,7 +31,7 @@ def corpus_section(view: RunView) -> Section:
     """Where every row went."""
     manifest = view.corpus
     if manifest is None:
-        return waiting("corpus", CORPUS, "ingest")
+        return waiting("corpus", CORPUS, "Corpus", "ingest")
     untagged = sum(manifest.untagged.values())
     rejected = sum(manifest.rejected.values())
     blocks: list[Block] = [
@@ -60,7 +60,7 @@ def corpus_section(view: RunView) -> Section:
             )
         )
     blocks += _tagging(view)
-    return Section(name="corpus", title=CORPUS, blocks=blocks)
+    return Section(name="corpus", title=CORPUS, short="Corpus", blocks=blocks)
 
 
 def _category_table(manifest: Manifest) -> Table:
@@ -191,7 +191,7 @@ def cost_section(view: RunView) -> Section:
         ),
         _version_table(view),
     ]
-    return Section(name="cost", title=COST, blocks=blocks)
+    return Section(name="cost", title=COST, short="Cost", blocks=blocks)
 
 
 def total_seconds(view: RunView) -> float:

@@ -15,10 +15,6 @@ MAIN = "#0b5c9e"
 GAIN = "#0b5c9e"
 HARM = "#b8480c"
 UNKNOWN = "#e9ecef"
-SERIES = ("#0b5c9e", "#d2691e", "#1b8a6b", "#8a5aa8", "#c79a00", "#4f9fd0", "#7d4e2d", "#5b6570")
-"""Told apart by lightness as well as by hue; also distinguished by symbol or pattern."""
-SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "hexagon", "x")
-PATTERNS = ("", "/", ".", "\\", "x", "-", "+", "|")
 
 DIVERGING = (
     (0.0, "#7f2a04"), (0.15, "#b8480c"), (0.32, "#e89a68"), (0.45, "#f8e3d5"), (0.5, "#fbfbfa"),
@@ -83,8 +79,8 @@ def layout(**more: Any) -> dict[str, Any]:
     """The frame that all figures share."""
     return {
         "font": {"family": "ui-sans-serif, system-ui, sans-serif", "size": 12, "color": INK},
-        "paper_bgcolor": PAPER,
-        "plot_bgcolor": PAPER,
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
         "margin": {"l": 8, "r": 12, "t": 36, "b": 44},
         "hoverlabel": {"bgcolor": INK, "font": {"color": PAPER, "size": 12}, "align": "left"},
         "legend": {

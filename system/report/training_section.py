@@ -35,7 +35,8 @@ from system.report.view import RunView
 from system.taxonomy.records import Edge, Taxonomy
 
 GRAPH, CURRICULUM, TRAINING = "What depends on what", "The curriculum", "The training"
-_LEVELS = ("#08306b", "#2171b5", "#6baed6", "#bdd7e7", "#fdd0a2", "#fd8d3c", "#d94801")
+_LEVELS = ("#08306b", "#2171b5", "#6baed6", "#c6dbef", "#fdd0a2", "#fd8d3c", "#c23e00")
+"""From base levels to dependent ones; levels in between are mixed."""
 _UNPLACED = "#c9ced4"
 
 
@@ -43,7 +44,7 @@ def graph_section(view: RunView) -> Section:
     """The dependency graph and its edges."""
     taxonomy = view.taxonomy
     if taxonomy is None:
-        return waiting("dependencies", GRAPH, "curriculum")
+        return waiting("dependencies", GRAPH, "Dependencies", "curriculum")
     blocks: list[Block] = [Prose(text=taxonomy.summary, tone="lead")]
     if taxonomy.edges:
         stability = (
@@ -64,7 +65,7 @@ def graph_section(view: RunView) -> Section:
         blocks.append(
             Prose(text=f"Without a dependency: {names(taxonomy.isolated, most=40)}.", tone="note")
         )
-    return Section(name="dependencies", title=GRAPH, blocks=blocks)
+    return Section(name="dependencies", title=GRAPH, short="Dependencies", blocks=blocks)
 
 
 def _edge_table(taxonomy: Taxonomy) -> Table:
@@ -103,7 +104,7 @@ def curriculum_section(view: RunView) -> Section:
     """Stages, stacked by level."""
     curriculum = view.curriculum
     if curriculum is None:
-        return waiting("curriculum", CURRICULUM, "curriculum")
+        return waiting("curriculum", CURRICULUM, "Curriculum", "curriculum")
     total = sum(stage.size for stage in curriculum.stages)
     blocks: list[Block] = [
         Prose(
@@ -123,7 +124,7 @@ def curriculum_section(view: RunView) -> Section:
         ),
         _curriculum_table(curriculum),
     ]
-    return Section(name="curriculum", title=CURRICULUM, blocks=blocks)
+    return Section(name="curriculum", title=CURRICULUM, short="Curriculum", blocks=blocks)
 
 
 def _by_level(curriculum: Curriculum) -> list[str]:
@@ -142,6 +143,18 @@ def _level_name(level: int | None) -> str:
     return "no place" if level is None else "base" if level == 0 else f"level {level}"
 
 
+def _level_color(level: int | None, top: int) -> str:
+    if level is None:
+        return _UNPLACED
+    place = level / max(1, top) * (len(_LEVELS) - 1)
+    first = min(int(place), len(_LEVELS) - 2)
+    mixed = [
+        round(int(a, 16) + (place - first) * (int(b, 16) - int(a, 16)))
+        for a, b in ((_LEVELS[first][k : k + 2], _LEVELS[first + 1][k : k + 2]) for k in (1, 3, 5))
+    ]
+    return "#" + "".join(f"{part:02x}" for part in mixed)
+
+
 def _curriculum_figure(curriculum: Curriculum) -> Figure:
     top = max((level for level in curriculum.levels.values() if level is not None), default=0)
     stages = curriculum.stages
@@ -149,14 +162,13 @@ def _curriculum_figure(curriculum: Curriculum) -> Figure:
     shown: set[int | None] = set()
     for name in _by_level(curriculum):
         level = curriculum.levels[name]
-        place = 0 if top == 0 else round((level or 0) / top * (len(_LEVELS) - 1))
         data.append(
             {
                 "type": "bar", "orientation": "h", "y": list(range(len(stages))),
                 "x": [stage.counts[name] for stage in stages], "name": _level_name(level),
                 "legendgroup": _level_name(level), "showlegend": level not in shown,
                 "marker": {
-                    "color": _UNPLACED if level is None else _LEVELS[place],
+                    "color": _level_color(level, top),
                     "line": {"color": "#ffffff", "width": 1},
                 },
                 "customdata": [
@@ -214,13 +226,14 @@ def training_section(view: RunView) -> Section:
     """Loss against steps."""
     steps = view.training
     if steps is None:
-        return waiting("training", TRAINING, "train")
+        return waiting("training", TRAINING, "Training", "train")
     stages = stage_spans(steps)
     seconds = sum(step["seconds"] for step in steps)
     tokens = sum(step["tokens"] for step in steps)
     return Section(
         name="training",
         title=TRAINING,
+        short="Training",
         blocks=[
             Prose(
                 text=f"{plural(len(steps), 'optimiser step')} on {tokens:,} tokens "
@@ -303,7 +316,9 @@ def _loss_figure(steps: list[dict[str, Any]], stages: list[tuple[str, int, int]]
         label="Line: training loss against steps, stages shaded.",
         data=data,
         layout=layout(
-            xaxis=axis("optimiser step", showgrid=False, zeroline=False),
+            xaxis=axis(
+                "optimiser step", showgrid=False, zeroline=False, range=[x[0] - 0.5, x[-1] + 0.5]
+            ),
             yaxis=axis("loss, nats per token", zeroline=False),
             shapes=shapes,
             annotations=notes,

@@ -17,6 +17,7 @@ from system.report.formatting import (
     percent,
     plural,
     quote,
+    sentence,
     signed,
     span,
 )
@@ -33,6 +34,8 @@ _CALLED = {
     "solved": "the solved mix",
 }
 
+_ORDER_OVER = {True: "mean over the natural and the solved mix", False: "on the solved mix"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
@@ -48,7 +51,8 @@ class Point:
     """A sentence or two on one question."""
 
     question: str
-    answer: str
+    answer: tuple[str, ...]
+    """Lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +71,10 @@ def give_verdict(view: RunView) -> Verdict:
     points = [
         Point(question="What was gained?", answer=_gain(view)),
         Point(question="Does the matrix agree with itself?", answer=_agreement(view)),
-        Point(question="Was the promise kept?", answer=_promise(view)),
+        Point(question="Was the promise kept?", answer=(_promise(view),)),
         Point(question="What does the mix change?", answer=_changes(view)),
-        Point(question="Does the order matter?", answer=_order(view)),
-        Point(question="What did it cost?", answer=_cost(view)),
+        Point(question="Does the order matter?", answer=(_order(view),)),
+        Point(question="What did it cost?", answer=(_cost(view),)),
     ]
     return Verdict(headline=headline, outcome=outcome, tiles=_tiles(view), points=tuple(points))
 
@@ -121,41 +125,43 @@ def _headline(view: RunView) -> tuple[str, Literal["better", "worse", "tie", "op
     return text, row["verdict"]
 
 
-def _gain(view: RunView) -> str:
+def _gain(view: RunView) -> tuple[str, ...]:
     if view.evaluation is None:
-        return _not_yet("evaluate")
-    summary = view.evaluation.summary
+        return (_not_yet("evaluate"),)
     rows = comparisons(view.evaluation, "loss", NATURAL)
-    parts = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
+    if not rows:
+        return ("No arm was compared with the natural mix.",)
+    first = "Nats per response token against a natural mix of equal budget; more is better."
+    natural = next(
+        (
+            row["value"]
+            for row in view.evaluation.summary["losses"]
+            if row["arm"] == NATURAL and row["category"] is None
+        ),
+        None,
+    )
+    if natural is not None:
+        first += f" That mix's held-out loss is {fixed(natural, 4)}."
+    lines = [first]
+    for arm in dict.fromkeys(row["arm"] for row in reversed(rows)):
         row = overall(rows, arm, "importance")
         assert row is not None, "every compared arm is compared over all categories"
         verdicts = tally(rows, arm)
-        parts.append(
-            f"{quote(arm)}: {signed(row['value'], 4)} {interval(row['low'], row['high'], 4)}, "
-            f"{row['verdict']}; by category better on {verdicts['better']}, tie on "
-            f"{verdicts['tie']}, worse on {verdicts['worse']}."
+        lines.append(
+            f"{arm}: {signed(row['value'], 4)} {interval(row['low'], row['high'], 4)}, "
+            f"{row['verdict']}. By category: {verdicts['better']} better, {verdicts['tie']} tied, "
+            f"{verdicts['worse']} worse."
         )
-    if not parts:
-        return "No arm was compared with the natural mix."
-    text = (
-        "Against a natural mix of equal budget, in nats per response token (more is better). "
-        + " ".join(parts)
-    )
-    loss = next(
-        (r["value"] for r in summary["losses"] if r["arm"] == NATURAL and r["category"] is None),
-        None,
-    )
-    if loss is not None:
-        text += f" The natural mix's own held-out loss is {fixed(loss, 4)}."
     if any(row["se_seeds"] is None for row in rows):
-        text += " One training per arm: how trainings differ by chance is not in these intervals."
-    return text
+        lines.append(
+            "One training per arm: how trainings differ by chance is not in these intervals."
+        )
+    return tuple(lines)
 
 
-def _agreement(view: RunView) -> str:
+def _agreement(view: RunView) -> tuple[str, ...]:
     if view.influence is None:
-        return _not_yet("influence")
+        return (_not_yet("influence"),)
     summary = view.influence.summary
     parts = []
     for direction, part in summary["directions"].items():
@@ -167,20 +173,20 @@ def _agreement(view: RunView) -> str:
             f"{_belief(rank)} Measured by {_verb(direction)}, halves of "
             f"{summary['replications']} replications order the pairs with a rank correlation of "
             f"{fixed(rank['value'], 2)} ({percent(summary['confidence'], 0)} "
-            f"{interval(rank['low'], rank['high'], 2)}), and {part['significant_pairs']} of "
-            f"{part['pairs']} pairs differ from zero."
+            f"{interval(rank['low'], rank['high'], 2, with_sign=False)}), and "
+            f"{part['significant_pairs']:,} of {part['pairs']:,} pairs differ from zero."
         )
     if not parts:
         return (
             "Unknown: there is one replication (or fewer than three categories), so the matrix "
-            "cannot be compared with itself."
+            "cannot be compared with itself.",
         )
     if not summary["is_believed"]:
         parts.append(
             f"That is below influence.min_agreement ({summary['min_agreement']:g}): the mix stays "
             "at the base."
         )
-    return " ".join(parts)
+    return tuple(parts)
 
 
 def _belief(rank: dict[str, float | None]) -> str:
@@ -224,22 +230,21 @@ def _promise(view: RunView) -> str:
     return text
 
 
-def _changes(view: RunView) -> str:
+def _changes(view: RunView) -> tuple[str, ...]:
     if view.mix is None:
-        return _not_yet("solve")
+        return (_not_yet("solve"),)
     mix = view.mix
     if mix.moved == 0:
-        notes = f" {' '.join(note[0].upper() + note[1:] + '.' for note in mix.notes)}"
-        return f"Nothing: the mix is the base mix.{notes if mix.notes else ''}"
+        return ("Nothing: the mix is the base mix.", *[sentence(note) for note in mix.notes])
     ranked = sorted(mix.categories, key=lambda c: (c.count - c.base, c.category))
-    up = [c for c in reversed(ranked) if c.count - c.base >= 0.5][:3]
-    down = [c for c in ranked if c.base - c.count >= 0.5][:3]
-    text = f"It moves {percent(mix.moved)} of {count(mix.budget)} {mix.unit}."
-    if up:
-        text += f" More: {', '.join(_change(c) for c in up)}."
-    if down:
-        text += f" Less: {', '.join(_change(c) for c in down)}."
-    return text
+    up = [c for c in reversed(ranked) if c.count - c.base >= 0.5]
+    down = [c for c in ranked if c.base - c.count >= 0.5]
+    lines = [f"It moves {percent(mix.moved)} of {count(mix.budget)} {mix.unit}."]
+    for word, moved in (("More", up), ("Less", down)):
+        if moved:
+            rest = f"; and {plural(len(moved) - 3, 'other')}" if len(moved) > 3 else ""
+            lines.append(f"{word}: {', '.join(_change(c) for c in moved[:3])}{rest}.")
+    return tuple(lines)
 
 
 def _change(category: CategoryMix) -> str:
@@ -259,8 +264,8 @@ def _order(view: RunView) -> str:
             called = {"better": "It helps", "worse": "It harms", "tie": "A tie"}[row["verdict"]]
             return (
                 f"{called}: curriculum order instead of shuffling is worth "
-                f"{signed(row['value'], 4)} nats {interval(row['low'], row['high'], 4)} "
-                f"({row['formula']})."
+                f"{signed(row['value'], 4)} nats {interval(row['low'], row['high'], 4)}, "
+                f"{_ORDER_OVER['natural-curriculum' in row['formula']]}."
             )
     return "Not measured: no arm was trained both shuffled and in curriculum order."
 

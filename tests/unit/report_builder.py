@@ -59,7 +59,8 @@ class RunBuilder:
     replications: int = 4
     seeds: int = 3
     arms: tuple[str, ...] = ("natural", "natural-curriculum", "solved", "solved-curriculum")
-    gain: float = 0.02
+    kept: float = 0.4
+    """Share of the promise that trainings keep; negative ones break it."""
     until: str = "evaluate"
     """Last stage that has run; `none`: not even the first."""
     seed: int = 0
@@ -91,7 +92,10 @@ class RunBuilder:
                     "targets": {name: f"{k}.jsonl" for k, name in enumerate(self.external)},
                 },
                 "solve": {
-                    "budget": 3000, "move": 0.15, "category_cap": 0.5, "guard": 0.2,
+                    "budget": 3000,
+                    "move": 0.15,
+                    "category_cap": 0.5,
+                    "guard": 0.2,
                     "objective": "robust",
                 },
                 "evaluate": {"seeds": self.seeds, "arms": list(self.arms)},
@@ -352,7 +356,7 @@ class _Writer:
             losses=self._test_losses(),
             outcomes=self._answers(),
             arms=arms,
-            importance=dict.fromkeys(self.run.categories, 1.0),
+            importance={target.target: target.importance for target in self.mix.targets},
             mix=self.mix,
             confidence=0.95,
         )
@@ -367,14 +371,17 @@ class _Writer:
         names = self.run.categories
         level = np.random.default_rng(5).uniform(1.2, 2.4, len(names))
         example = np.random.default_rng(6).normal(0, 0.3, (len(names), rows))
+        promised = {target.target: target.change for target in self.mix.targets}
         parts = []
         for arm, seed in self._models():
-            shift = 0.6 if arm == "base" else -self.run.gain * arm.startswith("solved")
-            if arm.endswith("curriculum"):
-                shift -= 0.004
             for k, name in enumerate(names):
-                spread = shift * (1 + 0.6 * np.sin(k)) + self.rng.normal(0, 0.004)
-                loss = level[k] + example[k] + spread + self.rng.normal(0, 0.05, rows)
+                shift = 0.6 + 0.2 * np.sin(k) if arm == "base" else 0.0
+                if arm.startswith("solved"):
+                    shift -= self.run.kept * promised[name]
+                if arm.endswith("curriculum"):
+                    shift -= 0.003
+                shift += self.rng.normal(0, 0.004)
+                loss = level[k] + example[k] + shift + self.rng.normal(0, 0.05, rows)
                 parts.append(self._rows(arm, seed, name, {"nll": loss * 40}))
         columns = {"num_tokens": pa.array([40] * rows * len(parts), pa.int32())}
         table = pa.concat_tables(parts)
