@@ -1,6 +1,6 @@
 """The optimiser: an exact, explained mix from measured effects (HiGHS)."""
 
-from system.solve.mix import CategoryMix, GroupMix, Mix, SolverInfo, TargetMix
+from system.solve.mix import CategoryMix, GroupMix, Mix, Relaxation, SolverInfo, TargetMix
 from system.solve.problem import GroupLimit, MixOptions, MixProblem
 from system.solve.solve import MixSession, MovePoint, solve_mix, sweep_move
 
@@ -13,6 +13,7 @@ __all__ = [
     "MixProblem",
     "MixSession",
     "MovePoint",
+    "Relaxation",
     "SolverInfo",
     "TargetMix",
     "solve_mix",

@@ -6,7 +6,15 @@ import numpy as np
 
 from system.solve.explain import Prices, Ranges
 from system.solve.highs import Solver
-from system.solve.mix import At, CategoryMix, GroupMix, Mix, SolverInfo, TargetMix
+from system.solve.mix import (
+    At,
+    CategoryMix,
+    GroupMix,
+    Mix,
+    Relaxation,
+    SolverInfo,
+    TargetMix,
+)
 from system.solve.model import Model
 from system.solve.objectives import Outcome
 from system.solve.verify import check_limits
@@ -53,7 +61,24 @@ def assemble_mix(model: Model, outcome: Outcome, *, start: float) -> Mix:
             rows=outcome.rows,
             gap=outcome.gap,
         ),
+        relaxation=_relaxation(model, outcome),
         notes=_notes(model, u_S),
+    )
+
+
+def _relaxation(model: Model, outcome: Outcome) -> Relaxation | None:
+    if outcome.relaxed_prices is None:
+        return None
+    prices, problem = outcome.relaxed_prices, model.problem
+    is_stock_S = model.is_supply_S & np.isfinite(model.ceiling_S)
+    value_S = np.where(is_stock_S, np.maximum(prices.reduced_add_S, 0.0), 0.0)
+    value_S = value_S * model.options.max_epochs
+    return Relaxation(
+        gain=outcome.relaxed_gain,
+        move_price=prices.move,
+        budget_price=prices.budget,
+        supply_prices=dict(zip(problem.categories, value_S.tolist(), strict=True)),
+        guard_prices=dict(zip(problem.targets, prices.guard_T.tolist(), strict=True)),
     )
 
 
@@ -200,6 +225,11 @@ def _notes(model: Model, u_S: np.ndarray) -> tuple[str, ...]:
         notes.append(
             f"{missing} of {problem.identifiable_TS.size} effects were not identifiable and count "
             "as zero"
+        )
+    if problem.effect_remove_TS is not None and model.options.objective == "linear":
+        notes.append(
+            "the effects of adding and of removing were pooled into one matrix, since the linear "
+            "objective knows one; objective 'concave' uses both"
         )
     if model.effects.num_projected:
         notes.append(

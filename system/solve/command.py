@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     matrix.add_argument("--gamma", metavar="TABLE", help="square matrix of gamma (dimensionless)")
     matrix.add_argument("--effect", metavar="TABLE", help="effects, nats per example added")
     add = parser.add_argument
-    add("--remove", metavar="TABLE", help="effects, nats per example removed (not for linear)")
+    add("--remove", metavar="TABLE", help="effects, nats per example removed")
     add("--base", metavar="TABLE", required=True, help="categories and their counts")
     add("--budget", type=float, metavar="N", help="size of the mix (default: sum of the counts)")
     add("--unit", choices=("examples", "tokens"), help="unit of the budget (default: examples)")

@@ -4,8 +4,10 @@ A move is ``u`` examples added and ``v`` removed. Each objective is the same lin
 ``add @ u - remove @ v`` with other slopes, so one model serves all of them:
 
 - one matrix: ``add = remove = E``;
-- two matrices: entries with ``add > remove`` are projected onto ``add = remove`` (weighted by
-  their precision where errors are known), so that doing and undoing a move never pays;
+- ``linear`` with two matrices: their pooled value (precision weights where errors are known),
+  since the paper's objective knows one matrix;
+- two matrices otherwise: entries with ``add > remove`` are projected onto ``add = remove`` (with
+  the same weights), so that doing and undoing a move never pays;
 - ``robust`` with a box: ``add = E - r se``, ``remove = E + r se``; a move pays for its errors and
   staying put scores 0 (Soyster 1973; Ben-Tal, Nemirovski 2000);
 - ``robust`` with a budget: as one or two matrices, and the worst ``k`` sources may be off by
@@ -26,7 +28,10 @@ class Effects:
         self.num_projected = 0
         if problem.effect_remove_TS is not None:
             remove_TS = _masked(problem.effect_remove_TS, problem.identifiable_TS)
-            add_TS, remove_TS, self.num_projected = _project(add_TS, remove_TS, problem)
+            if options.objective == "linear":
+                add_TS, remove_TS = _pooled(add_TS, remove_TS, problem), None
+            else:
+                add_TS, remove_TS, self.num_projected = _project(add_TS, remove_TS, problem)
         self.nominal_add_TS = add_TS
         self.nominal_remove_TS = add_TS if remove_TS is None else remove_TS
         self.add_TS, self.remove_TS = self.nominal_add_TS, self.nominal_remove_TS
@@ -109,16 +114,23 @@ def _project(
     crossed_TS = add_TS > remove_TS
     if not crossed_TS.any():
         return add_TS, remove_TS, 0
-    weight_TS = np.full(add_TS.shape, 0.5)
-    if problem.se_TS is not None and problem.se_remove_TS is not None:
-        # Precision weights; two exact entries (se 0) weigh the same.
-        var_a, var_r = problem.se_TS**2, problem.se_remove_TS**2
-        total = var_a + var_r
-        np.divide(var_r, total, out=weight_TS, where=total > 0)
-    pooled_TS = weight_TS * add_TS + (1.0 - weight_TS) * remove_TS
+    pooled_TS = _pooled(add_TS, remove_TS, problem)
     count = int(crossed_TS.sum())
     return (
         np.where(crossed_TS, pooled_TS, add_TS),
         np.where(crossed_TS, pooled_TS, remove_TS),
         count,
     )
+
+
+def _pooled(add_TS: np.ndarray, remove_TS: np.ndarray, problem: MixProblem) -> np.ndarray:
+    """[T, S] mean of the two slopes, weighted by precision where both errors are known."""
+    if np.array_equal(add_TS, remove_TS):
+        return add_TS
+    weight_TS = np.full(add_TS.shape, 0.5)
+    if problem.se_TS is not None and problem.se_remove_TS is not None:
+        # Precision weights; two exact entries (se 0) weigh the same.
+        var_a, var_r = problem.se_TS**2, problem.se_remove_TS**2
+        total = var_a + var_r
+        np.divide(var_r, total, out=weight_TS, where=total > 0)
+    return weight_TS * add_TS + (1.0 - weight_TS) * remove_TS

@@ -13,6 +13,7 @@ import numpy as np
 
 from system.solve.model import Model
 from system.solve.program import Point, Program
+from system.solve.tiebreak import optimal_face
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,7 +72,11 @@ class Ranges:
 
 
 def read_ranges(model: Model, program: Program, point: Point) -> Ranges:
-    """Ranging of scores and ceilings at an LP optimum."""
+    """Ranging of scores and ceilings at an LP optimum.
+
+    Where optima tie, the mix is a choice among them (``tiebreak.py``) and the slightest change of
+    a score that takes part in the tie may end it: no room.
+    """
     basis = _Basis(model, program, point)
     S = model.num_sources
     score_down_S, score_up_S = np.zeros(S), np.zeros(S)
@@ -83,6 +88,11 @@ def read_ranges(model: Model, program: Program, point: Point) -> Ranges:
         score_up_S[j] = basis.basic_score_room(j, +1.0)
         score_down_S[j] = basis.basic_score_room(j, -1.0)
     bound_up_S, bound_down_S = basis.bound_room()
+    face = optimal_face(program, point)
+    if not face.is_unique:
+        tied = np.unique(face.free[face.free < 2 * S] % S)
+        for room_S in (score_up_S, score_down_S, bound_up_S, bound_down_S):
+            room_S[tied] = 0.0
     return Ranges(
         score_down_S=score_down_S,
         score_up_S=score_up_S,
@@ -98,7 +108,7 @@ class _Basis:
         assert point.is_basic_C is not None and point.is_basic_R is not None
         assert point.reduced_cost_C is not None and point.dual_R is not None
         self.model, self.program, self.point = model, program, point
-        self.is_basic_C = point.is_basic_C
+        self.is_basic_C, self.is_basic_R = point.is_basic_C, point.is_basic_R
         self.basic = np.flatnonzero(point.is_basic_C)
         self.tight = np.flatnonzero(~point.is_basic_R)
         rows_RC = program.rows[self.tight]
@@ -163,7 +173,7 @@ class _Basis:
         above = program.upper_C[self.basic] - x_C[self.basic]
         up_S[held] = _box_room(fall, below, above)
         down_S[held] = np.minimum(_box_room(-fall, below, above), program.upper_C[held])
-        slack_rows = np.flatnonzero(self.point.is_basic_R)
+        slack_rows = np.flatnonzero(self.is_basic_R)
         rows_RC = program.rows[slack_rows]
         drift = rows_RC[:, held] - rows_RC[:, self.basic] @ fall
         row_R = rows_RC @ x_C

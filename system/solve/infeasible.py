@@ -85,12 +85,13 @@ class _Conflict:
         self.model = model
         self.limits = _limits(model)
         self._num_rows = len(self.limits)
+        self._finder = GuardCuts(model, -model.guard_T)
         S = model.num_sources
         self._first = 2 * S
         guarded = np.flatnonzero(np.isfinite(model.guard_T))
         self._guarded = {int(i): self._num_rows + k for k, i in enumerate(guarded)}
         for i in guarded:
-            self.limits.append(_guard_limit(model, int(i)))
+            self.limits.append(_guard_limit(model, int(i), float(self._finder.scales()[i])))
         open_model = replace(
             model,
             up_S=np.full(S, 2.0 * model.budget / model.length_S.min()),
@@ -118,7 +119,6 @@ class _Conflict:
             bound_K,
             np.full(self._num_rows, np.inf),
         )
-        self._finder = GuardCuts(model, -model.guard_T)
 
     def is_feasible(self) -> bool:
         """Whether all limits hold together with fractional counts."""
@@ -221,9 +221,8 @@ def _upward(value: float, step: float) -> str:
     return f"{rounded / digits:.6g}"
 
 
-def _guard_limit(model: Model, i: int) -> _Limit:
+def _guard_limit(model: Model, i: int, scale: float) -> _Limit:
     name, guard = model.problem.targets[i], float(model.guard_T[i])
-    scale = max(guard, abs(float(model.base_effect_T[i])) * 1e-2, 1e-12)
     return _Limit(
         words=f"the guard of target {name!r} (may lose at most {guard:.6g})",
         advice=f"let target {name!r} lose {{to}} (guard now {guard:.6g})",
@@ -231,7 +230,7 @@ def _guard_limit(model: Model, i: int) -> _Limit:
         bound=-guard,
         value=guard,
         step=1.0,
-        size=scale,
+        size=max(guard, scale),
     )
 
 

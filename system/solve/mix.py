@@ -76,6 +76,22 @@ class GroupMix:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Relaxation:
+    """Prices of the same problem with fractional counts: what a mix in whole examples has none of.
+
+    Its gain bounds that of the whole mix from above; where the two are close, so are the values.
+    """
+
+    gain: float
+    move_price: float
+    budget_price: float
+    supply_prices: dict[str, float]
+    """Category to gain per example more in its supply."""
+    guard_prices: dict[str, float]
+    """Target to gain per unit by which its guard is loosened."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SolverInfo:
     """Who solved it, and how hard it was."""
 
@@ -121,6 +137,8 @@ class Mix:
     budget_price: float | None
     """Gain of one more budget unit with w0 and trust region held; negative: more harms."""
     solver: SolverInfo
+    relaxation: Relaxation | None = None
+    """Fractional prices of an ``integer`` mix; null for others and with ``max_categories``."""
     notes: tuple[str, ...] = ()
     """What a reader should know, in plain sentences."""
 
@@ -150,6 +168,7 @@ class Mix:
                     "targets": tuple(TargetMix(**_known(TargetMix, t)) for t in raw["targets"]),
                     "groups": tuple(GroupMix(**_known(GroupMix, g)) for g in raw["groups"]),
                     "solver": SolverInfo(**_known(SolverInfo, raw["solver"])),
+                    "relaxation": _relaxation(raw.get("relaxation")),
                     "notes": tuple(raw["notes"]),
                 }
             )
@@ -158,6 +177,10 @@ class Mix:
                 f"expected the text of a mix.json as `instructmix solve` writes it, but it cannot "
                 f"be read ({error}); solve again"
             ) from error
+
+
+def _relaxation(raw: dict[str, Any] | None) -> Relaxation | None:
+    return None if raw is None else Relaxation(**_known(Relaxation, raw))
 
 
 def _known(record: Any, raw: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class Model:
     score_remove_S: np.ndarray
     move_budget: float
     """Trust region in budget units."""
+    unspent: float
+    """Budget units that may stay unspent: less than the longest example, for whole examples."""
     must_remove_S: np.ndarray
     """[S] lower bound of v: all of a category that was closed."""
 
@@ -143,6 +145,8 @@ def build_model(problem: MixProblem, options: MixOptions) -> Model:
         score_add_S=score_add_S,
         score_remove_S=score_remove_S,
         move_budget=options.move * budget,
+        # Whole examples rarely add up to a token budget.
+        unspent=float(length_S.max()) * (1.0 - 1e-6) if options.integer else 0.0,
         must_remove_S=np.zeros(len(base_S)),
     )
 
@@ -188,12 +192,9 @@ def shared_rows(
     labels: list[tuple[str, ...]] = [("budget",), ("move",)]
     spent = float(length_S @ model.base_S)
     slack = model.budget - spent
-    if abs(slack) <= 1e-9 * model.budget:
+    if abs(slack) <= 1e-12 * model.budget:
         slack = 0.0
-    longest = float(length_S.max())
-    # Whole examples rarely add up to a token budget; less than one example may stay unspent.
-    unspent = longest * (1.0 - 1e-6) if model.options.integer else 0.0
-    lower, upper = [slack - unspent, -np.inf], [slack, model.move_budget]
+    lower, upper = [slack - model.unspent, -np.inf], [slack, model.move_budget]
     for group in model.groups:
         row = np.zeros(2 * S)
         row[group.members], row[S + group.members] = 1.0, -1.0
@@ -210,12 +211,6 @@ def _check_agreement(problem: MixProblem, options: MixOptions) -> None:
         raise ConfigError(
             "a budget in tokens needs the mean tokens per example of every category; give them "
             "(column 'tokens' of the base table) or use unit: examples"
-        )
-    if options.objective == "linear" and problem.effect_remove_TS is not None:
-        raise ConfigError(
-            "objective 'linear' uses one effect matrix for adding and removing, but a separate "
-            "remove matrix was given; use objective 'concave' (or 'max-min', 'robust'), or leave "
-            "the remove matrix out"
         )
     if options.objective == "concave" and problem.effect_remove_TS is None:
         raise ConfigError(

@@ -33,11 +33,21 @@ class Outcome:
     rows: int = 0
     is_proven: bool = True
     gap: float = 0.0
+    relaxed_prices: Prices | None = None
+    """Prices of the fractional problem, where the answer itself is whole."""
+    relaxed_gain: float = 0.0
 
 
 def score_program(model: Model) -> Program:
     """The program of an objective that is a value per example added or removed."""
     return new_program(model, cost_C=np.r_[model.score_add_S, -model.score_remove_S])
+
+
+def solve_fractional(model: Model) -> Outcome:
+    """The model's objective with fractional counts and any number of categories."""
+    if model.options.objective == "max-min":
+        return solve_max_min(model)
+    return solve_scores(model) if model.effects.off_add_TS is None else solve_budgeted(model)
 
 
 def solve_scores(model: Model, program: Program | None = None) -> Outcome:

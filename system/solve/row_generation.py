@@ -66,7 +66,7 @@ class GuardCuts:
         )
 
     def scales(self) -> np.ndarray:
-        """[T] largest coefficient of each row times the column unit, what violations are measured in."""
+        """[T] largest coefficient of each row times the column unit; violations are its shares."""
         if self._scale_T is None:
             effects = self._model.effects
             size_T = np.abs(effects.add_TS).max(axis=1)

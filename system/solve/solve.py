@@ -15,8 +15,7 @@ from system.solve.model import Model, build_model, shared_rows
 from system.solve.objectives import (
     Outcome,
     score_program,
-    solve_budgeted,
-    solve_max_min,
+    solve_fractional,
     solve_scores,
 )
 from system.solve.problem import MixOptions, MixProblem
@@ -106,7 +105,7 @@ class MixSession:
             )
         model = replace(
             old,
-            options=replace(old.options, move=new_move / new_budget),
+            options=replace(old.options, move=min(new_move / new_budget, 1.0)),
             budget=float(new_budget),
             move_budget=float(new_move),
             ceiling_S=ceiling_S,
@@ -130,9 +129,7 @@ class MixSession:
         if self._program is not None:
             _refit(self._program, model)
             return solve_scores(model, self._program)
-        if model.options.objective == "max-min":
-            return solve_max_min(model)
-        return solve_budgeted(model)
+        return solve_fractional(model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +158,8 @@ class MovePoint:
 def sweep_move(problem: MixProblem, options: MixOptions, moves: Sequence[float]) -> list[MovePoint]:
     """Predicted gain, with its band, for each trust region in ``moves`` (shares of the budget).
 
+    Counts are fractional even where the options ask for whole ones: a curve needs no rounding.
+
     The prediction is linear in the measured effects and errs on the bright side: the mix is chosen
     on the same numbers. The band covers their standard errors only.
 
@@ -171,7 +170,7 @@ def sweep_move(problem: MixProblem, options: MixOptions, moves: Sequence[float])
         return []
     for move in moves:
         replace(options, move=move)
-    session = MixSession(problem, replace(options, move=max(moves)))
+    session = MixSession(problem, replace(options, move=max(moves), integer=False))
     points = []
     for move in moves:
         mix = session.what_if(move=move)

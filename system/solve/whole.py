@@ -16,9 +16,7 @@ from system.solve.objectives import (
     level_program,
     pessimistic_gain,
     score_program,
-    solve_budgeted,
-    solve_max_min,
-    solve_scores,
+    solve_fractional,
 )
 from system.solve.program import Point, Program
 from system.solve.row_generation import GuardCuts, solve_with_cuts
@@ -66,6 +64,9 @@ def solve_whole(model: Model) -> Outcome:
             gap=gap,
         )
     x_C = nearest.x_C[: 2 * S]
+    relaxed = None
+    if model.options.max_categories is None:
+        relaxed = solve_fractional(replace(model, options=replace(model.options, integer=False)))
     return Outcome(
         x_C=x_C,
         gain=gain if is_level else pessimistic_gain(model, x_C),
@@ -73,6 +74,8 @@ def solve_whole(model: Model) -> Outcome:
         rows=len(program.labels),
         is_proven=is_proven,
         gap=gap,
+        relaxed_prices=None if relaxed is None else relaxed.prices,
+        relaxed_gain=0.0 if relaxed is None else relaxed.gain,
     )
 
 
@@ -159,13 +162,7 @@ def _continuous_on(model: Model, x_C: np.ndarray) -> Outcome:
         up_S=np.where(is_open_S, model.up_S, 0.0),
         must_remove_S=np.where(is_open_S, 0.0, model.base_S),
     )
-    match model.options.objective:
-        case "max-min":
-            return solve_max_min(closed)
-        case "robust" if model.effects.off_add_TS is not None:
-            return solve_budgeted(closed)
-        case _:
-            return solve_scores(closed)
+    return solve_fractional(closed)
 
 
 def is_possible(model: Model) -> bool:
