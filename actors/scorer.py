@@ -27,9 +27,11 @@ POOL = "scorer"
 class Scorer:
     """One engine.  Its only state is which weights it holds."""
 
-    def __init__(self, model_dir: str, settings: EngineSettings) -> None:
-        self._cache = tempfile.TemporaryDirectory(prefix="instructmix-weights-")
-        self._base_dir = str(storage.download_directory(model_dir, Path(self._cache.name) / "base"))
+    def __init__(self, model_uri: str, settings: EngineSettings) -> None:
+        if storage.local_path(model_uri) is None:
+            self._copy = tempfile.TemporaryDirectory(prefix="instructmix-model-")
+            model_uri = str(storage.download_directory(model_uri, Path(self._copy.name)))
+        self._base_dir = model_uri
         self._engine = Engine(self._base_dir, settings)
         self._loaded = _weights_key(self._base_dir)
 
@@ -57,17 +59,19 @@ class Scorer:
         return self._engine.generate(prompts, max_new_tokens, stop_token_ids)
 
     def _load(self, weights_uri: str | None) -> None:
-        with tempfile.TemporaryDirectory(dir=self._cache.name) as copy:
-            weights_dir = (
-                self._base_dir
-                if weights_uri is None
-                else str(storage.download_directory(weights_uri, Path(copy)))
-            )
-            key = _weights_key(weights_dir)
-            if key != self._loaded:
-                self._loaded = ()
-                self._engine.reload(weights_dir)
-                self._loaded = key
+        uri = self._base_dir if weights_uri is None else weights_uri
+        if storage.local_path(uri) is not None:
+            self._reload(uri)
+            return
+        with tempfile.TemporaryDirectory(prefix="instructmix-weights-") as copy:
+            self._reload(str(storage.download_directory(uri, Path(copy))))
+
+    def _reload(self, weights_dir: str) -> None:
+        key = _weights_key(weights_dir)
+        if key != self._loaded:
+            self._loaded = ()  # whatever happens next, the old weights are gone
+            self._engine.reload(weights_dir)
+            self._loaded = key
 
 
 def scorer_pool(context: StageContext) -> ActorPool:

@@ -197,15 +197,16 @@ def pick(
 
 def stratified_sizes(rows: Mapping[str, int], total: int) -> dict[str, int]:
     """How many rows of each category a sample of `total` takes: as equal as supply allows."""
-    sizes = dict.fromkeys(sorted(rows), 0)
     left = min(total, sum(rows.values()))
-    while left:
-        open_names = [name for name in sizes if sizes[name] < rows[name]]
-        share, extra = divmod(left, len(open_names))
-        for place, name in enumerate(open_names):
-            step = min(share + (place < extra), rows[name] - sizes[name])
-            sizes[name] += step
-            left -= step
+    sizes = dict.fromkeys(sorted(rows), 0)
+    for place, name in enumerate(sorted(rows, key=lambda name: (rows[name], name))):
+        sizes[name] = min(rows[name], left // (len(rows) - place))
+        left -= sizes[name]
+    # Every category that is not exhausted now has the same size, but for rounding at the end.
+    for name in sizes:
+        step = min(left, 1, rows[name] - sizes[name])
+        sizes[name] += step
+        left -= step
     return sizes
 
 

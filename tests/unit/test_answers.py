@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from system.answers import ANSWERS, check_answers, draw_questions, end_of_turn
+from system.corpus import Corpus, make_manifest, write_manifest, write_shard
+from system.model import CHATML
+from system.schema import CORPUS
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: n for n, token in enumerate([*marks, *alphabet])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(marks)
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=marks[0])
+    fast.chat_template = CHATML
+    return fast
+
+
+def corpus_of(folder: Path, rows: dict[str, list[tuple[str, str | None]]]) -> Corpus:
+    """Category -> (question, answer or None); all rows in the test split."""
+    shards = []
+    for place, (category, pairs) in enumerate(rows.items()):
+        table = pa.table(
+            {
+                "id": [f"{place:02d}{n:030d}" for n in range(len(pairs))],
+                "category": [category] * len(pairs),
+                "source": ["s"] * len(pairs),
+                "messages": [
+                    [
+                        {"role": "user", "content": question},
+                        {"role": "assistant", "content": f"so #### {answer}"},
+                    ]
+                    for question, answer in pairs
+                ],
+                "answer": [answer for _, answer in pairs],
+                "answer_pattern": ["#### (.+)"] * len(pairs),
+                "score": [None] * len(pairs),
+            },
+            schema=CORPUS,
+        )
+        shards.append(write_shard(str(folder), f"{place}.arrow", table, "test", category))
+    write_manifest(str(folder / "manifest.json"), make_manifest(shards))
+    return Corpus.open(str(folder / "manifest.json"))
+
+
+def draw(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, rows: int, seed: int = 0):
+    return draw_questions(
+        corpus, tokenizer, rows_per_category=rows, seed=seed, max_prompt_tokens=100
+    )
+
+
+def test_only_rows_with_an_answer_are_asked(tmp_path, tokenizer):
+    corpus = corpus_of(
+        tmp_path, {"math": [("1+1?", "2"), ("hm?", None), ("2+2?", "4")], "talk": [("hi", None)]}
+    )
+    questions = draw(corpus, tokenizer, 10)
+    assert sorted(questions.rows["answer"].to_pylist()) == ["2", "4"]
+    texts = [tokenizer.decode(prompt) for prompt in questions.prompts]
+    assert all(text.endswith("<|im_start|>assistant\n") for text in texts)
+    assert not any("####" in text for text in texts)
+
+
+def test_a_smaller_draw_is_the_start_of_a_larger_one_and_seeds_differ(tmp_path, tokenizer):
+    corpus = corpus_of(tmp_path, {"math": [(f"{n}?", str(n)) for n in range(40)]})
+    many = draw(corpus, tokenizer, 20).rows["id"].to_pylist()
+    assert draw(corpus, tokenizer, 5).rows["id"].to_pylist() == many[:5]
+    assert set(draw(corpus, tokenizer, 5, seed=1).rows["id"].to_pylist()) != set(many[:5])
+
+
+def test_the_end_of_a_turn_is_what_the_template_ends_it_with(tokenizer):
+    assert end_of_turn(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_outputs_are_checked_against_the_expected_answers(tmp_path, tokenizer):
+    corpus = corpus_of(tmp_path, {"math": [("1+1?", "2"), ("2+2?", "4")]})
+    questions = draw(corpus, tokenizer, 2)
+    expected = questions.rows["answer"].to_pylist()
+    outputs = [f"I say #### {expected[0]}.0", "#### 99"]
+    answers = check_answers(questions, outputs, tokenizer)
+    assert answers.schema == ANSWERS
+    assert answers["correct"].to_pylist() == [True, False]
+    assert answers["expected"].to_pylist() == expected
+
+
+def test_a_corpus_without_answers_asks_nothing(tmp_path, tokenizer):
+    questions = draw(corpus_of(tmp_path, {"talk": [("hi", None)]}), tokenizer, 5)
+    assert questions.rows.num_rows == 0
+    assert questions.prompts == []
