@@ -159,7 +159,7 @@ def _summarise_direction(
             "heldout_se_median": _number(np.median(np.sqrt(errors.heldout_TS[other_TS]))),
             "shared_reference_correlation": None if training is None else training.shared,
             "own_correlation": None if training is None else training.own_shared,
-            "own_factor": None if training is None else training.own_factor,
+            "relative": None if training is None else training.relative,
             "degrees_of_freedom_median": _number(np.median(matrix.effect_df_TS[other_TS])),
             "signal_sd": _number(math.sqrt(estimate.shrunken.others.entry_variance) * dose),
         },

@@ -20,7 +20,12 @@ With the two to five replications that people can pay for, between_r of one entr
 degrees of freedom.  It is therefore pooled: one variance per row, moderated towards the common one
 by empirical Bayes (Smyth 2004, doi 10.2202/1544-6115.1027: scaled inverse chi-square prior fitted
 to the spread of the log variances, so rows are pooled just as far as they look alike), times a
-factor per source (moderated likewise), times one factor for own-category entries (at least one).
+factor per source (moderated likewise), plus a part that grows with the effect itself,
+
+    variance[i,j] = row_i * source_j + (relative * effect[i,j])^2,
+
+with `relative` fitted to the own-category entries, whose effects are the large ones (measured on
+real runs, their noise is about a tenth of the effect, far above that of the other entries).
 Degrees of freedom are counted for correlated entries: the mean of n variances, each with f, whose
 underlying noises correlate by c pairwise has f n / (1 + (n-1) c^2).
 
@@ -58,8 +63,8 @@ class TrainingNoise:
     """The same between a row's own-category entry and its other entries."""
     across_rows: float
     """Mean squared correlation of the noise of two targets in one run."""
-    own_factor: float
-    """Variance of own-category entries relative to the others, at least 1."""
+    relative: float
+    """Standard deviation of the part of the noise that grows with the effect, per effect."""
     row_prior_df: float
     """How strongly rows were pooled (degrees of freedom of the prior; large: all alike)."""
     source_prior_df: float
@@ -153,44 +158,94 @@ def fit_training_noise(mean_RTS: np.ndarray, own_T: np.ndarray) -> TrainingNoise
         own_T: [T] column of each target's own category, -1 without one.
     """
     freedom = mean_RTS.shape[0] - 1
-    residual_RTS = mean_RTS - mean_RTS.mean(axis=0)
+    effect_TS = mean_RTS.mean(axis=0)
+    residual_RTS = mean_RTS - effect_TS
     own_TS = own_mask(own_T, mean_RTS.shape[2])
-    other_TS = ~own_TS
+    square_TS = (residual_RTS**2).sum(axis=0) / freedom
+    common = _fit_common(residual_RTS, ~own_TS, freedom)
+    relative = _relative_square(square_TS[own_TS], common.variance_TS[own_TS], effect_TS[own_TS])
+    # Once more with the part that grows with the effect taken out of large other entries.
+    grown_TS = relative * effect_TS**2
+    share_TS = common.variance_TS / (common.variance_TS + grown_TS)
+    common = _fit_common(residual_RTS * np.sqrt(share_TS), ~own_TS, freedom)
+    variance_TS = common.variance_TS + grown_TS
+    inverse_df_TS = np.full_like(variance_TS, common.inverse_df)
+    if own_TS.any():
+        left_K, own_df, _ = moderate(
+            np.maximum(square_TS[own_TS] / variance_TS[own_TS], 1e-12),
+            freedom,
+            common.across_rows * common.shared**2,
+        )
+        variance_TS[own_TS] *= left_K
+        inverse_df_TS[own_TS] += 1.0 / own_df
+    scaled_RTS = residual_RTS / np.sqrt(variance_TS)
+    return TrainingNoise(
+        variance_TS=variance_TS,
+        df_TS=1.0 / inverse_df_TS,
+        shared=common.shared,
+        own_shared=_own_correlation(scaled_RTS, own_TS, freedom, common.shared),
+        across_rows=common.across_rows,
+        relative=float(np.sqrt(relative)),
+        row_prior_df=common.row_prior,
+        source_prior_df=common.source_prior,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Common:
+    """Row times source variances of entries that are not own, and their correlations."""
+
+    variance_TS: np.ndarray
+    inverse_df: float
+    shared: float
+    across_rows: float
+    row_prior: float
+    source_prior: float
+
+
+def _fit_common(residual_RTS: np.ndarray, other_TS: np.ndarray, freedom: int) -> _Common:
     square_TS = (residual_RTS**2).sum(axis=0) / freedom
     raw_T = _masked_mean(square_TS, other_TS, axis=1)
-    floor = max(1e-12 * float(raw_T.max()), np.finfo(float).tiny)
-    raw_T = np.maximum(raw_T, floor)
-
+    raw_T = np.maximum(raw_T, max(1e-12 * float(raw_T.max()), np.finfo(float).tiny))
     scaled_RTS = residual_RTS / np.sqrt(raw_T)[None, :, None]
     shared = _pair_correlation(scaled_RTS, other_TS, freedom)
     shared_squared = max(shared, _LEAST_SHARED) ** 2
     row_df = _pooled_df(freedom, other_TS.sum(axis=1).mean(), shared_squared)
     across_rows = _row_correlation_squared(scaled_RTS, other_TS, row_df)
     across_rows = max(across_rows, _LEAST_ACROSS_ROWS)
-    rows_T, row_df_total, row_prior = moderate(raw_T, row_df, across_rows)
+    rows_T, row_df, row_prior = moderate(raw_T, row_df, across_rows)
 
     ratio_TS = square_TS / rows_T[:, None]
     raw_S = np.maximum(_masked_mean(ratio_TS, other_TS, axis=0), 1e-12)
     source_df = _pooled_df(freedom, other_TS.sum(axis=0).mean(), across_rows)
-    factor_S, source_df_total, source_prior = moderate(raw_S, source_df, shared_squared)
+    factor_S, source_df, source_prior = moderate(raw_S, source_df, shared_squared)
     factor_S = factor_S / factor_S.mean()
-
-    variance_TS = rows_T[:, None] * factor_S[None, :]
-    own_factor, own_df = _own_factor(square_TS, variance_TS, own_TS, freedom, across_rows, shared)
-    inverse_df_TS = np.full_like(variance_TS, 1.0 / row_df_total + 1.0 / source_df_total)
-    variance_TS = np.where(own_TS, variance_TS * own_factor, variance_TS)
-    inverse_df_TS[own_TS] += 1.0 / own_df
-    scaled_RTS = residual_RTS / np.sqrt(variance_TS)
-    return TrainingNoise(
-        variance_TS=variance_TS,
-        df_TS=1.0 / inverse_df_TS,
+    return _Common(
+        variance_TS=rows_T[:, None] * factor_S[None, :],
+        inverse_df=1.0 / row_df + 1.0 / source_df,
         shared=shared,
-        own_shared=_own_correlation(scaled_RTS, own_TS, freedom, shared),
         across_rows=across_rows,
-        own_factor=own_factor,
-        row_prior_df=row_prior,
-        source_prior_df=source_prior,
+        row_prior=row_prior,
+        source_prior=source_prior,
     )
+
+
+def _relative_square(square_K: np.ndarray, common_K: np.ndarray, effect_K: np.ndarray) -> float:
+    """The r >= 0 for which square / (common + r * effect^2) is one on average."""
+    if not square_K.size or not (effect_K != 0).any():
+        return 0.0
+
+    def excess(relative: float) -> float:
+        return float((square_K / (common_K + relative * effect_K**2)).mean()) - 1.0
+
+    if excess(0.0) <= 0.0:
+        return 0.0
+    high = 1e-6
+    while excess(high) > 0.0 and high < 1e6:
+        high *= 10.0
+    if excess(high) > 0.0:  # some own effect is zero, so its noise cannot grow with it
+        return 0.0
+    return float(optimize.bisect(excess, 0.0, high, rtol=1e-9))  # pyright: ignore
 
 
 def moderate(
@@ -292,26 +347,6 @@ def _row_correlation_squared(scaled_RTS: np.ndarray, mask_TS: np.ndarray, row_df
     if by_chance >= 1.0:
         return 1.0
     return float(np.clip((mean - by_chance) / (1.0 - by_chance), 0.0, 1.0))
-
-
-def _own_factor(
-    square_TS: np.ndarray,
-    variance_TS: np.ndarray,
-    own_TS: np.ndarray,
-    freedom: int,
-    across_rows: float,
-    shared: float,
-) -> tuple[float, float]:
-    """Variance of own entries relative to the others (at least 1) and its degrees of freedom.
-
-    Own effects are the large ones, and noise grows with an effect or not at all: a factor below
-    one is taken for chance.
-    """
-    count = int(own_TS.sum())
-    if not count:
-        return 1.0, _LARGE_DF
-    factor = float((square_TS[own_TS] / variance_TS[own_TS]).mean())
-    return max(factor, 1.0), _pooled_df(freedom, count, across_rows * shared**2)
 
 
 def _row_covariance(training: TrainingNoise, row: int, own: int) -> np.ndarray:

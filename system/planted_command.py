@@ -20,8 +20,8 @@ TINY = {
     "vocab_size": 1536,
     "hidden_size": 96,
     "num_layers": 3,
-    "num_heads": 4,
-    "warmup_tokens": 600_000,
+    "num_heads": 3,
+    "warmup_tokens": 1_200_000,
     "batch_tokens": 1024,
     "learning_rate": 2e-3,
 }

@@ -14,7 +14,10 @@ its posterior mean; the posterior deviation carries the uncertainty of mu too.  
 real difference between targets, the common covariance is not: keeping them apart lets the
 reference's error be taken out of a row again.  Own-category effects are a group of their own,
 e[i,i] ~ N(mu, entry_variance + v[i,i]).
-Source: Efron & Morris 1975; Searle, Casella & McCulloch 1992, chapter 7 (best linear prediction).
+A normal prior pulls a rare large effect (a duplicate category) too far, so no effect is moved by
+more than one of its standard errors (limited translation with D = 1).
+Source: Efron & Morris 1972 and 1975; Searle, Casella & McCulloch 1992, chapter 7 (best linear
+prediction).
 
 Noise that rows share (one run is scored on all targets) is not modelled here; it makes no mean
 wrong, and `system.agreement` reports whether shrinking predicts better.
@@ -75,6 +78,8 @@ def shrink(
         own, shrunk_K, se_K = _fit_group(effect_TS[own_TS] / scale, variance_TS[own_TS] / unit)
         shrunk_TS[own_TS], se_TS[own_TS] = shrunk_K * scale, se_K * scale
         own = _rescale(own, scale)
+    reach_TS = np.sqrt(variance_TS)
+    shrunk_TS = np.clip(shrunk_TS, effect_TS - reach_TS, effect_TS + reach_TS)
     return Shrunken(
         effect_TS=shrunk_TS, effect_se_TS=se_TS, others=_rescale(others, scale), own=own
     )

@@ -66,7 +66,7 @@ def build_inputs(root: Path, *, num_rows: int = 160) -> RunConfig:
 
     tokenizer = train_tokenizer(texts(), 700, 64)
     torch.manual_seed(0)
-    tiny = TinyModelConfig(vocab_size=700, hidden_size=32, num_layers=2, num_heads=2)
+    tiny = TinyModelConfig(vocab_size=700, hidden_size=64, num_layers=2, num_heads=2)
     new_model(tiny, len(tokenizer), 64).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     return config

@@ -19,7 +19,10 @@ class World:
     spread: float = 0.06
     shared_noise: float = 0.02
     run_noise: float = 0.02
-    own_noise: float = 0.02
+    relative_noise: float = 0.1
+    """Noise of an effect that grows with the effect."""
+    duplicate: bool = False
+    """Whether sources 0 and 1 are one and the same."""
     alike_over_targets: float = 0.5
     example_effect: float = 0.15
     example_noise: float = 0.10
@@ -32,7 +35,9 @@ class World:
         rows = self.num_categories + self.external_targets
         effect_TS = rng.normal(0.0, self.spread, (rows, self.num_categories))
         index = np.arange(self.num_categories)
-        effect_TS[index, index] = self.own * rng.uniform(0.7, 1.3, self.num_categories)
+        effect_TS[index, index] = self.own * rng.uniform(0.3, 1.7, self.num_categories)
+        if self.duplicate:
+            effect_TS[0, 1], effect_TS[1, 0] = effect_TS[0, 0], effect_TS[1, 1]
         return effect_TS
 
     def measure(
@@ -55,8 +60,7 @@ class World:
         differences = []
         for row in range(rows):
             training_RS = run_RST[:, :, row] - reference_RT[:, None, row]
-            if row < columns:
-                training_RS[:, row] += rng.normal(0.0, self.own_noise, replications)
+            training_RS += self.relative_noise * truth_TS[row] * rng.normal(size=training_RS.shape)
             common_H = rng.normal(0.0, self.example_effect, examples) * 0.5
             persistent_SH = (
                 rng.normal(0.0, self.example_effect, (columns, examples)) * 0.85 + common_H

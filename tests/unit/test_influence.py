@@ -41,10 +41,19 @@ def test_intervals_cover_the_truth_at_the_nominal_rate(replications):
     [
         {"num_categories": 14},
         {"alike_over_targets": 0.95},
-        {"own_noise": 0.1},
-        {"run_noise": 0.002, "shared_noise": 0.002},
+        {"relative_noise": 0.3},
+        {"relative_noise": 0.0},
+        {"duplicate": True},
+        {"run_noise": 0.002, "shared_noise": 0.002, "relative_noise": 0.0},
     ],
-    ids=["more categories", "targets move together", "noisy own effects", "held-out only"],
+    ids=[
+        "more categories",
+        "targets move together",
+        "noise grows with effects",
+        "noise alike everywhere",
+        "duplicates",
+        "held-out only",
+    ],
 )
 def test_coverage_holds_in_other_worlds_with_two_replications(knobs):
     off, own, gamma = coverage(2, worlds=40, **knobs)
@@ -85,7 +94,7 @@ def test_a_target_without_own_effect_is_not_identifiable():
 
 
 def test_a_tight_zero_is_identifiable():
-    quiet = World(spread=0.0, shared_noise=1e-3, run_noise=1e-3, own_noise=0.0)
+    quiet = World(spread=0.0, shared_noise=1e-3, run_noise=1e-3, relative_noise=0.01)
     assert estimate_effects(quiet.measure(3)).matrix.identifiable_TS.all()
 
 
@@ -244,7 +253,7 @@ def test_halving_a_training_error_takes_four_times_the_replications():
 
 
 def test_more_replications_cannot_halve_a_held_out_error():
-    world = World(run_noise=1e-4, shared_noise=1e-4, own_noise=0.0, example_noise=1e-3)
+    world = World(run_noise=1e-4, shared_noise=1e-4, relative_noise=0.0, example_noise=1e-3)
     assert replications_to_halve(estimate_effects(world.measure(3)), 3) is None
 
 
