@@ -70,6 +70,8 @@ class Stage:
     """Sections and fields of the configuration that decide its result."""
     after: tuple[str, ...] = ()
     """Stages whose outputs it reads."""
+    precheck: tuple[str, str] | None = None
+    """Module and function that looks for what would make a later stage fail."""
     identity: Callable[[RunConfig], dict[str, str]] = field(default=_no_identity)
     """What else the result depends on: the files behind the configured paths."""
     revision: int = 1
@@ -97,7 +99,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="influence", module="actors.influencer",
         reads=("influence", "seed"), after=("tag", "model"),
-        identity=_target_identity,
+        identity=_target_identity, precheck=("actors.planner", "check_before_influence"),
     ),
     Stage(
         name="solve", module="actors.planner", function="run_solve",
@@ -264,6 +266,9 @@ def _run_stage(
 def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> StageRecord:
     progress = context.progress
     progress.say(f"{stage.name} ...")
+    if stage.precheck is not None:
+        module, function = stage.precheck
+        getattr(importlib.import_module(module), function)(context)
     run = getattr(importlib.import_module(stage.module), stage.function)
     seconds_uri = storage.join(context.attempt, "seconds.json")
     earlier = storage.read_json(seconds_uri) if storage.exists(seconds_uri) else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import pyarrow.compute as pc
+import numpy as np
 
 from actors.stage import StageContext, StageResult
 from system import storage
@@ -15,6 +15,7 @@ from system.influence import EffectMatrix
 from system.model import load_tokenizer
 from system.planning import (
     SWEEP_MOVES,
+    check_limits,
     dependency_effects,
     mix_options,
     mix_problem,
@@ -25,6 +26,17 @@ from system.taxonomy import estimate_taxonomy
 
 TOKEN_SAMPLE_ROWS = 256
 """Rows of each category on which the mean number of response tokens is measured."""
+
+
+def check_before_influence(context: StageContext) -> None:
+    """Limits that no mix satisfies are found before the expensive stage, not after it.
+
+    Raises:
+        InfeasibleMixError, ConfigError: see `system.planning.check_limits`.
+    """
+    solve = context.config.solve
+    counts = Corpus.open(context.input("tag", "manifest")).counts("train")
+    check_limits(solve, counts, _mean_tokens(context) if solve.unit == "tokens" else None)
 
 
 def run_solve(context: StageContext) -> StageResult:
@@ -114,8 +126,8 @@ def _mean_tokens(context: StageContext) -> dict[str, float]:
     for category in corpus.categories:
         sample = corpus.sample("train", category, TOKEN_SAMPLE_ROWS, config.seed)
         tokens, _ = encode_table(sample, tokenizer, config.model.max_length)
-        mask = pc.list_flatten(tokens.column("response_mask"))
-        means[category] = pc.sum(mask).as_py() / tokens.num_rows
+        mask = tokens.column("response_mask").combine_chunks().values
+        means[category] = int(np.count_nonzero(mask)) / tokens.num_rows
     return means
 
 

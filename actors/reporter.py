@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from actors.stage import StageContext, StageResult
 from system import storage
-from system.report import write_report
+from system.report import report_files
 
 
 def run(context: StageContext) -> StageResult:
     """Writes report.html and report.json, in the attempt and at the top of the run directory."""
-    page, numbers = write_report(context.run_dir.uri)
+    page, numbers = report_files(context.run_dir.uri)
     for name, content in (("report.html", page), ("report.json", numbers)):
         storage.write_bytes(storage.join(context.attempt, name), content)
         storage.write_bytes(storage.join(context.run_dir.uri, name), content)

@@ -15,7 +15,7 @@ import numpy as np
 from system.config import SolveConfig
 from system.errors import ConfigError
 from system.influence import EffectMatrix
-from system.solve import GroupLimit, MixOptions, MixProblem
+from system.solve import GroupLimit, MixOptions, MixProblem, solve_mix
 
 SWEEP_MOVES = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 """Shares of the budget whose predicted gain the report shows, beside the configured share."""
@@ -41,31 +41,41 @@ def mix_problem(
     add = matrices.get("add", matrices.get("remove"))
     remove = matrices.get("remove", matrices.get("add"))
     assert add is not None and remove is not None, "the influence stage measures one direction"
-    categories, targets = add.sources, add.targets
-    for name, given in (("solve.lower", solve.lower), ("solve.upper", solve.upper)):
-        _check_names(name, given, categories)
-    for group, limit in solve.groups.items():
-        _check_names(f"solve.groups.{group}", limit.categories, categories)
     add_TS, se_add_TS = _values(add, solve)
     remove_TS, se_remove_TS = _values(remove, solve)
-    base_S = np.array([counts[name] for name in categories], dtype=np.float64)
-    weights_S = base_S if tokens is None else base_S * _per_category(tokens, categories, 1.0)
-    return MixProblem(
-        categories=categories,
-        targets=targets,
-        base_S=base_S,
-        effect_add_TS=add_TS,
-        effect_remove_TS=remove_TS,
+    return _problem(
+        solve,
+        add.sources,
+        add.targets,
+        counts,
+        tokens,
+        add_TS,
+        remove_TS,
         se_TS=se_add_TS,
         se_remove_TS=se_remove_TS,
         identifiable_TS=_usable(add, remove, solve),
-        importance_T=_importance(solve, targets),
-        supply_S=base_S,
-        lower_S=_per_category(solve.lower, categories, 0.0) if solve.lower else None,
-        upper_S=_per_category(solve.upper, categories, np.inf) if solve.upper else None,
-        cap_S=solve.category_cap * base_S * (solve.budget / weights_S.sum()),
-        tokens_S=None if tokens is None else _per_category(tokens, categories, 1.0),
+        importance_T=_importance(solve, add.targets),
     )
+
+
+def check_limits(
+    solve: SolveConfig, counts: Mapping[str, int], tokens: Mapping[str, float] | None
+) -> None:
+    """Whether any mix satisfies the limits, before hours are spent on measuring effects.
+
+    Guards are left out: without effects nothing is known of them, and the base mix keeps them.
+
+    Raises:
+        InfeasibleMixError: names the limits that conflict and the smallest relaxation.
+        ConfigError: a limit names no category.
+    """
+    categories = tuple(counts)
+    nothing = np.zeros((len(categories), len(categories)))
+    problem = _problem(solve, categories, categories, counts, tokens, nothing, nothing)
+    unguarded = solve.model_copy(
+        update={"objective": "linear", "guard": None, "guard_nats": None, "importance": "uniform"}
+    )
+    solve_mix(problem, mix_options(unguarded, is_believed=True))
 
 
 def mix_options(solve: SolveConfig, *, is_believed: bool) -> MixOptions:
@@ -92,6 +102,37 @@ def mix_options(solve: SolveConfig, *, is_believed: bool) -> MixOptions:
         radius=solve.robust_radius,
         uncertainty="box" if solve.robust_sources is None else "budget",
         sources_off=solve.robust_sources,
+    )
+
+
+def _problem(
+    solve: SolveConfig,
+    categories: tuple[str, ...],
+    targets: tuple[str, ...],
+    counts: Mapping[str, int],
+    tokens: Mapping[str, float] | None,
+    add_TS: np.ndarray,
+    remove_TS: np.ndarray,
+    **measured: Any,
+) -> MixProblem:
+    for name, given in (("solve.lower", solve.lower), ("solve.upper", solve.upper)):
+        _check_names(name, given, categories)
+    for group, limit in solve.groups.items():
+        _check_names(f"solve.groups.{group}", limit.categories, categories)
+    base_S = np.array([counts[name] for name in categories], dtype=np.float64)
+    weights_S = base_S if tokens is None else base_S * _per_category(tokens, categories, 1.0)
+    return MixProblem(
+        categories=categories,
+        targets=targets,
+        base_S=base_S,
+        effect_add_TS=add_TS,
+        effect_remove_TS=remove_TS,
+        supply_S=base_S,
+        lower_S=_per_category(solve.lower, categories, 0.0) if solve.lower else None,
+        upper_S=_per_category(solve.upper, categories, np.inf) if solve.upper else None,
+        cap_S=solve.category_cap * base_S * (solve.budget / weights_S.sum()),
+        tokens_S=None if tokens is None else _per_category(tokens, categories, 1.0),
+        **measured,
     )
 
 
