@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -92,15 +93,15 @@ def export_model(
     with tempfile.TemporaryDirectory(prefix="instructmix-export-") as folder:
         target = Path(folder)
         lowered = _in_precision(model.state_dict(), getattr(torch, dtype))
-        before: Any = model.config.dtype
         use_cache = model.config.use_cache
-        model.config.dtype = getattr(torch, dtype)
         model.config.use_cache = True  # generation needs it; training had switched it off
         try:
             model.save_pretrained(target, state_dict=lowered)
         finally:
-            model.config.dtype = before
             model.config.use_cache = use_cache
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = dtype  # save_pretrained writes the dtype that training had
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(target)
         for name in _CARRIED:
             if (Path(base_dir) / name).is_file():

@@ -71,7 +71,7 @@ def steps_logged(root: Path, attempt: str) -> list[int]:
 
 def difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
     assert left.keys() == right.keys()
-    return max(float((left[name] - right[name]).abs().max()) for name in left)
+    return max(float((left[name] - right[name]).detach().abs().max()) for name in left)
 
 
 def wait_for_step(attempt: Path, step: int, seconds: float = 200.0) -> dict:

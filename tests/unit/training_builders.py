@@ -148,4 +148,4 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
     """Largest absolute difference of any weight."""
     assert left.keys() == right.keys()
-    return max(float((left[name] - right[name]).abs().max()) for name in left)
+    return max(float((left[name] - right[name]).detach().abs().max()) for name in left)

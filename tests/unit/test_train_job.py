@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_builders import (
+    CHATML,
+    build_model,
+    build_settings,
+    build_small_plan,
+    build_tokenizer,
+    build_tokens,
+    largest_difference,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from system import storage
+from system.config import LoraConfig
+from system.errors import ConfigError, DataError
+from system.plan import write_plan
+from system.trackers import check_trackers
+from system.train_job import Ranks, TrainJob, run_job
+
+CPU = torch.device("cpu")
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = build_tokenizer(CHATML)
+    build_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_job(root: Path, base: Path, **changes) -> TrainJob:
+    """Six steps, a checkpoint every two."""
+    plan_uri = str(root / "plan.arrow")
+    write_plan(plan_uri, build_small_plan(build_tokens(48), batch_size=8))
+    values = {
+        "name": "job",
+        "plan_uri": plan_uri,
+        "output_uri": str(root / "out"),
+        "settings": build_settings(),
+        "model_dir": str(base),
+        "checkpoint_every": 2,
+    }
+    return TrainJob(**(values | changes))
+
+
+def weights(job: TrainJob) -> dict[str, torch.Tensor]:
+    return load_file(Path(job.output_uri) / "model" / "model.safetensors")
+
+
+def metrics(job: TrainJob) -> list[dict]:
+    lines = (Path(job.output_uri) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    kept = ("step", "stage", "loss", "learning_rate", "grad_norm", "tokens", "category_loss")
+    return [{name: record[name] for name in kept} for record in records]
+
+
+def run_killed(job: TrainJob, at_step: int) -> None:
+    def kill(report: dict) -> None:
+        if report["step"] == at_step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_job(job, Ranks(), CPU, kill)
+
+
+@pytest.mark.parametrize("damage", ["none", "truncated", "garbage", "metrics ahead"])
+def test_killed_job_ends_as_if_nothing_had_happened(tmp_path, base, damage):
+    whole, broken = (build_job(tmp_path / name, base) for name in ("whole", "broken"))
+    expected = run_job(whole, Ranks(), CPU)
+    run_killed(broken, at_step=4)
+    newest = max((Path(broken.output_uri) / "checkpoints").iterdir())
+    data = next(newest.glob("*.distcp"))
+    if damage == "truncated":
+        data.write_bytes(data.read_bytes()[:100])
+    elif damage == "garbage":
+        data.write_bytes(b"\xff" * data.stat().st_size)
+    elif damage == "metrics ahead":  # a part that was written just before its checkpoint failed
+        part = Path(broken.output_uri) / "metrics" / "part-00000004.jsonl"
+        part.write_text('{"step": 4, "loss": -1}\n')
+    found = run_job(broken, Ranks(), CPU)
+    assert largest_difference(weights(whole), weights(broken)) == 0.0
+    assert without_times(metrics(broken)) == without_times(metrics(whole))
+    counted = ("num_steps", "num_tokens", "num_labels", "first_loss", "last_loss")
+    assert all(getattr(found, name) == getattr(expected, name) for name in counted)
+
+
+def test_finished_job_is_not_trained_again(tmp_path, base):
+    job = build_job(tmp_path, base)
+    first = run_job(job, Ranks(), CPU)
+    marker = Path(job.output_uri) / "model" / "model.safetensors"
+    before = marker.stat().st_mtime_ns
+    assert run_job(job, Ranks(), CPU) == first
+    assert marker.stat().st_mtime_ns == before
+
+
+def test_directory_of_another_job_is_refused(tmp_path, base):
+    job = build_job(tmp_path, base)
+    run_job(job, Ranks(), CPU)
+    other = dataclasses.replace(job, settings=build_settings(learning_rate=2e-2))
+    with pytest.raises(DataError, match="other settings"):
+        run_job(other, Ranks(), CPU)
+
+
+def test_checkpoint_of_another_base_model_is_refused(tmp_path, base):
+    job = build_job(tmp_path, base)
+    run_killed(job, at_step=2)
+    other = tmp_path / "other"
+    build_model(vocab_size=400, seed=5).save_pretrained(other)
+    build_tokenizer(CHATML).save_pretrained(other)
+    with pytest.raises(DataError, match=r"another training.*model: "):
+        run_job(dataclasses.replace(job, model_dir=str(other)), Ranks(), CPU)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["full", "lora"])
+def test_export_is_a_complete_model_directory(tmp_path, base, lora, dtype):
+    job = build_job(
+        tmp_path, base, settings=build_settings(lora=lora), export_dtype=dtype, keep_checkpoints=0,
+        base_model="tiny", hashes={"select": "abc"},
+    )  # fmt: skip
+    run_job(job, Ranks(), CPU)
+    folder = Path(job.output_uri) / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == getattr(torch, dtype)
+    assert model.config.use_cache and model.config.tie_word_embeddings
+    assert "lm_head.weight" not in weights(job)
+    before = AutoModelForCausalLM.from_pretrained(base)
+    assert (
+        largest_difference(
+            {n: p.float() for n, p in model.named_parameters()}, dict(before.named_parameters())
+        )
+        > 1e-3
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == CHATML
+    card = (folder / "README.md").read_text()
+    for text in ("`tiny`", "| math | 16 |", "first, second", "select: `abc`", "training plan: `"):
+        assert text in card
+    assert (Path(job.output_uri) / "adapter").exists() == (lora is not None)
+    assert not (Path(job.output_uri) / "checkpoints").exists()
+
+
+def tensorboard_scalars(folder: Path) -> dict[str, list[int]]:
+    """Steps by tag; an event file is a row of (length, checksum, event, checksum)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars: dict[str, list[int]] = {}
+    (path,) = folder.glob("events.*")
+    data = path.read_bytes()
+    place = 0
+    while place < len(data):
+        (length,) = struct.unpack_from("<Q", data, place)
+        event = Event.FromString(data[place + 12 : place + 12 + length])
+        place += length + 16
+        for value in event.summary.value:
+            scalars.setdefault(value.tag, []).append(event.step)
+    return scalars
+
+
+def test_tensorboard_gets_every_step(tmp_path, base):
+    job = build_job(tmp_path, base, log_to=("tensorboard",))
+    run_job(job, Ranks(), CPU)
+    scalars = tensorboard_scalars(Path(job.output_uri) / "tensorboard")
+    assert scalars["loss"] == list(range(6))
+    assert {"loss/code", "loss/math", "grad_norm"} <= scalars.keys()
+
+
+def test_tracker_that_cannot_be_used_is_refused_before_training(tmp_path):
+    with pytest.raises(ConfigError, match="pip install mlflow"):
+        check_trackers(["mlflow"], str(tmp_path))
+    with pytest.raises(ConfigError, match="local files"):
+        check_trackers(["tensorboard"], "s3://bucket/run")
+
+
+def test_damaged_plan_is_refused(tmp_path, base):
+    job = build_job(tmp_path, base)
+    other = build_small_plan(build_tokens(48, seed=3), batch_size=8)
+    table = other.table.replace_schema_metadata(
+        {"instructmix.plan": "1", "instructmix.sha256": "0" * 64}
+    )
+    storage.write_table(job.plan_uri, table)
+    with pytest.raises(DataError, match="was changed"):
+        run_job(job, Ranks(), CPU)
