@@ -228,7 +228,7 @@ class _Measuring:
             unit,
             "tune",
             plan_uri,
-            active_rows(self.plans[plan_uri], unit, self.design.sources),
+            active_rows(self.plans[plan_uri], unit, self.design),
             TrainSettings.from_influence(
                 config.influence, config.model, self.design.replications[unit.replication].seed
             ),

@@ -13,10 +13,13 @@ import pyarrow as pa
 
 from system.chat import encode_table
 from system.corpus import Corpus, seeded_rank
-from system.interventions import Draw, Target, check_heldout, response_tokens, seed_of
+from system.errors import DataError
+from system.interventions import Draw, Target, response_tokens, seed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_LEAST_HELDOUT = 4
 
 
 def seeded_draw(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Draw:
@@ -85,7 +88,7 @@ def draw_targets(
             tokens = tokens.slice(0, num_rows)
         else:
             tokens, lost = draw("estimate", name, num_rows, seed)
-        check_heldout(name, tokens.num_rows, num_rows)
+        _check_enough(name, tokens.num_rows, num_rows)
         for reason, count in lost.items():
             dropped[reason] = dropped.get(reason, 0) + count
         parts.append(tokens)
@@ -103,3 +106,13 @@ def draw_targets(
 def _named(rows: pa.Table, name: str) -> pa.Table:
     place = rows.schema.get_field_index("category")
     return rows.set_column(place, "category", pa.array([name] * rows.num_rows, type=pa.string()))
+
+
+def _check_enough(target: str, num_rows: int, asked: int) -> None:
+    least = min(_LEAST_HELDOUT, asked)
+    if num_rows < least:
+        raise DataError(
+            f"influence: target {target!r} has {num_rows} usable held-out rows; expected "
+            f"{asked} (influence.heldout_rows), and at least {least}. Give it more data, raise "
+            "ingest.estimate_share, or merge the category into another."
+        )

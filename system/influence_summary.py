@@ -256,9 +256,11 @@ def _interval(value: float, low: float | None, high: float | None, digits: int) 
 
 
 def _reference_loss(design: Design, losses: Losses, row: int) -> float:
+    """Mean held-out loss of the base mix; of all runs where the design has no such run."""
     columns = losses.examples[row]
     references = [unit.name for unit in design.units if unit.kind == "reference"]
-    return float(np.mean([losses.loss[name][columns].mean() for name in references]))
+    names = references or list(losses.loss)
+    return float(np.mean([losses.loss[name][columns].mean() for name in names]))
 
 
 def _adapted(design: Design) -> dict[str, Any]:

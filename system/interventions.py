@@ -12,7 +12,8 @@ and `extra` are the plan's stage names: dose rows are the part of a category's b
 `remove` masks, extra rows those that only `add` trains on.
 
 `branch` trains each replication's base mix once on rows of its own (the warm-up) and starts all its
-runs from there.
+runs from there.  `random-design` switches about half of all doses in every run (`mix-remove`,
+`mix-add`), see `system.random_design`.
 
 Every choice of rows and order comes from hashes of (run seed, "influence", replication) and row
 ids: shards, workers and restarts cannot change it.
@@ -21,8 +22,9 @@ ids: shards, workers and restarts cannot change it.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,11 +33,11 @@ import pyarrow as pa
 from system.config import InfluenceConfig
 from system.errors import DataError
 from system.plan import TrainPlan, build_plan
+from system.random_design import dose_patterns, enough_runs
 
 FORMAT = 1
 BASE, DOSE, EXTRA = "base", "dose", "extra"
 _LEAST_DOSE = 8
-_LEAST_HELDOUT = 4
 
 Draw = Callable[[str, str, int, int], tuple[pa.Table, dict[str, int]]]
 """(split, category, at most so many rows, seed) -> TOKENS rows in seeded order, dropped counts."""
@@ -64,9 +66,9 @@ class Unit:
 
     replication: int
     kind: str
-    """`warm`, `reference`, `add` or `remove`."""
+    """`warm`, `reference`, `add`, `remove`, `mix-add` or `mix-remove`."""
     source: int
-    """Index of the source category; -1 where the run has none."""
+    """Index of the source category, or of the pattern of a mix; -1 where the run has none."""
 
     @property
     def name(self) -> str:
@@ -87,6 +89,8 @@ class Replication:
     rows: dict[str, CategoryRows]
     dose_tokens: dict[str, dict[str, int]]
     """Direction -> source -> response tokens of the dose."""
+    patterns: dict[str, list[list[bool]]] = field(default_factory=dict)
+    """`random-design`: direction -> run -> source -> whether its dose is in the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +127,13 @@ class Design:
         for replication in range(len(self.replications)):
             if self.estimator == "branch":
                 found.append(Unit(replication=replication, kind="warm", source=-1))
+            if self.estimator == "random-design":
+                found += [
+                    Unit(replication=replication, kind=f"mix-{direction}", source=run)
+                    for direction, runs in self.replications[replication].patterns.items()
+                    for run in range(len(runs))
+                ]
+                continue
             found.append(Unit(replication=replication, kind="reference", source=-1))
             found += [
                 Unit(replication=replication, kind=direction, source=source)
@@ -269,11 +280,10 @@ def plan_replication(
     roles: list[str] = []
     warm_parts: list[pa.Table] = []
     dose_tokens: dict[str, dict[str, int]] = {name: {} for name in config.directions}
-    dropped: dict[str, int] = {}
+    dropped: Counter[str] = Counter()
     for category in sources:
         tokens, lost = draw("train", category, wanted, seed)
-        for reason, count in lost.items():
-            dropped[reason] = dropped.get(reason, 0) + count
+        dropped.update(lost)
         share = rows[category] = allocate_rows(category, tokens.num_rows, asked)
         split = share.base + share.extra
         parts.append(tokens.slice(0, split))
@@ -296,8 +306,19 @@ def plan_replication(
         num_steps=plan.num_steps,
         rows=rows,
         dose_tokens=dose_tokens,
+        patterns=_patterns(seed, config, len(sources)),
     )
-    return Schedule(replication=replication, plan=plan, warm=warm, dropped=dropped)
+    return Schedule(replication=replication, plan=plan, warm=warm, dropped=dict(dropped))
+
+
+def _patterns(seed: int, config: InfluenceConfig, num_sources: int) -> dict[str, list[list[bool]]]:
+    if config.estimator != "random-design":
+        return {}
+    runs = enough_runs(num_sources)
+    return {
+        direction: dose_patterns(seed_of(seed, direction), runs, num_sources).tolist()
+        for direction in config.directions
+    }
 
 
 def _shuffled_plan(
@@ -320,7 +341,7 @@ def _shuffled_plan(
     )
 
 
-def active_rows(plan: TrainPlan, unit: Unit, sources: tuple[str, ...]) -> np.ndarray:
+def active_rows(plan: TrainPlan, unit: Unit, design: Design) -> np.ndarray:
     """[plan rows] bool: the mask of a run on its replication's common schedule."""
     role = np.asarray(plan.table.column("stage").to_pylist())
     if unit.kind == "warm":
@@ -328,27 +349,25 @@ def active_rows(plan: TrainPlan, unit: Unit, sources: tuple[str, ...]) -> np.nda
     active = role != EXTRA
     if unit.kind == "reference":
         return active
-    of_source = np.asarray(plan.table.column("category").to_pylist()) == sources[unit.source]
-    if unit.kind == "add":
-        return active | of_source
-    return active & ~(of_source & (role == DOSE))
+    direction = unit.kind.removeprefix("mix-")
+    if unit.kind == direction:
+        switched = {design.sources[unit.source]}
+    else:
+        pattern = design.replications[unit.replication].patterns[direction][unit.source]
+        # A pattern says whose dose is in the run: switched on where adding, off where removing.
+        pairs = zip(design.sources, pattern, strict=True)
+        switched = {name for name, is_in in pairs if is_in == (direction == "add")}
+    category = plan.table.column("category").to_pylist()
+    of_switched = np.array([name in switched for name in category], dtype=bool)
+    if direction == "add":
+        return active | (of_switched & (role == EXTRA))
+    return active & ~(of_switched & (role == DOSE))
 
 
 def response_tokens(tokens: pa.Table) -> int:
     """Tokens that a loss counts: response tokens that have a token before them."""
     masks = tokens.column("response_mask").to_pylist()
     return sum(sum(mask[1:]) for mask in masks)
-
-
-def check_heldout(target: str, num_rows: int, asked: int) -> None:
-    """Raises: DataError: too few rows to score a target on."""
-    least = min(_LEAST_HELDOUT, asked)
-    if num_rows < least:
-        raise DataError(
-            f"influence: target {target!r} has {num_rows} usable held-out rows; expected "
-            f"{asked} (influence.heldout_rows), and at least {least}. Give it more data, raise "
-            "ingest.estimate_share, or merge the category into another."
-        )
 
 
 def assemble_design(
@@ -370,10 +389,9 @@ def assemble_design(
             f"influence: expected at least two categories, found {list(sources)}: nothing can "
             "interact. Give rows several categories (sources.category_column, tag.categories)."
         )
-    dropped = dict(heldout_dropped)
+    dropped = Counter(heldout_dropped)
     for schedule in schedules:
-        for reason, count in schedule.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + count
+        dropped.update(schedule.dropped)
     return Design(
         estimator=config.estimator,
         seed=run_seed,
@@ -382,5 +400,5 @@ def assemble_design(
         targets=targets,
         replications=tuple(schedule.replication for schedule in schedules),
         asked=asked_rows(config),
-        dropped=dropped,
+        dropped=dict(dropped),
     )

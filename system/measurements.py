@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from system.errors import DataError
 from system.interventions import Design, Unit
+from system.random_design import effect_weights
 from system.schema import SCORES, check_table
 
 
@@ -131,23 +132,19 @@ def collect_losses(design: Design, scores: Mapping[str, pa.Table]) -> Losses:
 def paired_differences(design: Design, losses: Losses, direction: str) -> Measurements:
     """Every run of a direction against the reference of its replication.
 
-    Positive when the source's data helps: reference - added, or removed - reference.  With doses
-    that differ between replications (a category at the end of its rows), a difference is scaled to
-    the mean dose: effects are per unit of data.
+    Positive when the source's data helps: reference - added, or removed - reference; of a
+    `random-design`, the regression's coefficients.  With doses that differ between replications (a
+    category at the end of its rows), a difference is scaled to the mean dose: effects are per unit
+    of data.
     """
-    sign = 1.0 if direction == "add" else -1.0
     dose_RS = design.dose_rows(direction)
     dose_S = dose_RS.mean(axis=0)
     num_replications, num_sources = dose_RS.shape
     difference_RSN = np.empty((num_replications, num_sources, losses.num_tokens_N.size))
     for replication in range(num_replications):
-        reference_N = losses.loss[Unit(replication=replication, kind="reference", source=-1).name]
-        for source in range(num_sources):
-            unit = Unit(replication=replication, kind=direction, source=source)
-            change_N = sign * (reference_N - losses.loss[unit.name])
-            difference_RSN[replication, source] = (
-                change_N * dose_S[source] / dose_RS[replication, source]
-            )
+        difference_SN = _replication_differences(design, losses, direction, replication)
+        scale_S = dose_S / dose_RS[replication]
+        difference_RSN[replication] = difference_SN * scale_S[:, None]
     return Measurements(
         targets=tuple(target.name for target in design.targets),
         sources=design.sources,
@@ -157,6 +154,27 @@ def paired_differences(design: Design, losses: Losses, direction: str) -> Measur
         dose_tokens_S=design.dose_tokens(direction).mean(axis=0),
         differences=tuple(difference_RSN[:, :, columns] for columns in losses.examples),
     )
+
+
+def _replication_differences(
+    design: Design, losses: Losses, direction: str, replication: int
+) -> np.ndarray:
+    """[S, N] loss without the dose minus loss with it."""
+    patterns = design.replications[replication].patterns
+    if patterns:
+        units = [
+            Unit(replication=replication, kind=f"mix-{direction}", source=run)
+            for run in range(len(patterns[direction]))
+        ]
+        loss_KN = np.stack([losses.loss[unit.name] for unit in units])
+        return -effect_weights(np.array(patterns[direction])) @ loss_KN
+    sign = 1.0 if direction == "add" else -1.0
+    reference_N = losses.loss[Unit(replication=replication, kind="reference", source=-1).name]
+    units = [
+        Unit(replication=replication, kind=direction, source=source)
+        for source in range(len(design.sources))
+    ]
+    return sign * (reference_N - np.stack([losses.loss[unit.name] for unit in units]))
 
 
 def _by_example(table: pa.Table) -> dict[tuple[str, str], tuple[float, int]]:

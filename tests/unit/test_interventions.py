@@ -46,10 +46,11 @@ def draw_from(supply):
     return draw
 
 
-def config(**knobs):
-    return InfluenceConfig(
+def config(estimator="retrain", **knobs):
+    made = InfluenceConfig(
         **{"rows_per_category": 24, "dose_rows": 8, "batch_size": 4, "replications": 2, **knobs}
     )
+    return made.model_copy(update={"estimator": estimator})
 
 
 def schedule(index=0, supply=None, **knobs):
@@ -63,8 +64,19 @@ def schedule(index=0, supply=None, **knobs):
     )
 
 
+def design_of(made, **knobs):
+    return assemble_design(
+        run_seed=5,
+        config=config(**knobs),
+        sources=SOURCES,
+        targets=(Target(name="alpha", num_rows=9, num_tokens=40, is_external=False),),
+        schedules=made,
+        heldout_dropped={"no-response-token": 2},
+    )
+
+
 def active_ids(made, unit):
-    mask = active_rows(made.plan, unit, SOURCES)
+    mask = active_rows(made.plan, unit, design_of([made]))
     return {made.plan.table.column("id")[row].as_py() for row in np.flatnonzero(mask)}
 
 
@@ -123,7 +135,7 @@ def test_warm_up_rows_are_other_rows_where_there_are_enough():
     warm = set(made.warm.table.column("id").to_pylist())
     assert len(warm) == 3 * 12
     assert not warm & set(made.plan.table.column("id").to_pylist())
-    assert active_rows(made.warm, unit("warm"), SOURCES).all()
+    assert active_rows(made.warm, unit("warm"), design_of([made])).all()
 
 
 def test_reused_warm_up_rows_are_written_down():
@@ -182,15 +194,33 @@ def test_roles_are_kept_in_the_plan():
 
 
 def design(**knobs):
-    made = [schedule(index, **knobs) for index in range(2)]
-    return assemble_design(
-        run_seed=5,
-        config=config(**knobs),
-        sources=SOURCES,
-        targets=(Target(name="alpha", num_rows=9, num_tokens=40, is_external=False),),
-        schedules=made,
-        heldout_dropped={"no-response-token": 2},
-    )
+    return design_of([schedule(index, **knobs) for index in range(2)], **knobs)
+
+
+@pytest.mark.parametrize("direction", ["add", "remove"])
+def test_a_random_design_switches_half_of_the_doses_in_every_run(direction):
+    made = schedule(estimator="random-design", directions=(direction,))
+    whole = design_of([made], estimator="random-design", directions=(direction,))
+    patterns = made.replication.patterns[direction]
+    assert [unit.kind for unit in whole.units] == [f"mix-{direction}"] * len(patterns)
+    on = dict.fromkeys(SOURCES, 0)
+    for unit, pattern in zip(whole.units, patterns, strict=True):
+        mask = active_rows(made.plan, unit, whole)
+        for source, is_in in zip(SOURCES, pattern, strict=True):
+            rows = [
+                bool(mask[row])
+                for row, (category, role) in enumerate(
+                    zip(
+                        made.plan.table.column("category").to_pylist(),
+                        made.plan.table.column("stage").to_pylist(),
+                        strict=True,
+                    )
+                )
+                if category == source and role == (EXTRA if direction == "add" else DOSE)
+            ]
+            assert len(rows) == 8 and set(rows) == {is_in}
+            on[source] += is_in
+    assert set(on.values()) == {len(patterns) / 2}
 
 
 def test_a_design_survives_json():

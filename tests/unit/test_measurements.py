@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -5,6 +7,7 @@ import pytest
 from system.errors import DataError
 from system.interventions import CategoryRows, Design, Replication, Target
 from system.measurements import collect_losses, paired_differences
+from system.random_design import dose_patterns
 from system.schema import SCORES
 
 SOURCES = ("a", "b")
@@ -90,6 +93,27 @@ def test_doses_that_differ_between_replications_are_put_on_one_scale():
     assert measured.dose_S[0] == 6
     per_row = measured.mean_RTS[:, 0, 0] / measured.dose_S[0]
     np.testing.assert_allclose(per_row, 0.2)
+
+
+def test_a_random_design_measures_what_one_at_a_time_runs_measure():
+    """Additive effects of 0.5 and -0.25 nats, seen only in mixes of both."""
+    one = design()
+    patterns = dose_patterns(0, 4, 2).tolist()
+    made = replace(
+        one,
+        estimator="random-design",
+        directions=("remove",),
+        replications=tuple(
+            replace(replication, patterns={"remove": patterns}) for replication in one.replications
+        ),
+    )
+    found = {
+        unit.name: scores(shift=-0.5 * patterns[unit.source][0] + 0.25 * patterns[unit.source][1])
+        for unit in made.units
+    }
+    measured = paired_differences(made, collect_losses(made, found), "remove")
+    np.testing.assert_allclose(measured.differences[0][0, 0], [0.5, 1.0, 1.5])
+    np.testing.assert_allclose(measured.differences[2][1, 1], [-0.25, -0.5, -0.75])
 
 
 def test_an_example_that_one_run_lacks_is_left_out_of_all():

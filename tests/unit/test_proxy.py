@@ -5,11 +5,17 @@ import numpy as np
 import pytest
 from influence_corpus import TASKS, build_inputs
 
-from system.config import LoraConfig, RunConfig
+from system.config import InfluenceConfig, LoraConfig, RunConfig
 from system.corpus import Corpus
 from system.errors import ModelError
 from system.heldout import seeded_draw
-from system.interventions import Schedule, Unit, active_rows, plan_replication
+from system.interventions import (
+    Schedule,
+    Unit,
+    active_rows,
+    assemble_design,
+    plan_replication,
+)
 from system.model import load_tokenizer
 from system.proxy import ProxyModel
 from system.train_settings import TrainSettings
@@ -48,7 +54,15 @@ def settings(config: RunConfig, lora: LoraConfig | None = None) -> TrainSettings
 
 
 def mask(schedule: Schedule, kind: str, source: int = -1) -> np.ndarray:
-    return active_rows(schedule.plan, Unit(replication=0, kind=kind, source=source), TASKS)
+    design = assemble_design(
+        run_seed=3,
+        config=InfluenceConfig(),
+        sources=TASKS,
+        targets=(),
+        schedules=[schedule],
+        heldout_dropped={},
+    )
+    return active_rows(schedule.plan, Unit(replication=0, kind=kind, source=source), design)
 
 
 def weights(folder: Path) -> str:
