@@ -149,6 +149,19 @@ class Solver:
         for column, value in zip(columns.tolist(), values.tolist(), strict=True):
             self._check(self._highs.changeCoeff(row, column, value), "change a coefficient")
 
+    def start_from(self, column_status_C: np.ndarray, row_status_R: np.ndarray) -> None:
+        """Begin the next solve at a basis: -1 at the lower end, 1 at the upper, 0 basic.
+
+        It may be singular or have the wrong number of basic entries; HiGHS repairs it.
+        """
+        kinds = highspy.HighsBasisStatus
+        names = {-1: kinds.kLower, 0: kinds.kBasic, 1: kinds.kUpper}
+        basis = highspy.HighsBasis()
+        basis.col_status = [names[k] for k in column_status_C.tolist()]
+        basis.row_status = [names[k] for k in row_status_R.tolist()]
+        basis.valid, basis.alien = True, True
+        self._check(self._highs.setBasis(basis), "set a starting basis")
+
     def solve(self) -> Solution:
         """Solve from the present basis.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from system.solve.crash import guess_basis
 from system.solve.explain import Prices, Ranges, read_prices, read_ranges
 from system.solve.model import Model, new_program
 from system.solve.program import Point, Program
@@ -52,8 +53,11 @@ def solve_fractional(model: Model) -> Outcome:
 
 def solve_scores(model: Model, program: Program | None = None) -> Outcome:
     """``linear``, ``concave`` and ``robust`` with a box; a given program is solved warm."""
-    program = score_program(model) if program is None else program
+    if program is None:
+        program = score_program(model)
     guards = GuardCuts(model, -model.guard_T)
+    if program.iterations == 0:
+        _start(program, model, guards)
     point = solve_with_cuts(program, guards)
     nearest = nearest_optimum(model, program, point, [guards])
     return Outcome(
@@ -64,6 +68,23 @@ def solve_scores(model: Model, program: Program | None = None) -> Outcome:
         iterations=program.iterations,
         rows=len(program.labels),
     )
+
+
+def _start(program: Program, model: Model, guards: GuardCuts) -> None:
+    """Give a fresh program the guards and the basis that an interior point suggests."""
+    guess = guess_basis(model)
+    if guess is None:
+        return
+    names = model.problem.targets
+    program.add_rows(
+        [("guard", names[i]) for i in guess.guards],
+        model.effects.rows(guess.guards),
+        guards.floor_T[guess.guards],
+        np.full(len(guess.guards), np.inf),
+    )
+    column_status_C = np.where(guess.is_basic_C, 0, np.where(guess.at_upper_C, 1, -1))
+    row_status_R = np.r_[guess.side_P, np.full(len(guess.guards), -1)]
+    program.start_from(column_status_C, row_status_R)
 
 
 def solve_budgeted(model: Model) -> Outcome:

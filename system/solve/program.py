@@ -121,6 +121,10 @@ class Program:
         scaled = value * self.unit_C[column] / self._row_scale_R[row]
         self._solver.set_coefficients(row, np.array([column]), np.array([scaled]))
 
+    def start_from(self, column_status_C: np.ndarray, row_status_R: np.ndarray) -> None:
+        """Begin the next solve at a basis: -1 at the lower end, 1 at the upper, 0 basic."""
+        self._solver.start_from(column_status_C, row_status_R)
+
     def solve(self) -> Point:
         """Solve, from the last basis if there is one.
 
