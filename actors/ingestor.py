@@ -1,8 +1,10 @@
 """Stage `ingest`: raw files to the corpus, chunk by chunk and bucket by bucket, in actors.
 
-    driver: plan ─ chunks ─> Ingestor.read ──> work/chunks/*      (spill + commit file each)
+    driver: plan ─ chunks ──> Ingestor.do("read")   ──> work/chunks/*   (spill + commit file each)
             check the share of rejected rows
-                 ─ buckets ─> Ingestor.reduce ──> shards/*, work/buckets/*.json
+                 ─ buckets ─> Ingestor.do("sign")   ──> work/bands/*    (near-duplicates only)
+                 ─ bands ───> Ingestor.do("match")  ──> work/near/*
+                 ─ buckets ─> Ingestor.do("reduce") ──> shards/*, work/buckets/*
             add up, manifest.json, remove work/
 
 Rows go through storage and never through the driver.  What has a commit file is not done again, so
@@ -11,19 +13,17 @@ a killed driver or a lost actor costs the units that were in work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Hashable, Mapping
+from functools import partial
+from typing import Any, cast
 
 from actors.pool import ActorPool, ActorSpec
 from actors.stage import StageContext, StageResult
 from system import ingest, storage
 from system.corpus import Manifest, read_manifest
-from system.ingest import BucketInput, BucketOutcome
-from system.ingest_plan import ChunkOutcome, IngestPlan, plan_ingest, read_outcome
+from system.ingest import IngestPlan, Step, plan_ingest
 
 POOL = "ingest"
-
-_Outcome = TypeVar("_Outcome")
 
 
 class Ingestor:
@@ -32,13 +32,9 @@ class Ingestor:
     def __init__(self, plan: IngestPlan) -> None:
         self._plan = plan
 
-    def read(self, index: int) -> ChunkOutcome:
-        """Reads, normalises and spills one chunk."""
-        return ingest.ingest_chunk(self._plan, index)
-
-    def reduce(self, given: BucketInput) -> BucketOutcome:
-        """Deduplicates one bucket and writes its shards."""
-        return ingest.reduce_bucket(self._plan, given)
+    def do(self, step: str, unit: Any) -> Any:
+        """Does one unit of a step of `system.ingest.STEPS` and returns its outcome."""
+        return ingest.STEPS[step].do(self._plan, unit)
 
 
 def run(context: StageContext) -> StageResult:
@@ -53,48 +49,27 @@ def run(context: StageContext) -> StageResult:
         return _result(read_manifest(manifest_uri))
     plan = plan_ingest(context.config, context.attempt)
     try:
-        manifest = _ingest(context, plan)
+        manifest = ingest.run_steps(plan, partial(_do_all, context, plan))
     finally:
         context.cluster.close_pool(POOL)
     return _result(manifest)
 
 
-def _ingest(context: StageContext, plan: IngestPlan) -> Manifest:
-    outcomes = _finish_all(
-        context,
-        plan,
-        "ingest: read",
-        {chunk.index: chunk.index for chunk in plan.chunks},
-        "read",
-        read_outcome,
-    )
-    read = [outcomes[chunk.index] for chunk in plan.chunks]
-    ingest.check_rejected(plan, read)
-    inputs = {given.index: given for given in ingest.bucket_inputs(plan, read)}
-    buckets = _finish_all(
-        context, plan, "ingest: deduplicate", inputs, "reduce", ingest.read_bucket_outcome
-    )
-    return ingest.finish_ingest(plan, read, [buckets[index] for index in sorted(buckets)])
-
-
-def _finish_all(
-    context: StageContext,
-    plan: IngestPlan,
-    label: str,
-    units: Mapping[int, Any],
-    method: str,
-    finished: Callable[[IngestPlan, int], _Outcome | None],
-) -> dict[int, _Outcome]:
+def _do_all(
+    context: StageContext, plan: IngestPlan, step: Step, units: Mapping[int, Any]
+) -> dict[int, Any]:
     """The outcomes of all units; those that an earlier session finished are taken as they are."""
-    outcomes = {index: found for index in units if (found := finished(plan, index)) is not None}
-    left: dict[Hashable, tuple[Any]] = {
-        index: (unit,) for index, unit in units.items() if index not in outcomes
+    outcomes = {
+        index: found for index in units if (found := step.finished(plan, index)) is not None
+    }
+    left: dict[Hashable, tuple[str, Any]] = {
+        index: (step.name, unit) for index, unit in units.items() if index not in outcomes
     }
     if not left:
         return outcomes
-    with context.progress.bar(label, total=len(units)) as bar:
+    with context.progress.bar(step.label, total=len(units)) as bar:
         bar.advance(len(outcomes))
-        for done, outcome in _pool(context, plan).map(left, method):
+        for done, outcome in _pool(context, plan).map(left, "do"):
             outcomes[cast(int, done)] = outcome
             bar.advance()
     return outcomes

@@ -1,7 +1,7 @@
 """Raw files to the corpus: what is done with one chunk, with one bucket, and with all of them.
 
     files ─ plan_ingest ─> chunks ─ ingest_chunk ─> spill by id bucket ─ reduce_bucket ─> shards
-                                                                        finish_ingest ─> manifest
+                                  (near: sign_bucket, match_bands)    finish_ingest ─> manifest
 
 Chunks and buckets are independent of each other, can be done in any order by any number of workers,
 and leave a commit file each, so a killed run goes on with what is missing.  Nothing in the result
@@ -12,25 +12,27 @@ rows the first one in the input's order is kept.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from system import storage
+from system import near, storage
 from system.config import IngestConfig, RunConfig
-from system.corpus import (
-    Manifest,
-    Shard,
-    make_manifest,
-    shard_directory,
-    write_manifest,
-    write_shard,
-)
-from system.dedup import DUPLICATES, in_order, is_repeat, number_repeats, split_by_category
+from system.corpus import Manifest, make_manifest, write_manifest
+from system.dedup import DUPLICATES
 from system.errors import DataError, StageError
+from system.ingest_bucket import (
+    BucketInput,
+    BucketOutcome,
+    bucket_inputs,
+    placed,
+    read_bucket_outcome,
+    reduce_bucket,
+    row_bases,
+    sign_bucket,
+)
 from system.ingest_chunk import ingest_chunk
 from system.ingest_plan import (
     ChunkOutcome,
@@ -41,136 +43,32 @@ from system.ingest_plan import (
     read_outcome,
     source_fingerprint,
 )
-from system.schema import CORPUS, REJECTED
+from system.schema import REJECTED
 from system.spill import read_spill
 
 __all__ = [
+    "STEPS",
+    "BucketInput",
+    "BucketOutcome",
     "ChunkOutcome",
     "IngestPlan",
+    "Step",
+    "bucket_inputs",
+    "check_category_sizes",
+    "check_rejected",
+    "finish_ingest",
     "ingest_chunk",
+    "ingest_local",
     "plan_ingest",
     "read_outcome",
+    "reduce_bucket",
+    "run_steps",
     "source_fingerprint",
 ]
 
 MANIFEST = "manifest.json"
 _REJECTED_PART_ROWS = 100_000
 _NUM_EXAMPLES = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BucketInput:
-    """Where a bucket's rows lie."""
-
-    index: int
-    batches: dict[int, list[int]]
-    """Chunk -> record batches of its spill file."""
-    bases: dict[tuple[int, int], int]
-    """(file, start of piece) -> number of the piece's first row in the file; 0 is left out."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BucketOutcome:
-    """What became of a bucket's rows; its file is the bucket's commit."""
-
-    index: int
-    duplicates: dict[str, int]
-    """exact | near -> rows."""
-    shards: tuple[Shard, ...]
-
-
-def bucket_inputs(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> list[BucketInput]:
-    """What each bucket has to read."""
-    bases = row_bases(outcomes)
-    batches: list[dict[int, list[int]]] = [{} for _ in range(plan.num_buckets)]
-    for outcome in outcomes:
-        for bucket, numbers in outcome.batches.items():
-            batches[bucket][outcome.index] = numbers
-    return [
-        BucketInput(index=bucket, batches=found, bases=bases)
-        for bucket, found in enumerate(batches)
-    ]
-
-
-def row_bases(outcomes: Sequence[ChunkOutcome]) -> dict[tuple[int, int], int]:
-    """Number of each piece's first row in its file; pieces that start a file are left out."""
-    bases: dict[tuple[int, int], int] = {}
-    pieces = [piece for outcome in outcomes for piece in outcome.pieces]
-    file, base = -1, 0
-    for piece in sorted(pieces, key=lambda piece: (piece.file, piece.start)):
-        if piece.file != file:
-            file, base = piece.file, 0
-        if base:
-            bases[piece.file, piece.start] = base
-        base += piece.numbers
-    return bases
-
-
-def _bucket_uri(plan: IngestPlan, index: int) -> str:
-    return storage.join(plan.attempt, "work", "buckets", f"{index:05d}.json")
-
-
-def read_bucket_outcome(plan: IngestPlan, index: int) -> BucketOutcome | None:
-    """The outcome of a bucket that is done, else None."""
-    uri = _bucket_uri(plan, index)
-    if not storage.exists(uri):
-        return None
-    value = storage.read_json(uri)
-    value["shards"] = tuple(Shard(**shard) for shard in value["shards"])
-    return BucketOutcome(**value)
-
-
-def reduce_bucket(plan: IngestPlan, given: BucketInput) -> BucketOutcome:
-    """Removes a bucket's duplicates, writes the rest as shards, and commits it."""
-    batches: list[pa.RecordBatch] = []
-    for chunk, numbers in sorted(given.batches.items()):
-        uri = chunk_uri(plan, chunk, "arrow")
-        batches += read_spill(uri, numbers)
-    shards: list[Shard] = []
-    duplicates: dict[str, int] = {}
-    if batches:
-        table = in_order(pa.Table.from_batches(batches))
-        if plan.settings.deduplicate == "none":
-            table = number_repeats(table)
-        repeats = is_repeat(table)
-        if repeats.any():
-            _write_duplicates(plan, given, table.filter(pa.array(repeats)))
-            duplicates = {"exact": int(repeats.sum())}
-        shards = _write_shards(plan, given.index, table.filter(pa.array(~repeats)))
-    outcome = BucketOutcome(index=given.index, duplicates=duplicates, shards=tuple(shards))
-    storage.write_json(_bucket_uri(plan, given.index), asdict(outcome))
-    return outcome
-
-
-def _write_shards(plan: IngestPlan, bucket: int, table: pa.Table) -> list[Shard]:
-    shards: list[Shard] = []
-    size = plan.settings.shard_rows
-    for split, category, rows in split_by_category(table):
-        rows = rows.select(CORPUS.names)
-        for part, start in enumerate(range(0, rows.num_rows, size)):
-            path = f"{shard_directory(split, category)}/{bucket:05d}-{part:03d}.arrow"
-            shards.append(write_shard(plan.attempt, path, rows.slice(start, size), split, category))
-    return shards
-
-
-def _write_duplicates(plan: IngestPlan, given: BucketInput, rows: pa.Table) -> None:
-    rows = rows.append_column("kind", pa.array(["exact"] * rows.num_rows, pa.string()))
-    uri = storage.join(plan.attempt, "duplicates", f"{given.index:05d}.parquet")
-    storage.write_table(uri, _placed(plan, rows, given.bases).select(DUPLICATES.names))
-
-
-def _placed(plan: IngestPlan, rows: pa.Table, bases: dict[tuple[int, int], int]) -> pa.Table:
-    """Source, file and row in the file in place of (file, start, place)."""
-    files = rows["file"].to_pylist()
-    starts = rows["start"].to_pylist()
-    base = np.array([bases.get(key, 0) for key in zip(files, starts, strict=True)], np.int64)
-    placed = {
-        "source": pa.array([plan.source_of(file) for file in files], pa.string()),
-        "file": pa.array([plan.files[file].uri for file in files], pa.string()),
-        "row": pa.array(np.asarray(rows["place"]) + base),
-    }
-    others = [name for name in rows.column_names if name not in ("source", "file", "row")]
-    return pa.table(placed | {name: rows[name] for name in others})
 
 
 def check_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
@@ -315,7 +213,7 @@ def _write_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> int:
     for outcome in sorted(outcomes, key=lambda outcome: outcome.index):
         uri = chunk_uri(plan, outcome.index, "rejected.arrow")
         for batch in read_spill(uri, outcome.rejected_batches):
-            rows = _placed(plan, pa.Table.from_batches([batch]), bases)
+            rows = placed(plan, pa.Table.from_batches([batch]), bases)
             held.append(rows.select(REJECTED.names).cast(REJECTED))
             num_held += batch.num_rows
             while num_held >= _REJECTED_PART_ROWS:
@@ -334,13 +232,83 @@ def ingest_local(config: RunConfig, attempt: str) -> Manifest:
     Raises:
         DataError: the input cannot be used.
     """
+
+    def do_all(step: Step, units: Mapping[int, Any]) -> dict[int, Any]:
+        return {
+            index: step.finished(plan, index) or step.do(plan, unit)
+            for index, unit in units.items()
+        }
+
     plan = plan_ingest(config, attempt)
-    outcomes = [
-        read_outcome(plan, chunk.index) or ingest_chunk(plan, chunk.index) for chunk in plan.chunks
-    ]
-    check_rejected(plan, outcomes)
-    buckets = [
-        read_bucket_outcome(plan, given.index) or reduce_bucket(plan, given)
-        for given in bucket_inputs(plan, outcomes)
-    ]
-    return finish_ingest(plan, outcomes, buckets)
+    return run_steps(plan, do_all)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One kind of unit of work."""
+
+    name: str
+    label: str
+    """For people."""
+    do: Callable[[IngestPlan, Any], Any]
+    """Does one unit and commits it; may be repeated."""
+    finished: Callable[[IngestPlan, int], Any]
+    """The outcome of a unit that is done, else None."""
+
+
+STEPS = {
+    step.name: step
+    for step in (
+        Step(name="read", label="ingest: read", do=ingest_chunk, finished=read_outcome),
+        Step(
+            name="sign",
+            label="ingest: sign",
+            do=sign_bucket,
+            finished=lambda plan, index: near.read_spill_outcome(plan, "bands", index),
+        ),
+        Step(
+            name="match",
+            label="ingest: find near-duplicates",
+            do=near.match_bands,
+            finished=lambda plan, index: near.read_spill_outcome(plan, "near", index),
+        ),
+        Step(
+            name="reduce",
+            label="ingest: deduplicate",
+            do=reduce_bucket,
+            finished=read_bucket_outcome,
+        ),
+    )
+}
+"""What workers can do, by name."""
+
+
+def run_steps(
+    plan: IngestPlan, do_all: Callable[[Step, Mapping[int, Any]], Mapping[int, Any]]
+) -> Manifest:
+    """The steps in order; `do_all` does a step's units, anywhere and in any order.
+
+    Args:
+        plan: of the whole ingest.
+        do_all: gets a step and its units by number, returns their outcomes by number; leaves out
+            units that are finished.
+
+    Raises:
+        DataError: the input cannot be used.
+        StageError: the counts do not add up.
+    """
+
+    def outcomes_of(name: str, units: Mapping[int, Any]) -> list[Any]:
+        found = do_all(STEPS[name], units)
+        return [found[index] for index in sorted(units)]
+
+    read = outcomes_of("read", {chunk.index: chunk.index for chunk in plan.chunks})
+    check_rejected(plan, read)
+    leaving: list[near.SpillOutcome] = []
+    if plan.settings.deduplicate == "near":
+        buckets = {given.index: given for given in bucket_inputs(plan, read)}
+        bands = near.band_inputs(plan, outcomes_of("sign", buckets))
+        leaving = outcomes_of("match", {given.index: given for given in bands})
+    inputs = bucket_inputs(plan, read, leaving)
+    reduced = outcomes_of("reduce", {given.index: given for given in inputs})
+    return finish_ingest(plan, read, reduced)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from system import sources, storage
+from system.benchmarks import benchmark_index
 from system.config import SourceConfig
 from system.conversation import Conversation, RowRejected, find_answer, normalise, split_of
 from system.errors import DataError
@@ -22,6 +23,7 @@ from system.ingest_plan import (
     ChunkOutcome,
     IngestPlan,
     PieceCount,
+    bucket_of,
     chunk_uri,
 )
 from system.readers import Defect, Piece, read_numbers, read_rows
@@ -106,6 +108,11 @@ class _ChunkWorker:
     ) -> None:
         self._settings = plan.settings
         self._labels = _Labels(source)
+        self._benchmarks = (
+            benchmark_index(plan.benchmark_uris, plan.settings.benchmark_ngram)
+            if plan.benchmark_uris
+            else None
+        )
         self._source = source
         self._rows = rows
         self._rejected = rejected
@@ -135,11 +142,9 @@ class _ChunkWorker:
                     raise RowRejected(value.reason, value.detail)
                 assert shape is not None, "a file with a readable row has a shape"
                 conversation = normalise(shape.turns(value), self._settings.max_chars)
-                labelled = labels.of(value, conversation)
+                self._keep(piece, row, conversation, labels.of(value, conversation))
             except RowRejected as why:
                 self._reject(piece, row, why)
-                continue
-            self._keep(piece, row, conversation, labelled)
         self._pieces.append(PieceCount(file=piece.file, start=piece.start, numbers=last + 1))
         check_unchanged(piece)
 
@@ -148,6 +153,10 @@ class _ChunkWorker:
     ) -> None:
         settings = self._settings
         split = split_of(conversation.prompt_hash, settings.estimate_share, settings.test_share)
+        if self._benchmarks is not None and split == 0:
+            found = self._benchmarks.find(conversation.contents)
+            if found is not None:
+                raise RowRejected("benchmark-overlap", found)
         self._kept += 1
         held = self._held
         held.add(conversation, labelled, (split, piece.file, piece.start, row))
@@ -317,7 +326,7 @@ class _HeldRows:
         """All rows as a SPILL table with each row's bucket; nothing is held afterwards."""
         if not self._ids:
             return SPILL.empty_table(), np.zeros(0, np.int64)
-        heads = np.array([int(row_id[:8], 16) for row_id in self._ids], np.int64)
+        buckets = bucket_of(self._ids, self._num_buckets)
         turns = pa.StructArray.from_arrays(
             [_strings(self._roles), _strings(self._contents)], fields=list(MESSAGES.value_type)
         )
@@ -338,7 +347,7 @@ class _HeldRows:
             "place": pa.array(places[:, 3]),
         }
         self._clear()
-        return pa.table(columns, schema=SPILL), (heads * self._num_buckets) >> 32
+        return pa.table(columns, schema=SPILL), buckets
 
 
 def _strings(values: list[str]) -> pa.Array:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from system import sources, storage
@@ -149,3 +151,9 @@ def read_outcome(plan: IngestPlan, index: int) -> ChunkOutcome | None:
     value["examples"] = tuple(tuple(example) for example in value["examples"])
     value["batches"] = {int(bucket): numbers for bucket, numbers in value["batches"].items()}
     return ChunkOutcome(**value)
+
+
+def bucket_of(ids: Sequence[str], num_buckets: int) -> np.ndarray:
+    """[len(ids)] int64: the bucket of each id, a range of its first 32 bits."""
+    heads = np.array([int(row_id[:8], 16) for row_id in ids], np.int64)
+    return (heads * num_buckets) >> 32

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from ray import cloudpickle
 from ray.cluster_utils import Cluster as RayCluster
 
 import actors.ingestor
@@ -42,7 +43,7 @@ from system.select import select_arm
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 # Workers cannot import test modules.
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 NUM_ROWS = 6000
 DRIVER = """
@@ -74,6 +75,7 @@ def ray_address() -> Iterator[str]:
     )
     raylets.add_node(**options)
     raylets.wait_for_nodes()
+    assert raylets.address
     yield raylets.address
     ray.shutdown()
     raylets.shutdown()
@@ -150,13 +152,12 @@ def test_actors_write_the_bytes_of_a_single_process(config, cluster, reference, 
 class _DyingIngestor(actors.ingestor.Ingestor):
     """Dies in the middle of its work, the first time it gets some of the units."""
 
-    def read(self, index: int) -> Any:
-        self._maybe_die("read", index)
-        return super().read(index)
-
-    def reduce(self, given: Any) -> Any:
-        outcome = super().reduce(given)
-        self._maybe_die("reduce", given.index)
+    def do(self, step: str, unit: Any) -> Any:
+        if step == "read":
+            self._maybe_die(step, unit)
+        outcome = super().do(step, unit)
+        if step == "reduce":
+            self._maybe_die(step, unit.index)
         return outcome
 
     def _maybe_die(self, what: str, index: int) -> None:

@@ -4,18 +4,22 @@ import gzip
 import json
 import os
 import random
+import resource
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingest_builders import Ingested, ingest, numbered, run_config, write_lines
 
-from system import ingest as ingest_module
 from system import storage
 from system.config import SourceConfig
 from system.conversation import SPLITS
 from system.errors import DataError, StageError
 from system.ingest import (
+    STEPS,
     bucket_inputs,
     check_rejected,
     finish_ingest,
@@ -334,34 +338,37 @@ def test_a_truncated_archive_leaves_no_manifest(tmp_path):
     assert not list((tmp_path / "attempt").rglob("*.json"))
 
 
-def test_an_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("deduplicate", ["exact", "near"])
+def test_an_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
+    tmp_path, monkeypatch, deduplicate
+):
     write_lines(tmp_path / "rows.jsonl", messy_rows(7))
     monkeypatch.setattr("system.ingest_plan.BUCKET_BYTES", 8000)
-    config = run_config(tmp_path, max_chars=1000, chunk_bytes=2000)
+    config = run_config(tmp_path, max_chars=1000, chunk_bytes=2000, deduplicate=deduplicate)
     whole = Ingested(config, tmp_path / "whole").files()
-    calls = {"ingest_chunk": 0, "reduce_bucket": 0}
-    limits = {"ingest_chunk": 4, "reduce_bucket": 2}
+    plan = plan_ingest(config, "")
+    units = {"read": len(plan.chunks), "reduce": plan.num_buckets}
+    if deduplicate == "near":
+        units |= {"sign": plan.num_buckets, "match": plan.num_buckets}
+    assert min(units.values()) > 3
+    calls = dict.fromkeys(units, 0)
 
-    def interrupted(name):
-        real = getattr(ingest_module, name)
-
-        def call(*args):
-            calls[name] += 1
-            if calls[name] == limits[name]:
+    def interrupted(step):
+        def do(*args):
+            calls[step.name] += 1
+            if calls[step.name] == 3:
                 raise KeyboardInterrupt
-            return real(*args)
+            return step.do(*args)
 
-        return call
+        return replace(step, do=do)
 
-    for name in calls:
-        monkeypatch.setattr(ingest_module, name, interrupted(name))
-    for _ in range(2):
+    for name in units:
+        monkeypatch.setitem(STEPS, name, interrupted(STEPS[name]))
+    for _ in units:
         with pytest.raises(KeyboardInterrupt):
             ingest_local(config, str(tmp_path / "again"))
     ingest_local(config, str(tmp_path / "again"))
-    plan = plan_ingest(config, "")
-    assert calls["ingest_chunk"] == len(plan.chunks) + 1
-    assert calls["reduce_bucket"] == plan.num_buckets + 1
+    assert calls == {name: count + 1 for name, count in units.items()}
     found = {
         str(path.relative_to(tmp_path / "again")): path.read_bytes()
         for path in sorted((tmp_path / "again").rglob("*"))
@@ -384,6 +391,34 @@ def test_an_unwritable_place_is_an_error_and_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError):
         ingest_local(run_config(tmp_path), str(tmp_path / "file" / "attempt"))
+
+
+def test_a_full_disk_leaves_no_manifest_and_a_rerun_completes(tmp_path):
+    """The file-size limit stands for the disk: a write fails in the middle of a file."""
+    write_lines(tmp_path / "rows.jsonl", numbered(3000))
+    config = run_config(tmp_path, chunk_bytes=30_000)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    program = (
+        "import sys, pathlib; from system.config import RunConfig; "
+        "from system.ingest import ingest_local; "
+        "ingest_local(RunConfig.model_validate_json(pathlib.Path(sys.argv[1]).read_text()), "
+        "sys.argv[2])"
+    )
+    attempt = tmp_path / "full"
+    full = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "config.json"), str(attempt)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000)),
+        capture_output=True,
+        text=True,
+    )
+    assert full.returncode != 0
+    assert "File too large" in full.stderr
+    assert not (attempt / "manifest.json").exists()
+    assert not [path for path in attempt.rglob(".*") if path.is_file()]
+    ingest_local(config, str(attempt))
+    whole = Ingested(config, tmp_path / "whole")
+    found = {name: (attempt / name).read_bytes() for name in whole.files()}
+    assert found == whole.files()
 
 
 def test_a_corpus_can_lie_on_remote_storage(tmp_path):
