@@ -176,6 +176,10 @@ class Solver:
             # process; a run that asks for another count fails until the scheduler is rebuilt.
             highspy.Highs.resetGlobalScheduler(True)
             status = self._highs.run()
+        if self._highs.getModelStatus() == highspy.HighsModelStatus.kUnknown:
+            # A warm basis can be too ill-conditioned after large changes; a cold start is not.
+            self._check(self._highs.clearSolver(), "forget its basis")
+            status = self._highs.run()
         model_status = self._highs.getModelStatus()
         info = self._highs.getInfo()
         self.iterations += max(info.simplex_iteration_count, 0)
