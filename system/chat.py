@@ -106,7 +106,7 @@ def encode_prompt(
     text = _render(tokenizer, turns, prompt=True)
     cuts = [0]
     if profile.cuts_text and profile.opens_as_prompted and profile.keeps_history:
-        for start, end in _spans(tokenizer, profile, turns, text, allow_none=True):
+        for start, end in _spans(tokenizer, profile, turns, text):
             cuts += [start, end]
     ids: list[int] = []
     for low, high in pairwise([*cuts, len(text)]):
@@ -125,9 +125,9 @@ def encode_table(
         max_length: tokens of a row, prompt and response together; longer ones lose their end.
 
     Returns:
-        The TOKENS table and counts by reason: `template-refused` (the template raised, for
-        instance on a system turn it does not know) and `no-response-token` (nothing of the
-        response is left after truncation).
+        The TOKENS table and counts by reason: `template-refused` (the template raised, as on a
+        system turn it does not know), `not-prefix-stable` (it rewrites this conversation's text)
+        and `no-response-token` (truncation left nothing of the response).
 
     Raises:
         ModelError: the chat template cannot be trained on.
@@ -166,6 +166,8 @@ def encode_rows(
                 numbers.append(number)
             except DataError:
                 dropped["template-refused"] += 1
+            except ModelError:  # the probe was stable, so this is about what the row says
+                dropped["not-prefix-stable"] += 1
         first += batch.num_rows
         encoded = _tokenise(tokenizer, profile, pieces, max_length)
         for number, row in zip(numbers, encoded, strict=True):
@@ -267,6 +269,11 @@ class _Pieces:
 def _pieces(
     tokenizer: PreTrainedTokenizerBase, profile: TemplateProfile, messages: Sequence[Message]
 ) -> _Pieces:
+    if all(message["role"] != "assistant" for message in messages):
+        raise DataError(
+            "a conversation to train on needs an assistant turn; found the roles "
+            f"{[message['role'] for message in messages]}"
+        )
     text = _render(tokenizer, messages)
     texts, is_response, place = [], [], 0
     for start, end in _spans(tokenizer, profile, messages, text):
@@ -284,22 +291,14 @@ def _spans(
     profile: TemplateProfile,
     messages: Sequence[Message],
     text: str,
-    *,
-    allow_none: bool = False,
 ) -> list[tuple[int, int]]:
-    """Character ranges of the responses in the rendered text, in order."""
+    """Character ranges of the assistant's turns in the rendered text, in order."""
     turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns and not allow_none:
-        raise DataError(
-            "a conversation to train on needs an assistant turn; found the roles "
-            f"{[message['role'] for message in messages]}"
-        )
     if not profile.keeps_history:
         turns = turns[-1:]
     spans = []
     for k in turns:
-        is_last = k == len(messages) - 1 and not allow_none
-        closed = text if is_last else _render(tokenizer, messages[: k + 1])
+        closed = text if k == len(messages) - 1 else _render(tokenizer, messages[: k + 1])
         start = len(_opened(tokenizer, profile, messages[:k], closed))
         if not text.startswith(closed):
             raise ModelError(

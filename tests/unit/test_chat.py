@@ -171,3 +171,12 @@ def test_table_with_nothing_left_is_an_empty_tokens_table():
 def test_conversation_without_an_answer_is_refused():
     with pytest.raises(DataError, match="assistant"):
         encode(build_tokenizer(CHATML), SINGLE[:1], 512)
+
+
+def test_row_that_a_stable_template_rewrites_is_dropped_and_counted():
+    template = CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'].split('|')[-1] }}"
+    )
+    thought = [*MULTI[:2], {"role": "assistant", "content": "hm|Rome is."}, *MULTI[3:]]
+    tokens, dropped = encode_table(build_table([MULTI, thought]), build_tokenizer(template), 512)
+    assert tokens.num_rows == 1 and dropped == {"not-prefix-stable": 1}
