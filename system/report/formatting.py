@@ -113,6 +113,17 @@ def wrapped(name: str, width: int, *, lines: int = 2) -> list[str]:
     return kept
 
 
+def shortened(name: str, width: int) -> str:
+    """The name on one line, ending in … where it is cut."""
+    clean = " ".join(name.split()) or "(empty)"
+    return clean if len(clean) <= width else clean[: width - 1].rstrip() + "…"
+
+
+def moment(iso: str) -> str:
+    """`2030-01-05 10:00 UTC` from an ISO 8601 time in UTC."""
+    return f"{iso[:16].replace('T', ' ')} UTC" if iso else ""
+
+
 def figure_text(text: str) -> str:
     """Text for Plotly, which reads some HTML: nothing in a name may become markup.
 

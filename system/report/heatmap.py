@@ -12,7 +12,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import pdist
 
 from system.influence import EffectMatrix
-from system.report.formatting import figure_label, figure_text, fixed, signed, wrapped
+from system.report.formatting import figure_label, figure_text, fixed, shortened, signed, wrapped
 from system.report.pairs import Entry
 from system.report.theme import DIVERGING, INK, MUTED, UNKNOWN, Figure, axis, layout
 
@@ -151,7 +151,7 @@ def _figure(
 
 
 def _cut(name: str) -> str:
-    return wrapped(name, _TOP_LABEL, lines=1)[0]
+    return shortened(name, _TOP_LABEL)
 
 
 def _hover(entry: Entry) -> list[str]:

@@ -13,6 +13,7 @@ import jinja2
 
 from system.report.blocks import Picture, Section
 from system.report.evaluation_section import evaluation_section
+from system.report.formatting import moment
 from system.report.influence_section import influence_section
 from system.report.mix_section import mix_section
 from system.report.run_section import corpus_section, cost_section
@@ -74,7 +75,7 @@ def _heading(view: RunView) -> _Heading:
         title=view.run_dir.rstrip("/").rsplit("/", 1)[-1],
         model=view.config["model"]["path"],
         seed=view.config["seed"],
-        finished=finished.replace("T", " ").removesuffix("+00:00"),
+        finished=moment(finished),
         folder=view.run_dir,
     )
 

@@ -19,7 +19,7 @@ from system.report.blocks import (
     text_column,
     waiting,
 )
-from system.report.formatting import NOTHING, duration, percent, plural
+from system.report.formatting import NOTHING, duration, moment, percent, plural
 from system.report.view import RunView
 from system.rundir import StageRecord
 from system.stages import STAGE_FOLDERS, STAGE_NAMES
@@ -210,7 +210,7 @@ def _cost_table(view: RunView) -> Table:
         rows.append(
             (
                 stage, duration(record.seconds),
-                percent(record.seconds / total if total else None, 0), record.finished,
+                percent(record.seconds / total if total else None, 0), moment(record.finished),
                 record.fingerprint, STAGE_FOLDERS[stage] + "/",
             )
         )  # fmt: skip

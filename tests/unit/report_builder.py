@@ -92,11 +92,12 @@ class RunBuilder:
                     "targets": {name: f"{k}.jsonl" for k, name in enumerate(self.external)},
                 },
                 "solve": {
-                    "budget": 3000,
+                    "budget": sum(self.train_rows().values()) // 2,
                     "move": 0.15,
                     "category_cap": 0.5,
                     "guard": 0.2,
                     "objective": "robust",
+                    "robust_radius": 0.3,
                 },
                 "evaluate": {"seeds": self.seeds, "arms": list(self.arms)},
             }
@@ -129,7 +130,7 @@ class RunBuilder:
     def measure(self, direction: str) -> Measurements:
         """Simulated differences of losses in every replication."""
         rng = np.random.default_rng((self.seed, 3, len(direction)))
-        truth = self.true_effects() * (1.0 if direction == "remove" else 0.4)
+        truth = self.true_effects() * (1.0 if direction == "remove" else 0.8)
         rows, columns = truth.shape
         shared = rng.normal(0, 0.006, (self.replications, rows, 1))
         noise = shared + rng.normal(0, 0.008, (self.replications, rows, columns))

@@ -1,0 +1,81 @@
+import pytest
+from report_builder import CATEGORIES, RunBuilder
+
+from system.report.verdict import give_verdict, headline_comparison
+from system.report.view import RunView
+
+
+def verdict_of(tmp_path, **choices):
+    settings = {"categories": CATEGORIES[:8], **choices}
+    view = RunView.open(RunBuilder(**settings).write(str(tmp_path / "run")).uri)
+    return view, give_verdict(view)
+
+
+def answer(verdict, question):
+    return " ".join(next(p.answer for p in verdict.points if p.question.startswith(question)))
+
+
+def test_a_kept_promise_is_called_better_with_its_interval(tmp_path):
+    view, verdict = verdict_of(tmp_path, kept=1.0)
+    row = headline_comparison(view.evaluation)
+    assert row["low"] > 0
+    assert verdict.outcome == "better"
+    assert f"by {row['value']:.4f} nats" in verdict.headline
+    assert f"+{row['low']:.4f} to +{row['high']:.4f}" in verdict.headline
+
+
+def test_a_broken_promise_is_called_worse(tmp_path):
+    view, verdict = verdict_of(tmp_path, kept=-1.0)
+    assert headline_comparison(view.evaluation)["high"] < 0
+    assert verdict.outcome == "worse"
+    assert "is worse than the natural mix" in verdict.headline
+    assert "It promised too much." in answer(verdict, "Was the promise kept")
+
+
+def test_a_tie_is_called_a_tie(tmp_path):
+    view, verdict = verdict_of(tmp_path, kept=0.0, arms=("natural", "solved"))
+    row = headline_comparison(view.evaluation)
+    assert row["low"] < 0 < row["high"]
+    assert verdict.outcome == "tie"
+    assert "tied" in verdict.headline and "holds zero" in verdict.headline
+
+
+def test_one_training_per_arm_is_said_aloud(tmp_path):
+    _, verdict = verdict_of(tmp_path, seeds=1)
+    assert "One training per arm" in answer(verdict, "What was gained")
+
+
+def test_one_replication_leaves_the_base_mix_and_says_why(tmp_path):
+    view, verdict = verdict_of(tmp_path, replications=1)
+    assert view.mix.moved == 0
+    changes = answer(verdict, "What does the mix change")
+    assert changes.startswith("Nothing: the mix is the base mix.")
+    assert "one replication" in changes
+    assert answer(verdict, "Does the matrix agree").startswith("Unknown")
+
+
+def test_the_order_is_judged_only_where_it_was_measured(tmp_path):
+    _, verdict = verdict_of(tmp_path, arms=("natural", "solved"))
+    assert answer(verdict, "Does the order matter").startswith("Not measured")
+
+
+def test_an_evaluation_without_a_natural_arm_is_no_verdict(tmp_path):
+    _, verdict = verdict_of(tmp_path, arms=("solved",), seeds=2)
+    assert verdict.outcome == "open"
+    assert "cannot say what the mix is worth" in verdict.headline
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [
+        ({"value": 0.78, "low": 0.6}, "Largely"),
+        ({"value": 0.45, "low": 0.2}, "In part"),
+        ({"value": 0.2, "low": 0.05}, "Hardly"),
+        ({"value": 0.5, "low": -0.1}, "Not beyond doubt"),
+        ({"value": None, "low": None}, "It cannot be said"),
+    ],
+)
+def test_agreement_is_read_from_the_correlation_and_its_lower_end(rank, words):
+    from system.report.verdict import _belief
+
+    assert _belief(rank).startswith(words)
