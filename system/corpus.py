@@ -180,10 +180,18 @@ def _canonical_array(array: pa.Array | pa.ChunkedArray) -> pa.Array:
         children = [_canonical_array(child) for child in array.flatten()]
         return pa.StructArray.from_arrays(children, fields=list(kind), mask=mask)
     if mask is None:
+        if array.offset == 0 and array.buffers()[0] is None and _starts_at_zero(array):
+            return array
         return pc.take(array, pa.array(np.arange(len(array))))
     zero = "" if pa.types.is_string(kind) else 0
     filled = pc.fill_null(array, pa.scalar(zero, kind))
     return pc.if_else(mask, pa.scalar(None, kind), filled)
+
+
+def _starts_at_zero(array: pa.Array) -> bool:
+    if not pa.types.is_string(array.type) or not len(array):
+        return not pa.types.is_string(array.type)
+    return int(np.frombuffer(array.buffers()[1], np.int32, 1)[0]) == 0
 
 
 class Corpus:

@@ -25,14 +25,25 @@ DUPLICATES = pa.schema(
 """A row that another row stands for."""
 
 
+KEYS = ("id", "category", "split", "file", "start", "place")
+
+
 def in_order(table: pa.Table) -> pa.Table:
-    """The rows by id, equal ids in the order of the input."""
-    keys = [(name, "ascending") for name in ("id", "file", "start", "place")]
-    return table.take(pc.sort_indices(table, sort_keys=keys))
+    """The keys of the rows by id, equal ids in the order of the input.
+
+    Column `at` tells where the row stands in the table, whose bodies are not touched.
+    """
+    keys = table.select(list(KEYS)).append_column("at", pa.array(np.arange(table.num_rows)))
+    return _by_id(keys)
+
+
+def _by_id(keys: pa.Table) -> pa.Table:
+    order = [(name, "ascending") for name in ("id", "file", "start", "place")]
+    return keys.take(pc.sort_indices(keys, sort_keys=order))
 
 
 def is_repeat(table: pa.Table) -> np.ndarray:
-    """[rows] bool: whether the row before has the same id; the table is `in_order`."""
+    """[rows] bool: whether the row before has the same id; the rows are `in_order`."""
     ids = table["id"].combine_chunks()
     same = np.zeros(table.num_rows, bool)
     if table.num_rows > 1:
@@ -54,7 +65,7 @@ def number_repeats(table: pa.Table) -> pa.Table:
         numbered.append(ids[k][:8] + digest[:24] if count else ids[k])
     place = table.schema.get_field_index("id")
     table = table.set_column(place, table.schema.field("id"), pa.array(numbered, pa.string()))
-    return in_order(table)
+    return _by_id(table)
 
 
 def split_by_category(table: pa.Table) -> Iterator[tuple[str, str | None, pa.Table]]:

@@ -49,6 +49,7 @@ _ROLES = {
 _ALPACA_RESPONSES = ("output", "response", "completion")
 _COMPLETIONS = ("completion", "response", "output")
 _ANSWERS = ("answer", "response", "output")
+_BESIDE = frozenset({"system", "system_prompt", "tools"})
 _CONVERSATIONS = ("conversations", "conversation")
 _HUMAN_ASSISTANT = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
 
@@ -101,6 +102,8 @@ def _has_any(row: Row, keys: Sequence[str]) -> bool:
 
 def _system_turns(row: Row, *keys: str) -> list[Turn]:
     """System text and tool definitions that stand beside the conversation."""
+    if row.keys().isdisjoint(_BESIDE):
+        return []
     text = next((value for key in keys if (value := _optional_text(row, key))), "")
     tools = row.get("tools")
     if tools:

@@ -89,31 +89,34 @@ def read_bucket_outcome(plan: IngestPlan, index: int) -> BucketOutcome | None:
 
 
 def _read_rows(plan: IngestPlan, given: BucketInput) -> pa.Table:
-    """The bucket's rows by id, equal ids in the order of the input."""
+    """The bucket's rows, in no order that means anything."""
     batches: list[pa.RecordBatch] = []
     for chunk, numbers in sorted(given.batches.items()):
         batches += read_spill(chunk_uri(plan, chunk, "arrow"), numbers)
-    return in_order(pa.Table.from_batches(batches, SPILL))
+    return pa.Table.from_batches(batches, SPILL)
 
 
 def sign_bucket(plan: IngestPlan, given: BucketInput) -> near.SpillOutcome:
     """Signatures of a bucket's different rows, spilled by band (`deduplicate: near` only)."""
     table = _read_rows(plan, given)
-    return near.write_bands(plan, given.index, table.filter(pa.array(~is_repeat(table))))
+    keys = in_order(table)
+    first = keys["at"].filter(pa.array(~is_repeat(keys)))
+    return near.write_bands(plan, given.index, table.take(first))
 
 
 def reduce_bucket(plan: IngestPlan, given: BucketInput) -> BucketOutcome:
     """Removes a bucket's duplicates, writes the rest as shards, and commits it."""
     table = _read_rows(plan, given)
+    keys = in_order(table)
     if plan.settings.deduplicate == "none":
-        table = number_repeats(table)
-    leaves = is_repeat(table)
-    exact = table.filter(pa.array(leaves))
+        keys = number_repeats(keys)
+    leaves = is_repeat(keys)
+    exact = keys.filter(pa.array(leaves))
     found = [_duplicates(exact, exact["id"].to_pylist(), "exact")] if exact.num_rows else []
     pairs = near.read_near(plan, given.near)
     if pairs:
-        is_near = np.array([row_id in pairs for row_id in table["id"].to_pylist()], bool) & ~leaves
-        rows = table.filter(pa.array(is_near))
+        is_near = np.array([row_id in pairs for row_id in keys["id"].to_pylist()], bool) & ~leaves
+        rows = keys.filter(pa.array(is_near))
         kept_ids = [pairs[row_id] for row_id in rows["id"].to_pylist()]
         found.append(_duplicates(rows, kept_ids, "near"))
         leaves |= is_near
@@ -122,7 +125,7 @@ def reduce_bucket(plan: IngestPlan, given: BucketInput) -> BucketOutcome:
     outcome = BucketOutcome(
         index=given.index,
         duplicates={rows["kind"][0].as_py(): rows.num_rows for rows in found},
-        shards=tuple(_write_shards(plan, given.index, table.filter(pa.array(~leaves)))),
+        shards=tuple(_write_shards(plan, given.index, table, keys.filter(pa.array(~leaves)))),
     )
     storage.write_json(_bucket_uri(plan, given.index), asdict(outcome))
     return outcome
@@ -141,14 +144,18 @@ def _duplicates(rows: pa.Table, kept_ids: Sequence[str], kind: str) -> pa.Table:
     )
 
 
-def _write_shards(plan: IngestPlan, bucket: int, table: pa.Table) -> list[Shard]:
+def _write_shards(plan: IngestPlan, bucket: int, table: pa.Table, keys: pa.Table) -> list[Shard]:
+    """Shards of the rows that `keys` lists in order; bodies are copied once, shard by shard."""
     shards: list[Shard] = []
     size = plan.settings.shard_rows
-    for split, category, rows in split_by_category(table):
-        rows = rows.select(CORPUS.names)
+    place = CORPUS.get_field_index("id")
+    for split, category, rows in split_by_category(keys):
         for part, start in enumerate(range(0, rows.num_rows, size)):
             path = f"{shard_directory(split, category)}/{bucket:05d}-{part:03d}.arrow"
-            shards.append(write_shard(plan.attempt, path, rows.slice(start, size), split, category))
+            some = rows.slice(start, size)
+            body = table.select(CORPUS.names).take(some["at"])
+            body = body.set_column(place, CORPUS.field("id"), some["id"])
+            shards.append(write_shard(plan.attempt, path, body, split, category))
     return shards
 
 

@@ -181,7 +181,7 @@ def _near_pairs(table: pa.Table, threshold: float) -> pa.Table:
     for start, end in zip(starts.tolist(), ends, strict=True):
         for later, earlier in _matches(bytes_RK[start:end], least):
             leaving, kept = ids[start + later], ids[start + earlier]
-            pairs[leaving] = min(kept, pairs.get(leaving, kept))
+            pairs[leaving] = min(kept, pairs[leaving]) if leaving in pairs else kept
     return pa.table({"id": list(pairs), "near_id": list(pairs.values())}, schema=NEAR)
 
 

@@ -32,9 +32,12 @@ class SpillWriter:
         """Writes the rows, each into its bucket; the order within a bucket is kept."""
         if not table.num_rows:
             return
-        order = np.argsort(buckets, kind="stable")
-        table = table.take(pa.array(order)).combine_chunks()
-        present, starts = np.unique(buckets[order], return_index=True)
+        if (buckets != buckets[0]).any():
+            order = np.argsort(buckets, kind="stable")
+            table = table.take(pa.array(order))
+            buckets = buckets[order]
+        table = table.combine_chunks()
+        present, starts = np.unique(buckets, return_index=True)
         ends = [*starts[1:].tolist(), table.num_rows]
         for bucket, start, end in zip(present.tolist(), starts.tolist(), ends, strict=True):
             for batch in table.slice(start, end - start).to_batches():
