@@ -4,6 +4,7 @@ import doctest
 import itertools
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -352,3 +353,10 @@ def test_impossible_settings_are_refused_with_the_numbers(arguments, message):
 
 def test_the_docstring_example_is_true():
     assert doctest.testmod(system.curriculum.plan).failed == 0
+
+
+def test_every_example_in_the_docs_is_true():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "curriculum.md"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.failed == 0
+    assert result.attempted >= 10
