@@ -14,7 +14,7 @@ from scipy.spatial.distance import pdist
 from system.influence import EffectMatrix
 from system.report.formatting import figure_label, figure_text, fixed, shortened, signed, wrapped
 from system.report.pairs import Entry
-from system.report.theme import DIVERGING, INK, MUTED, UNKNOWN, Figure, axis, layout
+from system.report.theme import DIVERGING, INK, MUTED, PAPER, UNKNOWN, Figure, axis, layout
 
 _WIDE_LABEL, _NARROW_LABEL, _TOP_LABEL = 20, 13, 24
 WIDEST_BESIDE = 15
@@ -54,6 +54,7 @@ def effect_figure(grid: list[list[Entry]], direction: str) -> Figure:
     return _figure(
         grid,
         [[entry.effect for entry in row] for row in grid],
+        [[entry.low > 0 or entry.high < 0 for entry in row] for row in grid],
         largest=float("inf"),
         name=f"effect-{direction}",
         label=f"Heat map of effects ({direction}): rows are targets, columns are sources.",
@@ -66,6 +67,7 @@ def gamma_figure(grid: list[list[Entry]], direction: str) -> Figure:
     return _figure(
         grid,
         [[entry.gamma for entry in row] for row in grid],
+        [[entry.has_sign for entry in row] for row in grid],
         largest=_LARGEST_GAMMA,
         name=f"gamma-{direction}",
         label=f"Heat map of gamma ({direction}): rows are targets, columns are sources.",
@@ -88,6 +90,7 @@ def _limit(grid: list[list[Entry]], values: list[list[float | None]], largest: f
 def _figure(
     grid: list[list[Entry]],
     values: list[list[float | None]],
+    has_sign: list[list[bool]],
     *,
     largest: float,
     name: str,
@@ -115,6 +118,7 @@ def _figure(
             },
         },
         _hatching(grid),
+        _dots(grid, has_sign),
     ]  # fmt: skip
     heading = [len(_cut(source)) for source in sources]
     # Slanted labels of the last columns reach beyond them.
@@ -186,6 +190,21 @@ def _hatching(grid: list[list[Entry]]) -> dict[str, Any]:
     return {
         "type": "scatter", "mode": "lines", "x": x, "y": y, "hoverinfo": "skip",
         "line": {"color": "rgba(29,33,37,0.28)", "width": 0.8}, "name": "not identifiable",
+    }  # fmt: skip
+
+
+def _dots(grid: list[list[Entry]], has_sign: list[list[bool]]) -> dict[str, Any]:
+    """A dot where the interval of a value between different categories leaves out zero."""
+    places = [
+        (column, row)
+        for row, entries in enumerate(grid)
+        for column, entry in enumerate(entries)
+        if has_sign[row][column] and not entry.is_own
+    ]
+    return {
+        "type": "scatter", "mode": "markers", "x": [x for x, _ in places],
+        "y": [y for _, y in places], "hoverinfo": "skip", "name": "interval without zero",
+        "marker": {"size": 5, "color": PAPER, "line": {"color": INK, "width": 1}},
     }  # fmt: skip
 
 

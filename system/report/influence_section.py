@@ -52,9 +52,10 @@ def influence_section(view: RunView) -> Section:
         Prose(
             text=f"Each cell answers: by how much does a dose of {count(dose)} examples of the "
             "source (column) lower the held-out loss of the target (row)? Blue helps, orange "
-            "harms. Framed cells are a category's effect on itself; hatched cells are not "
-            "identifiable: their error is too large for a ratio. Related categories stand side "
-            "by side. Colours are scaled to the effects between different categories.",
+            "harms. A dot marks an interval without zero: elsewhere the colour may be noise. "
+            "Framed cells are a category's effect on itself; hatched cells are not identifiable: "
+            "their error is too large for a ratio. Related categories stand side by side. Colours "
+            "are scaled to the effects between different categories.",
             tone="lead",
         ),
         Bullets(items=_belief(influence)),

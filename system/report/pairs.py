@@ -28,6 +28,13 @@ class Entry:
     is_own: bool
 
     @property
+    def has_sign(self) -> bool:
+        """Whether gamma's interval leaves out zero."""
+        if self.gamma_low is None or self.gamma_high is None:
+            return False
+        return self.gamma_low > 0 or self.gamma_high < 0
+
+    @property
     def gamma_text(self) -> str:
         """Gamma to two decimals, or a dash."""
         return signed(self.gamma, 2)

@@ -21,6 +21,7 @@
     layout.width = width;
     layout.height = element.clientHeight;
     layout.font.family = font;
+    layout.hoverlabel.font.family = font;
     if (document.documentElement.clientWidth < NARROW) {
       Object.entries(figure.narrow).forEach(([name, value]) => assign(layout, name, value));
     }

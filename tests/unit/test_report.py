@@ -147,10 +147,12 @@ def test_heat_maps_show_the_matrix_cell_by_cell(view, figures, direction):
 
 def test_heat_maps_are_centred_at_zero_and_hatch_what_is_not_identifiable(view, figures):
     matrix = view.influence.matrices["remove"]
-    cells, hatching = figures["effect-remove"]["data"]
+    cells, hatching, dots = figures["effect-remove"]["data"]
     assert cells["zmin"] == -cells["zmax"]
     strokes = hatching["x"].count(None)
     assert strokes == 3 * int((~matrix.identifiable_TS).sum()) > 0
+    clear_TS = (matrix.effect_low_TS > 0) | (matrix.effect_high_TS < 0)
+    assert len(dots["x"]) == int((clear_TS & ~matrix.own_TS).sum()) > 0
 
 
 def test_related_categories_stand_side_by_side(view):
