@@ -13,7 +13,7 @@ import numpy as np
 
 from system.solve.model import Model
 from system.solve.program import Point, Program
-from system.solve.tiebreak import optimal_face
+from system.solve.tiebreak import num_pairs, optimal_face
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -88,7 +88,7 @@ def read_ranges(model: Model, program: Program, point: Point) -> Ranges:
         score_up_S[j] = basis.basic_score_room(j, +1.0)
         score_down_S[j] = basis.basic_score_room(j, -1.0)
     bound_up_S, bound_down_S = basis.bound_room()
-    face = optimal_face(program, point)
+    face = optimal_face(program, point, num_pairs=num_pairs(model))
     if not face.is_unique:
         tied = np.unique(face.free[face.free < 2 * S] % S)
         for room_S in (score_up_S, score_down_S, bound_up_S, bound_down_S):

@@ -35,7 +35,8 @@ class _Limit:
 
 def infeasibility(model: Model) -> InfeasibleMixError:
     """The error to raise for a model whose limits no mix satisfies."""
-    relaxed = replace(model, options=replace(model.options, max_categories=None))
+    fractional = replace(model.options, max_categories=None, integer=False)
+    relaxed = replace(model, options=fractional)
     conflict = _Conflict(relaxed)
     if conflict.is_feasible():
         if model.options.max_categories is not None:

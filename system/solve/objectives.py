@@ -17,7 +17,12 @@ from system.solve.explain import Prices, Ranges, read_prices, read_ranges
 from system.solve.model import Model, new_program
 from system.solve.program import Point, Program
 from system.solve.row_generation import Cuts, GuardCuts, solve_with_cuts
-from system.solve.tiebreak import least_move_point, nearest_optimum, optimal_face
+from system.solve.tiebreak import (
+    least_move_point,
+    nearest_optimum,
+    num_pairs,
+    optimal_face,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,7 +63,7 @@ def solve_scores(model: Model, program: Program | None = None) -> Outcome:
     guards = GuardCuts(model, -model.guard_T)
     if program.iterations == 0:
         _start(program, model, guards)
-    point = solve_with_cuts(program, guards)
+    point = _without_cycles(program, model, solve_with_cuts(program, guards), guards)
     nearest = nearest_optimum(model, program, point, [guards])
     return Outcome(
         x_C=nearest.x_C,
@@ -68,6 +73,27 @@ def solve_scores(model: Model, program: Program | None = None) -> Outcome:
         iterations=program.iterations,
         rows=len(program.labels),
     )
+
+
+def _without_cycles(program: Program, model: Model, point: Point, guards: GuardCuts) -> Point:
+    """The same optimum where no category is both added and removed.
+
+    Where the trust region has no price a vertex may use it up by adding and removing the same
+    category. Closing the smaller side of each pair leaves the optimum what it is and gives a basis
+    whose ranges speak of the mix; it stays optimal when the sides are opened again.
+    """
+    assert point.is_basic_C is not None
+    S = model.num_sources
+    both_S = point.is_basic_C[:S] & point.is_basic_C[S : 2 * S]
+    if not both_S.any():
+        return point
+    upper_C = program.upper_C
+    is_down_S = point.x_C[:S] < point.x_C[S : 2 * S]
+    closed_C = np.r_[both_S & is_down_S, both_S & ~is_down_S]
+    program.set_column_bounds(program.lower_C, np.where(closed_C, program.lower_C, upper_C))
+    point = solve_with_cuts(program, guards)
+    program.set_column_bounds(program.lower_C, upper_C)
+    return point
 
 
 def _start(program: Program, model: Model, guards: GuardCuts) -> None:
@@ -222,7 +248,7 @@ def solve_max_min(model: Model) -> Outcome:
             active.discard(i)
             floor_T[i] = max(floor_T[i], float(point.objective))
         assert stuck, "the prices of the level's rows add up to 1"
-        if not active or optimal_face(program, point).is_unique:
+        if not active or optimal_face(program, point, num_pairs=num_pairs(model)).is_unique:
             break
         _hold(program, stuck, float(point.objective))
         point = solve_with_cuts(program, guards, levels)

@@ -36,8 +36,12 @@ class Face:
     is_unique: bool
 
 
-def optimal_face(program: Program, point: Point) -> Face:
-    """The face of optima around ``point`` by strict complementarity."""
+def optimal_face(program: Program, point: Point, *, num_pairs: int = 0) -> Face:
+    """The face of optima around ``point`` by strict complementarity.
+
+    With one slope for adding and removing, columns ``j`` and ``num_pairs + j`` are opposites: when
+    one is basic the other prices out at zero, which is a cycle and no other mix.
+    """
     assert point.reduced_cost_C is not None and point.dual_R is not None
     assert point.is_basic_C is not None and point.is_basic_R is not None
     width_C = program.upper_C - program.lower_C
@@ -46,7 +50,10 @@ def optimal_face(program: Program, point: Point) -> Face:
     row_R = program.rows @ point.x_C
     is_equality_R = program.row_lower_R == program.row_upper_R
     loose = ~point.is_basic_R & ~is_tight_R & ~is_equality_R
-    is_unique = not (is_free_C & ~point.is_basic_C).any() and not loose.any()
+    other_C = is_free_C & ~point.is_basic_C
+    S = num_pairs
+    other_C[: 2 * S] &= ~np.r_[point.is_basic_C[S : 2 * S], point.is_basic_C[:S]]
+    is_unique = not other_C.any() and not loose.any()
     return Face(
         fixed_C=point.x_C,
         free=np.flatnonzero(is_free_C),
@@ -59,12 +66,17 @@ def optimal_face(program: Program, point: Point) -> Face:
     )
 
 
+def num_pairs(model: Model) -> int:
+    """How many pairs of opposite columns the programs of ``model`` begin with."""
+    return 0 if model.effects.is_two_sided else model.num_sources
+
+
 def nearest_optimum(model: Model, program: Program, point: Point, finders: list[Finder]) -> Point:
     """The optimum of ``program`` nearest the base; ``program`` itself is not changed.
 
     Its columns must be ``(u, v)`` only. ``finders`` add the rows that a full point violates.
     """
-    face = optimal_face(program, point)
+    face = optimal_face(program, point, num_pairs=num_pairs(model))
     if face.is_unique:
         return point
     length_C = np.tile(model.length_S, 2)

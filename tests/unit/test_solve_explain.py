@@ -1,0 +1,271 @@
+"""Prices, ranges, what-if and ties: what is said about the optimum is true of it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from mix_reference import named, problem, questions, random_question
+
+from system.errors import ConfigError, InfeasibleMixError
+from system.solve import Mix, MixOptions, MixSession, solve_mix, sweep_move
+
+EFFECT = [[1.0, 0.5, 0.0], [0.2, 1.0, 0.1], [-0.3, 0.1, 1.0]]
+
+
+def gain_if(session: MixSession, **change) -> float | None:
+    try:
+        return session.what_if(**change).gain
+    except (InfeasibleMixError, ConfigError):
+        return None
+
+
+@settings(max_examples=120, deadline=None)
+@given(questions())
+def test_every_price_lies_between_the_gain_of_one_more_and_the_loss_of_one_less(question):
+    """The optimum is concave in every limit, so a right price is squeezed by finite differences."""
+    p, options = question
+    try:
+        session = MixSession(p, options)
+    except InfeasibleMixError:
+        return
+    mix = session.mix
+    step = 1e-6 * mix.budget
+    remove = p.effect_add_TS if p.effect_remove_TS is None else p.effect_remove_TS
+    size = max(np.abs(p.effect_add_TS).max(), np.abs(remove).max(), 1e-300)
+
+    def check(price: float, ask) -> None:
+        more, less = ask(step), ask(-step)
+        if more is not None:
+            assert price >= (more - mix.gain) / step - 1e-5 * size
+        if less is not None:
+            assert price <= (mix.gain - less) / step + 1e-5 * size
+
+    check(mix.budget_price, lambda e: gain_if(session, budget=mix.budget + e))
+    if options.move > 0:
+        width = options.move * mix.budget
+        check(mix.move_price, lambda e: gain_if(session, move_budget=width + e))
+    for j, c in enumerate(mix.categories):
+        if p.supply_S is not None and p.supply_S[j] > c.base + step:
+            stock = p.supply_S[j]
+            check(
+                c.supply_price,
+                lambda e, c=c, stock=stock: gain_if(session, supply={c.category: stock + e}),
+            )
+    for t in mix.targets:
+        if t.guard is not None and np.isfinite(t.guard):
+            check(
+                t.guard_price,
+                lambda e, t=t: (
+                    gain_if(session, guard={t.target: t.guard + e}) if t.guard + e >= 0 else None
+                ),
+            )
+
+
+def test_prices_equal_the_difference_quotient_where_the_optimum_is_not_degenerate():
+    p = problem(EFFECT, [100, 100, 100], supply_S=[150, 110, 300])
+    session = MixSession(p, MixOptions(guard_nats=20.0))
+    mix = session.mix
+    assert mix.targets[0].guard_price > 0, "the guard of c0 is meant to bind"
+    for price, change in [
+        (mix.budget_price, {"budget": 301.0}),
+        (mix.move_price, {"move_budget": 31.0}),
+        (mix.categories[1].supply_price, {"supply": {"c1": 111.0}}),
+        (mix.targets[0].guard_price, {"guard": {"c0": 21.0}}),
+    ]:
+        assert session.what_if(**change).gain - mix.gain == pytest.approx(price, abs=1e-9)
+
+
+def test_supply_price_counts_every_epoch():
+    p = problem(EFFECT, [100, 100, 100], supply_S=[150, 55, 300])
+    session = MixSession(p, MixOptions(max_epochs=2))
+    price = session.mix.categories[1].supply_price
+    assert session.mix.counts()["c1"] == 110
+    assert price == pytest.approx(2 * (1.6 / 3 - 1.1 / 3))
+    more = session.what_if(supply={"c1": 56}).gain
+    assert more - session.mix.gain == pytest.approx(price)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_mix_stays_the_same_inside_the_range_of_a_score(seed):
+    rng = np.random.default_rng(seed)
+    p, options = random_question(rng, ["linear", "concave"][seed % 2])
+    p = replace(p, identifiable_TS=None, tokens_S=None)
+    options = replace(options, guard=None, guard_nats=None, unit="examples")
+    try:
+        mix = solve_mix(p, options)
+    except InfeasibleMixError:
+        return
+    i = int(np.argmax(p.importance_T))
+    for j, c in enumerate(mix.categories):
+        for end in (c.score_low, c.score_high):
+            far = 1e3 * np.abs(p.effect_add_TS).max()
+            room = (end - c.score) * 0.999 if end is not None else far
+            effect = p.effect_add_TS.copy()
+            effect[i, j] += room / p.importance_T[i]
+            removed = p.effect_remove_TS
+            if removed is not None:
+                removed = removed.copy()
+                removed[i, j] += room / p.importance_T[i]
+            if end is None and c.score_low is None and c.score_high is not None:
+                effect[i, j] -= 2 * room / p.importance_T[i]
+                if removed is not None:
+                    removed[i, j] -= 2 * room / p.importance_T[i]
+            other = solve_mix(replace(p, effect_add_TS=effect, effect_remove_TS=removed), options)
+            for a, b in zip(mix.categories, other.categories, strict=True):
+                assert b.count == pytest.approx(a.count, abs=1e-6 * mix.budget)
+
+
+def test_mix_changes_just_outside_the_range_of_a_score():
+    p = problem(EFFECT, [100, 100, 100], supply_S=[150, 110, 300])
+    mix = solve_mix(p, MixOptions())
+    c = mix.categories[2]
+    for end, beyond in ((c.score_low, -1e-6), (c.score_high, 1e-6)):
+        effect = p.effect_add_TS.copy()
+        effect[0, 2] += 3 * (end + beyond - c.score)
+        assert solve_mix(replace(p, effect_add_TS=effect), MixOptions()).counts() != mix.counts()
+
+
+def test_supply_range_is_where_its_price_holds():
+    p = problem(EFFECT, [100, 100, 100], supply_S=[150, 110, 300])
+    session = MixSession(p, MixOptions())
+    c = session.mix.categories[1]
+    assert (c.supply_low, c.supply_high) == pytest.approx((100, 130))
+    inside = session.what_if(supply={"c1": 129.9}).categories[1].supply_price
+    outside = session.what_if(supply={"c1": 131}).categories[1].supply_price
+    assert inside == pytest.approx(c.supply_price)
+    assert outside == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("objective", ["linear", "concave", "robust", "max-min"])
+def test_equal_categories_are_treated_equally(seed, objective):
+    """Two copies of every category, in any order: copies get equal counts."""
+    rng = np.random.default_rng(seed)
+    S = 4
+    effect = rng.integers(-2, 3, (S, S)) * 0.5
+    base = rng.integers(10, 50, S).astype(float)
+    double = np.tile(effect, (1, 2))
+    fields = {"targets": named(S, "t")}
+    if objective == "concave":
+        fields["effect_remove_TS"] = double + 0.5
+    if objective == "robust":
+        fields["se_TS"] = np.full(double.shape, 0.1)
+    p = problem(double, np.tile(base, 2), importance_T=np.ones(S), **fields)
+    mix = solve_mix(p, MixOptions(objective=objective, move=0.2, guard_nats=5.0))
+    counts = np.array(list(mix.counts().values()))
+    assert counts[:S] == pytest.approx(counts[S:], abs=1e-6 * mix.budget)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_order_of_categories_does_not_change_the_mix(seed):
+    rng = np.random.default_rng(seed)
+    p, options = random_question(rng, ["linear", "concave", "robust"][seed % 3])
+    options = replace(options, groups=())
+    order = rng.permutation(len(p.categories))
+
+    def turned(array):
+        return None if array is None else np.asarray(array)[..., order]
+
+    q = replace(
+        p,
+        categories=tuple(p.categories[j] for j in order),
+        **{
+            name: turned(getattr(p, name))
+            for name in (
+                "base_S",
+                "effect_add_TS",
+                "effect_remove_TS",
+                "se_TS",
+                "identifiable_TS",
+                "supply_S",
+                "lower_S",
+                "upper_S",
+                "tokens_S",
+            )
+        },
+    )
+    try:
+        first = solve_mix(p, options)
+    except InfeasibleMixError:
+        return
+    second = solve_mix(q, options).counts()
+    for name, count in first.counts().items():
+        assert second[name] == pytest.approx(count, abs=1e-6 * first.budget)
+
+
+def test_all_zero_effects_leave_the_base_and_say_so():
+    mix = solve_mix(problem(np.zeros((3, 3)), [10, 20, 30]), MixOptions(guard=0.0))
+    assert mix.counts() == {"c0": 10, "c1": 20, "c2": 30}
+    assert (mix.gain, mix.move_price) == (0, 0)
+    assert "no move within the limits improves" in mix.notes[0]
+
+
+def test_ties_take_the_least_move_then_spread_it():
+    """c1 and c2 are worth the same: the move is split between them, from c0 which is worth less."""
+    effect = [[0.0, 1.0, 1.0]]
+    p = problem(effect, [60, 20, 20], importance_T=[1.0])
+    mix = solve_mix(p, MixOptions(move=0.1))
+    assert mix.counts() == pytest.approx({"c0": 50, "c1": 25, "c2": 25})
+
+
+def test_one_category_is_the_whole_budget():
+    mix = solve_mix(problem([[1.0]], [40]), MixOptions(budget=100))
+    assert mix.counts() == {"c0": 100}
+    assert mix.categories[0].share == 1
+
+
+def test_whole_mix_carries_the_prices_of_the_fractional_one():
+    p = problem(EFFECT, [100, 100, 100], supply_S=[150, 110, 300])
+    whole = solve_mix(p, MixOptions(integer=True))
+    assert whole.move_price is None
+    assert whole.relaxation is not None
+    assert whole.relaxation.move_price == pytest.approx(1.1 / 3 - 0.3)
+    assert whole.relaxation.supply_prices["c1"] == pytest.approx(1.6 / 3 - 1.1 / 3)
+    assert whole.relaxation.gain >= whole.gain - 1e-9
+
+
+def test_sweep_rises_with_falling_prices_and_starts_at_zero():
+    p = problem(EFFECT, [100, 100, 100], supply_S=[150, 110, 300], se_TS=np.full((3, 3), 0.05))
+    points = sweep_move(p, MixOptions(integer=True), [0.0, 0.05, 0.1, 0.3, 0.2])
+    assert [point.move for point in points] == [0.0, 0.05, 0.1, 0.3, 0.2]
+    ordered = sorted(points, key=lambda point: point.move)
+    gains = [point.gain for point in ordered]
+    prices = [point.move_price for point in ordered]
+    assert gains[0] == 0 and gains == sorted(gains)
+    assert prices == sorted(prices, reverse=True)
+    assert ordered[2].gain == pytest.approx(solve_mix(p, MixOptions(move=0.1)).gain)
+    # 10 to c1, 20 to c2, 30 from c0: errors of a source add over targets, sources are independent.
+    error = 0.05 * np.sqrt(10**2 + 20**2 + 30**2)
+    assert ordered[2].gain_se == pytest.approx(error)
+    assert ordered[2].gain_low == pytest.approx(ordered[2].gain - 1.96 * error)
+
+
+def test_what_if_starts_from_the_last_basis():
+    rng = np.random.default_rng(0)
+    n = 40
+    p = problem(rng.normal(0, 0.1, (n, n)) + np.eye(n), rng.integers(50, 500, n).astype(float))
+    session = MixSession(p, MixOptions(guard=0.01))
+    before = session.mix.solver.iterations
+    again = session.what_if()
+    assert again.counts() == session.mix.counts()
+    assert again.solver.iterations == before, "no simplex step is needed when nothing changes"
+
+
+def test_what_if_refuses_names_it_does_not_know():
+    session = MixSession(problem(EFFECT, [1, 1, 1]), MixOptions())
+    with pytest.raises(ConfigError, match="unknown category 'nope'"):
+        session.what_if(supply={"nope": 3})
+    with pytest.raises(ConfigError, match="give one of them"):
+        session.what_if(move=0.1, move_budget=3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(questions())
+def test_mix_survives_its_json(question):
+    p, options = question
+    try:
+        mix = solve_mix(p, options)
+    except InfeasibleMixError:
+        return
+    assert Mix.from_json(mix.to_json()) == mix

@@ -1,0 +1,163 @@
+"""Limits that conflict are named, and the relaxation that is offered is right and smallest."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from mix_reference import problem, random_question
+
+from system.errors import DataError, InfeasibleMixError
+from system.solve import GroupLimit, MixOptions, solve_mix
+
+EFFECT = [[1.0, 0.5, 0.0], [0.2, 1.0, 0.1], [-0.3, 0.1, 1.0]]
+
+
+def message(p, options) -> str:
+    with pytest.raises(InfeasibleMixError) as caught:
+        solve_mix(p, options)
+    return str(caught.value)
+
+
+def test_budget_above_supply_says_by_how_much():
+    p = problem(EFFECT, [100, 100, 100], supply_S=[100, 100, 100])
+    text = message(p, MixOptions(budget=450))
+    assert "allow 300 examples together, less than the budget of 450" in text
+    assert "lower the budget by 150" in text and "factor 1.5" in text
+
+
+def test_lower_limits_above_the_budget_are_named():
+    text = message(problem(EFFECT, [1, 1, 1], lower_S=[50, 30, 30]), MixOptions(budget=100))
+    assert "add up to 110 examples, more than the budget of 100" in text
+
+
+def test_lower_limit_above_the_supply_of_its_category():
+    p = problem(EFFECT, [100, 100, 100], lower_S=[0, 0, 90], supply_S=[999, 999, 80])
+    assert "category 'c2' must have at least 90" in message(p, MixOptions())
+
+
+def test_group_minimum_against_the_trust_region():
+    """The group holds 100 of 300 and must hold 160: 60 must move, 20 % of the budget."""
+    group = GroupLimit(name="code", members=("c0",), lower=160)
+    text = message(problem(EFFECT, [100, 100, 100]), MixOptions(move=0.1, groups=(group,)))
+    assert "the trust region (move = 0.1" in text and "the minimum of group 'code' (160)" in text
+    assert "raise move from 0.1 to 0.2" in text
+    assert "lower the minimum of group 'code' to 130" in text
+    assert "guard" not in text and "supply" not in text
+
+
+def test_group_maximum_against_supplies_needs_more_data():
+    p = problem(EFFECT, [100, 100, 100], supply_S=[200, 105, 110])
+    group = GroupLimit(name="a", members=("c0",), upper=50)
+    text = message(p, MixOptions(move=1.0, groups=(group,)))
+    assert "raise the maximum of group 'a' to 85" in text
+    assert "use 140 examples of category 'c1' (35 more" in text
+    assert "trust region" not in text
+
+
+def test_guard_against_group_minimum_offers_both():
+    effect = [[1.0, 0.0], [0.0, 1.0]]
+    p = problem(effect, [100, 100])
+    group = GroupLimit(name="a", members=("c0",), lower=130)
+    text = message(p, MixOptions(move=1.0, guard=0.1, groups=(group,)))
+    assert "the guard of target 'c1' (may lose at most 10)" in text
+    assert "let target 'c1' lose 30" in text
+    assert "lower the minimum of group 'a' to 110" in text
+
+
+def test_cap_against_group_minimum():
+    group = GroupLimit(name="a", members=("c0",), lower=130)
+    text = message(problem(np.eye(2), [100, 100]), MixOptions(move=1.0, cap=0.1, groups=(group,)))
+    assert "(20 examples)" in text and "the cap on the move of category 'c" in text
+    assert "lower the minimum of group 'a' to 120" in text
+    assert "move by 30" not in text, "the cap of c0 alone would not do: c1 is capped as well"
+
+
+def test_two_independent_conflicts_are_told_together():
+    groups = (
+        GroupLimit(name="a", members=("c0",), lower=150),
+        GroupLimit(name="b", members=("c1",), upper=50),
+    )
+    p = problem(np.eye(4), [100, 100, 100, 100], cap_S=[10, 10, 400, 400])
+    text = message(p, MixOptions(move=1.0, groups=groups))
+    assert "No single limit is enough; together these are: " in text
+    assert "'a'" in text.split("together these are")[1] or "'c0'" in text
+    assert "'b'" in text.split("together these are")[1] or "'c1'" in text
+
+
+def test_too_few_categories_says_how_many_it_takes():
+    p = problem(EFFECT, [100, 100, 100])
+    assert "raise max_categories to 3" in message(p, MixOptions(move=0.1, max_categories=1))
+    assert solve_mix(p, MixOptions(move=0.4, max_categories=2)).status == "optimal"
+
+
+def test_whole_numbers_that_do_not_exist_are_blamed_on_integer():
+    p = problem(np.eye(2), [10, 10])
+    group = GroupLimit(name="a", members=("c0",), lower=10.2, upper=10.8)
+    assert "no whole-number mix" in message(p, MixOptions(move=1.0, integer=True, groups=(group,)))
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_every_single_relaxation_that_is_offered_does_help(seed):
+    rng = np.random.default_rng(seed)
+    p, options = random_question(rng, "linear")
+    S = len(p.categories)
+    if S < 3:
+        return
+    members = p.categories[: S // 2]
+    held = p.base_S[: S // 2].sum()
+    group = GroupLimit(name="half", members=members, lower=float(held * 1.4 + 5))
+    options = replace(options, groups=(group,), move=0.05, unit="examples")
+    p = replace(p, tokens_S=None)
+    try:
+        solve_mix(p, options)
+    except InfeasibleMixError as error:
+        text = str(error)
+    else:
+        return
+    wider = re.search(r"raise move from 0.05 to ([0-9.e+-]+)", text)
+    lower = re.search(r"lower the minimum of group 'half' to ([0-9.e+-]+)", text)
+    if wider:
+        needed = float(wider.group(1))
+        solve_mix(p, replace(options, move=min(needed * (1 + 1e-5), 1.0)))
+        with pytest.raises(InfeasibleMixError):
+            solve_mix(p, replace(options, move=needed * (1 - 1e-3)))
+    if lower:
+        needed = float(lower.group(1))
+        solve_mix(p, replace(options, groups=(replace(group, lower=needed * (1 - 1e-5)),)))
+        with pytest.raises(InfeasibleMixError):
+            above = replace(group, lower=needed * (1 + 1e-3) + 1e-3)
+            solve_mix(p, replace(options, groups=(above,)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("base_S", [1.0, -2.0, 3.0], "every base count must be a number >= 0"),
+        ("base_S", [1.0, float("nan"), 3.0], "every base count"),
+        ("base_S", [0.0, 0.0, 0.0], "at least one category with a positive count"),
+        ("base_S", [1.0, 2.0], "one base count for each of the 3"),
+        ("supply_S", [1.0, 2.0, -3.0], "every supply"),
+        ("tokens_S", [1.0, 0.0, 1.0], "tokens per example must be > 0"),
+        ("importance_T", [0.0, 0.0, 0.0], "at least one target needs a positive importance"),
+        ("se_TS", -np.ones((3, 3)), "standard errors must be >= 0"),
+        ("identifiable_TS", np.ones((3, 3)), "must be a bool table"),
+        ("categories", ("a", "a", "b"), "found 'a' more than once"),
+    ],
+)
+def test_unusable_input_is_refused_with_its_place(field, value, said):
+    with pytest.raises(DataError, match=re.escape(said)):
+        problem(EFFECT, **({"base_S": [1.0, 2.0, 3.0]} | {field: value}))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_effects_that_are_not_finite_are_refused_by_name(bad):
+    effect = np.array(EFFECT)
+    effect[1, 2] = bad
+    with pytest.raises(DataError, match="target 'c1', source 'c2'"):
+        problem(effect, [1, 1, 1])
+
+
+def test_shape_that_does_not_fit_the_names_is_refused():
+    with pytest.raises(DataError, match=r"3 targets .* 3 source categories, found shape \(2, 3\)"):
+        problem(EFFECT[:2], [1, 1, 1], targets=("c0", "c1", "c2"))
