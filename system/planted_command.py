@@ -8,24 +8,31 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from system.errors import ConfigError
 from system.planted import PlantedWorld, planted_world
 
+if TYPE_CHECKING:
+    from system.corpus import Corpus
+
 MAX_LENGTH = 64
-WARM_ROWS = 24_000
+WARM_ROWS = 12_000
 TINY = {
     "vocab_size": 1536,
     "hidden_size": 96,
     "num_layers": 3,
     "num_heads": 3,
-    "warmup_tokens": 1_200_000,
+    "warmup_tokens": 200_000,
     "batch_tokens": 1024,
     "learning_rate": 2e-3,
 }
-"""The warm base model; `builtin:tiny` with a vocabulary of the made-up words."""
+"""The base model: `builtin:tiny` with a vocabulary of the made-up words."""
+WARM_BATCH_SIZE = 16
+WARM_LEARNING_RATE = 2e-3
+"""Supervised warm-up after it: only losses of answers teach the way from a key to its answer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=1000, help="rows of each category (1000)")
     parser.add_argument("--seed", type=int, default=0, help="other words and facts (0)")
     parser.add_argument(
-        "--no-model", action="store_true", help="leave out the warm base model (half a minute)"
+        "--no-model", action="store_true", help="leave out the warm base model (a minute)"
     )
 
 
@@ -119,19 +126,19 @@ def _config(world: PlantedWorld, seed: int, home: Path) -> dict:
         "ingest": {"estimate_share": 0.15, "test_share": 0.1},
         "model": {"path": str(home / "model"), "max_length": MAX_LENGTH},
         "influence": {
-            "rows_per_category": 192,
-            "dose_rows": 128,
-            "heldout_rows": 96,
+            "rows_per_category": 160,
+            "dose_rows": 120,
+            "heldout_rows": 64,
             "replications": 3,
             "batch_size": 8,
             "learning_rate": 1e-3,
         },
-        "solve": {"budget": 192 * len(world.tasks), "importance": "uniform"},
+        "solve": {"budget": 160 * len(world.tasks), "importance": "uniform"},
     }
 
 
 def _build_model(out: Path, seed: int) -> None:
-    """Trains tokenizer and model on the warm-up text alone."""
+    """Trains tokenizer and model on the warm-up rows alone: as text, then as questions."""
     from system.config import (
         IngestConfig,
         ModelConfig,
@@ -161,3 +168,28 @@ def _build_model(out: Path, seed: int) -> None:
         corpus = Corpus.open(str(Path(folder) / "manifest.json"))
         (out / "model").mkdir()
         build_tiny_model(corpus, model, seed, out / "model")
+        _teach_answers(corpus, out / "model", seed)
+
+
+def _teach_answers(corpus: Corpus, model_dir: Path, seed: int) -> None:
+    from system.chat import encode_table
+    from system.model import load_model, load_tokenizer
+    from system.plan import build_plan
+    from system.train import train_on_plan
+    from system.train_settings import TrainSettings
+
+    rows = corpus.sample("train", "warm", corpus.num_rows("train", "warm"), seed)
+    tokens, _ = encode_table(rows, load_tokenizer(model_dir), MAX_LENGTH)
+    plan = build_plan(
+        tokens,
+        ["warm-up"] * tokens.num_rows,
+        batch_size=WARM_BATCH_SIZE,
+        max_length=MAX_LENGTH,
+        packing=False,
+    )
+    model = load_model(model_dir)
+    settings = TrainSettings(
+        learning_rate=WARM_LEARNING_RATE, lr_schedule="cosine", warmup_share=0.05, seed=seed
+    )
+    train_on_plan(model, plan, settings)
+    model.save_pretrained(model_dir)

@@ -158,9 +158,8 @@ def test_an_actor_that_dies_in_the_middle_changes_nothing(world, finished):
     )
 
 
-@pytest.mark.parametrize("finished_runs", [0, 3])
-def test_a_driver_that_dies_continues_with_the_same_numbers(world, finished, finished_runs):
-    name = f"stopped-{finished_runs}"
+def test_a_driver_that_dies_continues_with_the_same_numbers(world, finished):
+    name, finished_runs = "stopped", 3
     with pytest.raises(Killed):
         world.run(name, StopsAfter(finished_runs))
     world.cluster.close_pool("tuner")
