@@ -185,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replications", type=int, default=3)
     parser.add_argument("--budget", type=int, default=6, help="replications of the reference")
+    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", help="JSON file")
@@ -196,7 +197,7 @@ def main() -> None:
         whole = bench.measure("retrain", arguments.budget, run_seed=1000)
         reference = estimate_effects(whole.measurements)
         halves = split_half(whole.measurements)
-        for estimator in ESTIMATORS:
+        for estimator in arguments.estimators:
             measured = bench.measure(estimator, arguments.replications, run_seed=1)
             for count in range(1, arguments.replications + 1):
                 part = measured.measurements.replications(list(range(count)))
