@@ -1,8 +1,14 @@
-"""The optimiser: an exact, explained mix from measured effects (HiGHS)."""
+"""The optimiser: an exact, explained mix from measured effects (HiGHS).
 
-from system.solve.mix import CategoryMix, GroupMix, Mix, Relaxation, SolverInfo, TargetMix
-from system.solve.problem import GroupLimit, MixOptions, MixProblem
-from system.solve.solve import MixSession, MovePoint, solve_mix, sweep_move
+Names are loaded on first use, so that the command line can build its help without the solver.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from system.solve.mix import CategoryMix, GroupMix, Mix, Relaxation, SolverInfo, TargetMix
+    from system.solve.problem import GroupLimit, MixOptions, MixProblem
+    from system.solve.solve import MixSession, MovePoint, solve_mix, sweep_move
 
 __all__ = [
     "CategoryMix",
@@ -19,3 +25,27 @@ __all__ = [
     "solve_mix",
     "sweep_move",
 ]
+
+_HOME = {
+    "CategoryMix": "mix",
+    "GroupLimit": "problem",
+    "GroupMix": "mix",
+    "Mix": "mix",
+    "MixOptions": "problem",
+    "MixProblem": "problem",
+    "MixSession": "solve",
+    "MovePoint": "solve",
+    "Relaxation": "mix",
+    "SolverInfo": "mix",
+    "TargetMix": "mix",
+    "solve_mix": "solve",
+    "sweep_move": "solve",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
