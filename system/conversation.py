@@ -10,8 +10,8 @@ each text stripped on both sides.  US and RS are control characters, which no te
 different conversations never have the same bytes.  The id depends on nothing else: not on the
 machine, the file, the order of rows, the category or the version of this package.
 
-**Split**: from SHA-256 over the turns that are not the assistant's.  The same question with another
-answer lands in the same split, and adding data moves no row.
+**Split**: from SHA-256 over the same bytes of the turns that are not the assistant's.  The same
+question with another answer lands in the same split, and adding data moves no row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ Turn = tuple[str, str]
 SPLITS: tuple[str, ...] = ("train", "estimate", "test")
 NORMALISATION_VERSION = 1
 
-_SPLIT_SALT = b"instructmix split 1\x1e"
 _CONTROL_BYTES = bytes([*range(0x09), *range(0x0E, 0x20), 0x7F])
 _LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c]")
 _FOLLOWS = {
@@ -118,23 +117,25 @@ def _check_order(roles: list[str]) -> None:
 
 def _identify(roles: list[str], contents: list[str], num_chars: int) -> Conversation:
     parts = [f"{role}\x1f{text.strip()}" for role, text in zip(roles, contents, strict=True)]
+    asked = [part for part, role in zip(parts, roles, strict=True) if role != "assistant"]
     try:
-        whole = "\x1e".join(parts).encode()
+        prompt = "\x1e".join(asked).encode()
+        # With one answer, at the end, the prompt side is how the whole begins: hashed once.
+        is_prefix = len(asked) == len(parts) - 1 and roles[-1] == "assistant"
+        rest = (f"\x1e{parts[-1]}" if is_prefix else "\x1e".join(parts)).encode()
     except UnicodeEncodeError as error:
         raise RowRejected("bad-utf8", f"half of a surrogate pair at {error.start}") from None
-    if len(whole) - len(whole.translate(None, _CONTROL_BYTES)) != 2 * len(parts) - 1:
+    digest = hashlib.sha256(prompt)
+    prompt_hash = int.from_bytes(digest.digest()[:8], "big")
+    num_control = len(rest) - len(rest.translate(None, _CONTROL_BYTES))
+    if is_prefix:
+        digest.update(rest)
+        num_control += len(prompt) - len(prompt.translate(None, _CONTROL_BYTES))
+    else:
+        digest = hashlib.sha256(rest)
+    if num_control != 2 * len(parts) - 1:
         raise RowRejected("control-characters", _describe_control(contents))
-    prompt = "\x1e".join(
-        [part for part, role in zip(parts, roles, strict=True) if role != "assistant"]
-    )
-    digest = hashlib.sha256(_SPLIT_SALT + prompt.encode()).digest()
-    return Conversation(
-        hashlib.sha256(whole).hexdigest()[:32],
-        roles,
-        contents,
-        int.from_bytes(digest[:8], "big"),
-        num_chars,
-    )
+    return Conversation(digest.hexdigest()[:32], roles, contents, prompt_hash, num_chars)
 
 
 def _describe_control(contents: Sequence[str]) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import heapq
-import io
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -140,11 +139,12 @@ def write_shard(
     The bytes depend on the rows alone, not on how the table came about.
     """
     table = canonical_table(check_table(table, CORPUS, path))
-    sink = io.BytesIO()
+    sink = pa.BufferOutputStream()
     with pyarrow.ipc.new_file(sink, CORPUS) as writer:
         writer.write_table(table, max_chunksize=_BATCH_ROWS)
     data = sink.getvalue()
-    storage.write_bytes(storage.join(base_uri, path), data)
+    with storage.atomic_output(storage.join(base_uri, path)) as file:
+        file.write(memoryview(data))
     return Shard(
         path=path,
         split=split,

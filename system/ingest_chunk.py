@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -30,7 +31,7 @@ from system.readers import Defect, Piece, read_numbers, read_rows
 from system.schema import MESSAGES
 from system.spill import SpillWriter, spill_output
 
-_FLUSH_CHARS = 32 * 2**20
+_FLUSH_CHARS = 8 * 2**20
 _FLUSH_ROWS = 65536
 _FLUSH_REJECTED = 8192
 _DETECTION_ROWS = 32
@@ -294,13 +295,14 @@ class _HeldRows:
         self._clear()
 
     def _clear(self) -> None:
+        # Flat columns: a container for each row would keep the garbage collector busy.
         self.num_chars = 0
         self._ids: list[str] = []
         self._roles: list[str] = []
         self._contents: list[str] = []
-        self._ends: list[int] = [0]
-        self._labels: list[tuple[Any, ...]] = []
-        self._places: list[tuple[int, int, int, int]] = []
+        self._ends = array("q", [0])
+        self._labels: list[Any] = []
+        self._places = array("q")
 
     @property
     def num_rows(self) -> int:
@@ -318,8 +320,8 @@ class _HeldRows:
         self._roles += conversation.roles
         self._contents += conversation.contents
         self._ends.append(len(self._roles))
-        self._labels.append(labels)
-        self._places.append(place)
+        self._labels.extend(labels)
+        self._places.extend(place)
         self.num_chars += conversation.num_chars
 
     def take(self) -> tuple[pa.Table, np.ndarray]:
@@ -330,13 +332,15 @@ class _HeldRows:
         turns = pa.StructArray.from_arrays(
             [_strings(self._roles), _strings(self._contents)], fields=list(MESSAGES.value_type)
         )
-        messages = pa.ListArray.from_arrays(pa.array(self._ends, pa.int32()), turns, type=MESSAGES)
-        category, answer, pattern, score = zip(*self._labels, strict=True)
-        places = np.array(self._places, np.int64)
+        messages = pa.ListArray.from_arrays(
+            pa.array(np.array(self._ends, np.int32)), turns, type=MESSAGES
+        )
+        category, answer, pattern, score = (self._labels[k::4] for k in range(4))
+        places = np.array(self._places, np.int64).reshape(-1, 4)
         columns = {
             "id": _strings(self._ids),
             "category": pa.array(category, pa.string()),
-            "source": pa.array([self._source] * len(self._ids), pa.string()),
+            "source": pa.repeat(pa.scalar(self._source, pa.string()), len(self._ids)),
             "messages": messages,
             "answer": pa.array(answer, pa.string()),
             "answer_pattern": pa.array(pattern, pa.string()),
