@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from system.config import SourceConfig
 from system.conversation import (
@@ -244,6 +246,27 @@ def test_ids_and_splits_never_change():
     assert content_id(known.roles, known.contents) == known.id
     assert known.id == "275167cceca1044a361f80e7308f22f2"
     assert known.prompt_hash == 8951225997346819132
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_the_short_way_for_pairs_gives_what_the_long_way_gives(question, answer):
+    pair = [("user", question), ("assistant", answer)]
+
+    def outcome(turns):
+        try:
+            return normalise(turns, 20)
+        except RowRejected as rejected:
+            return rejected.reason
+
+    short = outcome(pair)
+    # A turn after the last answer is dropped, and keeps the short way from being taken.
+    assert outcome([*pair, ("user", "and?")]) == short
+
+
+def test_control_characters_beside_any_other_text_are_named():
+    with pytest.raises(RowRejected) as rejected:
+        normalise([("user", "日本\x00é\x7f"), ("assistant", "A")], 100)
+    assert rejected.value.detail == "control characters U+0000, U+007F"
 
 
 def test_moving_text_between_turns_changes_the_id():
