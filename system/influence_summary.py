@@ -97,7 +97,8 @@ def summarise(
         part["agreement"]["rank"]["value"] for part in directions.values() if part["agreement"]
     ]
     known = [rank for rank in ranks if rank is not None]
-    believed = bool(known) and min(known) >= config.min_agreement
+    # Two categories have one pair a side: nothing to correlate, so nothing speaks against them.
+    believed = len(design.replications) > 1 and min(known, default=1.0) >= config.min_agreement
     return {
         "estimator": design.estimator,
         "replications": len(design.replications),
@@ -211,8 +212,10 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
             f"token against effects that vary by {noise['signal_sd']:.4f}"
         )
         halves = part["agreement"]
-        if halves is None:
+        if summary["replications"] < 2:
             lines.append(f"{text}; one schedule only, so these are held-out errors")
+        elif halves is None:
+            lines.append(f"{text}; two categories are too few to compare halves")
         else:
             rank = halves["rank"]
             lines.append(

@@ -83,6 +83,12 @@ def test_agreement_below_the_limit_is_said():
     assert summary(quiet, 2, min_agreement=0.5)["is_believed"]
 
 
+def test_two_categories_have_no_agreement_but_are_not_doubted_for_it():
+    found = summary(World(num_categories=2), 3)
+    assert found["directions"]["remove"]["agreement"] is None and found["is_believed"]
+    assert "one schedule only" not in " ".join(result_lines(found))
+
+
 def test_the_strongest_pairs_are_the_largest_off_the_diagonal():
     world = World(spread=0.2, run_noise=1e-3, shared_noise=1e-3, example_effect=1e-3)
     truth = world.truth_TS()
