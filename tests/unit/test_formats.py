@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from system.errors import DataError
 from system.formats import FORMATS, choose_format, columns_format
 
 
-def turns(row: dict, name: str = "auto") -> list[tuple[str, str]]:
+def turns(row: dict, name: Any = "auto") -> list[tuple[str, str]]:
     return choose_format(SourceConfig(path="x", format=name), [row], "x").turns(row)
 
 
