@@ -84,9 +84,8 @@ def read_ranges(model: Model, program: Program, point: Point) -> Ranges:
     simple = ~(is_basic_C[:S] | is_basic_C[S : 2 * S])
     up_S, down_S = basis.nonbasic_score_room()
     score_up_S[simple], score_down_S[simple] = up_S[simple], down_S[simple]
-    for j in np.flatnonzero(~simple):
-        score_up_S[j] = basis.basic_score_room(j, +1.0)
-        score_down_S[j] = basis.basic_score_room(j, -1.0)
+    held = np.flatnonzero(~simple)
+    score_up_S[held], score_down_S[held] = basis.basic_score_room(held)
     bound_up_S, bound_down_S = basis.bound_room()
     face = optimal_face(program, point, num_pairs=num_pairs(model))
     if not face.is_unique:
@@ -146,17 +145,20 @@ class _Basis:
         )
         return up_S, down_S
 
-    def basic_score_room(self, j: int, sign: float) -> float:
-        """Room of the score of category j in one direction when it is in the basis."""
-        S = self.model.num_sources
-        change_C = np.zeros(len(self.reduced_C))
-        change_C[j], change_C[S + j] = sign, -sign
-        basic_change = change_C[self.basic]
-        reduced_change_C = change_C - basic_change @ self.answer
-        room = _sign_room(self.reduced_C, reduced_change_C, self.at_upper_C, self.at_lower_C)
-        dual_change = basic_change @ self.inverse
-        rows = _sign_room(self.dual_R, dual_change, self.row_at_upper, self.row_at_lower)
-        return min(room, rows)
+    def basic_score_room(self, categories: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[k] room up and down of the scores of categories that are in the basis."""
+        S, k = self.model.num_sources, np.arange(len(categories))
+        change_kC = np.zeros((len(categories), len(self.reduced_C)))
+        change_kC[k, categories], change_kC[k, S + categories] = 1.0, -1.0
+        basic_kB = change_kC[:, self.basic]
+        columns = change_kC - basic_kB @ self.answer
+        rows = basic_kB @ self.inverse
+        room = []
+        for sign in (1.0, -1.0):
+            by_column = _sign_room(self.reduced_C, sign * columns, self.at_upper_C, self.at_lower_C)
+            by_row = _sign_room(self.dual_R, sign * rows, self.row_at_upper, self.row_at_lower)
+            room.append(np.minimum(by_column, by_row))
+        return room[0], room[1]
 
     def bound_room(self) -> tuple[np.ndarray, np.ndarray]:
         """[S] how far the upper bound of u may rise and fall."""
@@ -209,16 +211,19 @@ class _Basis:
 
 def _sign_room(
     value: np.ndarray, change: np.ndarray, must_stay_up: np.ndarray, must_stay_down: np.ndarray
-) -> float:
-    """Largest step for which values that are >= 0 (<= 0) by optimality stay so."""
-    falls = must_stay_up & (change < -1e-13)
-    rises = must_stay_down & (change > 1e-13)
-    rooms = np.r_[
-        np.maximum(value[falls], 0.0) / -change[falls],
-        np.maximum(-value[rises], 0.0) / change[rises],
-        np.inf,
-    ]
-    return float(rooms.min())
+) -> np.ndarray:
+    """[k] largest step for which values that are >= 0 (<= 0) by optimality stay so.
+
+    ``value`` [n] changes by ``change`` [k, n] per unit of the step.
+    """
+    watched = np.flatnonzero(must_stay_up | must_stay_down)
+    if not len(watched):
+        return np.full(len(change), np.inf)
+    sign = np.where(must_stay_up[watched], 1.0, -1.0)
+    left = np.maximum(sign * value[watched], 0.0)
+    falling = -sign * change[:, watched]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(falling > 1e-13, left / falling, np.inf).min(axis=1)
 
 
 def _box_room(fall: np.ndarray, below: np.ndarray, above: np.ndarray) -> np.ndarray:

@@ -44,6 +44,10 @@ class Outcome:
     relaxed_gain: float = 0.0
 
 
+_GUARDS_AT_ONCE = 64
+"""So few guards are cheaper as rows from the start than in rounds."""
+
+
 def score_program(model: Model) -> Program:
     """The program of an objective that is a value per example added or removed."""
     return new_program(model, cost_C=np.r_[model.score_add_S, -model.score_remove_S])
@@ -79,7 +83,7 @@ def _without_cycles(program: Program, model: Model, point: Point, guards: GuardC
     """The same optimum where no category is both added and removed.
 
     Where the trust region has no price a vertex may use it up by adding and removing the same
-    category. Closing the smaller side of each pair leaves the optimum what it is and gives a basis
+    category. Closing the idle side of every pair leaves the optimum what it is and gives a basis
     whose ranges speak of the mix; it stays optimal when the sides are opened again.
     """
     assert point.is_basic_C is not None
@@ -88,8 +92,8 @@ def _without_cycles(program: Program, model: Model, point: Point, guards: GuardC
     if not both_S.any():
         return point
     upper_C = program.upper_C
-    is_down_S = point.x_C[:S] < point.x_C[S : 2 * S]
-    closed_C = np.r_[both_S & is_down_S, both_S & ~is_down_S]
+    net_S = point.x_C[:S] - point.x_C[S : 2 * S]
+    closed_C = np.concatenate([net_S <= 0, net_S >= 0])
     program.set_column_bounds(program.lower_C, np.where(closed_C, program.lower_C, upper_C))
     point = solve_with_cuts(program, guards)
     program.set_column_bounds(program.lower_C, upper_C)
@@ -97,17 +101,23 @@ def _without_cycles(program: Program, model: Model, point: Point, guards: GuardC
 
 
 def _start(program: Program, model: Model, guards: GuardCuts) -> None:
-    """Give a fresh program the guards and the basis that an interior point suggests."""
+    """Give a fresh program its guards if they are few, else what an interior point suggests."""
     guess = guess_basis(model)
-    if guess is None:
-        return
+    if guess is not None:
+        rows = guess.guards
+    else:
+        rows = np.flatnonzero(np.isfinite(guards.floor_T))
+        if model.effects.off_add_TS is not None or not 0 < len(rows) <= _GUARDS_AT_ONCE:
+            return
     names = model.problem.targets
     program.add_rows(
-        [("guard", names[i]) for i in guess.guards],
-        model.effects.rows(guess.guards),
-        guards.floor_T[guess.guards],
-        np.full(len(guess.guards), np.inf),
+        [("guard", names[i]) for i in rows],
+        model.effects.rows(rows),
+        guards.floor_T[rows],
+        np.full(len(rows), np.inf),
     )
+    if guess is None:
+        return
     column_status_C = np.where(guess.is_basic_C, 0, np.where(guess.at_upper_C, 1, -1))
     row_status_R = np.r_[guess.side_P, np.full(len(guess.guards), -1)]
     program.start_from(column_status_C, row_status_R)
