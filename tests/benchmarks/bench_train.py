@@ -9,8 +9,8 @@ trainers run in processes of their own, interleaved over the rounds; medians are
 machine that others use too, tokens per CPU second with `--threads 1` is the steadier number.
 
 Competitors:
-    trl-packed    SFTTrainer(packing=True), its best-fit packing; without FlashAttention its packed
-                  rows attend to each other (contaminated), which costs it no mask
+    trl-packed    SFTTrainer(packing=True), its best-fit packing, flattened to one sequence a
+                  batch; transformers then masks rows apart (exact, quadratic in the batch)
     trl           SFTTrainer defaults
     trainer       transformers.Trainer with DataCollatorForSeq2Seq padding
     instructmix   this project's loop
