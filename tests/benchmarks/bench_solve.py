@@ -325,7 +325,7 @@ def render(
         "# The optimiser against what else one could use",
         "",
         "Objective `linear`, trust region 10 %, supply twice the base, gamma = unit diagonal plus",
-        "noise of 0.05; median of repeated solves in a warm process, parsing apart. *gain*: share of",
+        "noise of 0.05; median of repeated solves, warm process, parsing apart. *gain*: share of",
         "the optimum reached. *broken*: guards that the answer violates (Adam knows no limits).",
         "",
         "  ".join(f"{k}: {v}." for k, v in facts.items()),
@@ -351,8 +351,8 @@ def render(
         "",
         "At 28 categories Adam usually stops early, when a weight falls below 1e-5. All 2000 steps "
         f"take {adam['numpy'] * 1e3:.0f} ms in numpy and {adam['torch'] * 1e3:.0f} ms in torch, "
-        f"{adam['numpy'] / mine.seconds:.0f} and {adam['torch'] / mine.seconds:.0f} times the exact "
-        f"solve with prices and ranges ({mine.seconds * 1e3:.2f} ms).",
+        f"{adam['numpy'] / mine.seconds:.0f} and {adam['torch'] / mine.seconds:.0f} times the "
+        f"exact solve with prices and ranges ({mine.seconds * 1e3:.2f} ms).",
         "",
     ]
     if file is not None:
@@ -393,8 +393,8 @@ def main() -> None:
     file = None if quick else measure_file(10_000)
     rows = [{k: getattr(row, k) for k in Result.__slots__} for row in results]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    record = {"facts": known, "results": rows, "file": file, "adam": adam, "peak_gib": peak}
     adam = adam_to_the_end()
+    record = {"facts": known, "results": rows, "file": file, "adam": adam, "peak_gib": peak}
     text = render(results, file, adam, known)
     print(text)
     if not quick:
