@@ -162,7 +162,7 @@ def _adam_torch(case: Case, a: np.ndarray, *, smallest: float = 1e-5) -> np.ndar
         loss = -(start @ (gamma @ w)) / w.sum()
         loss.backward()
         optimiser.step()
-        if float(w.min()) < smallest:
+        if float(w.detach().min()) < smallest:
             break
     return w.detach().numpy()
 
