@@ -15,13 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from system import storage
 from system.config import RunConfig
 from system.errors import ClusterError
 from system.rundir import fingerprint
 
-ENTRYPOINT = "python -m system.cli run config.json"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
@@ -30,6 +31,7 @@ def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
     Raises:
         ClusterError: there is no Ray dashboard at the address, or it lost the job.
     """
+    _use_token_where_there_is_one()
     # Ray's client configures progress bars and log lines of its own, which nobody asked for.
     os.environ.setdefault("RAY_RUNTIME_ENV_LOG_TO_DRIVER_ENABLED", "0")
     from ray.job_submission import JobStatus, JobSubmissionClient
@@ -42,7 +44,7 @@ def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(value, indent=2), encoding="utf-8")
             client.submit_job(
-                entrypoint=ENTRYPOINT,
+                entrypoint=f"{interpreter(address)} -m system.cli run config.json",
                 submission_id=job,
                 runtime_env={"working_dir": folder},
                 metadata={"run_dir": resolved.run_dir},
@@ -64,6 +66,18 @@ def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
     code = getattr(info, "driver_exit_code", None)
     print(f"instructmix: job {job} {info.status.value.lower()}: {info.message}", file=sys.stderr)
     return code if code else 1
+
+
+def interpreter(address: str) -> str:
+    """The Python of the job's driver: on this machine this one, elsewhere the image's."""
+    return sys.executable if urlsplit(address).hostname in LOOPBACK else "python"
+
+
+def _use_token_where_there_is_one() -> None:
+    """Ray protects new clusters with a token, but its job client sends one only when told to."""
+    token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if token or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def resolve_paths(config: RunConfig) -> RunConfig:

@@ -28,6 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"instructmix: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if arguments.debug:
+            raise
+        print(
+            f"instructmix: the system refused a file operation: {error}. Check space, permissions "
+            "and the path; finished work is kept, run again to continue.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("instructmix: stopped; finished work is kept, run again to continue", file=sys.stderr)
         return 1

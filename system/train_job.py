@@ -212,29 +212,8 @@ def _train(
             is_async=device.type == "cuda",
         )
         totals = TrainTotals(newest.counters if newest else None)
-        log = None
-        if ranks.is_first:
-            log = TrainLog(
-                job.output_uri,
-                start_step=start,
-                num_steps=plan.num_steps,
-                world_size=training.world_size,
-                device=device,
-                trackers=job.log_to,
-                name=job.name,
-            )
-        for step in range(start, plan.num_steps):
-            stats = training.step(step)
-            totals.add(stats)
-            if log is not None:
-                log.add(stats)
-            writer.poll()
-            if (step + 1) % job.checkpoint_every == 0 and step + 1 < plan.num_steps:
-                if log is not None:
-                    log.flush()
-                writer.save(training, step + 1, totals.state())
-                if on_checkpoint is not None:
-                    on_checkpoint({"job": job.name, "step": step + 1, "loss": stats.loss})
+        log = _open_log(job, training, start, device) if ranks.is_first else None
+        _make_steps(job, training, range(start, plan.num_steps), writer, totals, log, on_checkpoint)
         writer.finish()
         is_whole = job.settings.lora is None and job.settings.parallel == "ddp"
         state = None if is_whole else whole_state(training)
@@ -259,6 +238,42 @@ def _train(
         if job.keep_checkpoints == 0:
             storage.delete(checkpoints_uri)
     return ranks.from_first(summary)
+
+
+def _open_log(job: TrainJob, training: Training, start: int, device: torch.device) -> TrainLog:
+    return TrainLog(
+        job.output_uri,
+        start_step=start,
+        num_steps=training.plan.num_steps,
+        world_size=training.world_size,
+        device=device,
+        trackers=job.log_to,
+        name=job.name,
+    )
+
+
+def _make_steps(
+    job: TrainJob,
+    training: Training,
+    steps: range,
+    writer: CheckpointWriter,
+    totals: TrainTotals,
+    log: TrainLog | None,
+    on_checkpoint: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    """Trains, and saves a checkpoint after every `checkpoint_every` steps but the last."""
+    for step in steps:
+        stats = training.step(step)
+        totals.add(stats)
+        if log is not None:
+            log.add(stats)
+        writer.poll()
+        if (step + 1) % job.checkpoint_every == 0 and step + 1 < steps.stop:
+            if log is not None:
+                log.flush()
+            writer.save(training, step + 1, totals.state())
+            if on_checkpoint is not None:
+                on_checkpoint({"job": job.name, "step": step + 1, "loss": stats.loss})
 
 
 def _export(
