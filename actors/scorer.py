@@ -93,12 +93,14 @@ def scorer_pool(context: StageContext) -> ActorPool:
 def engine_settings(context: StageContext) -> EngineSettings:
     """What the configuration says about the engine."""
     config = context.config
+    use_gpu = config.cluster.scorer_gpus > 0
     return EngineSettings(
         dtype=config.model.dtype,
         max_length=config.model.max_length,
         memory_gib=config.cluster.engine_memory_gib,
         gpu_memory_utilization=config.cluster.gpu_memory_utilization,
-        use_gpu=config.cluster.scorer_gpus > 0,
+        use_gpu=use_gpu,
+        logits_memory_mib=2048 if use_gpu else 512,
         trust_remote_code=config.model.trust_remote_code,
         seed=config.seed,
     )

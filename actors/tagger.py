@@ -74,6 +74,7 @@ def run(context: StageContext) -> StageResult:
         "renamed": stage.renamed,
         "dropped": dropped,
         "categories": len(manifest.categories),
+        "without_rows": sorted(set(stage.names) - set(manifest.categories)),
         "accuracy_rows": 0 if accuracy is None else accuracy.rows,
     }
     outputs = {"manifest": "manifest.json", "accuracy": "accuracy.json"}
@@ -311,6 +312,8 @@ def _lines(counts: Mapping[str, Any], accuracy: TagAccuracy | None) -> tuple[str
         f"{counts['rows']:,} rows in {counts['categories']} categories; {counts['tagged']:,} "
         f"tagged by the model, {counts['renamed']:,} renamed"
     ]
+    if counts["without_rows"]:
+        lines.append(f"left out, no row fell into them: {', '.join(counts['without_rows'])}")
     if counts["dropped"]:
         lines.append(f"left out, no answer from the engine: {counts['dropped']['tag-failed']:,}")
     if accuracy is not None:

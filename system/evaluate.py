@@ -305,7 +305,10 @@ def _comparisons(
             if arm == reference or (reference == NATURAL and arm in _UNTRAINED_OR_ONCE):
                 continue
             for category, weighting, weights in _scopes(weightings):
-                found = contrast(performance, {arm: 1.0, reference: -1.0}, weights, confidence)
+                found = contrast(
+                    performance, {arm: 1.0, reference: -1.0}, weights, confidence,
+                    is_binary=metric == "accuracy",
+                )  # fmt: skip
                 yield {
                     "metric": metric, "arm": arm, "reference": reference, "category": category,
                     "weighting": weighting, **found.to_json(),

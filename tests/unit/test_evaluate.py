@@ -128,6 +128,16 @@ def test_identical_arms_are_a_tie_with_no_error():
     assert (found.value, found.se, found.verdict) == (0.0, 0.0, "tie")
 
 
+def test_a_few_answers_that_all_agree_are_no_proof_of_equality():
+    wrong = {"a": np.zeros((2, 6)), "b": np.zeros((2, 20))}
+    found = contrast(
+        {"natural": wrong, "solved": wrong}, DIFFERENCE, {"a": 0.5, "b": 0.5}, 0.95, is_binary=True
+    )
+    assert found.verdict == "tie"
+    assert found.se == pytest.approx(0.5 * np.hypot(1 / 8, 1 / 22))
+    assert found.low < -0.1 < 0.1 < found.high
+
+
 def test_arms_with_different_seeds_cannot_be_paired():
     performance = simulate(np.random.default_rng(7))
     performance["solved"] = {c: of[:2] for c, of in performance["solved"].items()}
