@@ -43,7 +43,7 @@ class Solution:
 class Solver:
     """One HiGHS model that is built, solved, changed and solved again from its warm basis."""
 
-    def __init__(self, *, max_nodes: int | None = None) -> None:
+    def __init__(self, *, gap: float = 0.0) -> None:
         self._highs = highspy.Highs()
         # Two methods of the compiled base class that the package's type stubs leave out.
         self._core: Any = self._highs
@@ -58,12 +58,10 @@ class Solver:
             "primal_feasibility_tolerance": TOLERANCE,
             "dual_feasibility_tolerance": TOLERANCE,
             "small_matrix_value": 1e-12,
-            "mip_rel_gap": 0.0,
+            "mip_rel_gap": gap,
             "mip_abs_gap": TOLERANCE,
             "mip_feasibility_tolerance": 1e-8,
         }
-        if max_nodes is not None:
-            options["mip_max_nodes"] = max_nodes
         for name, value in options.items():
             self._check(self._highs.setOptionValue(name, value), f"set option {name}={value}")
         self._check(self._highs.changeObjectiveSense(highspy.ObjSense.kMaximize), "maximise")
@@ -161,6 +159,17 @@ class Solver:
         basis.row_status = [names[k] for k in row_status_R.tolist()]
         basis.valid, basis.alien = True, True
         self._check(self._highs.setBasis(basis), "set a starting basis")
+
+    def limit_search(self, max_nodes: int) -> None:
+        """Stop the integer search after so many nodes."""
+        self._check(self._highs.setOptionValue("mip_max_nodes", max_nodes), "limit the search")
+
+    def suggest(self, x_C: np.ndarray) -> None:
+        """Give the integer search a point to begin with; it is dropped if it is not feasible."""
+        _require_finite("starting point", x_C)
+        start = highspy.HighsSolution()
+        start.col_value = x_C.tolist()
+        self._check(self._highs.setSolution(start), "take a starting point")
 
     def solve(self) -> Solution:
         """Solve from the present basis.

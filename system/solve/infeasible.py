@@ -33,6 +33,12 @@ class _Limit:
     """What a slack is measured against, > 0."""
 
 
+_MOST_FILTERED = 40
+"""Larger conflicts are named as the prices give them: filtering takes one LP a limit."""
+_MOST_TOLD = 12
+"""No one reads more limits than this."""
+
+
 def infeasibility(model: Model) -> InfeasibleMixError:
     """The error to raise for a model whose limits no mix satisfies."""
     fractional = replace(model.options, max_categories=None, integer=False)
@@ -46,8 +52,11 @@ def infeasibility(model: Model) -> InfeasibleMixError:
             "region (move), the caps or the guards slightly, or leave integer out"
         )
     limits = conflict.minimal()
-    advice = [words for limit in limits if (words := conflict.relaxation(limit)) is not None]
-    names = "; ".join(conflict.limits[k].words for k in limits)
+    asked = limits[:_MOST_TOLD]
+    advice = [words for limit in asked if (words := conflict.relaxation(limit)) is not None]
+    names = "; ".join(conflict.limits[k].words for k in asked)
+    if len(limits) > len(asked):
+        names += f"; and {len(limits) - len(asked)} more of the kind"
     message = (
         f"no mix of {model.budget:.10g} {model.options.unit} satisfies all limits; these conflict: "
         f"{names}. "
@@ -126,7 +135,7 @@ class _Conflict:
         return self._violation(set(range(len(self.limits)))) <= 1e-7
 
     def minimal(self) -> list[int]:
-        """A set of limits that conflict, none of which could be left out."""
+        """A set of limits that conflict; none could be left out, unless it is a large set."""
         self._violation(set(range(len(self.limits))))
         point = self._solve()
         reduced = np.abs(np.asarray(point.reduced_cost_C)[self._first :] + self._weight_K)
@@ -135,7 +144,7 @@ class _Conflict:
         active = {k for k in range(len(self.limits)) if reduced[k] > 1e-7 * self._weight_K[k]}
         if self._violation(active) <= 1e-7:
             active = set(range(len(self.limits)))
-        for k in sorted(active):
+        for k in sorted(active) if len(active) <= _MOST_FILTERED else ():
             if self._violation(active - {k}) > 1e-7:
                 active = active - {k}
         return sorted(active)

@@ -174,7 +174,7 @@ def new_program(
         upper_C=np.r_[model.up_S, model.down_S, extra_upper],
         unit_C=np.r_[np.full(2 * S, model.unit), extra_unit],
         is_integer_C=is_integer_C,
-        max_nodes=model.options.mip_max_nodes,
+        gap=model.options.mip_gap,
     )
     labels, rows, lower, upper = shared_rows(model)
     padded = np.zeros((len(rows), len(cost_C)))

@@ -226,8 +226,11 @@ class MixOptions:
     """``robust``: all sources may be off at once, or only ``sources_off`` of them."""
     sources_off: float | None = None
     """``robust`` with ``budget``: how many sources may be off at once. None: sqrt(sources)."""
-    mip_max_nodes: int = 100_000
-    """Node limit of the integer search: a count, not a time, so that it is the same everywhere."""
+    mip_gap: float = 1e-4
+    """Integer search: stop at this distance from the best possible gain, relative to the gain."""
+    mip_max_nodes: int | None = None
+    """Integer search: at most so many nodes (a count, not a time, so that it is the same on every
+    machine). None: 2,000, fewer where nodes are large (``whole.py``)."""
 
     def __post_init__(self) -> None:
         """Check every range."""
@@ -240,13 +243,13 @@ class MixOptions:
         _in_range("budget", self.budget, 0, open_low=True)
         _in_range("max_epochs", self.max_epochs, 0, open_low=True)
         _in_range("move", self.move, 0, 1)
-        for name in ("cap", "guard", "guard_nats", "radius", "sources_off"):
+        for name in ("cap", "guard", "guard_nats", "radius", "sources_off", "mip_gap"):
             _in_range(name, getattr(self, name), 0)
         if self.guard is not None and self.guard_nats is not None:
             raise ConfigError("guard (a share) and guard_nats exclude each other; give one of them")
         if self.max_categories is not None and self.max_categories < 1:
             raise ConfigError(f"max_categories must be at least 1, found {self.max_categories}")
-        if self.mip_max_nodes < 1:
+        if self.mip_max_nodes is not None and self.mip_max_nodes < 1:
             raise ConfigError(f"mip_max_nodes must be at least 1, found {self.mip_max_nodes}")
         names = [g.name for g in self.groups]
         if len(set(names)) != len(names):

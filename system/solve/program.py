@@ -46,18 +46,17 @@ class Program:
         upper_C: np.ndarray,
         unit_C: np.ndarray,
         is_integer_C: np.ndarray | None = None,
-        max_nodes: int | None = None,
+        gap: float = 0.0,
     ) -> None:
         self.cost_C, self.unit_C = np.asarray(cost_C, float), np.asarray(unit_C, float)
         self.lower_C, self.upper_C = np.asarray(lower_C, float), np.asarray(upper_C, float)
         self.is_integer_C = is_integer_C
-        self.max_nodes = max_nodes
         self.labels: list[Label] = []
         self._blocks: list[np.ndarray] = []
         self.row_lower_R, self.row_upper_R = np.zeros(0), np.zeros(0)
         self._row_scale_R = np.zeros(0)
         self._cost_scale = _power_of_two(np.abs(self.cost_C * self.unit_C).max(initial=0.0))
-        self._solver = Solver(max_nodes=max_nodes)
+        self._solver = Solver(gap=gap)
         self._solver.add_columns(
             self.cost_C * self.unit_C / self._cost_scale,
             self.lower_C / self.unit_C,
@@ -124,6 +123,14 @@ class Program:
     def start_from(self, column_status_C: np.ndarray, row_status_R: np.ndarray) -> None:
         """Begin the next solve at a basis: -1 at the lower end, 1 at the upper, 0 basic."""
         self._solver.start_from(column_status_C, row_status_R)
+
+    def limit_search(self, max_nodes: int) -> None:
+        """Stop the integer search after so many nodes."""
+        self._solver.limit_search(max_nodes)
+
+    def suggest(self, x_C: np.ndarray) -> None:
+        """Give the integer search a feasible point to begin with."""
+        self._solver.suggest(x_C / self.unit_C)
 
     def solve(self) -> Point:
         """Solve, from the last basis if there is one.

@@ -85,33 +85,14 @@ class MixSession:
             raise ConfigError(
                 f"what-if needs a budget > 0 and a move >= 0, found {budget} and {move_budget}"
             )
-        ceiling_S, is_supply_S = old.ceiling_S.copy(), old.is_supply_S.copy()
-        for name, stock in (supply or {}).items():
-            j = _position(old.problem.categories, name, "category", stock)
-            upper = np.inf if old.problem.upper_S is None else float(old.problem.upper_S[j])
-            usable = stock * old.options.max_epochs
-            ceiling_S[j], is_supply_S[j] = min(usable, upper), usable <= upper
         guard_T = old.guard_T.copy()
         for name, loss in (guard or {}).items():
             guard_T[_position(old.problem.targets, name, "target", loss)] = loss
-        up_S = np.minimum(ceiling_S - old.base_S, old.cap_S)
-        up_S = np.minimum(up_S, np.ceil(2.0 * max(new_budget, old.budget) / old.length_S))
-        # A supply below the base forces examples out.
-        forced_S = np.maximum(old.base_S - ceiling_S, 0.0)
-        if np.any(forced_S > old.down_S):
-            raise InfeasibleMixError(
-                "the smaller supply asks for more examples to leave a category than its lower "
-                "limit or cap allows"
-            )
         model = replace(
-            old,
+            _with_supply(old, supply or {}, max(new_budget, old.budget)),
             options=replace(old.options, move=min(new_move / new_budget, 1.0)),
             budget=float(new_budget),
             move_budget=float(new_move),
-            ceiling_S=ceiling_S,
-            is_supply_S=is_supply_S,
-            up_S=np.maximum(up_S, 0.0),
-            must_remove_S=forced_S,
             guard_T=guard_T,
         )
         return self._solve(model, start)
@@ -197,6 +178,31 @@ def _is_scored(options: MixOptions) -> bool:
         return False
     budgeted = options.objective == "robust" and options.uncertainty == "budget"
     return options.objective != "max-min" and not budgeted
+
+
+def _with_supply(model: Model, supply: Mapping[str, float], most: float) -> Model:
+    """The model with other supplies of some categories; w0 stays, so less may force moves."""
+    ceiling_S, is_supply_S = model.ceiling_S.copy(), model.is_supply_S.copy()
+    for name, stock in supply.items():
+        j = _position(model.problem.categories, name, "category", stock)
+        upper = np.inf if model.problem.upper_S is None else float(model.problem.upper_S[j])
+        usable = stock * model.options.max_epochs
+        ceiling_S[j], is_supply_S[j] = min(usable, upper), usable <= upper
+    up_S = np.minimum(ceiling_S - model.base_S, model.cap_S)
+    up_S = np.minimum(up_S, np.ceil(2.0 * most / model.length_S))
+    forced_S = np.maximum(model.base_S - ceiling_S, 0.0)
+    if np.any(forced_S > model.down_S):
+        raise InfeasibleMixError(
+            "the smaller supply asks for more examples to leave a category than its lower limit or "
+            "cap allows"
+        )
+    return replace(
+        model,
+        ceiling_S=ceiling_S,
+        is_supply_S=is_supply_S,
+        up_S=np.maximum(up_S, 0.0),
+        must_remove_S=forced_S,
+    )
 
 
 def _refit(program: Program, model: Model) -> None:

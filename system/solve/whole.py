@@ -23,47 +23,43 @@ from system.solve.row_generation import GuardCuts, solve_with_cuts
 
 _GUARDS_AT_ONCE = 512
 """Up to so many guards go into the program from the start: a second search costs more than rows."""
+_WORK = 2e7
+"""Nodes times matrix entries that the default node limit allows."""
 
 
 def solve_whole(model: Model) -> Outcome:
     """The mix when ``integer`` or ``max_categories`` is set.
 
     With ``max-min`` the worst-off target is lifted exactly; among the mixes that do so the one
-    with the greatest importance-weighted change is taken, not the full lexicographic order.
+    with the greatest importance-weighted change is taken, not the full lexicographic order. A
+    search that the node limit stopped hands out its best mix and its distance from the bound; ties
+    are then left as they are.
     """
     guards = GuardCuts(model, -model.guard_T)
     is_level = model.options.objective == "max-min"
     program = _with_open(model, _program(model, guards))
+    _limit(program, model)
+    _begin_at_base(program, model)
     best = solve_with_cuts(program, guards)
     is_proven, gap = best.is_proven, best.gap
     gain = best.objective
     if is_level:
         # Second level: keep the worst-off target where it is, then the weighted sum.
-        level = float(best.x_C[2 * model.num_sources])
-        _hold_objective(program, best)
-        cost_C = np.zeros(len(program.cost_C))
-        cost_C[: 2 * model.num_sources] = np.r_[model.score_add_S, -model.score_remove_S]
-        program.set_costs(cost_C)
-        best = solve_with_cuts(program, guards)
-        gain = level
-    _hold_objective(program, best)
-    S = model.num_sources
-    # Equal moves are told apart by position: at most one part in a thousand, first is cheaper.
-    order_S = 1.0 + 1e-3 * np.arange(S) / S
-    cost_C = np.zeros(len(program.cost_C))
-    cost_C[: 2 * S] = -np.tile(model.length_S * order_S, 2)
-    program.set_costs(cost_C)
-    nearest = solve_with_cuts(program, guards)
-    is_proven = is_proven and nearest.is_proven
+        cost_S = np.r_[model.score_add_S, -model.score_remove_S]
+        best = _next_stage(program, best, cost_S, guards)
+    if is_proven:
+        # Equal moves are told apart by position: at most one part in a thousand, first is cheaper.
+        order_S = 1.0 + 1e-3 * np.arange(model.num_sources) / model.num_sources
+        best = _next_stage(program, best, -np.tile(model.length_S * order_S, 2), guards)
     if not model.options.integer:
         return replace(
-            _continuous_on(model, nearest.x_C),
+            _continuous_on(model, best.x_C),
             prices=None,
             ranges=None,
             is_proven=is_proven,
             gap=gap,
         )
-    x_C = nearest.x_C[: 2 * S]
+    x_C = best.x_C[: 2 * model.num_sources]
     relaxed = None
     if model.options.max_categories is None:
         relaxed = solve_fractional(replace(model, options=replace(model.options, integer=False)))
@@ -77,6 +73,42 @@ def solve_whole(model: Model) -> Outcome:
         relaxed_prices=None if relaxed is None else relaxed.prices,
         relaxed_gain=0.0 if relaxed is None else relaxed.gain,
     )
+
+
+def _next_stage(program: Program, best: Point, cost_S: np.ndarray, guards: GuardCuts) -> Point:
+    """Hold what is reached, then maximise ``cost_S`` over ``(u, v)`` from the same point."""
+    slack = 1e-9 * max(float(np.abs(program.cost_C * best.x_C).max(initial=0.0)), 1e-12)
+    program.add_rows(
+        [("objective",)],
+        program.cost_C[None, :],
+        np.array([best.objective - slack]),
+        np.array([np.inf]),
+    )
+    cost_C = np.zeros(len(program.cost_C))
+    cost_C[: len(cost_S)] = cost_S
+    program.set_costs(cost_C)
+    program.suggest(best.x_C)
+    return solve_with_cuts(program, guards)
+
+
+def _limit(program: Program, model: Model) -> None:
+    """The user's node limit, or one that keeps the work about the same at every size."""
+    nodes = model.options.mip_max_nodes
+    if nodes is None:
+        entries = max(len(program.labels) * len(program.cost_C), 1)
+        nodes = int(np.clip(_WORK / entries, 20, 2_000))
+    program.limit_search(nodes)
+
+
+def _begin_at_base(program: Program, model: Model) -> None:
+    """Staying put satisfies all limits but groups and a number of categories: begin there."""
+    limit, held = model.options.max_categories, model.base_S > 0
+    if model.groups or (limit is not None and int(held.sum()) > limit):
+        return
+    x_C = np.zeros(len(program.cost_C))
+    if limit is not None:
+        x_C[-model.num_sources :] = np.maximum(held, program.lower_C[-model.num_sources :])
+    program.suggest(x_C)
 
 
 def _program(model: Model, guards: GuardCuts) -> Program:
@@ -122,7 +154,7 @@ def _with_open(model: Model, program: Program) -> Program:
             np.zeros(C, bool) if program.is_integer_C is None else program.is_integer_C,
             np.ones(S, bool),
         ],
-        max_nodes=model.options.mip_max_nodes,
+        gap=model.options.mip_gap,
     )
     old = np.concatenate([program.rows, np.zeros((len(program.labels), S))], axis=1)
     opened.add_rows(program.labels, old, program.row_lower_R, program.row_upper_R)
@@ -140,16 +172,6 @@ def _with_open(model: Model, program: Program) -> Program:
         np.r_[-model.base_S, float(limit)],
     )
     return opened
-
-
-def _hold_objective(program: Program, best: Point) -> None:
-    slack = 1e-9 * max(float(np.abs(program.cost_C * best.x_C).max(initial=0.0)), 1e-12)
-    program.add_rows(
-        [("objective",)],
-        program.cost_C[None, :],
-        np.array([best.objective - slack]),
-        np.array([np.inf]),
-    )
 
 
 def _continuous_on(model: Model, x_C: np.ndarray) -> Outcome:
