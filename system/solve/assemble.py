@@ -108,19 +108,24 @@ def _counts(model: Model, u_S: np.ndarray, v_S: np.ndarray) -> np.ndarray:
     return np.where(at_lower, model.lower_S, count_S)
 
 
-def _near(a: np.ndarray | float, b: np.ndarray | float, model: Model) -> np.ndarray:
-    return np.abs(np.asarray(a) - np.asarray(b)) <= 1e-9 * max(float(model.base_S.sum()), 1.0)
-
-
-def _where(model: Model, j: int, count: float) -> At:
-    base, cap = float(model.base_S[j]), float(model.cap_S[j])
-    if _near(count, float(model.ceiling_S[j]), model):
-        return "supply" if model.is_supply_S[j] else "upper"
-    if _near(count, float(model.lower_S[j]), model):
-        return "lower"
-    if _near(count, base, model):
-        return "base"
-    return "cap" if _near(abs(count - base), cap, model) else "free"
+def _places(model: Model, count_S: np.ndarray) -> list[At]:
+    """[S] what holds each count: the first of ceiling, lower limit, base, cap that it is at."""
+    near = 1e-9 * max(float(model.base_S.sum()), 1.0)
+    with np.errstate(invalid="ignore"):
+        at_ceiling_S = np.abs(count_S - model.ceiling_S) <= near
+        at_cap_S = np.abs(np.abs(count_S - model.base_S) - model.cap_S) <= near
+    names = np.select(
+        [
+            at_ceiling_S & model.is_supply_S,
+            at_ceiling_S,
+            np.abs(count_S - model.lower_S) <= near,
+            np.abs(count_S - model.base_S) <= near,
+            at_cap_S,
+        ],
+        ["supply", "upper", "lower", "base", "cap"],
+        "free",
+    )
+    return names.tolist()
 
 
 def _categories(
@@ -129,9 +134,9 @@ def _categories(
     weight_S = model.length_S * count_S
     share_S = weight_S / weight_S.sum() if weight_S.sum() > 0 else weight_S
     epochs = model.options.max_epochs
-    records = []
+    records, places = [], _places(model, count_S)
     for j, name in enumerate(model.problem.categories):
-        at = _where(model, j, float(count_S[j]))
+        at = places[j]
         reduced = supply = limit = None
         if prices is not None:
             up, down = float(prices.reduced_add_S[j]), float(prices.reduced_remove_S[j])

@@ -17,8 +17,10 @@ from system.solve.model import Model, shared_rows
 
 SMALLEST = 2_500
 """Guards times categories from which the guess pays; below, simplex alone is faster."""
+MANY_CATEGORIES = 250
+"""Categories from which it pays even without guards."""
 _MAX_STEPS = 60
-_GAP = 1e-8
+_GAP = 1e-10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,7 +41,8 @@ class Guess:
 def guess_basis(model: Model) -> Guess | None:
     """The guess, or None where it is not worth the work or the iteration does not settle."""
     guarded = np.flatnonzero(np.isfinite(model.guard_T))
-    if len(guarded) * model.num_sources < SMALLEST or model.effects.off_add_TS is not None:
+    is_large = len(guarded) * model.num_sources >= SMALLEST or model.num_sources >= MANY_CATEGORIES
+    if not is_large or model.effects.off_add_TS is not None:
         return None
     interior = _InteriorPoint(model, guarded)
     # An empty feasible set sends the iterates to infinity; that is an answer too: no guess.
