@@ -61,7 +61,7 @@ class Measured:
 class Bench:
     """A planted world with its model, ready for runs."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, tasks: tuple[str, ...] = ()) -> None:
         world = planted_world(seed)
         write_planted(folder / "world", world, num_rows=1000, seed=seed)
         self.truth = world.truth()
@@ -72,7 +72,9 @@ class Bench:
             run_dir=str(folder),
             data_dir=str(folder / "world" / "data"),
             sources=tuple(
-                SourceConfig(path=f"{task.name}.jsonl", category=task.name) for task in world.tasks
+                SourceConfig(path=f"{task.name}.jsonl", category=task.name)
+                for task in world.tasks
+                if not tasks or task.name in tasks
             ),
             ingest={"estimate_share": 0.15, "test_share": 0.1},  # pyright: ignore
             model=self.model_config,

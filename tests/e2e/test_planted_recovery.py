@@ -1,0 +1,61 @@
+"""Interactions that are known by construction come out of real trainings."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from system.influence import EffectMatrix, estimate_effects
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from bench_influence import Bench
+
+pytestmark = pytest.mark.slow
+
+TASKS = ("colour", "colour-reworded", "colour-contradicted", "weather")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("planted"), 0, TASKS)
+
+
+def entry(values_TS: np.ndarray, matrix: EffectMatrix, target: str, source: str) -> float:
+    return float(values_TS[matrix.targets.index(target), matrix.sources.index(source)])
+
+
+@pytest.fixture(scope="module")
+def retrained(bench) -> EffectMatrix:
+    return estimate_effects(bench.measure("retrain", 3, run_seed=1).measurements).matrix
+
+
+def check_signs(matrix: EffectMatrix) -> None:
+    for one, other in (("colour", "colour-reworded"), ("colour-reworded", "colour")):
+        assert entry(matrix.effect_TS, matrix, one, other) > 0
+    for one, other in (("colour", "colour-contradicted"), ("colour-contradicted", "colour")):
+        assert entry(matrix.effect_TS, matrix, one, other) < 0
+    for name in TASKS[:3]:
+        assert entry(matrix.effect_TS, matrix, name, name) > 0
+
+
+def test_retraining_recovers_planted_signs_beyond_its_errors(retrained):
+    check_signs(retrained)
+    assert entry(retrained.effect_low_TS, retrained, "colour", "colour") > 0
+    assert entry(retrained.effect_high_TS, retrained, "colour", "colour-contradicted") < 0
+
+
+def test_a_random_design_recovers_the_same_signs(bench):
+    check_signs(estimate_effects(bench.measure("random-design", 3, run_seed=1).measurements).matrix)
+
+
+def test_nothing_helps_noise(retrained):
+    for source in TASKS[:3]:
+        low = entry(retrained.effect_low_TS, retrained, "weather", source)
+        high = entry(retrained.effect_high_TS, retrained, "weather", source)
+        assert low <= 0 <= high
+    own = entry(retrained.effect_TS, retrained, "weather", "weather")
+    assert own < 0.5 * entry(retrained.effect_TS, retrained, "colour", "colour")
