@@ -11,12 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from system.corpus import Corpus
-
 from actors.pool import ActorSpec
 from actors.stage import StageContext, StageResult
 from system import storage
 from system.config import ModelConfig
+from system.corpus import Corpus
 from system.model import describe_model, kind_of, materialise
 
 WARMUP_CPUS = 2.0

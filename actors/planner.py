@@ -68,12 +68,12 @@ def run_curriculum(context: StageContext) -> StageResult:
     """Dependency taxonomy and stages."""
     config = context.config
     matrices = _matrices(context)
-    categories, effects, errors, usable = dependency_effects(matrices)
+    categories, effects, errors, freedom = dependency_effects(matrices)
     taxonomy = estimate_taxonomy(
         categories,
         effects,
         errors,
-        identifiable=usable,
+        degrees_of_freedom=freedom,
         false_discovery_rate=config.curriculum.false_discovery_rate,
         num_bootstrap=config.curriculum.bootstrap,
         seed=config.seed,

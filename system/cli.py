@@ -131,8 +131,14 @@ def _add_tools(commands: argparse._SubParsersAction) -> None:
     )
     verify.add_argument("run_dir")
     verify.set_defaults(execute=_verify)
+    from system.planted_command import add_arguments as add_planted_arguments
     from system.solve.command import add_arguments as add_solve_arguments
 
+    planted = commands.add_parser(
+        "planted", help="write a corpus whose interactions are known, to check estimators on"
+    )
+    add_planted_arguments(planted)
+    planted.set_defaults(execute=_planted)
     solve = commands.add_parser("solve", help="solve a mix from tables, without a run")
     add_solve_arguments(solve)
     solve.set_defaults(execute=_solve)
@@ -206,6 +212,12 @@ def _submit(arguments: argparse.Namespace) -> int:
     from actors.jobs import submit_job
 
     return submit_job(config, arguments.address, wait=not arguments.no_wait)
+
+
+def _planted(arguments: argparse.Namespace) -> int:
+    from system.planted_command import run
+
+    return run(arguments)
 
 
 def _solve(arguments: argparse.Namespace) -> int:

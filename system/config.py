@@ -140,6 +140,15 @@ class TinyModelConfig(Section):
     learning_rate: float = Field(default=3e-3, gt=0)
     batch_tokens: Positive = 4096
 
+    @model_validator(mode="after")
+    def _heads_fit_the_engine(self) -> TinyModelConfig:
+        if self.hidden_size % (32 * self.num_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 32 x num_heads "
+                f"{self.num_heads}: vLLM's CPU attention knows no other head sizes"
+            )
+        return self
+
 
 class ModelConfig(Section):
     """The base model."""

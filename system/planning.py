@@ -158,7 +158,7 @@ def dependency_effects(
 
     Returns:
         Categories, effects [C, C] in nats per response token per example, their standard errors,
-        and replicate effects' count-free mask of usable entries [C, C] (finite errors).
+        and the degrees of freedom behind these (the fewest of the directions).
     """
     first = next(iter(matrices.values()))
     categories = tuple(name for name in first.sources if name in first.targets)
@@ -168,7 +168,8 @@ def dependency_effects(
     effects = np.mean([matrix.effect_TS[grid] for matrix in matrices.values()], axis=0)
     variances = [matrix.effect_se_TS[grid] ** 2 for matrix in matrices.values()]
     errors = np.sqrt(np.sum(variances, axis=0)) / len(variances)
-    return categories, effects, errors, np.isfinite(effects) & np.isfinite(errors)
+    freedom = np.min([matrix.effect_df_TS[grid] for matrix in matrices.values()], axis=0)
+    return categories, effects, errors, freedom
 
 
 def _values(matrix: EffectMatrix, solve: SolveConfig) -> tuple[np.ndarray, np.ndarray]:

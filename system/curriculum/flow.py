@@ -5,7 +5,7 @@ program is a minimum-cost flow between stages and categories: its matrix is tota
 every vertex is integer, and nothing is ever rounded.  Axes: `T` stage, `S` category.
 """
 
-# ruff: noqa: N802, N815 - shape suffixes name the axes of arrays, in records too
+
 
 from __future__ import annotations
 

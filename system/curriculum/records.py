@@ -41,7 +41,7 @@ class Curriculum:
     """What a reader should know, in a sentence; empty when nothing is unusual."""
 
     @property
-    def counts_TS(self) -> np.ndarray:  # noqa: N802
+    def counts_TS(self) -> np.ndarray:
         """[T, S] int64, examples per stage and category, categories in the order of `levels`."""
         return np.array([list(stage.counts.values()) for stage in self.stages], dtype=np.int64)
 

@@ -4,7 +4,7 @@ Shape suffixes: R replications, T target (measured on), S source (trained on); b
 same categories in the same order.  `[i, j]` speaks of "i depends on j".
 """
 
-# ruff: noqa: N815 - shape suffixes name the axes of arrays, in records too
+
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small but whole job: four categories of generated tasks, a model of 50,000 parameters."""
+"""A small but whole job: four categories of generated tasks, a model of 100,000 parameters."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def job_config(folder: Path, **changes: Mapping[str, Any]) -> Path:
             "max_length": 96,
             "tiny": {
                 "vocab_size": 400,
-                "hidden_size": 32,
+                "hidden_size": 64,
                 "num_layers": 2,
                 "num_heads": 2,
                 "warmup_tokens": 12_000,

@@ -17,7 +17,7 @@ from system.model import (
 )
 from system.tiny import new_model, train_tokenizer
 
-TINY = TinyModelConfig(vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, warmup_tokens=0)
+TINY = TinyModelConfig(vocab_size=300, hidden_size=32, num_layers=1, num_heads=1, warmup_tokens=0)
 MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
 

@@ -179,9 +179,7 @@ def test_entries_that_are_not_identifiable_carry_no_edge_and_may_be_nan():
     _, effect = planted(5, 0.5, 3)
     effect[1:, 0] = np.nan
     identifiable = ~np.isnan(effect)
-    taxonomy = estimate_taxonomy(
-        names(5), effect, np.full((5, 5), 1e-3), identifiable=identifiable
-    )
+    taxonomy = estimate_taxonomy(names(5), effect, np.full((5, 5), 1e-3), identifiable=identifiable)
     assert not found(taxonomy)[~identifiable].any()
     assert not found(taxonomy)[~identifiable.T].any()
     assert taxonomy.num_tested == 12
