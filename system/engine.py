@@ -10,8 +10,8 @@ Two ways to a prompt's log-probabilities, chosen by what the engine's runner off
 * `flat`: log-probabilities of all prompt tokens in flat lists.
 
 Candidates of a constrained choice share their prompt through the prefix cache.  Positions that come
-out of the cache have no log-probability; they lie in the prompt by construction, never in the
-candidate, and the start-up test compares cached with uncached answers.
+out of the cache have no log-probability, so a row whose cached part reaches beyond the prompt is
+asked for again without the cache; the start-up test compares cached with uncached answers.
 
 B = rows, K = candidates, L = tokens of a row.
 """

@@ -111,6 +111,7 @@ def test_a_killed_driver_and_killed_actors_change_no_number(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_driver_killed_in_every_stage_ends_in_the_same_bytes(tmp_path: Path) -> None:
     calm = job_config(tmp_path / "calm")
     result = run_job("run", str(calm))
@@ -125,6 +126,7 @@ def test_a_driver_killed_in_every_stage_ends_in_the_same_bytes(tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_shards_actors_and_workers_change_no_number(tmp_path: Path) -> None:
     """Other numbers of everything: the same mix, selection and matrix."""
     one = job_config(tmp_path / "one")

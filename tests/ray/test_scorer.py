@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from actors.cluster import Cluster
 from actors.pool import ActorPool, ActorSpec, wait_any
 from actors.scorer import Scorer
 from system.config import ClusterConfig
-from system.errors import ModelError
+from system.errors import ConfigError, ModelError
 from system.model import load_model
 from system.score import Scored, score_reference
 
@@ -107,3 +108,15 @@ def test_a_scorer_killed_in_the_middle_of_a_call_changes_no_number(pool, model_d
     (done,) = wait_any([pool])
     assert done.key == "killed"
     np.testing.assert_array_equal(per_token(done.value.table), calm)
+
+
+def test_too_little_memory_for_one_row_says_which_setting_to_raise(pool, model_dirs):
+    starved = dataclasses.replace(SETTINGS, memory_gib=1e-5, self_test=False)
+    small = ActorPool(
+        ActorSpec(name="small", actor_class=Scorer, args=(model_dirs[0], starved), num_cpus=0.0)
+    )
+    try:
+        with pytest.raises(ConfigError, match=r"cluster\.engine_memory_gib"):
+            scores(small, None)
+    finally:
+        small.close()
