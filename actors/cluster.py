@@ -72,6 +72,14 @@ class Cluster:
                 f"cluster.address {self._config.address!r}: expected a Ray cluster, found none "
                 f"({error}). Start one (`ray start --head`), or use `--set cluster.address=local`."
             ) from error
+        except Exception as error:
+            # Ray raises a bare Exception when its processes do not come up in time.
+            if "timed out during startup" not in str(error):
+                raise
+            raise ClusterError(
+                "a local Ray did not start within its half minute: the machine is overloaded, or "
+                "short of memory or of files. Finished work is kept; run again to continue."
+            ) from error
         self._is_connected = True
 
     def pool(self, spec: ActorSpec) -> ActorPool:

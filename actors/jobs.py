@@ -22,6 +22,8 @@ from system.config import RunConfig
 from system.errors import ClusterError
 from system.rundir import fingerprint
 
+AGENT_SECONDS = 90.0
+"""How long a new cluster may take to accept its first job."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -43,7 +45,8 @@ def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
         client = JobSubmissionClient(address)
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(value, indent=2), encoding="utf-8")
-            client.submit_job(
+            _submit(
+                client,
                 entrypoint=f"{interpreter(address)} -m system.cli run config.json",
                 submission_id=job,
                 runtime_env={"working_dir": folder},
@@ -66,6 +69,19 @@ def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
     code = getattr(info, "driver_exit_code", None)
     print(f"instructmix: job {job} {info.status.value.lower()}: {info.message}", file=sys.stderr)
     return code if code else 1
+
+
+def _submit(client: Any, **job: Any) -> None:
+    """Submits; a head that has just started has a dashboard before it can take jobs."""
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "try again later" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1.0)
 
 
 def interpreter(address: str) -> str:
