@@ -5,8 +5,6 @@ program is a minimum-cost flow between stages and categories: its matrix is tota
 every vertex is integer, and nothing is ever rounded.  Axes: `T` stage, `S` category.
 """
 
-
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Shape suffixes: R replications, T target (measured on), S source (trained on); b
 same categories in the same order.  `[i, j]` speaks of "i depends on j".
 """
 
-
-
 from __future__ import annotations
 
 from dataclasses import dataclass

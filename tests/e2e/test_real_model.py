@@ -204,7 +204,7 @@ def test_a_small_run_with_lora_goes_through_all_stages_and_learns(gguf: Path, tm
         },
         "solve": {"budget": 36, "importance": "uniform", "move": 0.2},
         "curriculum": {"num_stages": 2, "bootstrap": 20},
-        "train": {"batch_size": 6, "learning_rate": 2.0e-3, "lora": lora, "checkpoint_every": 50},
+        "train": {"batch_size": 6, "learning_rate": 2.0e-3, "lora": lora, "checkpoint_every": 4},
         "evaluate": {
             "arms": ["natural", "solved-curriculum"], "seeds": 1, "test_rows": 6,
             "accuracy_rows": 3, "max_new_tokens": 10,

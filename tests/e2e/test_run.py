@@ -47,7 +47,7 @@ def test_rows_without_category_got_one(run_dir: Path) -> None:
     assert manifest["categories"] == ["addition", "chat", "counting", "spelling"]
     assert all(shard["category"] for shard in manifest["shards"])
     accuracy = json.loads((run_dir / "tags/accuracy.json").read_text())
-    assert 0 <= accuracy["accuracy"] <= 1
+    assert 0 <= accuracy["accuracy"]["value"] <= 1
 
 
 def test_the_matrix_is_square_with_errors(run_dir: Path) -> None:
@@ -67,7 +67,7 @@ def test_the_mix_adds_up_and_the_stages_hold_it(run_dir: Path) -> None:
     curriculum = json.loads((run_dir / "curriculum/curriculum.json").read_text())
     for category, count in counts.items():
         assert sum(stage["counts"][category] for stage in curriculum["stages"]) == count
-    files = sorted((run_dir / "selection/selection").glob("*.parquet"))
+    files = sorted((run_dir / "selection/parts").glob("*.parquet"))
     selected = [row for file in files for row in pq.read_table(file).to_pylist()]
     assert [row["position"] for row in selected] == list(range(200))
     assert {c: sum(row["category"] == c for row in selected) for c in counts} == counts
@@ -123,7 +123,7 @@ def test_looks_at_a_finished_run(config: Path, run_dir: Path) -> None:
 def test_exports_keep_the_order(run_dir: Path, tmp_path: Path, trainer: str) -> None:
     result = run_job("export", str(run_dir), "--format", trainer, "--out", str(tmp_path / "x"))
     assert result.returncode == 0, result.stderr
-    files = sorted((run_dir / "selection/selection").glob("*.parquet"))
+    files = sorted((run_dir / "selection/parts").glob("*.parquet"))
     first = pq.read_table(files[0]).to_pylist()[0]["messages"][-1]["content"]
     if trainer == "hf":
         from datasets import load_from_disk

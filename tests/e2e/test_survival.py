@@ -81,7 +81,7 @@ def results(run_dir: Path) -> dict[str, object]:
     if (run_dir / "train/record.json").exists():
         found["weights"] = (run_dir / "train/model/model.safetensors").read_bytes()
         found["selection"] = [
-            file.read_bytes() for file in sorted((run_dir / "selection/selection").glob("*"))
+            file.read_bytes() for file in sorted((run_dir / "selection/parts").glob("*"))
         ]
         found["losses"] = pq.read_table(run_dir / "eval/losses.parquet").to_pylist()
     return found
@@ -147,7 +147,7 @@ def test_shards_actors_and_workers_change_no_number(tmp_path: Path) -> None:
     selections = [
         [
             row
-            for file in sorted((tmp_path / name / "run/selection/selection").glob("*.parquet"))
+            for file in sorted((tmp_path / name / "run/selection/parts").glob("*.parquet"))
             for row in pq.read_table(file).to_pylist()
         ]
         for name in ("one", "other")
