@@ -125,9 +125,9 @@ def _check_room(
     unit = "examples" if np.all(length_S == 1.0) else "tokens"
     if least > budget * (1 + 1e-12):
         raise InfeasibleMixError(
-            f"the lower limits of all categories add up to {least:.10g} {unit}, more than the "
-            f"budget of {budget:.10g}; raise the budget by {least - budget:.10g} or lower the "
-            "limits by as much together"
+            f"the lower limits ({_named(problem, lower_S)}) add up to {least:.10g} {unit}, more "
+            f"than the budget of {budget:.10g}; raise the budget by {least - budget:.10g} or lower "
+            "the limits by as much together"
         )
     if most < budget * (1 - 1e-12):
         raise InfeasibleMixError(
@@ -136,3 +136,10 @@ def _check_room(
             f"{budget - most:.10g}, or raise max_epochs by the factor {budget / most:.4g} or more, "
             "or collect more data"
         )
+
+
+def _named(problem: MixProblem, count_S: np.ndarray, most: int = 6) -> str:
+    """The largest counts with their categories: "code 100, chat 90, and 3 more"."""
+    order = [j for j in np.argsort(-count_S, kind="stable") if count_S[j] > 0]
+    parts = [f"{problem.categories[j]} {count_S[j]:g}" for j in order[:most]]
+    return ", ".join(parts) + (f", and {len(order) - most} more" if len(order) > most else "")
