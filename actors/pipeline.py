@@ -94,12 +94,13 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="tag", module="actors.tagger",
-        reads=("tag", "seed"), after=("ingest", "model"),
+        reads=("tag", "seed"), after=("ingest", "model"), revision=2,
     ),
     Stage(
         name="influence", module="actors.influencer",
         reads=("influence", "seed"), after=("tag", "model"),
         identity=_target_identity, precheck=("actors.planner", "check_before_influence"),
+        revision=2,
     ),
     Stage(
         name="solve", module="actors.planner", function="run_solve",
@@ -130,7 +131,9 @@ STAGES: tuple[Stage, ...] = (
         ),
     ),
 )  # fmt: skip
-_NO_RESULT = {"train.log_to", "train.max_failures", "train.keep_checkpoints"}
+_NO_RESULT = {
+    "train.log_to", "train.max_failures", "train.keep_checkpoints", "influence.keep_checkpoints",
+}  # fmt: skip
 """Fields of sections that stages read, but which change no result."""
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
 from actors.stage import StageContext, StageResult
 from system import storage
-from system.chat import encode_table
 from system.corpus import Corpus
 from system.curriculum import plan_curriculum
 from system.influence import EffectMatrix
-from system.model import load_tokenizer
+from system.lengths import mean_response_tokens
 from system.planning import (
     SWEEP_MOVES,
     check_limits,
@@ -24,9 +21,6 @@ from system.planning import (
 from system.solve import Mix, solve_mix, sweep_move
 from system.taxonomy import estimate_taxonomy
 
-TOKEN_SAMPLE_ROWS = 256
-"""Rows of each category on which the mean number of response tokens is measured."""
-
 
 def check_before_influence(context: StageContext) -> None:
     """Limits that no mix satisfies are found before the expensive stage, not after it.
@@ -35,17 +29,18 @@ def check_before_influence(context: StageContext) -> None:
         InfeasibleMixError, ConfigError: see `system.planning.check_limits`.
     """
     solve = context.config.solve
-    counts = Corpus.open(context.input("tag", "manifest")).counts("train")
-    check_limits(solve, counts, _mean_tokens(context) if solve.unit == "tokens" else None)
+    corpus = Corpus.open(context.input("tag", "manifest"))
+    tokens = mean_response_tokens(corpus) if solve.unit == "tokens" else None
+    check_limits(solve, corpus.counts("train"), tokens)
 
 
 def run_solve(context: StageContext) -> StageResult:
     """The mix: mix.json, and the sweep of the trust region."""
     solve = context.config.solve
     summary = storage.read_json(context.input("influence", "summary"))
-    counts = Corpus.open(context.input("tag", "manifest")).counts("train")
-    tokens = _mean_tokens(context) if solve.unit == "tokens" else None
-    problem = mix_problem(solve, _matrices(context), counts, tokens)
+    corpus = Corpus.open(context.input("tag", "manifest"))
+    tokens = mean_response_tokens(corpus) if solve.unit == "tokens" else None
+    problem = mix_problem(solve, _matrices(context), corpus.counts("train"), tokens)
     doubt = why_not_believed(summary)
     options = mix_options(solve, is_believed=not doubt)
     mix = solve_mix(problem, options)
@@ -113,22 +108,6 @@ def _matrices(context: StageContext) -> dict[str, EffectMatrix]:
         direction: EffectMatrix.from_table(table, direction=direction, where=uri)
         for direction in context.config.influence.directions
     }
-
-
-def _mean_tokens(context: StageContext) -> dict[str, float]:
-    """Response tokens of an example, mean over a sample of each category."""
-    config = context.config
-    corpus = Corpus.open(context.input("tag", "manifest"))
-    tokenizer = load_tokenizer(
-        context.input("model", "model"), trust_remote_code=config.model.trust_remote_code
-    )
-    means = {}
-    for category in corpus.categories:
-        sample = corpus.sample("train", category, TOKEN_SAMPLE_ROWS, config.seed)
-        tokens, _ = encode_table(sample, tokenizer, config.model.max_length)
-        mask = tokens.column("response_mask").combine_chunks().values
-        means[category] = int(np.count_nonzero(mask)) / tokens.num_rows
-    return means
 
 
 def _mix_lines(mix: Mix) -> tuple[str, ...]:

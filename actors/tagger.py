@@ -2,7 +2,7 @@
 
     corpus ── blocks of rows ──> Scorer.choose ──> blocks/<name>.parquet   committed one by one
                                                           │ all there
-          old shards + newly categorised ones ──> manifest.json, accuracy.json
+          old shards + newly categorised ones ──> lengths (actors.measurer) ──> manifest.json
 
 Blocks are cut by rows, not by actors, so the number of scorers changes nothing.  A driver that
 starts again finds the blocks that are written and asks only for the others.
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from actors.measurer import measured_manifest
 from actors.pool import ActorPool, Done, wait_any
 from actors.scorer import scorer_pool
 from actors.stage import StageContext, StageResult
@@ -62,8 +63,10 @@ def run(context: StageContext) -> StageResult:
     to_tag = stage.rows_to_tag()
     stage.choose(to_tag)
     accuracy = stage.accuracy()
-    manifest, dropped = stage.write_corpus()
+    tagged, dropped = stage.split_corpus()
+    manifest = measured_manifest(context, tagged)
     _check_sizes(context, manifest)
+    write_manifest(storage.join(context.attempt, "manifest.json"), manifest)
     storage.write_json(
         storage.join(context.attempt, "accuracy.json"),
         None if accuracy is None else accuracy.to_json(),
@@ -73,6 +76,7 @@ def run(context: StageContext) -> StageResult:
         "tagged": to_tag,
         "renamed": stage.renamed,
         "dropped": dropped,
+        "unusable": tagged.kept - manifest.kept,
         "categories": len(manifest.categories),
         "without_rows": sorted(set(stage.names) - set(manifest.categories)),
         "accuracy_rows": 0 if accuracy is None else accuracy.rows,
@@ -142,7 +146,7 @@ class _Tagging:
         tags = pa.concat_tables(self._read_block(block.name) for block in blocks)
         return measure_accuracy(tags, self.known_rows)
 
-    def write_corpus(self) -> tuple[Manifest, dict[str, int]]:
+    def split_corpus(self) -> tuple[Manifest, dict[str, int]]:
         """Old shards as they are, changed ones anew; rows that got no category are left out."""
         moved = dict(
             zip(
@@ -172,7 +176,6 @@ class _Tagging:
             sources=old.sources,
             details=old.details,
         )
-        write_manifest(storage.join(self.context.attempt, "manifest.json"), manifest)
         return manifest, reasons
 
     def _split_shard(self, number: int, shard: Shard, name: str | None) -> Iterator[Shard]:
@@ -301,8 +304,9 @@ def _check_sizes(context: StageContext, manifest: Manifest) -> None:
         small = {name: n for name, n in manifest.counts[split].items() if n < least}
         if small:
             raise DataError(
-                f"after tagging, expected at least {least} {split} rows of every category, found "
-                f"{small}. Leave these names out of tag.categories, merge them into others with "
+                f"after tagging, expected at least {least} {split} rows of every category with a "
+                f"response within model.max_length, found {small}. Leave these names out of "
+                "tag.categories, raise model.max_length, merge them into others with "
                 "tag.aliases, or lower ingest.min_train_rows / ingest.min_heldout_rows."
             )
 
@@ -316,6 +320,11 @@ def _lines(counts: Mapping[str, Any], accuracy: TagAccuracy | None) -> tuple[str
         lines.append(f"left out, no row fell into them: {', '.join(counts['without_rows'])}")
     if counts["dropped"]:
         lines.append(f"left out, no answer from the engine: {counts['dropped']['tag-failed']:,}")
+    if counts["unusable"]:
+        lines.append(
+            f"left out, no response within model.max_length or no place in the chat template: "
+            f"{counts['unusable']:,}"
+        )
     if accuracy is not None:
         share = accuracy.interval
         lines.append(

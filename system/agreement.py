@@ -1,7 +1,11 @@
 """Whether independent replications of an estimate agree, and what an agreement costs.
 
-An estimator is believed when independent halves of its replications put the off-diagonal effects
-in the same order.  Entries that share a target or a source are dependent, so intervals come from
+Two questions.  Do independent halves of the replications put the *interactions* (off-diagonal
+effects) in the same order?  And do they put the *worth* of the sources in the same order, the mean
+effect of a source on all targets, its own included?  A mix moves by worth: interactions may drown
+in noise, and be shrunk to nothing, where worth is known well.  So worth decides about belief.
+
+Entries that share a target or a source are dependent, so intervals come from
 the delete-one-category jackknife for dyadic data (Snijders & Borgatti 1999): a category leaves with
 its row and its column, SE^2 = (n - 2) / (2 n) * sum (z_(k) - mean z)^2, on Fisher's z scale.  They
 speak of other categories with these replications; noise that moves the whole matrix at once is
@@ -57,6 +61,9 @@ class SplitHalf:
     agreement: Agreement
     num_splits: int
     half_sizes: tuple[int, int]
+    worth: float
+    """Spearman correlation, over sources, of their mean effect on all targets; NaN where all have
+    the same."""
     reliability: float
     """Spearman-Brown: expected rank correlation of two estimates from all replications each."""
 
@@ -115,10 +122,12 @@ def split_half(
         pairs.append((effect_RTS[list(chosen)].mean(axis=0), other_RTS[rest].mean(axis=0)))
     agreement = _agreement(pairs, measured.own_T, confidence)
     rank = agreement.rank.value
+    worth = [_spearman(one_TS.mean(axis=0), other_TS.mean(axis=0)) for one_TS, other_TS in pairs]
     return SplitHalf(
         agreement=agreement,
         num_splits=len(splits),
         half_sizes=(half, count - half),
+        worth=float(np.tanh(np.mean(np.arctanh(np.clip(worth, -0.999999, 0.999999))))),
         reliability=2.0 * rank / (1.0 + rank) if rank > -1.0 else -1.0,
     )
 

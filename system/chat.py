@@ -132,7 +132,7 @@ def encode_table(
     Raises:
         ModelError: the chat template cannot be trained on.
     """
-    rows, kept, dropped = encode_rows(table, tokenizer, max_length)
+    rows, kept, lost = encode_rows(table, tokenizer, max_length)
     lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     empty = np.zeros(0, dtype=np.int32)
@@ -146,15 +146,17 @@ def encode_table(
         pa.ListArray.from_arrays(offsets, pa.array(masks)),
     ]
     tokens = pa.Table.from_arrays(columns, names=schema.TOKENS.names)
-    return schema.check_table(tokens, schema.TOKENS, "encoded conversations"), dropped
+    return schema.check_table(tokens, schema.TOKENS, "encoded conversations"), dict(
+        Counter(lost.values())
+    )
 
 
 def encode_rows(
     table: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[Encoded], list[int], dict[str, int]]:
-    """As `encode_table`, row by row: encodings, their row numbers, counts of the dropped."""
+) -> tuple[list[Encoded], list[int], dict[int, str]]:
+    """As `encode_table`, row by row: encodings, their row numbers, reasons of the others."""
     profile = template_profile(tokenizer, str(tokenizer.chat_template or ""))
-    dropped: Counter[str] = Counter()
+    lost: dict[int, str] = {}
     rows: list[Encoded] = []
     kept: list[int] = []
     first = 0
@@ -165,9 +167,9 @@ def encode_rows(
                 pieces.append(_pieces(tokenizer, profile, messages))
                 numbers.append(number)
             except DataError:
-                dropped["template-refused"] += 1
+                lost[number] = "template-refused"
             except ModelError:  # the probe was stable, so this is about what the row says
-                dropped["not-prefix-stable"] += 1
+                lost[number] = "not-prefix-stable"
         first += batch.num_rows
         encoded = _tokenise(tokenizer, profile, pieces, max_length)
         for number, row in zip(numbers, encoded, strict=True):
@@ -175,8 +177,8 @@ def encode_rows(
                 rows.append(row)
                 kept.append(number)
             else:
-                dropped["no-response-token"] += 1
-    return rows, kept, dict(dropped)
+                lost[number] = "no-response-token"
+    return rows, kept, lost
 
 
 @functools.lru_cache(maxsize=16)

@@ -217,7 +217,8 @@ class InfluenceConfig(Section):
     gamma_max_width: float = Field(default=2.0, gt=0)
     """Widest gamma interval that still counts as identifiable."""
     min_agreement: float = Field(default=0.0, ge=-1.0, le=1.0)
-    """Split-half rank correlation below which the mix stays at the base, and says so."""
+    """Split-half rank correlation of the categories' worth (mean effect on all targets) below which
+    the mix stays at the base, and says so."""
     keep_checkpoints: bool = False
     """Keep intervention checkpoints after they are scored."""
 

@@ -44,9 +44,12 @@ class Shard:
     category: str | None
     """None: rows that the tag stage has to look at."""
     rows: int
+    """Rows that count; the file has more where `lengths` is set."""
     first_id: str
     last_id: str
     sha256: str
+    lengths: str | None = None
+    """Path of the LENGTHS table that says which rows of the file are left out; None: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +203,7 @@ class Corpus:
     def __init__(self, uri: str, manifest: Manifest) -> None:
         self.uri = uri
         self.manifest = manifest
-        self._base = uri.rsplit("/", 1)[0]
+        self.base = uri.rsplit("/", 1)[0]
 
     @classmethod
     def open(cls, manifest_uri: str) -> Corpus:
@@ -238,10 +241,10 @@ class Corpus:
 
     def shard_uri(self, shard: Shard) -> str:
         """Where the shard lies."""
-        return resolve_path(self._base, shard.path)
+        return resolve_path(self.base, shard.path)
 
     def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
-        """A whole shard (local ones are memory-mapped).
+        """The rows of a shard (local ones are memory-mapped), without those left out.
 
         Raises:
             DataError: the file is missing, damaged, or holds another number of rows.
@@ -249,6 +252,9 @@ class Corpus:
         uri = self.shard_uri(shard)
         try:
             table = storage.read_table(uri, columns)
+            if shard.lengths is not None:
+                lengths = storage.read_table(resolve_path(self.base, shard.lengths))
+                table = table.filter(pc.is_null(lengths["left_out"]))
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{uri}: expected {shard.rows} rows of {shard.category!r}; the file cannot be read "
@@ -341,7 +347,13 @@ def relative_path(uri: str, base_uri: str) -> str:
 def moved_shards(corpus: Corpus, manifest_dir: str) -> list[Shard]:
     """The corpus's shards with paths for a manifest in another directory."""
     return [
-        replace(shard, path=relative_path(corpus.shard_uri(shard), manifest_dir))
+        replace(
+            shard,
+            path=relative_path(corpus.shard_uri(shard), manifest_dir),
+            lengths=relative_path(resolve_path(corpus.base, shard.lengths), manifest_dir)
+            if shard.lengths
+            else None,
+        )
         for shard in corpus.manifest.shards
     ]
 

@@ -93,10 +93,8 @@ def summarise(
         direction: _summarise_direction(measured[direction], estimate, config, cost)
         for direction, estimate in estimates.items()
     }
-    ranks = [
-        part["agreement"]["rank"]["value"] for part in directions.values() if part["agreement"]
-    ]
-    known = [rank for rank in ranks if rank is not None]
+    worth = [part["agreement"]["worth"] for part in directions.values() if part["agreement"]]
+    known = [rank for rank in worth if rank is not None]
     # Two categories have one pair a side: nothing to correlate, so nothing speaks against them.
     believed = len(design.replications) > 1 and min(known, default=1.0) >= config.min_agreement
     return {
@@ -219,8 +217,9 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
         else:
             rank = halves["rank"]
             lines.append(
-                f"{text}; halves of the replications agree with rank correlation "
-                f"{_interval(rank['value'], rank['low'], rank['high'], 2)}"
+                f"{text}; halves of the replications agree on the order of the interactions by "
+                f"{_interval(rank['value'], rank['low'], rank['high'], 2)}, on the worth of the "
+                f"categories by {_signed(halves['worth'])}"
             )
         lines.append(
             f"{part['significant_pairs']} of {pairs} pairs differ from zero; gamma is "
@@ -240,8 +239,8 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
         lines.append(f"smaller doses than asked, for want of rows: {names}")
     if summary["replications"] > 1 and not summary["is_believed"]:
         lines.append(
-            f"the halves agree less than influence.min_agreement {summary['min_agreement']}: "
-            "these effects should not move a mix"
+            "the halves agree less on the worth of the categories than influence.min_agreement "
+            f"{summary['min_agreement']}: these effects should not move a mix"
         )
     cost = summary["cost"]
     lines.append(
@@ -250,6 +249,10 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
         f"{cost['score_seconds']:.0f} s"
     )
     return tuple(lines)
+
+
+def _signed(value: float | None) -> str:
+    return "nothing (all are worth the same)" if value is None else f"{value:+.2f}"
 
 
 def _interval(value: float, low: float | None, high: float | None, digits: int) -> str:
@@ -289,6 +292,7 @@ def _split_half_json(halves: SplitHalf | None) -> dict[str, Any] | None:
         "linear": _correlation_json(agreement.linear),
         "target_rank_median": _number(agreement.target_rank_median),
         "sign": agreement.sign,
+        "worth": _number(halves.worth),
         "num_splits": halves.num_splits,
         "half_sizes": list(halves.half_sizes),
         "reliability": _number(halves.reliability),

@@ -146,8 +146,8 @@ def why_not_believed(summary: Mapping[str, Any]) -> str:
             "again: the mix stays at the base (raise influence.replications)"
         )
     return (
-        "independent halves of the matrix agree less than influence.min_agreement "
-        f"{summary['min_agreement']:g}: the mix stays at the base"
+        "independent halves of the matrix agree less on the worth of the categories than "
+        f"influence.min_agreement {summary['min_agreement']:g}: the mix stays at the base"
     )
 
 

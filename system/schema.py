@@ -33,6 +33,15 @@ REJECTED = pa.schema(
 )
 """A row that did not enter the corpus, with its reason."""
 
+LENGTHS = pa.schema(
+    [
+        pa.field("tokens", pa.int32(), nullable=False),  # after truncation; 0 where left out
+        pa.field("response_tokens", pa.int32(), nullable=False),  # 0 where left out
+        pa.field("left_out", pa.string()),  # reason; null where the row can be learnt
+    ]
+)
+"""Lengths of the rows of a shard, in their order."""
+
 TOKENS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),

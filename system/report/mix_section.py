@@ -104,7 +104,10 @@ def _lead(mix: Mix) -> str:
 def _mix_table(mix: Mix) -> Table:
     rows = by_change(mix)
     score_digits = decimals([row.score * PER for row in rows], least=4)
+    relaxed = mix.relaxation
     prices = [v for row in rows for v in (row.limit_price, row.reduced_cost) if v is not None]
+    if relaxed is not None:
+        prices = list(relaxed.limit_prices.values())
     price_digits = decimals([price * PER for price in prices], least=4)
     total = sum(row.base for row in rows)
     body: list[list[str | Cell]] = []
@@ -116,7 +119,9 @@ def _mix_table(mix: Mix) -> Table:
             Cell(text=signed(change, 0), tone=tone), percent(row.base / total),
             percent(row.share), _HELD_BY[row.at], _price(row.score, score_digits),
         ]  # fmt: skip
-        if prices:
+        if relaxed is not None:
+            cells.append(_price(relaxed.limit_prices[row.category], price_digits))
+        elif prices:
             cells += [_price(row.limit_price, price_digits), _price(row.reduced_cost, price_digits)]
         body.append(cells)
     columns = [
@@ -130,7 +135,15 @@ def _mix_table(mix: Mix) -> Table:
         Column(label="value", title="importance-weighted value of more of it, before any limit"),
     ]
     note = f"Value: nats per response token for {PER} more examples, before any limit."
-    if prices:
+    if relaxed is not None:
+        columns.append(
+            Column(label="price of its limit", title="gain if the limit is loosened, >= 0")
+        )
+        note += (
+            f" Prices: nats for {PER} examples, of the same mix in fractions of examples, whose "
+            f"gain is {signed(relaxed.gain, 6)} against {signed(mix.gain, 6)} in whole ones."
+        )
+    elif prices:
         columns += [
             Column(label="price of that limit", title="gain if the limit is loosened, >= 0"),
             Column(label="reduced cost", title="change of the objective if the count is raised"),
@@ -157,22 +170,26 @@ def _limits(mix: Mix) -> list[str]:
                 f"{words[0].upper()}{words[1:]}: {plural(len(held), 'category', 'categories')} "
                 f"({names(held, most=8)})."
             )
-    if mix.move_price is not None:
-        value = mix.move_price * mix.budget / 100
+    prices = mix.relaxation or mix
+    if prices.move_price is not None:
+        value = prices.move_price * mix.budget / 100
         items.append(
             "Trust region: letting one more percent of the budget move is worth "
             f"{signed(value, decimals([value], least=4))} nats."
-            if mix.move_price > 0
+            if prices.move_price > 0
             else "Trust region: does not bind, something else stops the mix first."
         )
-    if mix.budget_price is not None:
-        value = mix.budget_price * PER
+    if prices.budget_price is not None:
+        value = prices.budget_price * PER
         items.append(
             f"Budget: {PER} more {mix.unit}, everything else as it is, are worth "
             f"{signed(value, decimals([value], least=4))} nats."
         )
     guarded = [target for target in mix.targets if target.guard is not None]
-    binding = [target.target for target in guarded if (target.guard_price or 0) > 0]
+    paid = {target.target: target.guard_price or 0.0 for target in guarded}
+    if mix.relaxation is not None:
+        paid = mix.relaxation.guard_prices
+    binding = [target.target for target in guarded if paid[target.target] > 0]
     if guarded:
         items.append(
             f"Guards: {len(binding)} of {len(guarded)} bind ({names(binding)})."
@@ -186,12 +203,15 @@ def _limits(mix: Mix) -> list[str]:
 
 
 def _collect(mix: Mix) -> list[Block]:
-    wanted = sorted(
-        (row for row in mix.categories if row.supply_price is not None and row.supply_price > 0),
-        key=lambda row: (-(row.supply_price or 0), row.category),
-    )
-    if not wanted:
-        known = any(row.supply_price is not None for row in mix.categories)
+    relaxed = mix.relaxation
+    priced = {
+        row.category: row.supply_price if relaxed is None else relaxed.supply_prices[row.category]
+        for row in mix.categories
+    }
+    value = {name: price for name, price in priced.items() if price is not None and price > 0}
+    rows = {row.category: row for row in mix.categories}
+    if not value:
+        known = any(price is not None for price in priced.values())
         text = (
             "No category is held back by its supply: more of the same data would not change this "
             "mix."
@@ -199,32 +219,28 @@ def _collect(mix: Mix) -> list[Block]:
             else _without_prices(mix)
         )
         return [Prose(text=text)]
-    digits = decimals([(row.supply_price or 0) * PER for row in wanted], least=4)
+    wanted = sorted(value, key=lambda name: (-value[name], name))
+    digits = decimals([price * PER for price in value.values()], least=4)
+    columns = [
+        text_column("category"),
+        Column(label="supply used"),
+        Column(label=f"worth of {PER} more", title="nats per response token"),
+    ]
+    body = [[name, count(rows[name].count), _price(value[name], digits)] for name in wanted]
+    note = "The price holds for small changes of the supply."
+    if relaxed is None:
+        columns += [Column(label="holds from"), Column(label="to")]
+        for line, name in zip(body, wanted, strict=True):
+            line += [count(rows[name].supply_low), count(rows[name].supply_high)]
+        note = "The price holds while the supply stays in the range given."
     return [
         Prose(
             text=f"These categories are used up. {PER} more examples of the first, "
-            f"{names([wanted[0].category])}, would be worth "
-            f"{_price(wanted[0].supply_price, digits)} nats per response token."
+            f"{names([wanted[0]])}, would be worth "
+            f"{_price(value[wanted[0]], digits)} nats per response token."
         ),
-        Table(
-            caption="Shadow prices of supply",
-            columns=(
-                text_column("category"),
-                Column(label="supply used"),
-                Column(label=f"worth of {PER} more", title="nats per response token"),
-                Column(label="holds from"),
-                Column(label="to"),
-            ),
-            rows=[
-                (
-                    row.category, count(row.count), _price(row.supply_price, digits),
-                    count(row.supply_low), count(row.supply_high),
-                )
-                for row in wanted
-            ],
-            note="The price holds while the supply stays in the range given.",
-        ),
-    ]  # fmt: skip
+        Table(caption="Shadow prices of supply", columns=tuple(columns), rows=body, note=note),
+    ]
 
 
 def _without_prices(mix: Mix) -> str:

@@ -171,10 +171,11 @@ def _agreement(view: RunView) -> tuple[str, ...]:
         rank = halves["rank"]
         parts.append(
             f"{_belief(rank)} Measured by {_verb(direction)}, halves of "
-            f"{summary['replications']} replications order the pairs with a rank correlation of "
-            f"{fixed(rank['value'], 2)} ({percent(summary['confidence'], 0)} "
-            f"{interval(rank['low'], rank['high'], 2, with_sign=False)}), and "
-            f"{part['significant_pairs']:,} of {part['pairs']:,} pairs differ from zero."
+            f"{summary['replications']} replications order the interactions of pairs with a rank "
+            f"correlation of {fixed(rank['value'], 2)} ({percent(summary['confidence'], 0)} "
+            f"{interval(rank['low'], rank['high'], 2, with_sign=False)}), the worth of the "
+            f"categories with {_worth(halves['worth'])}; {part['significant_pairs']:,} of "
+            f"{part['pairs']:,} pairs differ from zero."
         )
     if not parts:
         return (
@@ -183,10 +184,14 @@ def _agreement(view: RunView) -> tuple[str, ...]:
         )
     if not summary["is_believed"]:
         parts.append(
-            f"That is below influence.min_agreement ({summary['min_agreement']:g}): the mix stays "
-            "at the base."
+            "Agreement on worth is below influence.min_agreement "
+            f"({summary['min_agreement']:g}): the mix stays at the base."
         )
     return tuple(parts)
+
+
+def _worth(value: float | None) -> str:
+    return "one that cannot be said" if value is None else fixed(value, 2)
 
 
 def _belief(rank: dict[str, float | None]) -> str:
@@ -194,12 +199,12 @@ def _belief(rank: dict[str, float | None]) -> str:
     if value is None:
         return "It cannot be said."
     if low is not None and low <= 0:
-        return "Not beyond doubt: agreement cannot be told from chance."
+        return "Pair by pair not beyond doubt: agreement cannot be told from chance."
     if value >= AGREES_WELL:
         return "Largely."
     if value >= AGREES_PARTLY:
         return "In part; single entries are uncertain."
-    return "Hardly; take the mix as a guess."
+    return "Pair by pair hardly."
 
 
 def _promise(view: RunView) -> str:
@@ -290,7 +295,7 @@ def _cost(view: RunView) -> str:
 
 def _tiles(view: RunView) -> tuple[Tile, ...]:
     gain = headline_comparison(view.evaluation) if view.evaluation is not None else None
-    rank = _weakest_agreement(view)
+    worth = _weakest_agreement(view)
     prediction = None if view.evaluation is None else view.evaluation.summary["prediction"]
     return (
         Tile(
@@ -302,8 +307,10 @@ def _tiles(view: RunView) -> tuple[Tile, ...]:
         ),
         Tile(
             label="the matrix agrees with itself",
-            value=NOTHING if rank is None else fixed(rank["value"], 2),
-            note="not known" if rank is None else "rank correlation of split halves",
+            value=NOTHING if worth is None else fixed(worth, 2),
+            note="not known"
+            if worth is None
+            else "rank correlation of split halves, on what categories are worth",
         ),
         Tile(
             label="promised, and realised",
@@ -325,15 +332,15 @@ def _promise_tile(mix: Mix | None, prediction: dict[str, Any] | None) -> str:
     return NOTHING if mix is None else f"{signed(mix.expected_gain, 3)} → ?"
 
 
-def _weakest_agreement(view: RunView) -> dict[str, Any] | None:
+def _weakest_agreement(view: RunView) -> float | None:
     if view.influence is None:
         return None
     found = [
-        part["agreement"]["rank"]
+        part["agreement"]["worth"]
         for part in view.influence.summary["directions"].values()
-        if part["agreement"] is not None and part["agreement"]["rank"]["value"] is not None
+        if part["agreement"] is not None and part["agreement"]["worth"] is not None
     ]
-    return min(found, key=lambda rank: rank["value"], default=None)
+    return min(found, default=None)
 
 
 def _verb(direction: str) -> str:

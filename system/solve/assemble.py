@@ -70,14 +70,17 @@ def _relaxation(model: Model, outcome: Outcome) -> Relaxation | None:
     if outcome.relaxed_prices is None:
         return None
     prices, problem = outcome.relaxed_prices, model.problem
-    is_stock_S = model.is_supply_S & np.isfinite(model.ceiling_S)
+    # What stops u is the nearer of supply and cap; only the supply's price is one of supply.
+    is_stock_S = model.is_supply_S & (model.ceiling_S <= model.base_S + model.cap_S)
     value_S = np.where(is_stock_S, np.maximum(prices.reduced_add_S, 0.0), 0.0)
     value_S = value_S * model.options.max_epochs
+    limit_S = np.maximum(np.maximum(prices.reduced_add_S, prices.reduced_remove_S), 0.0)
     return Relaxation(
         gain=outcome.relaxed_gain,
         move_price=prices.move,
         budget_price=prices.budget,
         supply_prices=dict(zip(problem.categories, value_S.tolist(), strict=True)),
+        limit_prices=dict(zip(problem.categories, limit_S.tolist(), strict=True)),
         guard_prices=dict(zip(problem.targets, prices.guard_T.tolist(), strict=True)),
     )
 

@@ -87,6 +87,9 @@ class Relaxation:
     budget_price: float
     supply_prices: dict[str, float]
     """Category to gain per example more in its supply."""
+    limit_prices: dict[str, float]
+    """Category to gain per example by which the limit that holds it (supply, cap, lower or upper
+    limit) is loosened."""
     guard_prices: dict[str, float]
     """Target to gain per unit by which its guard is loosened."""
 

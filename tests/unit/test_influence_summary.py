@@ -122,3 +122,9 @@ def test_replicates_hold_every_effect_of_every_replication():
     effects = estimate.matrix.replicate_effects_RTS
     assert effects is not None and first["effect"] == effects[0, 0, 0]
     assert table["effect"][3 * 64 - 1].as_py() == effects[2, 7, 7]
+
+
+def test_worth_is_believed_where_interactions_drown_in_noise():
+    found = summary(World(spread=0.0, example_effect=0.0, shared_noise=1e-3, seed=3), 2)
+    halves = found["directions"]["remove"]["agreement"]
+    assert halves["worth"] > 0.8 > 0.4 > halves["rank"]["value"]

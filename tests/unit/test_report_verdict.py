@@ -70,8 +70,8 @@ def test_an_evaluation_without_a_natural_arm_is_no_verdict(tmp_path):
     [
         ({"value": 0.78, "low": 0.6}, "Largely"),
         ({"value": 0.45, "low": 0.2}, "In part"),
-        ({"value": 0.2, "low": 0.05}, "Hardly"),
-        ({"value": 0.5, "low": -0.1}, "Not beyond doubt"),
+        ({"value": 0.2, "low": 0.05}, "Pair by pair hardly"),
+        ({"value": 0.5, "low": -0.1}, "Pair by pair not beyond doubt"),
         ({"value": None, "low": None}, "It cannot be said"),
     ],
 )

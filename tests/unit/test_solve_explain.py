@@ -225,6 +225,22 @@ def test_whole_mix_carries_the_prices_of_the_fractional_one():
     assert whole.relaxation.gain >= whole.gain - 1e-9
 
 
+def test_cap_that_stops_a_category_before_its_supply_is_not_priced_as_supply():
+    """c1 may rise by 5 although 10 more are there: more supply is worth nothing, more cap is."""
+    p = problem(EFFECT, [100, 100, 100], supply_S=[150, 110, 300], cap_S=[100, 5, 100])
+    whole = solve_mix(p, MixOptions(integer=True)).relaxation
+    assert whole is not None
+    assert whole.supply_prices["c1"] == 0.0
+    wider = problem(EFFECT, [100, 100, 100], supply_S=[150, 110, 300], cap_S=[100, 6, 100])
+    more = solve_mix(wider, MixOptions(integer=True)).relaxation
+    assert more is not None
+    assert whole.limit_prices["c1"] > 0
+    assert whole.limit_prices["c1"] == pytest.approx(more.gain - whole.gain)
+    stocked = problem(EFFECT, [100, 100, 100], supply_S=[150, 111, 300], cap_S=[100, 5, 100])
+    same = solve_mix(stocked, MixOptions(integer=True)).relaxation
+    assert same is not None and same.gain == pytest.approx(whole.gain)
+
+
 def test_sweep_rises_with_falling_prices_and_starts_at_zero():
     p = problem(EFFECT, [100, 100, 100], supply_S=[150, 110, 300], se_TS=np.full((3, 3), 0.05))
     points = sweep_move(p, MixOptions(integer=True), [0.0, 0.05, 0.1, 0.3, 0.2])

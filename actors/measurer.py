@@ -1,0 +1,80 @@
+"""Lengths of all rows in tokens, the last part of stage `tag`, measured shard by shard.
+
+manifest of the tagged corpus ── shards ──> Measurer.measure ──> lengths/*.parquet
+                                                    │ totals
+              manifest without the rows that have no response left within model.max_length
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+from actors.pool import ActorSpec
+from actors.stage import StageContext
+from system import storage
+from system.corpus import Corpus, Manifest, Shard
+from system.lengths import ShardLengths, measure_shard, without_unusable
+from system.model import load_tokenizer
+
+POOL = "measure"
+
+
+class Measurer:
+    """Holds a tokenizer; every call can be repeated."""
+
+    def __init__(
+        self, corpus: Corpus, attempt: str, model_uri: str, trust_remote_code: bool, max_length: int
+    ) -> None:
+        if storage.local_path(model_uri) is None:
+            self._copy = tempfile.TemporaryDirectory(prefix="instructmix-model-")
+            model_uri = str(storage.download_directory(model_uri, Path(self._copy.name)))
+        self._corpus = corpus
+        self._attempt = attempt
+        self._tokenizer = load_tokenizer(model_uri, trust_remote_code=trust_remote_code)
+        self._max_length = max_length
+
+    def measure(self, shard: Shard) -> ShardLengths:
+        """The lengths of a shard's rows."""
+        return measure_shard(self._corpus, shard, self._attempt, self._tokenizer, self._max_length)
+
+
+def measured_manifest(context: StageContext, manifest: Manifest) -> Manifest:
+    """The manifest of the rows that can be learnt.
+
+    Args:
+        context: of stage `tag`.
+        manifest: of the tagged corpus, with paths relative to the attempt.
+    """
+    config = context.config
+    corpus = Corpus(storage.join(context.attempt, "manifest.json"), manifest)
+    pool = context.cluster.pool(
+        ActorSpec(
+            name=POOL,
+            actor_class=Measurer,
+            args=(
+                corpus,
+                context.attempt,
+                context.input("model", "model"),
+                config.model.trust_remote_code,
+                config.model.max_length,
+            ),
+            num_actors=config.cluster.num_ingestors,
+            max_attempts=config.cluster.max_attempts,
+        )
+    )
+    found: dict[Any, ShardLengths] = {}
+    rows = sum(shard.rows for shard in manifest.shards)
+    units: dict[Hashable, tuple[Shard]] = {
+        number: (shard,) for number, shard in enumerate(manifest.shards)
+    }
+    try:
+        with context.progress.bar("lengths", total=rows) as bar:
+            for key, lengths in pool.map(units, "measure"):
+                found[key] = lengths
+                bar.advance(units[key][0].rows)
+    finally:
+        context.cluster.close_pool(POOL)
+    return without_unusable(manifest, [found[number] for number in range(len(units))])
