@@ -104,7 +104,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="solve", module="actors.planner", function="run_solve",
-        reads=("solve",), after=("tag", "model", "influence"),
+        reads=("solve",), after=("tag", "model", "influence"), revision=2,
     ),
     Stage(
         name="curriculum", module="actors.planner", function="run_curriculum",
@@ -121,7 +121,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="evaluate", module="actors.evaluator",
         reads=("evaluate", "train", "curriculum", "select", "seed"),
-        after=("tag", "model", "influence", "solve", "curriculum", "train"),
+        after=("tag", "model", "influence", "solve", "curriculum", "train"), revision=2,
     ),
     Stage(
         name="report", module="actors.reporter", reads=(),

@@ -351,7 +351,7 @@ class EvaluateConfig(Section):
 
     arms: tuple[Arm, ...] = ("natural", "solved", "solved-curriculum")
     """Trained at equal budget; names without `-curriculum` or `-reversed` are shuffled."""
-    seeds: Positive = 2
+    seeds: Positive = 3
     """Trainings per arm; every seed draws other examples and another order for all arms alike."""
     test_rows: Positive = 200
     """Rows of each category's test split that are scored."""

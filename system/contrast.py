@@ -8,16 +8,19 @@ i].  Both seeds and examples are samples, crossed with each other:
     Var(mean d) = (MS_seed + MS_example - MS_rest) / (S n)        (two-way random effects, crossed)
 
 The last term takes out what the first two both contain.  Over categories c with weights w_c the
-seeds are common and the examples are not, so the seed part comes from the weighted means of each
-seed and the example parts add up as w_c^2.  With the few seeds people can afford, MS_seed from one
-contrast has S - 1 degrees of freedom; it is therefore pooled over all arms, whose trainings are
-taken to be equally noisy: the residual of the arm x seed table (arm and seed means taken out), with
-(K - 1)(S - 1) degrees of freedom.  Contrasts whose coefficients do not sum to zero over the trained
-arms (one arm against the untrained base) keep the common effect of the seed and take the mean
-variance within arms, with S - 1.  Intervals are Student's with Welch-Satterthwaite degrees of
-freedom (Satterthwaite 1946).  With one seed only the examples' part can be had; it says so.
+seeds are common and the examples are not, so the seed part is the variance of the weighted means of
+the seeds, with S - 1 degrees of freedom, and the example parts add up as w_c^2.  The seed part is
+that of the contrast alone.  Pooling it over all arms would give more degrees of freedom, and did,
+but arms are not equally noisy against each other: two shuffled arms share most of their order, so
+their trainings differ less by chance than either differs from a curriculum, and pooled intervals
+called mere orders better or worse.
 
-S = seeds, n = examples of a category, K = arms.
+The interval adds the squares of the two parts' own Student intervals, that of the examples with
+Satterthwaite's degrees of freedom; it covers at least what it says whatever the two variances are
+(Banerjee 1960, Sankhya 22), where one Welch-Satterthwaite interval for the sum covers too little
+with so few seeds.  With one seed only the examples' part can be had; it says so.
+
+S = seeds, n = examples of a category.
 """
 
 from __future__ import annotations
@@ -49,8 +52,6 @@ class Contrast:
     """Part of `se` that further seeds would make smaller; None: one seed, not measured."""
     se_heldout: float
     """Part of `se` that further held-out examples would make smaller."""
-    degrees: float
-    """Welch-Satterthwaite degrees of freedom."""
     low: float
     high: float
     verdict: Verdict
@@ -66,7 +67,6 @@ class Contrast:
             "se": self.se,
             "se_seeds": self.se_seeds,
             "se_heldout": self.se_heldout,
-            "degrees": self.degrees,
             "low": self.low,
             "high": self.high,
             "verdict": self.verdict,
@@ -86,8 +86,7 @@ def contrast(
     """Estimate, error and interval of a weighted difference.
 
     Args:
-        performance: all arms, also those that the contrast leaves out: they tell how much
-            trainings differ by chance.
+        performance: all arms.
         coefficients: arm -> a_k.
         weights: category -> w_c; categories left out do not count.
         confidence: level of the interval.
@@ -112,31 +111,29 @@ def contrast(
         for category in weights
     }
     value = sum(w * float(difference[c].mean()) for c, w in weights.items())
-    parts: list[tuple[float, float]] = []
-    seed_variance, seed_degrees = _seed_variance(performance, coefficients, weights, seeds)
-    if seed_variance:
-        parts.append((seed_variance, seed_degrees))
+    seed_variance = _seed_variance(difference, weights, seeds)
     heldout = _heldout_parts(difference, weights, seeds)
     if is_binary:
         sizes = {c: difference[c].shape[1] for c in weights}
         heldout += [((w / (sizes[c] + 2)) ** 2, sizes[c] - 1.0) for c, w in weights.items()]
-    heldout_variance = sum(part for part, _ in heldout)
-    if heldout_variance > 0:
-        parts += heldout
-    variance = sum(part for part, _ in parts)
-    spread = sum(part**2 / df for part, df in parts)
-    degrees = variance**2 / spread if spread > 0 else math.inf
+    heldout_variance = max(0.0, sum(part for part, _ in heldout))
     largest = max(float(np.abs(performance[arm][c]).max()) for arm in lengths for c in weights)
-    se = math.sqrt(variance) if math.sqrt(variance) > _ROUNDING * largest else 0.0
-    half = se * float(stats.t.ppf(0.5 + confidence / 2, degrees)) if se > 0 else 0.0
+    se = math.sqrt(seed_variance + heldout_variance)
+    se = se if se > _ROUNDING * largest else 0.0
+    half = 0.0
+    if se > 0:
+        spread = sum(part**2 / df for part, df in heldout)
+        half = math.sqrt(
+            seed_variance * _quantile(confidence, seeds - 1.0) ** 2
+            + heldout_variance * _quantile(confidence, heldout_variance**2 / (spread or 1.0)) ** 2
+        )
     value = value if se > 0 or abs(value) > _ROUNDING * largest else 0.0
     low, high = value - half, value + half
     return Contrast(
         value=value,
         se=se,
         se_seeds=None if seeds == 1 else math.sqrt(seed_variance),
-        se_heldout=math.sqrt(max(0.0, heldout_variance)),
-        degrees=min(degrees, 1e6),
+        se_heldout=math.sqrt(heldout_variance),
         low=low,
         high=high,
         verdict="better" if low > 0 else "worse" if high < 0 else "tie",
@@ -174,29 +171,16 @@ def _heldout_parts(
     return parts
 
 
+def _quantile(confidence: float, degrees: float) -> float:
+    """Two-sided quantile of Student's t; 0 where there are no degrees of freedom to use."""
+    return float(stats.t.ppf(0.5 + confidence / 2, degrees)) if degrees > 0 else 0.0
+
+
 def _seed_variance(
-    performance: Performance,
-    coefficients: Mapping[str, float],
-    weights: Mapping[str, float],
-    seeds: int,
-) -> tuple[float, float]:
-    """Variance of the contrast's mean that comes from training, and its degrees of freedom."""
+    difference: Mapping[str, np.ndarray], weights: Mapping[str, float], seeds: int
+) -> float:
+    """Variance of the contrast's mean that comes from training, with S - 1 degrees of freedom."""
     if seeds == 1:
-        return 0.0, 1.0
-    trained = [arm for arm, of in performance.items() if len(next(iter(of.values()))) == seeds]
-    table_KS = np.array(
-        [
-            sum((w * performance[arm][c].mean(axis=1) for c, w in weights.items()), np.zeros(seeds))
-            for arm in trained
-        ]
-    )
-    used = {arm: a for arm, a in coefficients.items() if arm in trained}
-    squares = sum(a * a for a in used.values())
-    if abs(sum(used.values())) < 1e-12:
-        rest = table_KS - table_KS.mean(axis=1, keepdims=True) - table_KS.mean(axis=0)
-        rest += table_KS.mean()
-        degrees = (len(trained) - 1.0) * (seeds - 1.0)
-        return squares * float((rest**2).sum()) / degrees / seeds, degrees
-    if len(used) != 1:
-        raise ValueError(f"coefficients over trained arms must sum to zero: {dict(used)}")
-    return squares * float(table_KS.var(axis=1, ddof=1).mean()) / seeds, seeds - 1.0
+        return 0.0
+    mean_S = sum((w * difference[c].mean(axis=1) for c, w in weights.items()), np.zeros(seeds))
+    return float(mean_S.var(ddof=1)) / seeds

@@ -17,7 +17,7 @@ twenty ties one in twenty looks like more at 95 %.
     accuracy      [{arm, category, rows, seeds, value, low, high}]
     prediction    {targets: [{target, predicted, predicted_se, realised, se, low, high}], overall,
                   slope, rank_correlation}
-with <contrast> = value, se, se_seeds, se_heldout, degrees, low, high, verdict, seeds, rows.
+with <contrast> = value, se, se_seeds, se_heldout, low, high, verdict, seeds, rows.
 """
 
 from __future__ import annotations

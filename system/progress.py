@@ -11,6 +11,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+_FORECAST_FROM = 0.1
+"""Share of the work from which the time left is told."""
 LINE_SECONDS = 15.0
 
 
@@ -37,10 +39,13 @@ class Bar:
         elif self._done and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             seconds = self._last_line - self._started
-            left = seconds / self._done * (self._total - self._done)
+            # Early on the start of actors and engines is most of the time: no forecast from that.
+            forecast = ""
+            if self._done >= _FORECAST_FROM * self._total:
+                left = seconds / self._done * (self._total - self._done)
+                forecast = f", about {left:.0f} s left"
             print(
-                f"  {self._label}: {self._done:,} of {self._total:,}, "
-                f"{seconds:.0f} s, about {left:.0f} s left",
+                f"  {self._label}: {self._done:,} of {self._total:,}, {seconds:.0f} s{forecast}",
                 file=sys.stderr,
                 flush=True,
             )
