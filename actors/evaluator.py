@@ -23,11 +23,10 @@ from actors.scorer import scorer_pool
 from actors.stage import StageContext, StageResult
 from actors.trainer import fit, make_job, plan_selection
 from system import storage
-from system.answers import ANSWERS, Questions, check_answers, draw_questions
-from system.arms import ArmPlan, plan_arms
-from system.corpus import Corpus
 from system.curriculum import Curriculum
-from system.evaluate import (
+from system.data.corpus import Corpus
+from system.evaluation.arms import ArmPlan, plan_arms
+from system.evaluation.evaluate import (
     BASE,
     DELIVERED,
     LOSSES,
@@ -37,13 +36,14 @@ from system.evaluate import (
     headline,
     summarise,
 )
-from system.heldout import seeded_draw
-from system.interventions import seed_of
-from system.model import load_tokenizer
-from system.plan import read_plan, write_plan
-from system.score import Scored
-from system.select import select_arm
+from system.influence.heldout import seeded_draw
+from system.influence.interventions import seed_of
+from system.models.base import load_tokenizer
+from system.scoring.answers import ANSWERS, Questions, check_answers, draw_questions
+from system.scoring.score import Scored
+from system.selection.select import select_arm
 from system.solve import Mix
+from system.training.plan import read_plan, write_plan
 
 
 def run(context: StageContext) -> StageResult:

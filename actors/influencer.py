@@ -27,13 +27,11 @@ from actors.scorer import scorer_pool
 from actors.stage import StageContext, StageResult
 from actors.tuner import Tuner
 from system import storage
-from system.corpus import Corpus
+from system.data.corpus import Corpus
 from system.errors import ConfigError
-from system.external_targets import read_target
-from system.heldout import draw_targets, seeded_draw
-from system.influence import estimate_effects
-from system.influence_summary import Cost, replicates_table, result_lines, summarise
-from system.interventions import (
+from system.influence.external_targets import read_target
+from system.influence.heldout import draw_targets, seeded_draw
+from system.influence.interventions import (
     Design,
     Schedule,
     Unit,
@@ -41,11 +39,13 @@ from system.interventions import (
     assemble_design,
     plan_replication,
 )
-from system.ledger import Ledger
-from system.measurements import collect_losses, paired_differences
-from system.model import load_tokenizer
-from system.plan import TrainPlan, read_plan, write_plan
-from system.train_settings import TrainSettings
+from system.influence.ledger import Ledger
+from system.influence.matrix import estimate_effects
+from system.influence.measurements import collect_losses, paired_differences
+from system.influence.summary import Cost, replicates_table, result_lines, summarise
+from system.models.base import load_tokenizer
+from system.training.plan import TrainPlan, read_plan, write_plan
+from system.training.settings import TrainSettings
 
 TUNERS = "tuner"
 

@@ -19,9 +19,10 @@ from typing import Any, cast
 
 from actors.pool import ActorPool, ActorSpec
 from actors.stage import StageContext, StageResult
-from system import ingest, storage
-from system.corpus import Manifest, read_manifest
-from system.ingest import IngestPlan, Step, plan_ingest
+from system import storage
+from system.data import ingest
+from system.data.corpus import Manifest, read_manifest
+from system.data.ingest import IngestPlan, Step, plan_ingest
 
 POOL = "ingest"
 
@@ -33,7 +34,7 @@ class Ingestor:
         self._plan = plan
 
     def do(self, step: str, unit: Any) -> Any:
-        """Does one unit of a step of `system.ingest.STEPS` and returns its outcome."""
+        """Does one unit of a step of `system.data.ingest.STEPS` and returns its outcome."""
         return ingest.STEPS[step].do(self._plan, unit)
 
 

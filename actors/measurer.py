@@ -15,9 +15,9 @@ from typing import Any
 from actors.pool import ActorSpec
 from actors.stage import StageContext
 from system import storage
-from system.corpus import Corpus, Manifest, Shard
-from system.lengths import ShardLengths, measure_shard, without_unusable
-from system.model import load_tokenizer
+from system.data.corpus import Corpus, Manifest, Shard
+from system.data.lengths import ShardLengths, measure_shard, without_unusable
+from system.models.base import load_tokenizer
 
 POOL = "measure"
 

@@ -15,8 +15,8 @@ from actors.pool import ActorSpec
 from actors.stage import StageContext, StageResult
 from system import storage
 from system.config import ModelConfig
-from system.corpus import Corpus
-from system.model import describe_model, kind_of, materialise
+from system.data.corpus import Corpus
+from system.models.base import describe_model, kind_of, materialise
 
 WARMUP_CPUS = 2.0
 """Threads of the built-in model's warm-up: fixed, because the number decides low bits."""
@@ -35,7 +35,7 @@ class Modeler:
         folder = local if local is not None else Path(tempfile.mkdtemp()) / "model"
         counts: dict[str, Any] = {}
         if kind_of(self._config.path) == "builtin":
-            from system.tiny import build_tiny_model
+            from system.models.tiny import build_tiny_model
 
             folder.mkdir(parents=True, exist_ok=True)
             counts = build_tiny_model(Corpus.open(manifest), self._config, self._seed, folder)

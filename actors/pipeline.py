@@ -37,19 +37,19 @@ def _no_identity(config: RunConfig) -> dict[str, str]:
 
 
 def _source_identity(config: RunConfig) -> dict[str, str]:
-    from system.ingest import source_fingerprint
+    from system.data.ingest import source_fingerprint
 
     return source_fingerprint(config)
 
 
 def _model_identity(config: RunConfig) -> dict[str, str]:
-    from system.model import model_identity
+    from system.models.base import model_identity
 
     return model_identity(config.model)
 
 
 def _target_identity(config: RunConfig) -> dict[str, str]:
-    from system.sources import resolve
+    from system.data.sources import resolve
 
     return {
         f"{name}.{uri}": storage.stamp(uri)

@@ -6,10 +6,10 @@ import dataclasses
 
 from actors.stage import StageContext, StageResult
 from system import storage
-from system.corpus import Corpus
 from system.curriculum import plan_curriculum
-from system.influence import EffectMatrix
-from system.lengths import mean_response_tokens
+from system.data.corpus import Corpus
+from system.data.lengths import mean_response_tokens
+from system.influence.matrix import EffectMatrix
 from system.planning import (
     SWEEP_MOVES,
     check_limits,

@@ -18,8 +18,8 @@ import pyarrow as pa
 from actors.pool import ActorPool, ActorSpec
 from actors.stage import StageContext
 from system import storage
-from system.engine import Engine, EngineSettings
-from system.score import Scored, score_tokens
+from system.scoring.engine import Engine, EngineSettings
+from system.scoring.score import Scored, score_tokens
 
 POOL = "scorer"
 

@@ -15,10 +15,12 @@ from typing import Any
 
 from actors.pool import ActorPool, ActorSpec
 from actors.stage import StageContext, StageResult
-from system import select, selection, storage
-from system.corpus import Corpus
-from system.select import Chosen, Method, Selection, StageQuota
-from system.selection import Group, GroupOutcome, Part, PartInput
+from system import storage
+from system.data.corpus import Corpus
+from system.selection import parts as selection
+from system.selection import select
+from system.selection.parts import Group, GroupOutcome, Part, PartInput
+from system.selection.select import Chosen, Method, Selection, StageQuota
 
 POOL = "select"
 MANIFEST = "manifest.json"

@@ -23,8 +23,8 @@ from actors.pool import ActorPool, Done, wait_any
 from actors.scorer import scorer_pool
 from actors.stage import StageContext, StageResult
 from system import storage
-from system.conversation import SPLITS
-from system.corpus import (
+from system.data.conversation import SPLITS
+from system.data.corpus import (
     Corpus,
     Manifest,
     Shard,
@@ -34,10 +34,7 @@ from system.corpus import (
     write_manifest,
     write_shard,
 )
-from system.errors import DataError, StageError
-from system.model import load_tokenizer
-from system.schema import CORPUS
-from system.tag import (
+from system.data.tag import (
     TAGS,
     TagAccuracy,
     encode_choice,
@@ -47,6 +44,9 @@ from system.tag import (
     rename_categories,
     stratified_sizes,
 )
+from system.errors import DataError, StageError
+from system.models.base import load_tokenizer
+from system.schema import CORPUS
 
 BLOCK_ROWS = 256
 _COLUMNS = ["id", "category", "messages"]

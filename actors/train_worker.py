@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from system.errors import InstructMixError
-from system.train_job import Ranks, TrainedModel, TrainJob, run_job
+from system.training.job import Ranks, TrainedModel, TrainJob, run_job
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,15 +31,15 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from actors.stage import StageContext, StageResult
 from actors.train_worker import Outcome, train_jobs
 from system import schema, storage
-from system.chat import encode_table
 from system.errors import ClusterError, ConfigError, DataError, StageError
-from system.model import load_tokenizer
-from system.plan import TrainPlan, build_plan, write_plan
+from system.models.base import load_tokenizer
+from system.models.chat import encode_table
 from system.progress import Progress
 from system.rundir import fingerprint
-from system.trackers import check_trackers
-from system.train_job import TrainedModel, TrainJob, read_finished
-from system.train_settings import TrainSettings
+from system.training.job import TrainedModel, TrainJob, read_finished
+from system.training.plan import TrainPlan, build_plan, write_plan
+from system.training.settings import TrainSettings
+from system.training.trackers import check_trackers
 
 START_TIMEOUT_SECONDS = 60
 """How long a worker group may wait for its resources before the run gives up."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from system.plan import TrainPlan, read_plan
-from system.proxy import ProxyModel, TuneStats
-from system.train_settings import TrainSettings
+from system.influence.proxy import ProxyModel, TuneStats
+from system.training.plan import TrainPlan, read_plan
+from system.training.settings import TrainSettings
 
 
 class Tuner:

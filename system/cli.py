@@ -131,7 +131,7 @@ def _add_tools(commands: argparse._SubParsersAction) -> None:
     )
     verify.add_argument("run_dir")
     verify.set_defaults(execute=_verify)
-    from system.planted_command import add_arguments as add_planted_arguments
+    from system.influence.planted_command import add_arguments as add_planted_arguments
     from system.solve.command import add_arguments as add_solve_arguments
 
     planted = commands.add_parser(
@@ -192,14 +192,14 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from system.verification import describe_prediction
+    from system.evaluation.verification import describe_prediction
 
     print(describe_prediction(arguments.run_dir))
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from system.export_selection import export_selection
+    from system.selection.export import export_selection
 
     print(export_selection(arguments.run_dir, arguments.format, arguments.out))
     return 0
@@ -215,7 +215,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _planted(arguments: argparse.Namespace) -> int:
-    from system.planted_command import run
+    from system.influence.planted_command import run
 
     return run(arguments)
 

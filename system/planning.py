@@ -14,7 +14,7 @@ import numpy as np
 
 from system.config import SolveConfig
 from system.errors import ConfigError
-from system.influence import EffectMatrix
+from system.influence.matrix import EffectMatrix
 from system.solve import GroupLimit, MixOptions, MixProblem, solve_mix
 
 SWEEP_MOVES = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from system.influence import EffectMatrix
+from system.influence.matrix import EffectMatrix
 from system.report.heatmap import clustered_order
 from system.report.influence_section import reference_dose
 from system.report.run_section import total_seconds

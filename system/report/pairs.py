@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from system.influence import EffectMatrix
+from system.influence.matrix import EffectMatrix
 from system.report.formatting import interval, signed
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 
 from system import storage
-from system.corpus import Manifest, read_manifest
 from system.curriculum.records import Curriculum
+from system.data.corpus import Manifest, read_manifest
 from system.errors import ConfigError, DataError
-from system.influence import EffectMatrix
+from system.influence.matrix import EffectMatrix
 from system.rundir import RunDir, StageRecord
 from system.solve.mix import Mix
 from system.stages import STAGE_FOLDERS

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_influence.py [--replications 3] [--budget 6] [--out results.json]
 
-A planted corpus (`system.planted`) and its warm base model are made; each estimator then runs with
-one, two, ... replications, in this process, scored by transformers.  `retrain` with `--budget`
-replications of its own, on schedules that no estimate has seen, is the reference.  Printed per
-estimator and number of replications: trained tokens relative to the reference, median over targets
+A planted corpus (`system.influence.planted`) and its warm base model are made; each estimator then
+runs with one, two, ... replications, in this process, scored by transformers.  `retrain` with
+`--budget` replications of its own, on schedules that no estimate has seen, is the reference.
+Printed per estimator and number of replications: trained tokens relative to the reference, median over targets
 of the rank correlation with the reference (with the noise ceiling: the reference's own split-half
 reliability), sign agreement with the truth where the construction fixes a sign and the effect is
 not zero, coverage of zero by the intervals of unrelated pairs.
@@ -26,25 +26,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from system.agreement import compare, split_half
 from system.config import InfluenceConfig, ModelConfig, RunConfig, SolveConfig, SourceConfig
-from system.corpus import Corpus
-from system.heldout import draw_targets, seeded_draw
-from system.influence import Estimate, estimate_effects
-from system.ingest import ingest_local
-from system.interventions import (
+from system.data.corpus import Corpus
+from system.data.ingest import ingest_local
+from system.influence.agreement import compare, split_half
+from system.influence.heldout import draw_targets, seeded_draw
+from system.influence.interventions import (
     Unit,
     active_rows,
     assemble_design,
     plan_replication,
 )
-from system.measurements import Measurements, collect_losses, paired_differences
-from system.model import load_model, load_tokenizer
-from system.planted import planted_world
-from system.planted_command import MAX_LENGTH, write_planted
-from system.proxy import ProxyModel
-from system.score import score_reference
-from system.train_settings import TrainSettings
+from system.influence.matrix import Estimate, estimate_effects
+from system.influence.measurements import Measurements, collect_losses, paired_differences
+from system.influence.planted import planted_world
+from system.influence.planted_command import MAX_LENGTH, write_planted
+from system.influence.proxy import ProxyModel
+from system.models.base import load_model, load_tokenizer
+from system.scoring.score import score_reference
+from system.training.settings import TrainSettings
 
 ESTIMATORS = ("retrain", "branch", "random-design")
 

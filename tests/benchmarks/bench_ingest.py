@@ -95,14 +95,14 @@ def _config(path: Path, out: Path, actors: int, **ingest: Any) -> Any:
 
 def ours(path: Path, out: Path, actors: int) -> int:
     """The whole ingest in one process."""
-    from system.ingest import ingest_local
+    from system.data.ingest import ingest_local
 
     return ingest_local(_config(path, out, actors), str(out / "attempt")).read
 
 
 def ours_near(path: Path, out: Path, actors: int) -> int:
     """With near-deduplication."""
-    from system.ingest import ingest_local
+    from system.data.ingest import ingest_local
 
     return ingest_local(_config(path, out, actors, deduplicate="near"), str(out / "attempt")).read
 
@@ -131,7 +131,7 @@ def ours_ray(path: Path, out: Path, actors: int) -> int:
 
 
 def _normalised(prompt: str, completion: str) -> dict[str, Any]:
-    from system.conversation import normalise, split_of
+    from system.data.conversation import normalise, split_of
 
     found = normalise([("user", prompt), ("assistant", completion)], 200_000)
     messages = [

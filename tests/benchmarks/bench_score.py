@@ -5,7 +5,7 @@
 One process, one engine, the same rows; the contenders take turns in every round, so that a busy
 machine slows all of them, and medians over rounds are compared.
 
-- `ours`: `system.score.score_tokens`, rows of mixed lengths from Arrow to a SCORES table
+- `ours`: `system.scoring.score.score_tokens`, rows of mixed lengths from Arrow to a SCORES table
 - `engine-bare`: the same engine asked for flat prompt log-probabilities of prompts that fill its
   steps perfectly (equal lengths, as many tokens as `ours`), outputs thrown away: the bar is 90 %
 - `one-by-one`: the same engine, one `generate` call a row, ordinary log-probability objects
@@ -75,7 +75,7 @@ def contenders(engine: Any, model: Any, rows: pa.Table, args: argparse.Namespace
     """Name -> (function, tokens that it goes through)."""
     from vllm import SamplingParams
 
-    from system.score import score_reference, score_tokens
+    from system.scoring.score import score_reference, score_tokens
 
     llm = engine._llm
     lists = rows.column("input_ids").to_pylist()
@@ -156,9 +156,9 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-    from system.engine import Engine
-    from system.llm import EngineSettings
-    from system.model import load_model
+    from system.models.base import load_model
+    from system.scoring.engine import Engine
+    from system.scoring.llm import EngineSettings
 
     with tempfile.TemporaryDirectory() as folder:
         build_model(Path(folder), args)

@@ -90,10 +90,10 @@ def run_instructmix(model_dir: str, rows: list[dict[str, Any]]) -> dict[str, Any
     import torch
 
     from system import schema
-    from system.model import load_model
-    from system.plan import build_plan
-    from system.train import train_on_plan
-    from system.train_settings import TrainSettings
+    from system.models.base import load_model
+    from system.training.plan import build_plan
+    from system.training.settings import TrainSettings
+    from system.training.train import train_on_plan
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = pa.table(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from system.influence import EffectMatrix, estimate_effects
+from system.influence.matrix import EffectMatrix, estimate_effects
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -18,15 +18,15 @@ import torch
 import yaml
 from small_job import ROOT, run_job
 
-from system.answers import end_of_turn
-from system.chat import encode_prompt, encode_table
 from system.config import ModelConfig
-from system.engine import Engine
-from system.llm import EngineSettings
-from system.model import load_model, load_tokenizer, materialise
+from system.data.tag import encode_choice, pick
+from system.models.base import load_model, load_tokenizer, materialise
+from system.models.chat import encode_prompt, encode_table
 from system.schema import CORPUS
-from system.score import score_reference, score_tokens
-from system.tag import encode_choice, pick
+from system.scoring.answers import end_of_turn
+from system.scoring.engine import Engine
+from system.scoring.llm import EngineSettings
+from system.scoring.score import score_reference, score_tokens
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(2400)]
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from system import schema
-from system.llm import EngineSettings
-from system.model import CHATML
+from system.models.base import CHATML
+from system.scoring.llm import EngineSettings
 
 VOCABULARY = 384
 CONTEXT = 160

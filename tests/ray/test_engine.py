@@ -11,13 +11,13 @@ import torch
 from engine_builders import CONTEXT, SETTINGS, VOCABULARY, build_model, per_token, token_table
 
 from system import schema
-from system.chat import encode_prompt
-from system.engine import Engine
 from system.errors import DataError, ModelError, StageError
-from system.llm import BLOCK_TOKENS
-from system.model import load_model
-from system.parity import ParityTest
-from system.score import NOT_FINITE, score_reference, score_tokens
+from system.models.base import load_model
+from system.models.chat import encode_prompt
+from system.scoring.engine import Engine
+from system.scoring.llm import BLOCK_TOKENS
+from system.scoring.parity import ParityTest
+from system.scoring.score import NOT_FINITE, score_reference, score_tokens
 
 pytestmark = pytest.mark.slow
 

@@ -19,13 +19,13 @@ from actors.influencer import run
 from actors.stage import StageContext, StageResult
 from system import storage
 from system.config import RunConfig
-from system.influence import EffectMatrix
-from system.interventions import Design
-from system.model import load_model
+from system.influence.interventions import Design
+from system.influence.matrix import EffectMatrix
+from system.models.base import load_model
 from system.progress import Bar, Progress
 from system.rundir import RunDir, StageRecord
 from system.schema import MATRIX, check_table
-from system.score import score_reference
+from system.scoring.score import score_reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 

@@ -32,13 +32,13 @@ from system.config import (
     SolveConfig,
     SourceConfig,
 )
-from system.corpus import Corpus
+from system.data.corpus import Corpus
+from system.data.ingest import ingest_local
 from system.errors import DataError
-from system.ingest import ingest_local
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord
 from system.schema import SELECTION
-from system.select import select_arm
+from system.selection.select import select_arm
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -49,7 +49,7 @@ NUM_ROWS = 6000
 DRIVER = """
 import json, sys
 from pathlib import Path
-import system.ingest_plan
+import system.data.ingest_plan
 from actors import ingestor
 from actors.cluster import Cluster
 from actors.stage import StageContext
@@ -57,7 +57,7 @@ from system.config import RunConfig
 from system.progress import Progress
 from system.rundir import RunDir
 
-system.ingest_plan.BUCKET_BYTES = int(sys.argv[3])
+system.data.ingest_plan.BUCKET_BYTES = int(sys.argv[3])
 config = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())
 cluster = Cluster(config.cluster)
 context = StageContext(config=config, run_dir=RunDir(config.run_dir), attempt=sys.argv[2],

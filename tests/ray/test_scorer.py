@@ -17,8 +17,8 @@ from actors.pool import ActorPool, ActorSpec, wait_any
 from actors.scorer import Scorer
 from system.config import ClusterConfig
 from system.errors import ConfigError, ModelError
-from system.model import load_model
-from system.score import Scored, score_reference
+from system.models.base import load_model
+from system.scoring.score import Scored, score_reference
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -16,7 +16,7 @@ from actors.pool import ActorSpec
 from actors.stage import StageContext
 from actors.tagger import run
 from system.config import ClusterConfig, RunConfig
-from system.corpus import Corpus, make_manifest, write_manifest, write_shard
+from system.data.corpus import Corpus, make_manifest, write_manifest, write_shard
 from system.errors import DataError
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.cluster import Cluster
 from actors.trainer import fit, make_job, run
 from system.errors import ClusterError, ConfigError, StageError
-from system.model import load_model
-from system.plan import read_plan
-from system.train import train_on_plan
-from system.train_settings import TrainSettings
+from system.models.base import load_model
+from system.training.plan import read_plan
+from system.training.settings import TrainSettings
+from system.training.train import train_on_plan
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -18,9 +18,9 @@ from system.config import (
     SourceConfig,
     TinyModelConfig,
 )
-from system.ingest import ingest_local
-from system.planted import planted_world
-from system.tiny import new_model, train_tokenizer
+from system.data.ingest import ingest_local
+from system.influence.planted import planted_world
+from system.models.tiny import new_model, train_tokenizer
 
 TASKS = ("colour", "colour-reworded", "size")
 

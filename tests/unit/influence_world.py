@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from system.measurements import Measurements
+from system.influence.measurements import Measurements
 
 
 @dataclass(frozen=True, kw_only=True)

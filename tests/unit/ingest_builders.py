@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from system import storage
 from system.config import IngestConfig, ModelConfig, RunConfig, SolveConfig, SourceConfig
-from system.corpus import Corpus
-from system.ingest import ingest_local
+from system.data.corpus import Corpus
+from system.data.ingest import ingest_local
 
 LENIENT = {"min_train_rows": 1, "min_heldout_rows": 1, "max_rejected_share": 1.0}
 

@@ -16,20 +16,20 @@ import pyarrow as pa
 
 from system import storage
 from system.config import RunConfig
-from system.conversation import SPLITS
-from system.corpus import Shard, make_manifest, write_manifest
 from system.curriculum import plan_curriculum
-from system.evaluate import LOSSES, OUTCOMES, ArmInfo, summarise
-from system.influence import estimate_effects
-from system.influence_summary import Cost
-from system.influence_summary import summarise as summarise_influence
-from system.interventions import CategoryRows, Design, Replication, Target
-from system.measurements import Losses, Measurements
+from system.data.conversation import SPLITS
+from system.data.corpus import Shard, make_manifest, write_manifest
+from system.data.tag import TAGS, measure_accuracy
+from system.evaluation.evaluate import LOSSES, OUTCOMES, ArmInfo, summarise
+from system.influence.interventions import CategoryRows, Design, Replication, Target
+from system.influence.matrix import estimate_effects
+from system.influence.measurements import Losses, Measurements
+from system.influence.summary import Cost
+from system.influence.summary import summarise as summarise_influence
 from system.planning import dependency_effects, mix_options, mix_problem, why_not_believed
 from system.rundir import RunDir, StageRecord, fingerprint
 from system.solve import solve_mix, sweep_move
 from system.stages import STAGE_FOLDERS, STAGE_NAMES
-from system.tag import TAGS, measure_accuracy
 from system.taxonomy import estimate_taxonomy
 
 CATEGORIES = (

@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from system.answers import ANSWERS, check_answers, draw_questions, end_of_turn
-from system.corpus import Corpus, make_manifest, write_manifest, write_shard
-from system.model import CHATML
+from system.data.corpus import Corpus, make_manifest, write_manifest, write_shard
+from system.models.base import CHATML
 from system.schema import CORPUS
+from system.scoring.answers import ANSWERS, check_answers, draw_questions, end_of_turn
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from system.arms import ArmPlan, apportion, plan_arms
 from system.config import CurriculumConfig
 from system.curriculum import Curriculum, plan_curriculum
+from system.evaluation.arms import ArmPlan, apportion, plan_arms
 from system.solve import Mix
 from system.solve.mix import CategoryMix, SolverInfo
 

@@ -14,8 +14,8 @@ from training_builders import (
 )
 
 from system import schema
-from system.chat import encode, encode_prompt, encode_table, template_profile
 from system.errors import DataError, ModelError
+from system.models.chat import encode, encode_prompt, encode_table, template_profile
 
 SINGLE = [
     {"role": "user", "content": "What is 2 + 2?"},

@@ -15,10 +15,10 @@ from training_builders import (
 )
 
 from system import storage
-from system.checkpoint import CheckpointWriter, find_checkpoints, load_checkpoint
 from system.config import LoraConfig
 from system.errors import DataError, StageError
-from system.train import Training
+from system.training.checkpoint import CheckpointWriter, find_checkpoints, load_checkpoint
+from system.training.train import Training
 
 IDENTITY = {"plan": "a" * 64, "settings": "b" * 64, "model": "c" * 64}
 LORA = LoraConfig(rank=2, dropout=0.2, targets=("q_proj", "v_proj"))

@@ -8,8 +8,8 @@ import pytest
 from ingest_builders import ingest, numbered, write_lines
 
 from system.config import SourceConfig
-from system.conversation import content_id
-from system.corpus import (
+from system.data.conversation import content_id
+from system.data.corpus import (
     Corpus,
     canonical_table,
     make_manifest,
@@ -130,7 +130,7 @@ def test_a_shard_that_is_damaged_or_short_is_an_error(tmp_path):
 
 
 def test_a_later_manifest_takes_over_shards_and_merges_overlapping_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr("system.corpus._BATCH_ROWS", 7)
+    monkeypatch.setattr("system.data.corpus._BATCH_ROWS", 7)
     ids = sorted(map(hex_id, range(90)))
     old_dir, new_dir = tmp_path / "old" / "attempt", tmp_path / "new" / "attempt"
     old = [

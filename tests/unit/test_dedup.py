@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingest_builders import ingest, numbered, write_lines
 
-from system import near
 from system.config import SourceConfig
-from system.dedup import split_by_category
-from system.near import rows_per_band, signatures
-from system.shingles import NUM_BINS, find_words, mix, ngrams
+from system.data import near
+from system.data.dedup import split_by_category
+from system.data.near import rows_per_band, signatures
+from system.data.shingles import NUM_BINS, find_words, mix, ngrams
 
 VOCABULARY = [f"word{k}" for k in range(3000)]
 
@@ -142,7 +142,7 @@ def test_near_deduplication_does_not_depend_on_the_cut(tmp_path, monkeypatch):
     whole = ingest(tmp_path, deduplicate="near").files()
     assert whole == ingest(tmp_path, deduplicate="near", chunk_bytes=9000).files()
     kept = [row["id"] for row in ingest(tmp_path, deduplicate="near").rows()]
-    monkeypatch.setattr("system.ingest_plan.BUCKET_BYTES", 20_000)
+    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 20_000)
     many = ingest(tmp_path, deduplicate="near", chunk_bytes=9000)
     assert len(many.manifest.shards) > 3
     assert [row["id"] for row in many.rows()] == kept

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from system.contrast import contrast
 from system.errors import DataError
-from system.evaluate import (
+from system.evaluation.contrast import contrast
+from system.evaluation.evaluate import (
     LOSSES,
     OUTCOMES,
     ArmInfo,
@@ -16,7 +16,7 @@ from system.evaluate import (
     performance_of,
     summarise,
 )
-from system.intervals import wilson_interval
+from system.evaluation.intervals import wilson_interval
 
 DIFFERENCE = {"solved": 1.0, "natural": -1.0}
 BASE_GAP = 0.7
@@ -34,7 +34,7 @@ def simulate(
     categories: tuple[str, ...] = ("a", "b"),
     arms: tuple[str, ...] = ("natural", "solved", "solved-curriculum"),
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Arms x seeds x examples with the error model of `system.contrast`."""
+    """Arms x seeds x examples with the error model of `system.evaluation.contrast`."""
     performance = {arm: {} for arm in ("base", *arms)}
     noise = {arm: rng.normal(0, seed_sd, seeds) for arm in arms}
     common = rng.normal(0, 3 * seed_sd, seeds)

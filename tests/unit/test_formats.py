@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from system.config import SourceConfig
-from system.conversation import (
+from system.data.conversation import (
     RowRejected,
     content_id,
     find_answer,
@@ -16,8 +16,8 @@ from system.conversation import (
     normalise_text,
     split_of,
 )
+from system.data.formats import FORMATS, choose_format, columns_format
 from system.errors import DataError
-from system.formats import FORMATS, choose_format, columns_format
 
 
 def turns(row: dict, name: Any = "auto") -> list[tuple[str, str]]:

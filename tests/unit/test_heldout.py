@@ -6,12 +6,12 @@ from influence_corpus import TASKS, build_inputs
 from ingest_builders import Ingested, run_config, write_lines
 
 from system.config import IngestConfig, SourceConfig
-from system.corpus import Corpus
+from system.data.corpus import Corpus
 from system.errors import DataError
-from system.external_targets import read_target
-from system.heldout import draw_targets, seeded_draw
-from system.interventions import seed_of
-from system.model import load_tokenizer
+from system.influence.external_targets import read_target
+from system.influence.heldout import draw_targets, seeded_draw
+from system.influence.interventions import seed_of
+from system.models.base import load_tokenizer
 
 
 @pytest.fixture(scope="module")

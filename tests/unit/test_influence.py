@@ -4,11 +4,16 @@ import numpy as np
 import pytest
 from influence_world import World
 
-from system.agreement import compare, left_out_prediction, replications_to_halve, split_half
 from system.errors import DataError
-from system.influence import MATRIX_FILE, EffectMatrix, estimate_effects
-from system.measurements import own_mask
-from system.noise import fit_errors, heldout_covariance, moderate
+from system.influence.agreement import (
+    compare,
+    left_out_prediction,
+    replications_to_halve,
+    split_half,
+)
+from system.influence.matrix import MATRIX_FILE, EffectMatrix, estimate_effects
+from system.influence.measurements import own_mask
+from system.influence.noise import fit_errors, heldout_covariance, moderate
 from system.schema import MATRIX, check_table
 
 

@@ -5,10 +5,10 @@ import pytest
 from influence_world import World
 
 from system.config import InfluenceConfig
-from system.influence import estimate_effects
-from system.influence_summary import Cost, replicates_table, result_lines, summarise
-from system.interventions import CategoryRows, Design, Replication, Target
-from system.measurements import Losses
+from system.influence.interventions import CategoryRows, Design, Replication, Target
+from system.influence.matrix import estimate_effects
+from system.influence.measurements import Losses
+from system.influence.summary import Cost, replicates_table, result_lines, summarise
 
 COST = Cost(
     runs=18, trained_tokens=90_000, scored_tokens=30_000, train_seconds=60.0, score_seconds=9.0

@@ -16,9 +16,8 @@ from ingest_builders import Ingested, ingest, numbered, run_config, write_lines
 
 from system import storage
 from system.config import SourceConfig
-from system.conversation import SPLITS
-from system.errors import DataError, StageError
-from system.ingest import (
+from system.data.conversation import SPLITS
+from system.data.ingest import (
     STEPS,
     bucket_inputs,
     check_rejected,
@@ -30,6 +29,7 @@ from system.ingest import (
     reduce_bucket,
     source_fingerprint,
 )
+from system.errors import DataError, StageError
 
 BROKEN = [
     (b'{"prompt": "q", "completion": ', "bad-json"),
@@ -125,7 +125,7 @@ def test_the_cut_never_shows_in_the_result(tmp_path_factory, seed, chunk_bytes, 
 def test_buckets_and_order_of_work_never_show_in_the_rows(tmp_path, monkeypatch):
     write_lines(tmp_path / "rows.jsonl", messy_rows(3))
     one = ingest(tmp_path, max_chars=1000)
-    monkeypatch.setattr("system.ingest_plan.BUCKET_BYTES", 2500)
+    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 2500)
     config = run_config(tmp_path, max_chars=1000, chunk_bytes=1500)
     plan = plan_ingest(config, str(tmp_path / "other"))
     assert plan.num_buckets > 8 and len(plan.chunks) > 15
@@ -343,7 +343,7 @@ def test_an_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
     tmp_path, monkeypatch, deduplicate
 ):
     write_lines(tmp_path / "rows.jsonl", messy_rows(7))
-    monkeypatch.setattr("system.ingest_plan.BUCKET_BYTES", 8000)
+    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 8000)
     config = run_config(tmp_path, max_chars=1000, chunk_bytes=2000, deduplicate=deduplicate)
     whole = Ingested(config, tmp_path / "whole").files()
     plan = plan_ingest(config, "")
@@ -400,7 +400,7 @@ def test_a_full_disk_leaves_no_manifest_and_a_rerun_completes(tmp_path):
     (tmp_path / "config.json").write_text(config.model_dump_json())
     program = (
         "import sys, pathlib; from system.config import RunConfig; "
-        "from system.ingest import ingest_local; "
+        "from system.data.ingest import ingest_local; "
         "ingest_local(RunConfig.model_validate_json(pathlib.Path(sys.argv[1]).read_text()), "
         "sys.argv[2])"
     )

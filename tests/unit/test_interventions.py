@@ -7,7 +7,7 @@ import pytest
 
 from system.config import InfluenceConfig
 from system.errors import DataError
-from system.interventions import (
+from system.influence.interventions import (
     BASE,
     DOSE,
     EXTRA,

@@ -1,5 +1,5 @@
-from system.interventions import Unit
-from system.ledger import Ledger
+from system.influence.interventions import Unit
+from system.influence.ledger import Ledger
 
 
 def units(replications=1, sources=3, warm=False):

@@ -10,10 +10,10 @@ import pytest
 from training_builders import CHATML, build_tokenizer
 
 from system import storage
-from system.chat import encode
-from system.conversation import SPLITS
-from system.corpus import Corpus, make_manifest, moved_shards, write_manifest, write_shard
-from system.lengths import mean_response_tokens, measure_shard, without_unusable
+from system.data.conversation import SPLITS
+from system.data.corpus import Corpus, make_manifest, moved_shards, write_manifest, write_shard
+from system.data.lengths import mean_response_tokens, measure_shard, without_unusable
+from system.models.chat import encode
 from system.schema import CORPUS
 
 MAX_LENGTH = 60

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pytest
 
 from system.errors import DataError
-from system.interventions import CategoryRows, Design, Replication, Target
-from system.measurements import collect_losses, paired_differences
-from system.random_design import dose_patterns
+from system.influence.interventions import CategoryRows, Design, Replication, Target
+from system.influence.measurements import collect_losses, paired_differences
+from system.influence.random_design import dose_patterns
 from system.schema import SCORES
 
 SOURCES = ("a", "b")

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from system.config import ModelConfig, TinyModelConfig
 from system.errors import ModelError
-from system.model import (
+from system.models.base import (
     CHATML,
     describe_model,
     kind_of,
@@ -15,7 +15,7 @@ from system.model import (
     materialise,
     model_identity,
 )
-from system.tiny import new_model, train_tokenizer
+from system.models.tiny import new_model, train_tokenizer
 
 TINY = TinyModelConfig(vocab_size=300, hidden_size=32, num_layers=1, num_heads=1, warmup_tokens=0)
 MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from system.errors import DataError
-from system.pack import group_by_tokens, pack_rows
+from system.training.pack import group_by_tokens, pack_rows
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=60)
 

@@ -7,7 +7,7 @@ from training_builders import build_small_plan, build_tokens
 
 from system import storage
 from system.errors import DataError
-from system.plan import build_plan, plan_from_table, read_plan, write_plan
+from system.training.plan import build_plan, plan_from_table, read_plan, write_plan
 
 
 def test_steps_take_rows_in_training_order():

@@ -6,19 +6,19 @@ import pytest
 from influence_corpus import TASKS, build_inputs
 
 from system.config import InfluenceConfig, LoraConfig, RunConfig
-from system.corpus import Corpus
+from system.data.corpus import Corpus
 from system.errors import ModelError
-from system.heldout import seeded_draw
-from system.interventions import (
+from system.influence.heldout import seeded_draw
+from system.influence.interventions import (
     Schedule,
     Unit,
     active_rows,
     assemble_design,
     plan_replication,
 )
-from system.model import load_tokenizer
-from system.proxy import ProxyModel
-from system.train_settings import TrainSettings
+from system.influence.proxy import ProxyModel
+from system.models.base import load_tokenizer
+from system.training.settings import TrainSettings
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from system import blocks, sources
 from system.config import SourceConfig
+from system.data import blocks, sources
+from system.data.readers import Defect, Piece, file_kind, read_rows
 from system.errors import DataError
-from system.readers import Defect, Piece, file_kind, read_rows
 
 ROWS = [{"prompt": f"q{k}\u2028\n", "completion": f'a "{k}" \\ {{[', "n": k} for k in range(57)]
 

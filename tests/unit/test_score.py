@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from system import schema
 from system.errors import DataError
-from system.score import NOT_FINITE, score_reference, token_log_probs
+from system.scoring.score import NOT_FINITE, score_reference, token_log_probs
 
 
 @pytest.fixture(scope="module")

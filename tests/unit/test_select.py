@@ -9,12 +9,20 @@ import pyarrow.parquet as pq
 import pytest
 from ingest_builders import ingest, numbered, write_lines
 
-from system import select, selection
 from system.config import SourceConfig
-from system.corpus import Corpus, make_manifest, write_manifest, write_shard
+from system.data.corpus import Corpus, make_manifest, write_manifest, write_shard
 from system.errors import DataError
 from system.schema import SELECTION, check_table
-from system.select import StageQuota, arrange, choose_rows, read_quotas, select_arm, totals
+from system.selection import parts as selection
+from system.selection import select
+from system.selection.select import (
+    StageQuota,
+    arrange,
+    choose_rows,
+    read_quotas,
+    select_arm,
+    totals,
+)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from system.errors import ConfigError
-from system.tag import (
+from system.data.tag import (
     TAGS,
     instruction_of,
     measure_accuracy,
@@ -15,6 +14,7 @@ from system.tag import (
     rename_categories,
     stratified_sizes,
 )
+from system.errors import ConfigError
 
 NAMES = ("code", "creative writing", "math")
 

@@ -18,11 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from system.config import LoraConfig
 from system.errors import ModelError, StageError
-from system.loss import head_loss
-from system.microbatch import build_microbatch
-from system.objective import Layout, Objective, training_layout
-from system.optim import learning_rate
-from system.train import Training, train_on_plan
+from system.training.loss import head_loss
+from system.training.microbatch import build_microbatch
+from system.training.objective import Layout, Objective, training_layout
+from system.training.optim import learning_rate
+from system.training.train import Training, train_on_plan
 
 
 def trained(plan, *, tied: bool = True, active=None, **changes) -> dict[str, torch.Tensor]:
@@ -157,7 +157,7 @@ def test_model_that_is_not_flat_safe_trains_in_the_padded_layout_to_the_same_wei
 
 
 def test_contaminating_attention_is_noticed_and_not_used(monkeypatch):
-    from system import attention
+    from system.training import attention
 
     def leaky(module, query, key, value, attention_mask, *, scaling=None, **kwargs):
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -242,7 +242,7 @@ def test_learning_rate_rises_peaks_and_falls_to_its_floor(schedule):
 
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_blockwise_head_loss_equals_autograd(monkeypatch, with_bias):
-    monkeypatch.setattr("system.loss.BLOCK_BYTES", 4 * 50 * 7)  # 7 labels a block
+    monkeypatch.setattr("system.training.loss.BLOCK_BYTES", 4 * 50 * 7)  # 7 labels a block
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(*shape, generator=generator, dtype=torch.float32).requires_grad_()
@@ -269,5 +269,5 @@ def test_loss_of_huge_logits_stays_finite():
 def test_tokens_of_a_plan_longer_than_the_default_block_train_alike(monkeypatch):
     plan = build_small_plan(build_tokens(24, longest=120))
     whole = trained(plan)
-    monkeypatch.setattr("system.loss.BLOCK_BYTES", 4 * 200 * 11)
+    monkeypatch.setattr("system.training.loss.BLOCK_BYTES", 4 * 200 * 11)
     assert largest_difference(whole, trained(plan)) < 1e-5

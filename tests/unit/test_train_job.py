@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from system import storage
 from system.config import LoraConfig
 from system.errors import ConfigError, DataError
-from system.plan import write_plan
-from system.trackers import check_trackers
-from system.train_job import Ranks, TrainJob, run_job
+from system.training.job import Ranks, TrainJob, run_job
+from system.training.plan import write_plan
+from system.training.trackers import check_trackers
 
 CPU = torch.device("cpu")
 

@@ -18,10 +18,10 @@ from training_builders import (
     weights_of,
 )
 
-from system.checkpoint import CheckpointWriter, find_checkpoints, load_checkpoint
 from system.config import LoraConfig
-from system.export import whole_state
-from system.train import Training
+from system.training.checkpoint import CheckpointWriter, find_checkpoints, load_checkpoint
+from system.training.export import whole_state
+from system.training.train import Training
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from system.verify import extract_answer, is_correct, normalise_answer, read_number
+from system.scoring.verify import extract_answer, is_correct, normalise_answer, read_number
 
 GSM8K = r"####\s*(.+)$"
 

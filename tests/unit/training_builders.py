@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from system import schema
-from system.plan import TrainPlan, build_plan
-from system.train_settings import TrainSettings
+from system.training.plan import TrainPlan, build_plan
+from system.training.settings import TrainSettings
 
 TEXT = [
     "Which city is the capital of France? Paris is the capital. Of Italy? Rome is.",

@@ -1,0 +1,85 @@
+"""Decontamination: train rows must not hold a long run of words of a benchmark.
+
+Every text in a benchmark file counts, whatever the file's shape (rows of any kind, or plain text);
+texts of fewer words than the run are not looked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from system.data.blocks import read_blocks, split_lines
+from system.data.readers import Piece, read_rows
+from system.data.shingles import find_words, ngrams
+
+_BATCH_TEXTS = 1024
+_EXCERPT_CHARS = 200
+
+
+class BenchmarkIndex:
+    """All runs of `size` words in some files."""
+
+    def __init__(self, uris: tuple[str, ...], size: int) -> None:
+        self._size = size
+        self._uris = uris
+        found = [self._grams_of(uri) for uri in uris]
+        hashes = np.concatenate(found) if found else np.zeros(0, np.uint64)
+        files = np.concatenate([np.full(len(g), k, np.int32) for k, g in enumerate(found)])
+        self._hashes, first = np.unique(hashes, return_index=True)
+        self._files = files[first]
+
+    def _grams_of(self, uri: str) -> np.ndarray:
+        found = [np.zeros(0, np.uint64)]
+        batch: list[str] = []
+        for text in _texts(uri):
+            batch.append(text)
+            if len(batch) == _BATCH_TEXTS:
+                found.append(ngrams(find_words(batch), self._size, keep_short=False)[0])
+                batch = []
+        if batch:
+            found.append(ngrams(find_words(batch), self._size, keep_short=False)[0])
+        return np.unique(np.concatenate(found))
+
+    def find(self, contents: list[str]) -> str | None:
+        """The benchmark file that shares a run of words with one of the turns, with the turn."""
+        if not len(self._hashes):
+            return None
+        grams, rows = ngrams(find_words(contents), self._size, keep_short=False)
+        places = np.searchsorted(self._hashes, grams).clip(max=len(self._hashes) - 1)
+        hits = np.flatnonzero(self._hashes[places] == grams)
+        if not len(hits):
+            return None
+        uri = self._uris[self._files[places[hits[0]]]]
+        excerpt = contents[rows[hits[0]]][:_EXCERPT_CHARS]
+        return f"{len(hits)} runs of {self._size} words are in {uri}, in: {excerpt}"
+
+
+@functools.lru_cache(maxsize=1)
+def benchmark_index(uris: tuple[str, ...], size: int) -> BenchmarkIndex:
+    """The index of these files, made once in a process."""
+    return BenchmarkIndex(uris, size)
+
+
+def _texts(uri: str) -> Iterator[str]:
+    if uri.lower().endswith((".txt", ".md")):
+        for line in split_lines(read_blocks(uri, None), 0, None):
+            if line is not None:
+                yield line.decode("utf-8", "replace")
+        return
+    for _, row in read_rows(Piece(file=0, uri=uri, stamp="")):
+        yield from _strings(row)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value.encode("utf-8", "replace").decode()
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)

@@ -1,0 +1,400 @@
+"""The corpus: Arrow shards by split and category, and the manifest that makes them one.
+
+    manifest.json
+    shards/train/math-1f3c/00000-000.arrow     rows of one category, ordered by id
+
+A shard's path in the manifest is relative to the manifest's directory, so a later stage can write a
+manifest of its own that takes over shards of this one.  Readers follow the manifest alone.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, where no type checker sees them)
+from __future__ import annotations
+
+import bisect
+import hashlib
+import heapq
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+
+from system import storage
+from system.data.conversation import SPLITS
+from system.errors import DataError
+from system.schema import CORPUS, check_table
+
+FORMAT = 1
+_BATCH_ROWS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One Arrow file of rows of one category and split, ordered by id."""
+
+    path: str
+    """Relative to the manifest's directory."""
+    split: str
+    category: str | None
+    """None: rows that the tag stage has to look at."""
+    rows: int
+    """Rows that count; the file has more where `lengths` is set."""
+    first_id: str
+    last_id: str
+    sha256: str
+    lengths: str | None = None
+    """Path of the LENGTHS table that says which rows of the file are left out; None: none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What is in the corpus, and where every row that was read has gone."""
+
+    categories: tuple[str, ...]
+    counts: dict[str, dict[str, int]]
+    """Split -> category -> rows, without the untagged ones."""
+    untagged: dict[str, int]
+    """Split -> rows without a category."""
+    shards: tuple[Shard, ...]
+    read: int = 0
+    """Rows read = kept + duplicates + the sum of rejected."""
+    kept: int = 0
+    duplicates: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    sources: tuple[dict[str, Any], ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+    """Further counts for people, such as near-duplicates."""
+    format: int = FORMAT
+
+
+def make_manifest(shards: Sequence[Shard], **counts: Any) -> Manifest:
+    """The manifest of these shards, its counts by split and category taken from them."""
+    by_split: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+    untagged = dict.fromkeys(SPLITS, 0)
+    names = sorted({shard.category for shard in shards if shard.category is not None})
+    for shard in shards:
+        if shard.category is None:
+            untagged[shard.split] += shard.rows
+        else:
+            counted = by_split[shard.split]
+            counted[shard.category] = counted.get(shard.category, 0) + shard.rows
+    ordered = {
+        split: {name: counted.get(name, 0) for name in names} for split, counted in by_split.items()
+    }
+    ranked = sorted(
+        shards, key=lambda shard: (SPLITS.index(shard.split), shard.category or "", shard.first_id)
+    )
+    return Manifest(
+        categories=tuple(names),
+        counts=ordered,
+        untagged=untagged,
+        shards=tuple(ranked),
+        **counts,
+    )
+
+
+def write_manifest(uri: str, manifest: Manifest) -> None:
+    """Writes the manifest; the corpus exists from this moment on."""
+    storage.write_json(uri, asdict(manifest))
+
+
+def read_manifest(uri: str) -> Manifest:
+    """The manifest in a file.
+
+    Raises:
+        DataError: it is missing, damaged, or of another format version.
+    """
+    if not storage.exists(uri):
+        raise DataError(f"{uri}: expected a corpus manifest, found nothing; run `ingest` first")
+    value = storage.read_json(uri)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        found = value.get("format") if isinstance(value, dict) else type(value).__name__
+        raise DataError(
+            f"{uri}: expected a corpus manifest of format {FORMAT}, found {found!r}; run `ingest` "
+            "again with --redo"
+        )
+    value["shards"] = tuple(Shard(**shard) for shard in value["shards"])
+    value["categories"] = tuple(value["categories"])
+    value["sources"] = tuple(value["sources"])
+    return Manifest(**value)
+
+
+def shard_directory(split: str, category: str | None) -> str:
+    """Where shards of the split and category lie; different categories never share a place."""
+    if category is None:
+        return f"shards/{split}/_untagged"
+    readable = re.sub(r"[^a-z0-9]+", "-", category.lower()).strip("-")[:40]
+    digest = hashlib.sha256(category.encode()).hexdigest()[:6]
+    return f"shards/{split}/{readable}-{digest}"
+
+
+def write_shard(
+    base_uri: str, path: str, table: pa.Table, split: str, category: str | None
+) -> Shard:
+    """Writes rows (CORPUS schema, one category, ordered by id) as a shard.
+
+    The bytes depend on the rows alone, not on how the table came about.
+    """
+    table = canonical_table(check_table(table, CORPUS, path))
+    sink = pa.BufferOutputStream()
+    with pyarrow.ipc.new_file(sink, CORPUS) as writer:
+        writer.write_table(table, max_chunksize=_BATCH_ROWS)
+    data = sink.getvalue()
+    with storage.atomic_output(storage.join(base_uri, path)) as file:
+        file.write(memoryview(data))
+    return Shard(
+        path=path,
+        split=split,
+        category=category,
+        rows=table.num_rows,
+        first_id=table["id"][0].as_py(),
+        last_id=table["id"][-1].as_py(),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def canonical_table(table: pa.Table) -> pa.Table:
+    """The same rows in buffers that depend on nothing but the rows.
+
+    Offsets start at 0, a validity bitmap exists only where there are nulls, and what lies under a
+    null is zero.
+    """
+    columns = [_canonical_array(table.column(name).combine_chunks()) for name in table.column_names]
+    return pa.table(columns, schema=table.schema)
+
+
+def _canonical_array(array: pa.Array | pa.ChunkedArray) -> pa.Array:
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    mask = array.is_null() if array.null_count else None
+    kind = array.type
+    if pa.types.is_list(kind):
+        lengths = pc.fill_null(pc.list_value_length(array), 0)
+        offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths))]).astype(np.int32)
+        values = _canonical_array(array.flatten())
+        return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind, mask=mask)
+    if pa.types.is_struct(kind):
+        children = [_canonical_array(child) for child in array.flatten()]
+        return pa.StructArray.from_arrays(children, fields=list(kind), mask=mask)
+    if mask is None:
+        if array.offset == 0 and array.buffers()[0] is None and _starts_at_zero(array):
+            return array
+        return pc.take(array, pa.array(np.arange(len(array))))
+    zero = "" if pa.types.is_string(kind) else 0
+    filled = pc.fill_null(array, pa.scalar(zero, kind))
+    return pc.if_else(mask, pa.scalar(None, kind), filled)
+
+
+def _starts_at_zero(array: pa.Array) -> bool:
+    if not pa.types.is_string(array.type) or not len(array):
+        return not pa.types.is_string(array.type)
+    return int(np.frombuffer(array.buffers()[1], np.int32, 1)[0]) == 0
+
+
+class Corpus:
+    """A corpus that is there to be read."""
+
+    def __init__(self, uri: str, manifest: Manifest) -> None:
+        self.uri = uri
+        self.manifest = manifest
+        self.base = uri.rsplit("/", 1)[0]
+
+    @classmethod
+    def open(cls, manifest_uri: str) -> Corpus:
+        """Opens the corpus of a manifest.
+
+        Raises:
+            DataError: there is no manifest, or it is of another format version.
+        """
+        return cls(manifest_uri, read_manifest(manifest_uri))
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """All categories, sorted."""
+        return self.manifest.categories
+
+    def counts(self, split: str) -> dict[str, int]:
+        """Rows of each category in the split."""
+        return dict(self.manifest.counts[split])
+
+    def num_rows(self, split: str, category: str | None) -> int:
+        """Rows of a category (None: untagged ones) in a split."""
+        if category is None:
+            return self.manifest.untagged[split]
+        self._check_category(category)
+        return self.manifest.counts[split][category]
+
+    def shards(self, split: str, category: str | None) -> list[Shard]:
+        """The shards of a category, by first id."""
+        self._check_category(category)
+        return [
+            shard
+            for shard in self.manifest.shards
+            if shard.split == split and shard.category == category
+        ]
+
+    def shard_uri(self, shard: Shard) -> str:
+        """Where the shard lies."""
+        return resolve_path(self.base, shard.path)
+
+    def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
+        """The rows of a shard (local ones are memory-mapped), without those left out.
+
+        Raises:
+            DataError: the file is missing, damaged, or holds another number of rows.
+        """
+        uri = self.shard_uri(shard)
+        try:
+            table = storage.read_table(uri, columns)
+            if shard.lengths is not None:
+                lengths = storage.read_table(resolve_path(self.base, shard.lengths))
+                table = table.filter(pc.is_null(lengths["left_out"]))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{uri}: expected {shard.rows} rows of {shard.category!r}; the file cannot be read "
+                f"({error}). Run `ingest` again with --redo."
+            ) from error
+        if table.num_rows != shard.rows:
+            raise DataError(
+                f"{uri}: expected {shard.rows} rows as its manifest says, found {table.num_rows}. "
+                "Run `ingest` again with --redo."
+            )
+        return table
+
+    def iter_tables(
+        self, split: str, category: str | None, columns: list[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """Rows of a category in the order of their ids, some thousand at a time.
+
+        Shards whose ids overlap (a later stage added some) are merged on the way.
+        """
+        wanted = columns or CORPUS.names
+        read = wanted if "id" in wanted else [*wanted, "id"]
+        for group in _overlapping(self.shards(split, category)):
+            tables = [self.read_shard(shard, read) for shard in group]
+            for table in _merged(tables):
+                yield table.select(wanted)
+
+    def sample(self, split: str, category: str | None, num_rows: int, seed: int) -> pa.Table:
+        """The rows whose `sha256(f"{seed}:{id}")` is smallest, in the order of that hash.
+
+        Independent of shards, files and workers; a larger sample begins with the smaller one.
+        Fewer rows come back where the category has fewer.
+        """
+        best: list[tuple[int, str]] = []
+        for table in self.iter_tables(split, category, ["id"]):
+            for row_id in table["id"].to_pylist():
+                item = (-seeded_rank(seed, row_id), row_id)
+                if len(best) < num_rows:
+                    heapq.heappush(best, item)
+                elif best and item > best[0]:
+                    heapq.heapreplace(best, item)
+        order = [row_id for _, row_id in sorted(best, reverse=True)]
+        return self.rows_by_id(split, category, order)
+
+    def rows_by_id(self, split: str, category: str | None, ids: Sequence[str]) -> pa.Table:
+        """The rows with these ids, in the order given.
+
+        Raises:
+            DataError: an id is not there.
+        """
+        wanted = pa.array(sorted(ids), pa.string())
+        found: list[pa.Table] = []
+        for shard in self.shards(split, category):
+            table = self.read_shard(shard)
+            mask = pc.is_in(table["id"], value_set=wanted)
+            if pc.any(mask).as_py():
+                found.append(table.filter(mask))
+        table = pa.concat_tables(found) if found else CORPUS.empty_table()
+        place = {row_id: k for k, row_id in enumerate(table["id"].to_pylist())}
+        missing = [row_id for row_id in ids if row_id not in place]
+        if missing:
+            raise DataError(
+                f"{self.uri}: expected {len(ids)} rows of {category!r} in {split!r} by their ids; "
+                f"{len(missing)} are not there, the first is {missing[0]}"
+            )
+        return table.take(pa.array([place[row_id] for row_id in ids], pa.int64()))
+
+    def _check_category(self, category: str | None) -> None:
+        if category is not None and category not in self.manifest.categories:
+            raise DataError(
+                f"{self.uri}: no category {category!r}; there are {list(self.manifest.categories)}"
+            )
+
+
+def seeded_rank(seed: int, row_id: str) -> int:
+    """First 64 bits of SHA-256 over `seed:id`: the place of a row in a seeded order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{row_id}".encode()).digest()[:8], "big")
+
+
+def resolve_path(base_uri: str, path: str) -> str:
+    """A path relative to a directory, `..` resolved, for local paths and URIs alike."""
+    scheme, separator, rest = base_uri.rpartition("://")
+    return f"{scheme}{separator}{posixpath.normpath(posixpath.join(rest, path))}"
+
+
+def relative_path(uri: str, base_uri: str) -> str:
+    """The inverse of `resolve_path`."""
+    return posixpath.relpath(uri.rpartition("://")[2], base_uri.rpartition("://")[2])
+
+
+def moved_shards(corpus: Corpus, manifest_dir: str) -> list[Shard]:
+    """The corpus's shards with paths for a manifest in another directory."""
+    return [
+        replace(
+            shard,
+            path=relative_path(corpus.shard_uri(shard), manifest_dir),
+            lengths=relative_path(resolve_path(corpus.base, shard.lengths), manifest_dir)
+            if shard.lengths
+            else None,
+        )
+        for shard in corpus.manifest.shards
+    ]
+
+
+def _overlapping(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
+    group: list[Shard] = []
+    last = ""
+    for shard in sorted(shards, key=lambda shard: shard.first_id):
+        if group and shard.first_id > last:
+            yield group
+            group = []
+        group.append(shard)
+        last = max(last, shard.last_id)
+    if group:
+        yield group
+
+
+def _merged(tables: Sequence[pa.Table]) -> Iterator[pa.Table]:
+    """Tables that are each ordered by id, as one ordered stream of small tables."""
+    places = [0] * len(tables)
+    while True:
+        open_tables = [k for k, table in enumerate(tables) if places[k] < table.num_rows]
+        if not open_tables:
+            return
+        cutoff = min(
+            tables[k]["id"][min(places[k] + _BATCH_ROWS, tables[k].num_rows) - 1].as_py()
+            for k in open_tables
+        )
+        parts = []
+        for k in open_tables:
+            ids = tables[k]["id"]
+            end = bisect.bisect_right(
+                range(tables[k].num_rows),
+                cutoff,
+                lo=places[k],
+                key=lambda row, ids=ids: ids[row].as_py(),
+            )
+            parts.append(tables[k].slice(places[k], end - places[k]))
+            places[k] = end
+        if len(parts) == 1:
+            yield parts[0]
+        else:
+            whole = pa.concat_tables(parts)
+            yield whole.take(pc.sort_indices(whole["id"]))

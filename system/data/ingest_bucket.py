@@ -1,0 +1,180 @@
+"""One bucket of normalised rows: duplicates out, the rest written as shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from system import storage
+from system.data import near
+from system.data.corpus import Shard, shard_directory, write_shard
+from system.data.dedup import DUPLICATES, in_order, is_repeat, number_repeats, split_by_category
+from system.data.ingest_plan import SPILL, ChunkOutcome, IngestPlan, chunk_uri
+from system.data.spill import read_spill
+from system.schema import CORPUS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketInput:
+    """Where a bucket's rows lie."""
+
+    index: int
+    batches: dict[int, list[int]]
+    """Chunk -> record batches of its spill file."""
+    bases: dict[tuple[int, int], int]
+    """(file, start of piece) -> number of the piece's first row in the file; 0 is left out."""
+    near: dict[int, list[int]] = field(default_factory=dict)
+    """Range of band keys -> record batches with rows of this bucket that leave."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketOutcome:
+    """What became of a bucket's rows; its file is the bucket's commit."""
+
+    index: int
+    duplicates: dict[str, int]
+    """exact | near -> rows."""
+    shards: tuple[Shard, ...]
+
+
+def bucket_inputs(
+    plan: IngestPlan,
+    outcomes: Sequence[ChunkOutcome],
+    near_outcomes: Sequence[near.SpillOutcome] = (),
+) -> list[BucketInput]:
+    """What each bucket has to read."""
+    bases = row_bases(outcomes)
+    batches: list[dict[int, list[int]]] = [{} for _ in range(plan.num_buckets)]
+    leaving: list[dict[int, list[int]]] = [{} for _ in range(plan.num_buckets)]
+    for outcome in outcomes:
+        for bucket, numbers in outcome.batches.items():
+            batches[bucket][outcome.index] = numbers
+    for found in near_outcomes:
+        for bucket, numbers in found.batches.items():
+            leaving[bucket][found.index] = numbers
+    return [
+        BucketInput(index=bucket, batches=rows, bases=bases, near=leaving[bucket])
+        for bucket, rows in enumerate(batches)
+    ]
+
+
+def row_bases(outcomes: Sequence[ChunkOutcome]) -> dict[tuple[int, int], int]:
+    """Number of each piece's first row in its file; pieces that start a file are left out."""
+    bases: dict[tuple[int, int], int] = {}
+    pieces = [piece for outcome in outcomes for piece in outcome.pieces]
+    file, base = -1, 0
+    for piece in sorted(pieces, key=lambda piece: (piece.file, piece.start)):
+        if piece.file != file:
+            file, base = piece.file, 0
+        if base:
+            bases[piece.file, piece.start] = base
+        base += piece.numbers
+    return bases
+
+
+def _bucket_uri(plan: IngestPlan, index: int) -> str:
+    return storage.join(plan.attempt, "work", "buckets", f"{index:05d}.json")
+
+
+def read_bucket_outcome(plan: IngestPlan, index: int) -> BucketOutcome | None:
+    """The outcome of a bucket that is done, else None."""
+    uri = _bucket_uri(plan, index)
+    if not storage.exists(uri):
+        return None
+    value = storage.read_json(uri)
+    value["shards"] = tuple(Shard(**shard) for shard in value["shards"])
+    return BucketOutcome(**value)
+
+
+def _read_rows(plan: IngestPlan, given: BucketInput) -> pa.Table:
+    """The bucket's rows, in no order that means anything."""
+    batches: list[pa.RecordBatch] = []
+    for chunk, numbers in sorted(given.batches.items()):
+        batches += read_spill(chunk_uri(plan, chunk, "arrow"), numbers)
+    return pa.Table.from_batches(batches, SPILL)
+
+
+def sign_bucket(plan: IngestPlan, given: BucketInput) -> near.SpillOutcome:
+    """Signatures of a bucket's different rows, spilled by band (`deduplicate: near` only)."""
+    table = _read_rows(plan, given)
+    keys = in_order(table)
+    first = keys["at"].filter(pa.array(~is_repeat(keys)))
+    return near.write_bands(plan, given.index, table.take(first))
+
+
+def reduce_bucket(plan: IngestPlan, given: BucketInput) -> BucketOutcome:
+    """Removes a bucket's duplicates, writes the rest as shards, and commits it."""
+    table = _read_rows(plan, given)
+    keys = in_order(table)
+    if plan.settings.deduplicate == "none":
+        keys = number_repeats(keys)
+    leaves = is_repeat(keys)
+    exact = keys.filter(pa.array(leaves))
+    found = [_duplicates(exact, exact["id"].to_pylist(), "exact")] if exact.num_rows else []
+    pairs = near.read_near(plan, given.near)
+    if pairs:
+        is_near = np.array([row_id in pairs for row_id in keys["id"].to_pylist()], bool) & ~leaves
+        rows = keys.filter(pa.array(is_near))
+        kept_ids = [pairs[row_id] for row_id in rows["id"].to_pylist()]
+        found.append(_duplicates(rows, kept_ids, "near"))
+        leaves |= is_near
+    if found:
+        _write_duplicates(plan, given, pa.concat_tables(found))
+    outcome = BucketOutcome(
+        index=given.index,
+        duplicates={rows["kind"][0].as_py(): rows.num_rows for rows in found},
+        shards=tuple(_write_shards(plan, given.index, table, keys.filter(pa.array(~leaves)))),
+    )
+    storage.write_json(_bucket_uri(plan, given.index), asdict(outcome))
+    return outcome
+
+
+def _duplicates(rows: pa.Table, kept_ids: Sequence[str], kind: str) -> pa.Table:
+    """Places of rows that leave, with the id of the row that stands for each."""
+    return pa.table(
+        {
+            "file": rows["file"],
+            "start": rows["start"],
+            "place": rows["place"],
+            "id": pa.array(kept_ids, pa.string()),
+            "kind": pa.array([kind] * rows.num_rows, pa.string()),
+        }
+    )
+
+
+def _write_shards(plan: IngestPlan, bucket: int, table: pa.Table, keys: pa.Table) -> list[Shard]:
+    """Shards of the rows that `keys` lists in order; bodies are copied once, shard by shard."""
+    shards: list[Shard] = []
+    size = plan.settings.shard_rows
+    place = CORPUS.get_field_index("id")
+    for split, category, rows in split_by_category(keys):
+        for part, start in enumerate(range(0, rows.num_rows, size)):
+            path = f"{shard_directory(split, category)}/{bucket:05d}-{part:03d}.arrow"
+            some = rows.slice(start, size)
+            body = table.select(CORPUS.names).take(some["at"])
+            body = body.set_column(place, CORPUS.field("id"), some["id"])
+            shards.append(write_shard(plan.attempt, path, body, split, category))
+    return shards
+
+
+def _write_duplicates(plan: IngestPlan, given: BucketInput, rows: pa.Table) -> None:
+    uri = storage.join(plan.attempt, "duplicates", f"{given.index:05d}.parquet")
+    table = placed(plan, rows, given.bases).select(DUPLICATES.names).cast(DUPLICATES)
+    storage.write_table(uri, table.combine_chunks())
+
+
+def placed(plan: IngestPlan, rows: pa.Table, bases: dict[tuple[int, int], int]) -> pa.Table:
+    """Source, file and row in the file in place of (file, start, place)."""
+    files = rows["file"].to_pylist()
+    starts = rows["start"].to_pylist()
+    base = np.array([bases.get(key, 0) for key in zip(files, starts, strict=True)], np.int64)
+    found = {
+        "source": pa.array([plan.source_of(file) for file in files], pa.string()),
+        "file": pa.array([plan.files[file].uri for file in files], pa.string()),
+        "row": pa.array(np.asarray(rows["place"]) + base),
+    }
+    others = [name for name in rows.column_names if name not in ("file", "start", "place")]
+    return pa.table(found | {name: rows[name] for name in others})

@@ -1,0 +1,160 @@
+"""What an ingest is going to do, fixed before it starts: files, chunks, buckets, commits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from system import storage
+from system.config import IngestConfig, RunConfig, SourceConfig
+from system.data import sources
+from system.data.sources import Chunk, SourceFile
+from system.errors import DataError
+from system.schema import CORPUS
+
+BUCKET_BYTES = 64 * 2**20
+"""Input, as plain text, that one reduce step holds in memory."""
+MAX_BUCKETS = 65536
+
+_COMPRESSED_GROWTH = 4
+_DENSE = (".gz", ".zst", ".bz2", ".parquet")
+_PLACE = (
+    pa.field("file", pa.int32(), nullable=False),
+    pa.field("start", pa.int64(), nullable=False),  # of the piece, in the file
+    pa.field("place", pa.int64(), nullable=False),  # row within the piece
+)
+
+SPILL = pa.schema([*CORPUS, pa.field("split", pa.int8(), nullable=False), *_PLACE])
+"""A normalised row on its way to its bucket; (file, start, place) is its place in the input."""
+REJECTED_SPILL = pa.schema(
+    [
+        *_PLACE,
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),
+    ]
+)
+"""A rejected row whose number in the file is not known yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestPlan:
+    """All that a worker has to know."""
+
+    settings: IngestConfig
+    sources: tuple[SourceConfig, ...]
+    files: tuple[SourceFile, ...]
+    chunks: tuple[Chunk, ...]
+    num_buckets: int
+    """Ranges of ids, each reduced on its own; follows from the size of the input alone."""
+    attempt: str
+    """Where the result is written; `work/` below it is removed at the end."""
+    benchmark_uris: tuple[str, ...] = ()
+
+    def source_of(self, file: int) -> str:
+        """Name of the source that a file belongs to."""
+        return sources.source_name(self.sources[self.files[file].source])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceCount:
+    """How many row numbers a piece takes up in its file."""
+
+    file: int
+    start: int
+    numbers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkOutcome:
+    """What became of a chunk's rows; its file is the chunk's commit."""
+
+    index: int
+    read: int
+    kept: int
+    """Rows in the spill, duplicates still among them."""
+    rejected: dict[str, int]
+    examples: tuple[tuple[int, int, int, str, str], ...]
+    """The first rejected rows: file, start of the piece, row within it, reason, detail."""
+    pieces: tuple[PieceCount, ...]
+    batches: dict[int, list[int]]
+    """Bucket -> record batches of the spill file."""
+    rejected_batches: list[int]
+
+
+def source_fingerprint(config: RunConfig) -> dict[str, str]:
+    """Every input file with what tells that it changed: part of the stage's identity.
+
+    Raises:
+        DataError: a source or benchmark file is missing.
+    """
+    files = sources.list_files(config.sources, config.data_dir)
+    stamps = {file.uri: file.stamp for file in files}
+    stamps |= {uri: sources.stat(uri)[1] for uri in _benchmark_uris(config)}
+    return stamps
+
+
+def plan_ingest(config: RunConfig, attempt: str) -> IngestPlan:
+    """Cuts the input into chunks.
+
+    Raises:
+        DataError: a source is missing, or has no byte to read.
+    """
+    files = sources.list_files(config.sources, config.data_dir)
+    for number, source in enumerate(config.sources):
+        own = [file for file in files if file.source == number]
+        if not any(file.size or file.uri.startswith("hf://") for file in own):
+            raise empty_source(source, [file.uri for file in own])
+    total = sum(
+        file.size * (_COMPRESSED_GROWTH if file.uri.lower().endswith(_DENSE) else 1)
+        for file in files
+    )
+    return IngestPlan(
+        settings=config.ingest,
+        sources=config.sources,
+        files=tuple(files),
+        chunks=tuple(sources.plan_chunks(files, config.sources, config.ingest.chunk_bytes)),
+        num_buckets=min(max(1, -(-total // BUCKET_BYTES)), MAX_BUCKETS),
+        attempt=attempt,
+        benchmark_uris=tuple(_benchmark_uris(config)),
+    )
+
+
+def empty_source(source: SourceConfig, uris: list[str]) -> DataError:
+    """The error for a source without a row."""
+    return DataError(
+        f"source {sources.source_name(source)!r}: expected rows, found none in "
+        f"{', '.join(uris[:3])}{', ...' if len(uris) > 3 else ''}. Remove the source, or give it a "
+        "file with rows."
+    )
+
+
+def _benchmark_uris(config: RunConfig) -> list[str]:
+    return [
+        uri for path in config.ingest.benchmarks for uri in sources.resolve(path, config.data_dir)
+    ]
+
+
+def chunk_uri(plan: IngestPlan, index: int, ending: str) -> str:
+    """A chunk's file: `json` its commit, `arrow` its rows, `rejected.arrow` its rejected rows."""
+    return storage.join(plan.attempt, "work", "chunks", f"{index:06d}.{ending}")
+
+
+def read_outcome(plan: IngestPlan, index: int) -> ChunkOutcome | None:
+    """The outcome of a chunk that is done, else None."""
+    uri = chunk_uri(plan, index, "json")
+    if not storage.exists(uri):
+        return None
+    value = storage.read_json(uri)
+    value["pieces"] = tuple(PieceCount(**piece) for piece in value["pieces"])
+    value["examples"] = tuple(tuple(example) for example in value["examples"])
+    value["batches"] = {int(bucket): numbers for bucket, numbers in value["batches"].items()}
+    return ChunkOutcome(**value)
+
+
+def bucket_of(ids: Sequence[str], num_buckets: int) -> np.ndarray:
+    """[len(ids)] int64: the bucket of each id, a range of its first 32 bits."""
+    heads = np.array([int(row_id[:8], 16) for row_id in ids], np.int64)
+    return (heads * num_buckets) >> 32

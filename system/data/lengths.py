@@ -1,0 +1,148 @@
+"""How long every row is in tokens, and which rows have no response left to learn.
+
+    shard ── encode ──> lengths/<split>-<sha>.arrow      one line per row of the shard, committed
+
+A row whose response lies wholly behind `model.max_length` trains nothing.  Left in the corpus it
+would count as supply, be chosen, and be missing from the training: two mixes of equal counts would
+not train on equal numbers of examples.  So such rows leave the corpus before anything counts them,
+and what is left has its exact number of tokens.
+
+The shards stay as they are: a shard that holds such rows names its lengths in the manifest, and
+`Corpus.read_shard` leaves them out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from system import storage
+from system.data.conversation import SPLITS
+from system.data.corpus import Corpus, Manifest, Shard, make_manifest
+from system.models.chat import encode_rows
+from system.schema import LENGTHS, check_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardLengths:
+    """What was found in a shard."""
+
+    path: str
+    """Of the LENGTHS table, relative to the manifest's directory."""
+    rows: int
+    """Rows with a response to learn."""
+    tokens: int
+    """Of those rows, prompts included, truncated to `model.max_length`."""
+    response_tokens: int
+    dropped: dict[str, int]
+    """Rows without a response, by reason."""
+
+
+def measure_shard(
+    corpus: Corpus,
+    shard: Shard,
+    attempt_uri: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> ShardLengths:
+    """Encodes the rows of a shard and writes their lengths; a shard measured before is not.
+
+    Raises:
+        ModelError: the chat template cannot be trained on.
+    """
+    path = lengths_path(shard)
+    uri = storage.join(attempt_uri, path)
+    if not storage.exists(uri):
+        table = corpus.read_shard(shard, ["messages"])
+        blocks = [
+            _measure(table.slice(start, _BLOCK_ROWS), tokenizer, max_length)
+            for start in range(0, table.num_rows, _BLOCK_ROWS)
+        ]
+        storage.write_table(uri, pa.concat_tables(blocks))
+    return _totals(path, check_table(storage.read_table(uri), LENGTHS, uri))
+
+
+def lengths_path(shard: Shard) -> str:
+    """Where the lengths of a shard lie; named by the shard's content."""
+    return f"lengths/{shard.split}-{shard.sha256[:24]}.parquet"
+
+
+def without_unusable(manifest: Manifest, measured: Iterable[ShardLengths]) -> Manifest:
+    """The manifest of the rows that can be learnt, with the tokens they have.
+
+    Args:
+        manifest: as the tag stage made it.
+        measured: one for each of its shards, in their order.
+    """
+    shards: list[Shard] = []
+    dropped: Counter[str] = Counter()
+    sums: dict[str, dict[str, Counter[str]]] = {
+        kind: {split: Counter() for split in SPLITS} for kind in ("tokens", "response_tokens")
+    }
+    for shard, found in zip(manifest.shards, measured, strict=True):
+        dropped.update(found.dropped)
+        if not found.rows:
+            continue
+        lengths = found.path if found.dropped else None
+        shards.append(replace(shard, rows=found.rows, lengths=lengths))
+        name = str(shard.category)
+        sums["tokens"][shard.split][name] += found.tokens
+        sums["response_tokens"][shard.split][name] += found.response_tokens
+    lost = sum(dropped.values())
+    details: dict[str, Any] = {
+        kind: {split: dict(sorted(counts.items())) for split, counts in by_split.items()}
+        for kind, by_split in sums.items()
+    }
+    return make_manifest(
+        shards,
+        read=manifest.read,
+        kept=manifest.kept - lost,
+        duplicates=manifest.duplicates,
+        rejected={**manifest.rejected, **dict(sorted(dropped.items()))},
+        sources=manifest.sources,
+        details={**manifest.details, **details},
+    )
+
+
+def mean_response_tokens(corpus: Corpus, split: str = "train") -> dict[str, float]:
+    """Response tokens of an example of each category, mean over all its rows."""
+    sums = corpus.manifest.details["response_tokens"][split]
+    return {name: sums[name] / rows for name, rows in corpus.counts(split).items() if rows}
+
+
+def _measure(table: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> pa.Table:
+    encoded, kept, lost = encode_rows(table, tokenizer, max_length)
+    tokens = np.zeros(table.num_rows, np.int32)
+    response = np.zeros(table.num_rows, np.int32)
+    reasons: list[str | None] = [None] * table.num_rows
+    for row, reason in lost.items():
+        reasons[row] = reason
+    for place, row in zip(kept, encoded, strict=True):
+        tokens[place] = len(row.input_ids)
+        response[place] = np.count_nonzero(row.response_mask)
+    return pa.table(
+        [pa.array(tokens), pa.array(response), pa.array(reasons, pa.string())], schema=LENGTHS
+    )
+
+
+def _totals(path: str, table: pa.Table) -> ShardLengths:
+    response = np.asarray(table["response_tokens"])
+    usable = response > 0
+    reasons = Counter(reason for reason in table["left_out"].to_pylist() if reason is not None)
+    return ShardLengths(
+        path=path,
+        rows=int(usable.sum()),
+        tokens=int(np.asarray(table["tokens"])[usable].sum()),
+        response_tokens=int(response.sum()),
+        dropped=dict(reasons),
+    )

@@ -1,0 +1,298 @@
+"""Files of any kind as numbered raw rows, one after the other, in flat memory.
+
+A reader yields `(row, value)`: the 0-based number of the row within its piece (lines of JSONL,
+elements of an array, records of CSV, rows of a table), and a dict, or a `Defect` where there is a
+row that cannot be read.  Every row of the file is yielded exactly once.  What ends in the middle (a
+truncated archive, an array without its bracket) is an error, never a short read.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from system import storage
+from system.data.blocks import (
+    COMPRESSION_MAGIC,
+    MAX_ROW_BYTES,
+    read_blocks,
+    split_lines,
+    split_values,
+)
+from system.errors import DataError
+
+HUB = "hub"
+DATASET = "dataset"
+
+_HEAD_BYTES = 1 << 20
+_BATCH_ROWS = 1024
+_decode = msgspec.json.Decoder().decode
+
+
+class Defect(NamedTuple):
+    """A row that cannot be read."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A file, or a range of it."""
+
+    file: int
+    """Place of the file in the input's order."""
+    uri: str
+    stamp: str
+    """What `system.data.sources.stat` said when the run was planned."""
+    start: int = 0
+    end: int | None = None
+    """Bytes of JSONL, row groups of Parquet; None: to the end of the file."""
+
+
+RawRow = tuple[int, "dict[str, Any] | Defect | None"]
+
+
+class FileKind(NamedTuple):
+    """How a file is to be read."""
+
+    name: str
+    """lines | values | array | csv | tsv | parquet | arrow | dataset | hub."""
+    compression: str | None
+
+
+def file_kind(uri: str) -> FileKind:
+    """Looks at the file's first bytes, and at its name where they leave a choice.
+
+    Raises:
+        DataError: the file is of no known kind.
+    """
+    if uri.startswith("hf://"):
+        return FileKind(HUB, None)
+    path = storage.local_path(uri)
+    if path is not None and path.is_dir():
+        return FileKind(DATASET, None)
+    with storage.open_input(uri) as file:
+        head = file.read(8)
+    if head.startswith(b"PAR1"):
+        return FileKind("parquet", None)
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return FileKind("arrow", None)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(
+            f"{uri}: expected UTF-8, found UTF-16. Convert it: iconv -f UTF-16 -t UTF-8"
+        )
+    compression = next(
+        (name for name, magic in COMPRESSION_MAGIC.items() if head.startswith(magic)), None
+    )
+    name = uri.lower()
+    for ending in (".gz", ".zst", ".bz2"):
+        name = name.removesuffix(ending)
+    if name.endswith(".tsv"):
+        return FileKind("tsv", compression)
+    if name.endswith(".csv"):
+        return FileKind("csv", compression)
+    if name.endswith((".parquet", ".arrow", ".feather")) and head:
+        raise DataError(
+            f"{uri}: its name says Parquet or Arrow, but it starts with {head!r}. It is damaged, "
+            "or a pointer file whose data was never fetched."
+        )
+    return FileKind(_json_kind(uri, compression), compression)
+
+
+def _json_kind(uri: str, compression: str | None) -> str:
+    head = b""
+    for block in read_blocks(uri, compression):
+        head += block
+        if len(head) >= _HEAD_BYTES:
+            break
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"["):
+        return "array"
+    if not head.startswith(b"{"):
+        return "lines"
+    lines = head.split(b"\n")
+    is_whole = len(lines) == 1 or any(
+        line.startswith(b"{") and _is_object(line) for line in lines[:8]
+    )
+    return "lines" if is_whole or len(lines[0].strip()) > 1 else "values"
+
+
+def _is_object(line: bytes) -> bool:
+    value = decode_row(line)
+    return not isinstance(value, Defect)
+
+
+def decode_row(line: bytes) -> dict[str, Any] | Defect:
+    """One JSON object.  NaN and Infinity, which some writers leave in numbers, are read too."""
+    try:
+        value = _decode(line)
+    except UnicodeDecodeError as error:
+        return Defect("bad-utf8", f"byte {error.object[error.start]:#04x} is not UTF-8")
+    except RecursionError:
+        return Defect("bad-json", "nested too deeply")
+    except msgspec.DecodeError as strict:
+        try:
+            value = json.loads(line)
+        except UnicodeDecodeError as error:
+            return Defect("bad-utf8", f"byte {line[error.start]:#04x} is not UTF-8")
+        except (ValueError, RecursionError):
+            return Defect("bad-json", f"{strict}: {_excerpt(line)}")
+    if type(value) is not dict:
+        return Defect("bad-json", f"expected an object, found a {type(value).__name__}")
+    return value
+
+
+def _excerpt(line: bytes) -> str:
+    text = line[:80].decode("utf-8", "replace")
+    return text + ("..." if len(line) > 80 else "")
+
+
+def read_rows(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | Defect]]:
+    """All rows of a piece with their numbers, counted from 0.
+
+    Raises:
+        DataError: the file is damaged, cut off, or of no known kind.
+    """
+    for number, row in read_numbers(piece):
+        if row is not None:
+            yield number, row
+
+
+def read_numbers(piece: Piece) -> Iterator[RawRow]:
+    """The same with an entry for every number: None is an empty line, which is no row."""
+    kind = file_kind(piece.uri)
+    if kind.name == "lines":
+        return _read_lines(piece, kind.compression)
+    if kind.name in ("array", "values"):
+        return _read_values(piece, kind)
+    if kind.name in ("csv", "tsv"):
+        return _read_csv(piece, kind)
+    if kind.name == "parquet":
+        return _rows_of_batches(_parquet_batches(piece), piece.uri)
+    if kind.name == "arrow":
+        return _rows_of_batches(_arrow_batches(piece.uri), piece.uri)
+    from system.data.hub import dataset_batches
+
+    return _rows_of_batches(dataset_batches(piece.uri, kind.name == HUB), piece.uri)
+
+
+_TOO_LONG = Defect("too-long", f"longer than {MAX_ROW_BYTES:,} bytes")
+
+
+def _read_lines(piece: Piece, compression: str | None) -> Iterator[RawRow]:
+    lines = split_lines(read_blocks(piece.uri, compression, piece.start), piece.start, piece.end)
+    for number, line in enumerate(lines):
+        if line is None:
+            yield number, _TOO_LONG
+            continue
+        if number == 0 and piece.start == 0:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        is_blank = not line or line.isspace()
+        yield number, None if is_blank else decode_row(line)
+
+
+def _read_values(piece: Piece, kind: FileKind) -> Iterator[RawRow]:
+    blocks = read_blocks(piece.uri, kind.compression)
+    values = split_values(blocks, is_array=kind.name == "array", where=piece.uri)
+    for number, value in enumerate(values):
+        yield number, _TOO_LONG if value is None else decode_row(value)
+
+
+def _read_csv(piece: Piece, kind: FileKind) -> Iterator[RawRow]:
+    csv.field_size_limit(sys.maxsize)
+    blocks = read_blocks(piece.uri, kind.compression)
+    lines = (
+        "" if line is None else line.decode("utf-8", "surrogateescape") + "\n"
+        for line in split_lines(blocks, 0, None)
+    )
+    delimiter = "\t" if kind.name == "tsv" else ","
+    records = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        header = [name.removeprefix("\ufeff") for name in next(records, [])]
+    except csv.Error as error:
+        raise DataError(f"{piece.uri}: expected a header line: {error}") from error
+    if len(set(header)) < len(header):
+        raise DataError(f"{piece.uri}: expected a header of different column names, found {header}")
+    number = -1
+    while True:
+        number += 1
+        try:
+            record = next(records)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, Defect("bad-csv", f"line {records.line_num}: {error}")
+            continue
+        if not record:
+            number -= 1
+        elif len(record) != len(header):
+            found = f"line {records.line_num}: {len(record)} fields, the header has {len(header)}"
+            yield number, Defect("bad-csv", found)
+        else:
+            yield number, dict(zip(header, record, strict=True))
+
+
+def _parquet_batches(piece: Piece) -> Iterator[pa.RecordBatch]:
+    with storage.open_input(piece.uri) as file:
+        parquet = pq.ParquetFile(file)
+        end = parquet.num_row_groups if piece.end is None else piece.end
+        groups = list(range(piece.start, end))
+        yield from parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups)
+
+
+def _arrow_batches(uri: str) -> Iterator[pa.RecordBatch]:
+    path = storage.local_path(uri)
+    source = (
+        pa.memory_map(str(path))
+        if path is not None
+        else pa.PythonFile(storage.open_input(uri), mode="r")
+    )
+    with source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        if is_file:
+            reader = pyarrow.ipc.open_file(source)
+            batches = (reader.get_batch(k) for k in range(reader.num_record_batches))
+        else:
+            batches = iter(pyarrow.ipc.open_stream(source))
+        for batch in batches:
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                yield batch.slice(start, _BATCH_ROWS)
+
+
+def _rows_of_batches(batches: Iterator[pa.RecordBatch], uri: str) -> Iterator[RawRow]:
+    number = 0
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{uri}: expected a whole Parquet or Arrow file; row {number} and what follows "
+                f"cannot be read: {error}"
+            ) from error
+        if batch is None:
+            return
+        for value in _values_of_batch(batch):
+            yield number, value
+            number += 1
+
+
+def _values_of_batch(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Defect]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for k in range(batch.num_rows):
+            try:
+                yield from batch.slice(k, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield Defect("bad-utf8", f"byte {error.object[error.start]:#04x} is not UTF-8")

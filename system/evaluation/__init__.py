@@ -1,0 +1,1 @@
+"""What the trained models are worth, against honest baselines."""

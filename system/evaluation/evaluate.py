@@ -1,0 +1,380 @@
+"""What the trained models are worth on held-out data: losses, answers, honest comparisons.
+
+Gain is in nats per response token: the mean over examples of the mean token loss, reference minus
+arm, so that more is better; for accuracy it is the difference of shares.  Every comparison is made
+on the same examples and the same training seeds (`system.evaluation.contrast` has the error
+model), and one whose interval holds zero is called a tie.  Verdicts are each at their own
+confidence level: of twenty ties one in twenty looks like more at 95 %.
+
+`summary.json`:
+    arms          [{name, mix, order, seeds, examples, response_tokens, steps, counts}]
+    losses        [{arm, category, value, se, low, high}]; category null: all, by importance
+    comparisons   [{metric, arm, reference, category, weighting, <contrast>}]
+                  metric `loss` | `accuracy`; category null: over all, weighting `importance` |
+                  `uniform`
+    factors       [{factor, formula, weighting, <contrast>}]         factor `mix` | `order` |
+                  `interaction`
+    accuracy      [{arm, category, rows, seeds, value, low, high}]
+    prediction    {targets: [{target, predicted, predicted_se, realised, se, low, high}], overall,
+                  slope, rank_correlation}
+with <contrast> = value, se, se_seeds, se_heldout, low, high, verdict, seeds, rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import stats
+
+from system.errors import DataError
+from system.evaluation.contrast import Contrast, Performance, contrast
+from system.evaluation.intervals import wilson_interval
+from system.solve import Mix
+
+LOSSES = pa.schema(
+    [
+        pa.field("arm", pa.string(), nullable=False),
+        pa.field("seed", pa.int32(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("nll", pa.float64(), nullable=False),  # nats, summed over response tokens
+        pa.field("num_tokens", pa.int32(), nullable=False),
+    ]
+)
+"""One held-out example under one model."""
+
+OUTCOMES = pa.schema(
+    [
+        pa.field("arm", pa.string(), nullable=False),
+        pa.field("seed", pa.int32(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("correct", pa.bool_(), nullable=False),
+    ]
+)
+"""One generated answer, checked."""
+
+ACCURACY = pa.schema(
+    [
+        pa.field("arm", pa.string(), nullable=False),
+        pa.field("seed", pa.int32(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("rows", pa.int32(), nullable=False),
+        pa.field("correct", pa.int32(), nullable=False),
+        pa.field("accuracy", pa.float64(), nullable=False),
+        pa.field("low", pa.float64(), nullable=False),  # Wilson interval
+        pa.field("high", pa.float64(), nullable=False),
+    ]
+)
+"""Answers of one model by category."""
+
+BASE, DELIVERED, NATURAL = "base", "delivered", "natural"
+_UNTRAINED_OR_ONCE = (BASE, DELIVERED)
+
+FACTORS: dict[str, tuple[tuple[str, dict[str, float]], ...]] = {
+    "mix": (
+        (
+            "((solved - natural) + (solved-curriculum - natural-curriculum)) / 2",
+            {"solved": 0.5, "natural": -0.5, "solved-curriculum": 0.5, "natural-curriculum": -0.5},
+        ),
+        ("solved - natural", {"solved": 1.0, "natural": -1.0}),
+    ),
+    "order": (
+        (
+            "((natural-curriculum - natural) + (solved-curriculum - solved)) / 2",
+            {"natural-curriculum": 0.5, "natural": -0.5, "solved-curriculum": 0.5, "solved": -0.5},
+        ),
+        ("solved-curriculum - solved", {"solved-curriculum": 1.0, "solved": -1.0}),
+    ),
+    "interaction": (
+        (
+            "(solved-curriculum - solved) - (natural-curriculum - natural)",
+            {"solved-curriculum": 1.0, "solved": -1.0, "natural-curriculum": -1.0, "natural": 1.0},
+        ),
+    ),
+}
+"""Factor -> formulas, best first: the first whose arms were all trained is used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmInfo:
+    """What an arm was trained on."""
+
+    name: str
+    mix: str
+    """natural | uniform | solved, or none for the base model."""
+    order: str
+    """shuffled | curriculum | reversed | none."""
+    seeds: int
+    examples: int
+    response_tokens: int
+    """Mean over seeds."""
+    steps: int
+    counts: dict[str, int]
+
+
+def performance_of(
+    table: pa.Table, column: str
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
+    """The values of a long table as arrays over seeds and examples.
+
+    Args:
+        table: columns arm, seed, category, id and `column`; LOSSES with `loss` gives minus the mean
+            token loss.
+        column: `loss` or `correct`.
+
+    Returns:
+        Arm -> category -> [S, n], examples in the order of their ids, only those that every arm
+        and seed has; and category -> examples left out because some model has none.
+    """
+    if column == "loss":
+        nll = table.column("nll").to_numpy()
+        values = -nll / table.column("num_tokens").to_numpy()
+    else:
+        values = table.column(column).to_numpy(zero_copy_only=False).astype(np.float64)
+    models: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    names = zip(
+        table.column("arm").to_pylist(),
+        table.column("seed").to_pylist(),
+        table.column("category").to_pylist(),
+        table.column("id").to_pylist(),
+        values.tolist(),
+        strict=True,
+    )
+    for arm, seed, category, row_id, value in names:
+        models.setdefault((arm, seed), {}).setdefault(category, {})[row_id] = value
+    found: dict[str, dict[str, np.ndarray]] = {arm: {} for arm, _ in models}
+    left_out: dict[str, int] = {}
+    for category in sorted({name for of in models.values() for name in of}):
+        of_models = [of.get(category, {}) for of in models.values()]
+        common = sorted(set.intersection(*(set(rows) for rows in of_models)))
+        left_out[category] = len(set.union(*(set(rows) for rows in of_models))) - len(common)
+        if len(common) < 2:
+            left_out[category] += len(common)
+            continue
+        for arm in found:
+            rows = [models[key].get(category, {}) for key in sorted(models) if key[0] == arm]
+            found[arm][category] = np.array([[of[i] for i in common] for of in rows])
+    return found, {category: count for category, count in left_out.items() if count}
+
+
+def summarise(
+    *,
+    losses: pa.Table,
+    outcomes: pa.Table,
+    arms: Sequence[ArmInfo],
+    importance: Mapping[str, float],
+    mix: Mix | None,
+    confidence: float,
+) -> dict[str, Any]:
+    """The content of `summary.json`.
+
+    Args:
+        losses: LOSSES of all arms and seeds; arm `base` is the untrained model.
+        outcomes: OUTCOMES, possibly empty.
+        arms: what was trained, in the order in which people should read it.
+        importance: weight of each category; normalised here over those that were scored.
+        mix: for its predicted changes; None: no prediction.
+        confidence: level of all intervals.
+
+    Raises:
+        DataError: no category has two examples that every model scored.
+    """
+    performance, left_out = performance_of(losses, "loss")
+    categories = list(next(iter(performance.values())))
+    if not categories:
+        raise DataError(
+            "evaluation: no category has two test rows that every model could score; "
+            f"left out: {left_out}. Raise evaluate.test_rows, or give the categories more data."
+        )
+    weightings = _weightings(categories, importance)
+    trained = [arm.name for arm in arms if arm.name != BASE]
+    summary: dict[str, Any] = {
+        "confidence": confidence,
+        "unit": "nats per response token; positive values favour the arm",
+        "importance": weightings["importance"],
+        "test_rows": {c: performance[BASE][c].shape[1] for c in categories},
+        "left_out": left_out,
+        "arms": [asdict(arm) for arm in arms],
+        "losses": list(_levels(performance, [BASE, *trained], weightings, confidence)),
+        "comparisons": list(_comparisons("loss", performance, trained, weightings, confidence)),
+        "factors": list(_factors(performance, weightings, confidence)),
+        "accuracy": [],
+        "prediction": _prediction(performance, mix, weightings["importance"], confidence),
+    }
+    if outcomes.num_rows:
+        answers, _ = performance_of(outcomes, "correct")
+        checked = _weightings(list(next(iter(answers.values()))), importance)
+        summary["accuracy"] = list(_shares(answers, [BASE, *trained], confidence))
+        if checked["uniform"]:
+            summary["comparisons"] += _comparisons(
+                "accuracy", answers, trained, checked, confidence
+            )
+    return summary
+
+
+def accuracy_table(outcomes: pa.Table, confidence: float) -> pa.Table:
+    """ACCURACY: share of right answers of every model by category, with Wilson intervals."""
+    cells: dict[tuple[str, int, str], list[bool]] = {}
+    for row in outcomes.to_pylist():
+        cells.setdefault((row["arm"], row["seed"], row["category"]), []).append(row["correct"])
+    rows = []
+    for (arm, seed, category), answers in sorted(cells.items()):
+        interval = wilson_interval(sum(answers), len(answers), confidence)
+        rows.append(
+            {
+                "arm": arm, "seed": seed, "category": category, "rows": len(answers),
+                "correct": sum(answers), "accuracy": interval.value, "low": interval.low,
+                "high": interval.high,
+            }
+        )  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=ACCURACY)
+
+
+def headline(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """The comparisons that people ask for first, a line each."""
+    lines = []
+    for row in summary["comparisons"]:
+        is_overall = row["category"] is None and row["weighting"] == "importance"
+        if not is_overall or row["metric"] != "loss":
+            continue
+        if row["reference"] == NATURAL or row["arm"] in (NATURAL, DELIVERED):
+            note = "" if row["se_seeds"] is not None else ", one training"
+            lines.append(
+                f"{row['arm']} against {row['reference']}: {row['value']:+.4f} nats per token "
+                f"({row['low']:+.4f} to {row['high']:+.4f}{note}): {row['verdict']}"
+            )
+    return tuple(lines)
+
+
+def _weightings(
+    categories: Sequence[str], importance: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    total = sum(importance.get(c, 0.0) for c in categories)
+    uniform = {c: 1.0 / len(categories) for c in categories}
+    if total <= 0:
+        return {"importance": uniform, "uniform": uniform}
+    return {
+        "importance": {c: importance.get(c, 0.0) / total for c in categories},
+        "uniform": uniform,
+    }
+
+
+def _scopes(
+    weightings: Mapping[str, Mapping[str, float]],
+) -> Iterator[tuple[str | None, str, Mapping[str, float]]]:
+    """Overall by each weighting, then each category alone: (category, weighting, weights)."""
+    for weighting, weights in weightings.items():
+        yield None, weighting, weights
+    for category in weightings["uniform"]:
+        yield category, "category", {category: 1.0}
+
+
+def _levels(
+    performance: Performance,
+    arms: Sequence[str],
+    weightings: Mapping[str, Mapping[str, float]],
+    confidence: float,
+) -> Iterator[dict[str, Any]]:
+    for arm in arms:
+        for category, weighting, weights in _scopes(weightings):
+            if weighting == "uniform":
+                continue
+            level = contrast(performance, {arm: 1.0}, weights, confidence)
+            yield {
+                "arm": arm, "category": category, "value": -level.value, "se": level.se,
+                "low": -level.high, "high": -level.low,
+            }  # fmt: skip
+
+
+def _comparisons(
+    metric: str,
+    performance: Performance,
+    trained: Sequence[str],
+    weightings: Mapping[str, Mapping[str, float]],
+    confidence: float,
+) -> Iterator[dict[str, Any]]:
+    for reference in (NATURAL, BASE):
+        if reference not in performance:
+            continue
+        for arm in trained:
+            if arm == reference or (reference == NATURAL and arm in _UNTRAINED_OR_ONCE):
+                continue
+            for category, weighting, weights in _scopes(weightings):
+                found = contrast(
+                    performance, {arm: 1.0, reference: -1.0}, weights, confidence,
+                    is_binary=metric == "accuracy",
+                )  # fmt: skip
+                yield {
+                    "metric": metric, "arm": arm, "reference": reference, "category": category,
+                    "weighting": weighting, **found.to_json(),
+                }  # fmt: skip
+
+
+def _factors(
+    performance: Performance, weightings: Mapping[str, Mapping[str, float]], confidence: float
+) -> Iterator[dict[str, Any]]:
+    for factor, formulas in FACTORS.items():
+        usable = [item for item in formulas if set(item[1]) <= set(performance)]
+        for formula, coefficients in usable[:1]:
+            for weighting, weights in weightings.items():
+                found = contrast(performance, coefficients, weights, confidence)
+                yield {
+                    "factor": factor, "formula": formula, "weighting": weighting,
+                    **found.to_json(),
+                }  # fmt: skip
+
+
+def _shares(
+    answers: Performance, arms: Sequence[str], confidence: float
+) -> Iterator[dict[str, Any]]:
+    for arm in arms:
+        for category, values in answers[arm].items():
+            seeds, rows = values.shape
+            interval = wilson_interval(float(values.sum()) / seeds, rows, confidence)
+            yield {
+                "arm": arm, "category": category, "rows": rows, "seeds": seeds,
+                **interval.to_json(),
+            }  # fmt: skip
+
+
+def _prediction(
+    performance: Performance, mix: Mix | None, importance: Mapping[str, float], confidence: float
+) -> dict[str, Any] | None:
+    """What the solver promised for each target beside what `solved - natural` brought."""
+    if mix is None or not {"solved", NATURAL} <= set(performance):
+        return None
+    difference = {"solved": 1.0, NATURAL: -1.0}
+    rows: list[dict[str, Any]] = []
+    for target in mix.targets:
+        if target.target in importance:
+            found = contrast(performance, difference, {target.target: 1.0}, confidence)
+            rows.append(_beside(target.target, target.change, target.change_se, found))
+    promised = np.array([row["predicted"] for row in rows])
+    brought = np.array([row["realised"] for row in rows])
+    weights = {row["target"]: importance[row["target"]] for row in rows}
+    overall = contrast(performance, difference, weights, confidence)
+    expected = sum(weights[row["target"]] * row["predicted"] for row in rows)
+    varies = len(rows) > 2 and promised.std() > 0 and brought.std() > 0
+    rank = float(np.asarray(stats.spearmanr(promised, brought))[0]) if varies else None
+    moved = float(promised @ promised)
+    return {
+        "targets": rows,
+        "overall": _beside(None, float(expected), mix.expected_gain_se, overall),
+        "slope": float(promised @ brought) / moved if moved > 0 else None,
+        "rank_correlation": rank,
+    }
+
+
+def _beside(
+    target: str | None, predicted: float, predicted_se: float | None, found: Contrast
+) -> dict[str, Any]:
+    return {
+        "target": target, "predicted": predicted, "predicted_se": predicted_se,
+        "realised": found.value, "se": found.se, "low": found.low, "high": found.high,
+        "verdict": found.verdict,
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""How categories help and harm each other: interventions, effects, errors."""

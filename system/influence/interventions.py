@@ -1,0 +1,404 @@
+"""Which runs to make: interventions as masks on one common schedule per replication.
+
+    plan rows of a replication, shuffled once    base ─────────────── dose ── base ── extra ── base
+    reference                                      on                  on      on      off      on
+    remove j                                       on         off where of j   on      off      on
+    add j                                          on                  on      on   on where of j
+
+A run is a mask; steps, batches, their order, denominators and learning rates are those of all runs
+of the replication (common random numbers), so that a difference between two runs is what the rows
+did and not what another shuffle did.  Replications differ in rows and in order.  `base`, `dose`
+and `extra` are the plan's stage names: dose rows are the part of a category's base rows that
+`remove` masks, extra rows those that only `add` trains on.
+
+`branch` trains each replication's base mix once on rows of its own (the warm-up) and starts all its
+runs from there.  `random-design` switches about half of all doses in every run (`mix-remove`,
+`mix-add`), see `system.influence.random_design`.
+
+Every choice of rows and order comes from hashes of (run seed, "influence", replication) and row
+ids: shards, workers and restarts cannot change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from system.config import InfluenceConfig
+from system.errors import DataError
+from system.influence.random_design import dose_patterns, enough_runs
+from system.training.plan import TrainPlan, build_plan
+
+FORMAT = 1
+BASE, DOSE, EXTRA = "base", "dose", "extra"
+_LEAST_DOSE = 8
+
+Draw = Callable[[str, str, int, int], tuple[pa.Table, dict[str, int]]]
+"""(split, category, at most so many rows, seed) -> TOKENS rows in seeded order, dropped counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CategoryRows:
+    """Training rows of one category in one replication."""
+
+    available: int
+    """Usable rows that were drawn; fewer than asked only where the category has no more."""
+    base: int
+    dose: int
+    """Of the base rows, those that `remove` masks."""
+    extra: int
+    """Rows that only `add` trains on; 0 where that direction is not asked."""
+    warm: int
+    """Rows of the shared warm-up (`branch`)."""
+    warm_reused: int
+    """Warm-up rows that are base rows too, for want of others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One run: a training and its scoring."""
+
+    replication: int
+    kind: str
+    """`warm`, `reference`, `add`, `remove`, `mix-add` or `mix-remove`."""
+    source: int
+    """Index of the source category, or of the pattern of a mix; -1 where the run has none."""
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        suffix = f"-{self.source:03d}" if self.source >= 0 else ""
+        return f"r{self.replication:02d}-{self.kind}{suffix}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replication:
+    """One common schedule."""
+
+    index: int
+    seed: int
+    plan_sha256: str
+    warm_sha256: str | None
+    num_steps: int
+    rows: dict[str, CategoryRows]
+    dose_tokens: dict[str, dict[str, int]]
+    """Direction -> source -> response tokens of the dose."""
+    patterns: dict[str, list[list[bool]]] = field(default_factory=dict)
+    """`random-design`: direction -> run -> source -> whether its dose is in the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One held-out set."""
+
+    name: str
+    num_rows: int
+    num_tokens: int
+    """Response tokens."""
+    is_external: bool
+    """Given by `influence.targets`, owned by no source."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Design:
+    """All runs of an influence stage, and what they are measured on."""
+
+    estimator: str
+    seed: int
+    directions: tuple[str, ...]
+    sources: tuple[str, ...]
+    targets: tuple[Target, ...]
+    replications: tuple[Replication, ...]
+    asked: dict[str, int]
+    """Rows a category that the configuration asked for: base, dose, extra, warm, heldout."""
+    dropped: dict[str, int]
+    """Rows drawn that cannot be trained or scored on, by reason."""
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """All runs, in the order in which they are best started: a replication at a time."""
+        found = []
+        for replication in range(len(self.replications)):
+            if self.estimator == "branch":
+                found.append(Unit(replication=replication, kind="warm", source=-1))
+            if self.estimator == "random-design":
+                found += [
+                    Unit(replication=replication, kind=f"mix-{direction}", source=run)
+                    for direction, runs in self.replications[replication].patterns.items()
+                    for run in range(len(runs))
+                ]
+                continue
+            found.append(Unit(replication=replication, kind="reference", source=-1))
+            found += [
+                Unit(replication=replication, kind=direction, source=source)
+                for direction in self.directions
+                for source in range(len(self.sources))
+            ]
+        return tuple(found)
+
+    def dose_rows(self, direction: str) -> np.ndarray:
+        """[R, S] rows of the dose."""
+        name = "extra" if direction == "add" else "dose"
+        return np.array(
+            [[getattr(rep.rows[s], name) for s in self.sources] for rep in self.replications],
+            dtype=float,
+        )
+
+    def dose_tokens(self, direction: str) -> np.ndarray:
+        """[R, S] response tokens of the dose."""
+        return np.array(
+            [[rep.dose_tokens[direction][s] for s in self.sources] for rep in self.replications],
+            dtype=float,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What `design.json` holds."""
+        return {"format": FORMAT, **asdict(self), "units": [unit.name for unit in self.units]}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str) -> Design:
+        """The design that `to_json` wrote.
+
+        Raises:
+            DataError: another format.
+        """
+        if value.get("format") != FORMAT:
+            raise DataError(
+                f"{where}: expected an influence design of format {FORMAT}, found "
+                f"{value.get('format')!r}; run the stage again with --redo influence"
+            )
+        replications = tuple(
+            Replication(
+                **{
+                    **item,
+                    "rows": {name: CategoryRows(**rows) for name, rows in item["rows"].items()},
+                }
+            )
+            for item in value["replications"]
+        )
+        return cls(
+            estimator=value["estimator"],
+            seed=value["seed"],
+            directions=tuple(value["directions"]),
+            sources=tuple(value["sources"]),
+            targets=tuple(Target(**item) for item in value["targets"]),
+            replications=replications,
+            asked=dict(value["asked"]),
+            dropped=dict(value["dropped"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """A replication with its plans."""
+
+    replication: Replication
+    plan: TrainPlan
+    warm: TrainPlan | None
+    dropped: dict[str, int]
+
+
+def seed_of(*key: int | str) -> int:
+    """A seed in [0, 2^31) from a key; `hash` would differ between processes."""
+    text = "\x1f".join(str(part) for part in key)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 33
+
+
+def asked_rows(config: InfluenceConfig) -> dict[str, int]:
+    """Rows a category that the configuration asks for."""
+    return {
+        "base": config.rows_per_category,
+        "dose": config.dose_rows,
+        "extra": config.dose_rows if "add" in config.directions else 0,
+        "warm": config.warm_rows_per_category if config.estimator == "branch" else 0,
+        "heldout": config.heldout_rows,
+    }
+
+
+def allocate_rows(category: str, available: int, asked: Mapping[str, int]) -> CategoryRows:
+    """How a category's rows are shared out when there may be too few of them.
+
+    With enough rows everything is as asked.  With fewer, base, dose and extra rows shrink in
+    proportion (effects are per row, and the dose is written down); warm-up rows are then base rows
+    used twice.
+
+    Raises:
+        DataError: not even a dose of 8 rows (or the whole dose asked, if smaller) is left.
+    """
+    base, dose, extra, warm = (asked[name] for name in ("base", "dose", "extra", "warm"))
+    if available < base + extra:
+        share = available / (base + extra)
+        extra = int(extra * share)
+        base = available - extra
+        dose = extra if asked["extra"] == asked["dose"] else int(dose * share)
+    least = min(_LEAST_DOSE, asked["dose"])
+    if dose < least:
+        needed = -(-least * (asked["base"] + asked["extra"]) // asked["dose"])
+        raise DataError(
+            f"influence: category {category!r} has {available} usable train rows, which leaves a "
+            f"dose of {dose}; expected {asked['base'] + asked['extra'] + asked['warm']} rows "
+            f"({asked['base']} base, {asked['extra']} to add, {asked['warm']} warm-up), and at "
+            f"least {needed}. Give it more data, merge it into another category "
+            "(sources.category_map), or lower influence.rows_per_category and influence.dose_rows."
+        )
+    left = available - base - extra
+    return CategoryRows(
+        available=available,
+        base=base,
+        dose=dose,
+        extra=extra,
+        warm=min(warm, left + base),
+        warm_reused=max(0, min(warm, left + base) - left),
+    )
+
+
+def plan_replication(
+    index: int,
+    *,
+    run_seed: int,
+    sources: tuple[str, ...],
+    config: InfluenceConfig,
+    max_length: int,
+    draw: Draw,
+) -> Schedule:
+    """Draws a replication's rows and builds its schedules.
+
+    Raises:
+        DataError: a category has too few rows.
+    """
+    seed = seed_of(run_seed, "influence", index)
+    asked = asked_rows(config)
+    wanted = asked["base"] + asked["extra"] + asked["warm"]
+    rows: dict[str, CategoryRows] = {}
+    parts: list[pa.Table] = []
+    roles: list[str] = []
+    warm_parts: list[pa.Table] = []
+    dose_tokens: dict[str, dict[str, int]] = {name: {} for name in config.directions}
+    dropped: Counter[str] = Counter()
+    for category in sources:
+        tokens, lost = draw("train", category, wanted, seed)
+        dropped.update(lost)
+        share = rows[category] = allocate_rows(category, tokens.num_rows, asked)
+        split = share.base + share.extra
+        parts.append(tokens.slice(0, split))
+        roles += [DOSE] * share.dose + [BASE] * (share.base - share.dose) + [EXTRA] * share.extra
+        for direction in config.directions:
+            start = share.base if direction == "add" else 0
+            part = tokens.slice(start, share.extra if direction == "add" else share.dose)
+            dose_tokens[direction][category] = response_tokens(part)
+        fresh = tokens.slice(split, share.warm - share.warm_reused)
+        warm_parts += [fresh, tokens.slice(0, share.warm_reused)]
+    plan = _shuffled_plan(parts, roles, (seed, "order"), config, max_length)
+    warm = None
+    if config.estimator == "branch":
+        warm = _shuffled_plan(warm_parts, None, (seed, "warm"), config, max_length)
+    replication = Replication(
+        index=index,
+        seed=seed,
+        plan_sha256=plan.sha256,
+        warm_sha256=None if warm is None else warm.sha256,
+        num_steps=plan.num_steps,
+        rows=rows,
+        dose_tokens=dose_tokens,
+        patterns=_patterns(seed, config, len(sources)),
+    )
+    return Schedule(replication=replication, plan=plan, warm=warm, dropped=dict(dropped))
+
+
+def _patterns(seed: int, config: InfluenceConfig, num_sources: int) -> dict[str, list[list[bool]]]:
+    if config.estimator != "random-design":
+        return {}
+    runs = enough_runs(num_sources)
+    return {
+        direction: dose_patterns(seed_of(seed, direction), runs, num_sources).tolist()
+        for direction in config.directions
+    }
+
+
+def _shuffled_plan(
+    parts: list[pa.Table],
+    roles: list[str] | None,
+    seed: tuple[int, str],
+    config: InfluenceConfig,
+    max_length: int,
+) -> TrainPlan:
+    """A plan of all rows in an order that depends on the seed and the rows alone."""
+    table = pa.concat_tables(parts)
+    order = np.random.default_rng(seed_of(*seed)).permutation(table.num_rows)
+    names = roles or ["warm"] * table.num_rows
+    return build_plan(
+        table.take(pa.array(order)),
+        [names[row] for row in order],
+        batch_size=config.batch_size,
+        max_length=max_length,
+        packing=False,
+    )
+
+
+def active_rows(plan: TrainPlan, unit: Unit, design: Design) -> np.ndarray:
+    """[plan rows] bool: the mask of a run on its replication's common schedule."""
+    role = np.asarray(plan.table.column("stage").to_pylist())
+    if unit.kind == "warm":
+        return np.ones(role.size, dtype=bool)
+    active = role != EXTRA
+    if unit.kind == "reference":
+        return active
+    direction = unit.kind.removeprefix("mix-")
+    if unit.kind == direction:
+        switched = {design.sources[unit.source]}
+    else:
+        pattern = design.replications[unit.replication].patterns[direction][unit.source]
+        # A pattern says whose dose is in the run: switched on where adding, off where removing.
+        pairs = zip(design.sources, pattern, strict=True)
+        switched = {name for name, is_in in pairs if is_in == (direction == "add")}
+    category = plan.table.column("category").to_pylist()
+    of_switched = np.array([name in switched for name in category], dtype=bool)
+    if direction == "add":
+        return active | (of_switched & (role == EXTRA))
+    return active & ~(of_switched & (role == DOSE))
+
+
+def response_tokens(tokens: pa.Table) -> int:
+    """Tokens that a loss counts: response tokens that have a token before them."""
+    masks = tokens.column("response_mask").to_pylist()
+    return sum(sum(mask[1:]) for mask in masks)
+
+
+def assemble_design(
+    *,
+    run_seed: int,
+    config: InfluenceConfig,
+    sources: tuple[str, ...],
+    targets: tuple[Target, ...],
+    schedules: list[Schedule],
+    heldout_dropped: Mapping[str, int],
+) -> Design:
+    """The design of drawn schedules and targets.
+
+    Raises:
+        DataError: fewer than two source categories: nothing can interact.
+    """
+    if len(sources) < 2:
+        raise DataError(
+            f"influence: expected at least two categories, found {list(sources)}: nothing can "
+            "interact. Give rows several categories (sources.category_column, tag.categories)."
+        )
+    dropped = Counter(heldout_dropped)
+    for schedule in schedules:
+        dropped.update(schedule.dropped)
+    return Design(
+        estimator=config.estimator,
+        seed=run_seed,
+        directions=tuple(config.directions),
+        sources=sources,
+        targets=targets,
+        replications=tuple(schedule.replication for schedule in schedules),
+        asked=asked_rows(config),
+        dropped=dict(dropped),
+    )

@@ -1,0 +1,271 @@
+"""The base model: from whatever `model.path` names to one local Hugging Face directory.
+
+Weights are read from safetensors (or GGUF) only; nothing is unpickled, and code that comes with a
+model runs only when `model.trust_remote_code` says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from system import storage
+from system.config import ModelConfig
+from system.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Kind = Literal["builtin", "gguf", "directory", "hub"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""The template of models that bring none."""
+
+
+def kind_of(path: str) -> Kind:
+    """What `model.path` names.
+
+    Raises:
+        ModelError: it is neither something on this disk nor the form of a hub id.
+    """
+    if path == "builtin:tiny":
+        return "builtin"
+    if path.endswith(".gguf") and Path(path).is_file():
+        return "gguf"
+    if Path(path).is_dir():
+        return "directory"
+    if path.endswith(".gguf") or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
+        raise ModelError(
+            f"model.path {path!r}: expected a Hugging Face id, a directory, a .gguf file or "
+            "builtin:tiny, found nothing there. Check the path; relative ones start from the "
+            "directory in which the command runs."
+        )
+    return "hub"
+
+
+def model_identity(config: ModelConfig) -> dict[str, str]:
+    """What the model stage's fingerprint holds of the files behind `model.path`.
+
+    Raises:
+        ModelError: the path names nothing, or a directory without a model in it.
+    """
+    path = Path(config.path)
+    match kind_of(config.path):
+        case "builtin" | "hub":
+            return {}
+        case "gguf":
+            return {path.name: storage.stamp(str(path))}
+        case "directory":
+            check_directory(path)
+            return {
+                file.name: storage.stamp(str(file))
+                for file in sorted(path.iterdir())
+                if file.is_file()
+            }
+
+
+def check_directory(path: Path) -> None:
+    """A directory that transformers can load without unpickling anything.
+
+    Raises:
+        ModelError: config, tokenizer or safetensors are missing.
+    """
+    names = {file.name for file in path.iterdir()}
+    missing = []
+    if "config.json" not in names:
+        missing.append("config.json")
+    if not any(name.endswith(".safetensors") for name in names):
+        missing.append("*.safetensors")
+    if not names & {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}:
+        missing.append("a tokenizer")
+    if missing:
+        raise ModelError(
+            f"{path}: expected a Hugging Face model directory, but {' and '.join(missing)} is not "
+            f"there (found {sorted(names)[:12]}). Weights in other formats can be converted with "
+            "transformers' save_pretrained."
+        )
+
+
+def materialise(config: ModelConfig, target: Path) -> None:
+    """Writes the model (hub, directory, GGUF) to a local directory, chat template included.
+
+    A directory's weight files are linked, not copied.
+
+    Raises:
+        ModelError: the hub does not have it or cannot be reached; the files are not a model.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    source = Path(config.path)
+    match kind_of(config.path):
+        case "directory":
+            for file in sorted(source.iterdir()):
+                _link_or_copy(file, target / file.name)
+        case "gguf":
+            _convert_gguf(source, target)
+        case "hub":
+            _download(config, target)
+        case "builtin":
+            raise AssertionError("system.models.tiny builds the built-in model")
+    _check_template(config, target)
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a materialised model; it has a chat template."""
+    _quiet()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: the tokenizer cannot be loaded: {error}") from error
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, without a generation cache.
+
+    Args:
+        path: local Hugging Face directory.
+        dtype: `float32` or `bfloat16`.
+        device: where the weights go.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ModelError: the files are not such a model.
+    """
+    _quiet()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: the model cannot be loaded: {error}") from error
+    model.config.use_cache = False
+    return model.to(device).eval()
+
+
+def describe_model(path: str | Path) -> dict[str, int | str]:
+    """Architecture, parameters and vocabulary of a directory, read from its headers only."""
+    import safetensors
+
+    config = json.loads((Path(path) / "config.json").read_text())
+    parameters = 0
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safetensors.safe_open(str(file), framework="np") as weights:
+            for name in weights.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                size = 1
+                for length in weights.get_slice(name).get_shape():
+                    size *= length
+                parameters += size
+    return {
+        "architecture": str((config.get("architectures") or ["unknown"])[0]),
+        "parameters": parameters,
+        "vocabulary": int(config.get("vocab_size", 0)),
+    }
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        target.unlink()
+    if source.suffix == ".safetensors":
+        target.symlink_to(source.absolute())
+    elif source.is_file():
+        shutil.copyfile(source, target)
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    _quiet()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder, name = str(source.parent), source.name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source}: expected a GGUF model, but {error}") from error
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _download(config: ModelConfig, target: Path) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [p for p in _HUB_PATTERNS if p != "*.py" or config.trust_remote_code]
+    try:
+        snapshot_download(
+            config.path, revision=config.revision, local_dir=target, allow_patterns=patterns
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path {config.path!r}: no such directory here, and the hub gave no model of "
+            f"that id ({type(error).__name__}: {error}). Check the id and the network, log in "
+            "for a gated model, or give a local directory or .gguf file."
+        ) from error
+    check_directory(target)
+
+
+def _check_template(config: ModelConfig, target: Path) -> None:
+    tokenizer = load_tokenizer(target, trust_remote_code=config.trust_remote_code)
+    template = tokenizer.chat_template
+    if config.chat_template is not None:
+        file = Path(config.chat_template)
+        if not file.is_file():
+            raise ModelError(
+                f"model.chat_template {config.chat_template!r}: expected a file with a Jinja "
+                "template, found nothing there"
+            )
+        template = file.read_text(encoding="utf-8")
+    if not template:
+        template = CHATML
+    if template != tokenizer.chat_template:
+        tokenizer.chat_template = template
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            for file in Path(folder).iterdir():
+                storage.write_bytes(str(target / file.name), file.read_bytes())
+
+
+def _quiet() -> None:
+    """Loading bars and advice belong to interactive use of transformers, not to a run's output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

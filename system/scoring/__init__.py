@@ -1,0 +1,1 @@
+"""How a model answers: log-likelihoods from vLLM, losses of examples, checked answers."""

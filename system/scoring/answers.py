@@ -1,0 +1,101 @@
+"""Verifiable answers: which rows have one, how they are asked for, whether they are right."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from system.data.corpus import Corpus, seeded_rank
+from system.models.chat import encode, encode_prompt
+from system.schema import CORPUS
+from system.scoring.verify import is_correct
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANSWERS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),  # as the model read it
+        pa.field("expected", pa.string(), nullable=False),
+        pa.field("output", pa.string(), nullable=False),
+        pa.field("correct", pa.bool_(), nullable=False),
+    ]
+)
+"""One model's answers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Questions:
+    """Rows with a verifiable answer, ready to be asked."""
+
+    rows: pa.Table
+    """CORPUS schema, `answer` never null."""
+    prompts: list[list[int]]
+    stop_token_ids: list[int]
+
+
+def draw_questions(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows_per_category: int,
+    seed: int,
+    max_prompt_tokens: int,
+) -> Questions:
+    """Test rows with an answer, those of smallest `sha256(seed:id)` of each category."""
+    tables = [_draw(corpus, category, rows_per_category, seed) for category in corpus.categories]
+    rows = pa.concat_tables(tables) if tables else CORPUS.empty_table()
+    return Questions(
+        rows=rows,
+        prompts=[
+            encode_prompt(tokenizer, messages, max_prompt_tokens)
+            for messages in rows.column("messages").to_pylist()
+        ],
+        stop_token_ids=end_of_turn(tokenizer) if rows.num_rows else [],
+    )
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special token with which the chat template ends an assistant turn, if any."""
+    sample = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    encoded = encode(tokenizer, sample, 2**20)
+    said = encoded.input_ids[encoded.response_mask]
+    special = {int(token) for token in tokenizer.all_special_ids}
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted({int(token) for token in said} & special)
+
+
+def check_answers(
+    questions: Questions, outputs: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> pa.Table:
+    """The ANSWERS table of what a model wrote."""
+    rows = []
+    for row, prompt, output in zip(
+        questions.rows.to_pylist(), questions.prompts, outputs, strict=True
+    ):
+        rows.append(
+            {
+                "id": row["id"],
+                "category": row["category"],
+                "prompt": tokenizer.decode(prompt),
+                "expected": row["answer"],
+                "output": output,
+                "correct": is_correct(output, row["answer"], row["answer_pattern"]),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=ANSWERS)
+
+
+def _draw(corpus: Corpus, category: str, num_rows: int, seed: int) -> pa.Table:
+    found: list[tuple[int, str]] = []
+    for table in corpus.iter_tables("test", category, ["id", "answer"]):
+        kept = table.filter(table.column("answer").is_valid())
+        found += [(seeded_rank(seed, name), name) for name in kept.column("id").to_pylist()]
+    first = heapq.nsmallest(num_rows, found)
+    return corpus.rows_by_id("test", category, [name for _, name in first])

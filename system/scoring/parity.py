@@ -1,0 +1,95 @@
+"""Does the engine compute what transformers computes?  Asked before its first answer is used.
+
+One row is longer than a block of the prefix cache and one is short; a choice that shares its prompt
+through the cache is asked for as well, and must equal the same choice without the cache.
+
+L = tokens of a row.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from system.errors import ModelError
+from system.scoring.llm import BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    from system.scoring.engine import Engine
+
+PARITY_NATS = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Largest mean difference from transformers that is accepted, nats per token, by precision."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityTest:
+    """Rows, and what transformers makes of them under one set of weights."""
+
+    model_dir: str
+    rows: list[list[int]]
+    expected: list[np.ndarray]
+    """[L - 1] float64 each: log-probabilities of tokens 1.. of a row."""
+    limit: float
+
+    @classmethod
+    def of(
+        cls,
+        model_dir: str,
+        *,
+        vocab_size: int,
+        max_length: int,
+        dtype: str,
+        trust_remote_code: bool,
+        seed: int,
+    ) -> ParityTest:
+        """Runs transformers on seeded rows of token ids; its memory is free again afterwards.
+
+        Raises:
+            ModelError: transformers cannot load the directory.
+        """
+        from system.models.base import load_model
+        from system.scoring.score import token_log_probs
+
+        rng = np.random.default_rng(seed)
+        lengths = [min(length, max_length) for length in (3 * BLOCK_TOKENS + 5, 13)]
+        rows = [rng.integers(0, vocab_size, length).tolist() for length in lengths]
+        model = load_model(model_dir, dtype=dtype, trust_remote_code=trust_remote_code)
+        expected = [token_log_probs(model, row) for row in rows]
+        del model
+        gc.collect()
+        return cls(model_dir=model_dir, rows=rows, expected=expected, limit=PARITY_NATS[dtype])
+
+    def check(self, engine: Engine) -> None:
+        """Compares the engine's answers.
+
+        Raises:
+            ModelError: they differ by more than the limit.
+        """
+        names = [f"self-test row {number}" for number in range(len(self.rows))]
+        found = engine.log_probs(self.rows, [1] * len(self.rows), names)
+        for name, values, expected in zip(names, found.rows, self.expected, strict=True):
+            self._compare(engine, name, values, expected)
+        prompt = self.rows[0][: engine.max_length - 2]
+        candidates = [self.rows[1][-1:], self.rows[1][-2:]]
+        apart = engine.log_probs(
+            [prompt + candidate for candidate in candidates], [len(prompt)] * 2, ["choice"] * 2
+        )
+        shared = engine.choose([prompt], candidates)[0]
+        for k, values in enumerate(apart.rows):
+            total = None if values is None else values.sum(keepdims=True)
+            self._compare(engine, f"self-test choice {k}", total, shared[k : k + 1])
+
+    def _compare(
+        self, engine: Engine, name: str, values: np.ndarray | None, expected: np.ndarray
+    ) -> None:
+        gap = np.inf if values is None else abs(float(np.mean(values - expected)))
+        if not gap <= self.limit:
+            raise ModelError(
+                f"{self.model_dir}: the scoring engine ({engine.path} path) and transformers "
+                f"differ by {gap:.2g} nats per token on {name}; at most {self.limit:g} is "
+                "accepted. The engine does not compute this model faithfully on this machine: "
+                "use another model or another vLLM version."
+            )

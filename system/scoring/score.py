@@ -1,0 +1,135 @@
+"""How much a model likes the held-out responses: token log-probabilities to losses of examples.
+
+The mask decides which tokens count; token 0 never does, because nothing predicts it.
+
+L = tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from system import schema
+from system.errors import DataError, StageError
+
+if TYPE_CHECKING:
+    from system.scoring.engine import Engine
+
+NOT_FINITE = "log-likelihood is not finite"
+"""Reason under which a row is rejected whose loss is NaN or infinite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """What one model makes of a table of rows."""
+
+    table: pa.Table
+    """SCORES, in the order of the rows scored, without the rejected ones."""
+    rejected: dict[str, str]
+    """id -> reason, for rows that could not be scored."""
+
+
+def score_tokens(engine: Engine, tokens: pa.Table) -> Scored:
+    """Negative log-likelihood of the response tokens of every row, under the engine's weights.
+
+    Args:
+        engine: with the weights to score.
+        tokens: TOKENS schema.
+
+    Raises:
+        DataError: a row is longer than the model's context or has no response token.
+        StageError: no row at all has a finite loss, so the weights themselves are broken.
+    """
+    rows, masks = _rows(schema.check_table(tokens, schema.TOKENS, "rows to score"))
+    ids = tokens.column("id").to_pylist()
+    starts = [_first_scored(mask, name) for mask, name in zip(masks, ids, strict=True)]
+    found = engine.log_probs(rows, starts, ids)
+    rejected = {ids[item.index]: item.reason for item in found.rejected}
+    nll = np.full(len(rows), np.nan)
+    for b, values in enumerate(found.rows):
+        if values is None:
+            continue
+        nll[b] = -float(values[masks[b][starts[b] :]].sum())
+        if not np.isfinite(nll[b]):
+            rejected[ids[b]] = NOT_FINITE
+    if rows and not np.isfinite(nll).any():
+        raise StageError(
+            f"none of {len(rows)} rows has a finite log-likelihood (first: {ids[0]}, "
+            f"{rejected[ids[0]]}): the weights hold NaN, which training that diverged leaves. "
+            "Lower the learning rate of the stage that trained them."
+        )
+    return Scored(table=_scores(tokens, nll, masks), rejected=rejected)
+
+
+def score_reference(model: Any, tokens: pa.Table) -> Scored:
+    """The same with transformers, one row at a time: the oracle that the engine is held to.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        tokens: TOKENS schema.
+
+    Raises:
+        DataError: a row has no response token.
+    """
+    rows, masks = _rows(schema.check_table(tokens, schema.TOKENS, "rows to score"))
+    ids = tokens.column("id").to_pylist()
+    nll = np.full(len(rows), np.nan)
+    rejected = {}
+    for b, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        _first_scored(mask, ids[b])
+        nll[b] = -float(token_log_probs(model, row)[mask[1:]].sum())
+        if not np.isfinite(nll[b]):
+            rejected[ids[b]] = NOT_FINITE
+    return Scored(table=_scores(tokens, nll, masks), rejected=rejected)
+
+
+def token_log_probs(model: Any, row: list[int]) -> np.ndarray:
+    """[L - 1] float64, nats: log-probability of tokens 1.. of a row by a transformers model."""
+    import torch
+
+    ids = torch.tensor([row], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[0, :-1].float()
+    picked = torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None])
+    return picked[:, 0].double().cpu().numpy()
+
+
+def _rows(tokens: pa.Table) -> tuple[list[list[int]], list[np.ndarray]]:
+    rows = tokens.column("input_ids").to_pylist()
+    masks = [np.array(mask, dtype=bool) for mask in tokens.column("response_mask").to_pylist()]
+    for name, row, mask in zip(tokens.column("id").to_pylist(), rows, masks, strict=True):
+        if len(row) != len(mask):
+            raise DataError(
+                f"row {name} has {len(row)} tokens but {len(mask)} mask values; the file was "
+                "damaged or written by something else: run the stage that made it with --redo"
+            )
+    return rows, masks
+
+
+def _first_scored(mask: np.ndarray, name: str) -> int:
+    places = np.flatnonzero(mask[1:])
+    if len(places) == 0:
+        raise DataError(
+            f"row {name} has no response token to score (the mask is empty beyond token 0); rows "
+            "like it are dropped when conversations are encoded, so encode it again"
+        )
+    return int(places[0]) + 1
+
+
+def _scores(tokens: pa.Table, nll: np.ndarray, masks: list[np.ndarray]) -> pa.Table:
+    kept = pa.array(np.flatnonzero(np.isfinite(nll)), type=pa.int64())
+    counts = np.array([int(mask[1:].sum()) for mask in masks], dtype=np.int32)
+    table = pa.table(
+        {
+            "id": tokens.column("id"),
+            "category": tokens.column("category"),
+            "nll": pa.array(nll, type=pa.float64()),
+            "num_tokens": pa.array(counts, type=pa.int32()),
+        },
+        schema=schema.SCORES,
+    )
+    return table.take(kept)

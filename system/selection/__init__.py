@@ -1,0 +1,1 @@
+"""Which examples train, in which order."""

@@ -1,0 +1,202 @@
+"""The selected examples on storage: fetched shard by shard, written part by part.
+
+    Selection ─ plan_gather ─> shard groups ─ gather_group ─> spill by part ─ write_part ─> Parquet
+
+Groups and parts are independent of each other and leave a commit each.  The parts' bytes depend on
+the selection alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from system import storage
+from system.data.corpus import Corpus, Shard, canonical_table
+from system.data.spill import read_spill, spill_output
+from system.errors import StageError
+from system.schema import SELECTION
+from system.selection.select import Selection, fetch_rows
+
+PART_ROWS = 32768
+"""Examples in one Parquet file."""
+GROUP_ROWS = 65536
+"""Selected examples that one gathering step covers, unless one shard alone has more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Some shards, and which of their rows go where."""
+
+    index: int
+    shards: tuple[Shard, ...]
+    rows: tuple[np.ndarray, ...]
+    """One array a shard."""
+    positions: tuple[np.ndarray, ...]
+    stages: tuple[np.ndarray, ...]
+    """Indices into `stage_names`."""
+    stage_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupOutcome:
+    """Where a group's rows lie; its file is the group's commit."""
+
+    index: int
+    batches: dict[int, list[int]]
+    """Part -> record batches of the spill file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartInput:
+    """What a part is made from."""
+
+    index: int
+    num_rows: int
+    batches: dict[int, list[int]]
+    """Group -> record batches of its spill file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One Parquet file of the selection."""
+
+    path: str
+    """Relative to the selection's directory."""
+    rows: int
+    sha256: str
+
+
+def plan_gather(selection: Selection) -> list[Group]:
+    """Cuts the selected shards into groups of about GROUP_ROWS selected examples."""
+    order = np.argsort(selection.shard, kind="stable")
+    present, starts = np.unique(selection.shard[order], return_index=True)
+    ends = [*starts[1:].tolist(), len(order)]
+    groups: list[Group] = []
+    waiting: list[tuple[int, np.ndarray]] = []
+    held = 0
+    for number, start, end in zip(present.tolist(), starts.tolist(), ends, strict=True):
+        if held and held + end - start > GROUP_ROWS:
+            groups.append(_group(len(groups), selection, waiting))
+            waiting, held = [], 0
+        waiting.append((number, order[start:end]))
+        held += end - start
+    groups.append(_group(len(groups), selection, waiting))
+    return groups
+
+
+def _group(index: int, selection: Selection, shards: Sequence[tuple[int, np.ndarray]]) -> Group:
+    return Group(
+        index=index,
+        shards=tuple(selection.shards[number] for number, _ in shards),
+        rows=tuple(selection.row[positions] for _, positions in shards),
+        positions=tuple(positions for _, positions in shards),
+        stages=tuple(selection.stage[positions] for _, positions in shards),
+        stage_names=selection.stages,
+    )
+
+
+def _group_uri(attempt: str, index: int, ending: str) -> str:
+    return storage.join(attempt, "work", f"{index:06d}.{ending}")
+
+
+def read_group_outcome(attempt: str, index: int) -> GroupOutcome | None:
+    """The outcome of a group that is done, else None."""
+    uri = _group_uri(attempt, index, "json")
+    if not storage.exists(uri):
+        return None
+    value = storage.read_json(uri)
+    value["batches"] = {int(part): numbers for part, numbers in value["batches"].items()}
+    return GroupOutcome(**value)
+
+
+def gather_group(corpus: Corpus, group: Group, attempt: str) -> GroupOutcome:
+    """Fetches the group's rows and spills them by part, then commits."""
+    with spill_output(_group_uri(attempt, group.index, "arrow"), SELECTION) as spill:
+        for shard, rows, positions, stages in zip(
+            group.shards, group.rows, group.positions, group.stages, strict=True
+        ):
+            names = [group.stage_names[stage] for stage in stages]
+            table = fetch_rows(corpus, shard, rows, positions, names)
+            spill.add(table, positions // PART_ROWS)
+        outcome = GroupOutcome(index=group.index, batches=spill.batches)
+    storage.write_json(_group_uri(attempt, group.index, "json"), asdict(outcome))
+    return outcome
+
+
+def part_inputs(num_rows: int, outcomes: Sequence[GroupOutcome]) -> list[PartInput]:
+    """What each part is made from."""
+    num_parts = -(-num_rows // PART_ROWS)
+    batches: list[dict[int, list[int]]] = [{} for _ in range(num_parts)]
+    for outcome in outcomes:
+        for part, numbers in outcome.batches.items():
+            batches[part][outcome.index] = numbers
+    return [
+        PartInput(
+            index=part,
+            num_rows=min(PART_ROWS, num_rows - part * PART_ROWS),
+            batches=found,
+        )
+        for part, found in enumerate(batches)
+    ]
+
+
+def read_part(attempt: str, index: int) -> Part | None:
+    """A part that is written, else None."""
+    uri = _group_uri(attempt, index, "part.json")
+    return Part(**storage.read_json(uri)) if storage.exists(uri) else None
+
+
+def write_part(given: PartInput, attempt: str) -> Part:
+    """Puts a part's rows in order and writes them as Parquet, then commits.
+
+    Raises:
+        StageError: rows are missing or twice there.
+    """
+    batches: list[pa.RecordBatch] = []
+    for group, numbers in sorted(given.batches.items()):
+        batches += read_spill(_group_uri(attempt, group, "arrow"), numbers)
+    table = pa.Table.from_batches(batches, SELECTION)
+    positions = np.asarray(table["position"])
+    order = np.argsort(positions, kind="stable")
+    first = given.index * PART_ROWS
+    if not np.array_equal(positions[order], np.arange(first, first + given.num_rows)):
+        raise StageError(
+            f"select: part {given.index} should hold the {given.num_rows:,} examples from "
+            f"{first:,}, but its spill files hold {table.num_rows:,}. Files below work/ were "
+            "changed or lost; run `select` again with --redo."
+        )
+    sink = io.BytesIO()
+    pq.write_table(canonical_table(table.take(pa.array(order))), sink, compression="zstd")
+    data = sink.getvalue()
+    path = f"part-{given.index:05d}.parquet"
+    storage.write_bytes(storage.join(attempt, "parts", path), data)
+    part = Part(path=path, rows=given.num_rows, sha256=hashlib.sha256(data).hexdigest())
+    storage.write_json(_group_uri(attempt, given.index, "part.json"), asdict(part))
+    return part
+
+
+def write_selection_manifest(
+    attempt: str, selection: Selection, parts: Sequence[Part]
+) -> dict[str, Any]:
+    """Writes manifest.json, last, and removes the spill files."""
+    digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+    manifest = {
+        "format": 1,
+        "rows": sum(part.rows for part in parts),
+        "stages": list(selection.stages),
+        "counts": selection.counts,
+        "repeats": selection.repeats,
+        "sha256": digest,
+        "files": [asdict(part) for part in parts],
+    }
+    storage.write_json(storage.join(attempt, "manifest.json"), manifest)
+    storage.delete(storage.join(attempt, "work"))
+    return manifest

@@ -1,0 +1,1 @@
+"""The trainer: a frozen plan, the loop, checkpoints, the exported model."""

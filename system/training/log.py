@@ -1,0 +1,169 @@
+"""What a training tells while it runs: totals on every rank, files and trackers on rank 0.
+
+Metrics are one JSON line a step, in part files, never twice: parts follow the checkpoints,
+`part-00000050.jsonl` holds the steps from 50 to the next checkpoint and is written before that
+checkpoint commits.  A resume from step k throws away the parts from k on; its own steps replace
+them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from system import storage
+from system.training.trackers import open_trackers
+from system.training.train import StepStats
+
+_PART = re.compile(r"part-(\d{8})\.jsonl")
+_PROGRESS_SECONDS = 2.0
+
+
+class TrainTotals:
+    """Counters that a checkpoint carries, so that a resumed training counts on.
+
+    Args:
+        counters: what `state` gave before, from the checkpoint; none starts at zero.
+    """
+
+    def __init__(self, counters: Mapping[str, Any] | None = None) -> None:
+        counters = counters or {}
+        self.num_tokens: int = counters.get("num_tokens", 0)
+        self.num_labels: int = counters.get("num_labels", 0)
+        self.seconds: float = counters.get("seconds", 0.0)
+        self.losses: list[float] = list(counters.get("losses", []))
+
+    def add(self, stats: StepStats) -> None:
+        """Counts a step."""
+        self.num_tokens += stats.num_tokens
+        self.num_labels += stats.num_labels
+        self.seconds += stats.seconds
+        self.losses.append(stats.loss)
+
+    def state(self) -> dict[str, Any]:
+        """JSON values for a checkpoint."""
+        return {
+            "num_tokens": self.num_tokens,
+            "num_labels": self.num_labels,
+            "seconds": self.seconds,
+            "losses": list(self.losses),
+        }
+
+    def edges(self) -> tuple[float, float]:
+        """Mean losses of the first and the last tenth of the steps."""
+        losses = np.array(self.losses)
+        tenth = max(1, len(losses) // 10)
+        return float(losses[:tenth].mean()), float(losses[-tenth:].mean())
+
+
+class TrainLog:
+    """Files and trackers of one training.
+
+    Args:
+        output_uri: directory of the job.
+        start_step: step that the training starts or resumes with.
+        num_steps: steps of the plan.
+        world_size: ranks that train; part of each record.
+        device: where memory is measured.
+        trackers: names of trackers besides the files.
+        name: how trackers call the run.
+    """
+
+    def __init__(
+        self,
+        output_uri: str,
+        *,
+        start_step: int,
+        num_steps: int,
+        world_size: int,
+        device: torch.device,
+        trackers: Sequence[str] = (),
+        name: str = "train",
+    ) -> None:
+        self._output_uri = output_uri
+        self._uri = storage.join(output_uri, "metrics")
+        self._num_steps = num_steps
+        self._world_size = world_size
+        self._device = device
+        self._records: list[dict[str, Any]] = []
+        self._last_progress = 0.0
+        self._stack = contextlib.ExitStack()
+        self._sinks: list[Callable[[dict[str, Any]], None]] = open_trackers(
+            trackers, output_uri, name, self._stack
+        )
+        for part in storage.list_names(self._uri):
+            match = _PART.fullmatch(part)
+            if match and int(match.group(1)) >= start_step:
+                storage.delete(storage.join(self._uri, part))
+
+    def add(self, stats: StepStats) -> None:
+        """Takes a step's numbers."""
+        record = {
+            "step": stats.step,
+            "stage": stats.stage,
+            "loss": stats.loss,
+            "learning_rate": stats.learning_rate,
+            "grad_norm": stats.grad_norm,
+            "response_tokens": stats.num_labels,
+            "tokens": stats.num_tokens,
+            "tokens_per_second": round(stats.num_tokens / stats.seconds, 1),
+            "seconds": round(stats.seconds, 6),
+            "memory_bytes": peak_memory(self._device),
+            "world_size": self._world_size,
+            "time": round(time.time(), 3),
+            "category_loss": {
+                name: nll / count for name, (nll, count) in sorted(stats.category_nll.items())
+            },
+        }
+        self._records.append(record)
+        for sink in self._sinks:
+            sink(record)
+        if time.monotonic() - self._last_progress >= _PROGRESS_SECONDS:
+            self._last_progress = time.monotonic()
+            storage.write_json(
+                storage.join(self._output_uri, "progress.json"),
+                {
+                    "step": stats.step + 1,
+                    "of": self._num_steps,
+                    "loss": stats.loss,
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
+                },
+            )
+
+    def flush(self) -> None:
+        """Writes the steps since the last flush as a part file."""
+        if not self._records:
+            return
+        name = f"part-{self._records[0]['step']:08d}.jsonl"
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in self._records)
+        storage.write_bytes(storage.join(self._uri, name), lines.encode())
+        self._records = []
+
+    def close(self) -> str:
+        """Joins the parts, in step order, to `metrics.jsonl`; returns its URI."""
+        self.flush()
+        self._stack.close()
+        target = storage.join(self._output_uri, "metrics.jsonl")
+        parts = [name for name in storage.list_names(self._uri) if _PART.fullmatch(name)]
+        data = b"".join(storage.read_bytes(storage.join(self._uri, name)) for name in parts)
+        storage.write_bytes(target, data)
+        storage.delete(storage.join(self._output_uri, "progress.json"))
+        return target
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,93 @@
+"""Rows of a plan as tensors of one forward pass.
+
+Two layouts give the same numbers: `flat` lays rows end to end without padding (positions start
+again at each row, attention stays inside it), `padded` is the ordinary rectangle for models whose
+layers look across rows in other ways than attention.
+
+B = rows of a pass, L = longest of them, N = their tokens, M = labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from system.training.attention import Segments, build_segments
+from system.training.plan import TrainPlan
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One forward pass."""
+
+    rows: np.ndarray
+    """[B] plan rows, longest first."""
+    input_ids: torch.Tensor
+    """[1, N] or [B, L] int64."""
+    position_ids: torch.Tensor
+    """As input_ids."""
+    attention_mask: torch.Tensor | None
+    """[B, L] int64, padded layout only."""
+    segments: Segments | None
+    """Flat layout only."""
+    label_places: torch.Tensor
+    """[M] int64, place in the flattened hidden states in front of each label."""
+    targets: torch.Tensor
+    """[M] int64."""
+    label_rows: np.ndarray
+    """[M] int64, plan row of each label."""
+
+
+def build_microbatch(
+    plan: TrainPlan,
+    rows: np.ndarray,
+    *,
+    is_flat: bool,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+) -> MicroBatch:
+    """The tensors of some rows of a plan.
+
+    Args:
+        plan: the plan.
+        rows: [B] plan rows.
+        is_flat: which layout.
+        device: where the tensors go.
+        compute_dtype: precision of attention, which decides the kernel.
+    """
+    lengths = plan.lengths(rows)
+    order = np.argsort(-lengths, kind="stable")
+    rows, lengths = rows[order], lengths[order]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    within = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    source = np.repeat(plan.offsets[rows], lengths) + within
+    ids = plan.input_ids[source].astype(np.int64)
+    is_label = plan.response_mask[source] & (within > 0)
+    labels = np.flatnonzero(is_label)
+    owner = np.repeat(np.arange(len(rows)), lengths)
+    width = int(lengths[0])
+    if is_flat:
+        place = np.arange(len(ids))
+        shape = (1, len(ids))
+    else:
+        place = owner * width + within
+        shape = (len(rows), width)
+    size = shape[0] * shape[1]
+
+    def spread(values: np.ndarray, fill: int) -> torch.Tensor:
+        full = np.full(size, fill, dtype=np.int64)
+        full[place] = values
+        return torch.from_numpy(full).view(shape).to(device, non_blocking=True)
+
+    return MicroBatch(
+        rows=rows,
+        input_ids=spread(ids, 0),
+        position_ids=spread(within, 0),
+        attention_mask=None if is_flat else spread(np.ones_like(ids), 0),
+        segments=build_segments(lengths, device, compute_dtype) if is_flat else None,
+        label_places=torch.from_numpy(place[labels] - 1).to(device, non_blocking=True),
+        targets=torch.from_numpy(ids[labels]).to(device, non_blocking=True),
+        label_rows=rows[owner[labels]],
+    )

@@ -1,0 +1,217 @@
+"""The frozen training schedule: global step -> packed sequences -> rows.
+
+Written once, before training, with its hash.  A rank's share is a pure function of (step, rank,
+world size) and a resume needs the step alone, so the order of training never depends on workers,
+loaders or failures.  The loss of a step is normalised by the response tokens of its whole batch
+(`denominators`), whoever computes it and whatever is masked out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from system import schema, storage
+from system.errors import DataError
+from system.training.pack import pack_rows
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainPlan:
+    """A schedule and its numbers.  R = rows of the plan, S = steps."""
+
+    table: pa.Table
+    """PLAN schema, sorted by step, sequence, place within the sequence."""
+    sha256: str
+    """Hash of the schedule's content (not of a file's bytes)."""
+    step_starts: np.ndarray
+    """[S + 1] int64; rows step_starts[s] .. step_starts[s + 1] are those of step s."""
+    denominators: np.ndarray
+    """[S] int64; response tokens of each step's whole batch that have a token before them."""
+    sequences: np.ndarray
+    """[R] int32; packed sequence of each row, counted within its step."""
+    offsets: np.ndarray
+    """[R + 1] int64; tokens offsets[r] .. offsets[r + 1] are those of row r."""
+    input_ids: np.ndarray
+    """[tokens] int32."""
+    response_mask: np.ndarray
+    """[tokens] bool."""
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return len(self.denominators)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows, prompts included."""
+        return int(self.offsets[-1])
+
+    def rows(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """A rank's rows of a step: the sequences rank, rank + world_size, ... of it."""
+        rows = np.arange(self.step_starts[step], self.step_starts[step + 1])
+        return rows[self.sequences[rows] % world_size == rank]
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """[rows] int64, tokens of the rows."""
+        return self.offsets[rows + 1] - self.offsets[rows]
+
+    def stage(self, step: int) -> str:
+        """The stage of most of a step's rows."""
+        start, stop = (int(row) for row in self.step_starts[step : step + 2])
+        names = self.table.column("stage").slice(start, stop - start).to_pylist()
+        return max(dict.fromkeys(names), key=names.count)
+
+    def ids(self, rows: np.ndarray) -> list[str]:
+        """Ids of the rows."""
+        return self.table.column("id").take(pa.array(rows)).to_pylist()
+
+
+def build_plan(
+    tokens: pa.Table,
+    stages: Sequence[str],
+    *,
+    batch_size: int,
+    max_length: int,
+    packing: bool,
+) -> TrainPlan:
+    """The schedule of rows that are already in training order.
+
+    Step s takes rows s * batch_size ... of the order; the last step may be smaller.  Within a step
+    the rows are packed best-fit into sequences of `max_length` tokens (or one row a sequence).
+
+    Args:
+        tokens: TOKENS table in training order.
+        stages: stage name of each row.
+        batch_size: rows of an optimiser step, over all ranks.
+        max_length: tokens of a sequence.
+        packing: whether rows share sequences.
+
+    Raises:
+        DataError: no rows; another number of stages than rows; a row longer than a sequence; a
+            row without a response token.
+    """
+    if len(stages) != tokens.num_rows:
+        raise DataError(f"{tokens.num_rows} rows to train on, but {len(stages)} stage names")
+    if tokens.num_rows == 0:
+        raise DataError(
+            "no rows to train on: the selection is empty, or every row lost its response to "
+            "model.max_length"
+        )
+    lengths = np.diff(_flat(tokens.column("input_ids"))[1])
+    num_rows = len(lengths)
+    step = np.arange(num_rows, dtype=np.int32) // batch_size
+    sequence = np.zeros(num_rows, dtype=np.int32)
+    for start in range(0, num_rows, batch_size):
+        part = slice(start, min(start + batch_size, num_rows))
+        size = part.stop - start
+        sequence[part] = (
+            pack_rows(lengths[part], max_length) if packing else np.arange(size, dtype=np.int32)
+        )
+    order = np.lexsort((np.arange(num_rows), sequence, step))
+    index = pa.array(order)
+    columns = {
+        "step": pa.array(step[order]),
+        "sequence": pa.array(sequence[order]),
+        "stage": pa.array(list(stages), type=pa.string()).take(index),
+        **{
+            name: tokens.column(name).take(index).combine_chunks()
+            for name in ("id", "category", "input_ids", "response_mask")
+        },
+    }
+    return plan_from_table(pa.table(columns))
+
+
+def plan_from_table(table: pa.Table) -> TrainPlan:
+    """A plan from its table.
+
+    Raises:
+        DataError: the table has another schema, is out of order, or a row has nothing to learn.
+    """
+    table = schema.check_table(table, schema.PLAN, "training plan").combine_chunks()
+    step = table.column("step").to_numpy()
+    sequence = table.column("sequence").to_numpy()
+    ids, offsets = _flat(table.column("input_ids"))
+    mask, mask_offsets = _flat(table.column("response_mask"))
+    if not np.array_equal(offsets, mask_offsets):
+        raise DataError("training plan: input_ids and response_mask differ in length; redo train")
+    ahead = np.lexsort((sequence, step))
+    if not np.array_equal(ahead, np.arange(len(step))) or len(np.unique(step)) != step[-1] + 1:
+        raise DataError("training plan: rows are not sorted by step and sequence; redo train")
+    learnt = mask.copy()
+    learnt[offsets[:-1]] = False  # nothing comes before a row's first token
+    per_row = np.add.reduceat(learnt.astype(np.int64), offsets[:-1])
+    if (per_row == 0).any():
+        row = int(np.argmin(per_row))
+        raise DataError(
+            f"training plan: row {row} (id {table.column('id')[row].as_py()}) has no response "
+            "token to learn from; leave it out before the plan is built"
+        )
+    step_starts = np.searchsorted(step, np.arange(step[-1] + 2)).astype(np.int64)
+    return TrainPlan(
+        table=table,
+        sha256=_content_hash(table, ids, offsets, mask),
+        step_starts=step_starts,
+        denominators=np.add.reduceat(per_row, step_starts[:-1]),
+        sequences=sequence,
+        offsets=offsets,
+        input_ids=ids,
+        response_mask=mask,
+    )
+
+
+def write_plan(uri: str, plan: TrainPlan) -> None:
+    """Writes the plan (`.arrow` or `.parquet`), its hash in the metadata."""
+    metadata = {"instructmix.plan": f"{FORMAT}", "instructmix.sha256": plan.sha256}
+    storage.write_table(uri, plan.table.replace_schema_metadata(metadata))
+
+
+def read_plan(uri: str) -> TrainPlan:
+    """A plan that `write_plan` wrote, checked against its hash.
+
+    Raises:
+        DataError: not a plan, or its content is not what was written.
+    """
+    table = storage.read_table(uri)
+    metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    if metadata.get("instructmix.plan") != f"{FORMAT}":
+        raise DataError(
+            f"{uri}: expected a training plan of format {FORMAT}, found metadata {metadata}; run "
+            "the train stage again with --redo train"
+        )
+    plan = plan_from_table(table.replace_schema_metadata(None))
+    if plan.sha256 != metadata["instructmix.sha256"]:
+        raise DataError(
+            f"{uri}: the plan was written with hash {metadata['instructmix.sha256']}, its content "
+            f"now has {plan.sha256}: the file was changed; run again with --redo train"
+        )
+    return plan
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and [rows + 1] offsets of a list column of one chunk."""
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):
+        lists = lists.chunk(0)
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    values = lists.values.to_numpy(zero_copy_only=False)
+    return values[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _content_hash(table: pa.Table, ids: np.ndarray, offsets: np.ndarray, mask: np.ndarray) -> str:
+    digest = hashlib.sha256(f"plan {FORMAT} {table.num_rows}\n".encode())
+    for name in ("step", "sequence"):
+        digest.update(np.ascontiguousarray(table.column(name).to_numpy(), dtype="<i4").tobytes())
+    for name in ("stage", "id", "category"):
+        text = "\n".join(table.column(name).to_pylist())
+        digest.update(f"{name} {len(text)}\n{text}".encode())
+    digest.update(np.ascontiguousarray(offsets, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
+    digest.update(np.packbits(mask).tobytes())
+    return digest.hexdigest()
