@@ -3,12 +3,12 @@
     python tests/benchmarks/bench_influence.py [--replications 3] [--budget 6] [--out results.json]
 
 A planted corpus (`system.influence.planted`) and its warm base model are made; each estimator then
-runs with one, two, ... replications, in this process, scored by transformers.  `retrain` with
+runs with one, two, ... replications, in this process, scored by transformers. `retrain` with
 `--budget` replications of its own, on schedules that no estimate has seen, is the reference.
 Printed per estimator and number of replications: trained tokens relative to the reference, median
-over targets of the rank correlation with the reference (with the noise ceiling: the reference's own split-half
-reliability), sign agreement with the truth where the construction fixes a sign and the effect is
-not zero, coverage of zero by the intervals of unrelated pairs.
+over targets of the rank correlation with the reference (with the noise ceiling: the reference's own
+split-half reliability), sign agreement with the truth where the construction fixes a sign and the
+effect is not zero, coverage of zero by the intervals of unrelated pairs.
 """
 
 from __future__ import annotations
