@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_ablate(commands)
     _add_check(commands)
     _add_looks(commands)
     _add_submit(commands)
@@ -89,6 +90,15 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         "--set", action="append", default=[], metavar="a.b=value", dest="overrides"
     )
     quickstart.set_defaults(execute=_quickstart)
+
+
+def _add_ablate(commands: argparse._SubParsersAction) -> None:
+    ablate = commands.add_parser(
+        "ablate", help="train natural and solved mixes, shuffled, as curriculum and reversed"
+    )
+    _add_config(ablate)
+    ablate.add_argument("--seeds", type=int, help="trainings per arm; default: evaluate.seeds")
+    ablate.set_defaults(execute=_ablate)
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
@@ -164,6 +174,20 @@ def _quickstart(arguments: argparse.Namespace) -> int:
     from system.progress import Progress
 
     run_pipeline(config, Plan(), Progress())
+    return 0
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    from system.load import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from actors.pipeline import Plan, run_pipeline
+    from system.evaluation.ablation import ablation_config, describe_ablation
+    from system.progress import Progress
+
+    config = ablation_config(config, arguments.seeds)
+    run_pipeline(config, Plan(), Progress())
+    print(describe_ablation(config.run_dir))
     return 0
 
 

@@ -342,7 +342,8 @@ class TrainConfig(Section):
 
 
 Arm = Literal[
-    "natural", "uniform", "solved", "solved-curriculum", "solved-reversed", "natural-curriculum",
+    "natural", "uniform", "solved", "natural-curriculum", "natural-reversed", "solved-curriculum",
+    "solved-reversed",
 ]  # fmt: skip
 
 

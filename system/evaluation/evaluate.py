@@ -13,7 +13,7 @@ confidence level: of twenty ties one in twenty looks like more at 95 %.
                   metric `loss` | `accuracy`; category null: over all, weighting `importance` |
                   `uniform`
     factors       [{factor, formula, weighting, <contrast>}]         factor `mix` | `order` |
-                  `interaction`
+                  `reversed order` | `interaction`
     accuracy      [{arm, category, rows, seeds, value, low, high}]
     prediction    {targets: [{target, predicted, predicted_se, realised, se, low, high}], overall,
                   slope, rank_correlation}
@@ -72,7 +72,7 @@ ACCURACY = pa.schema(
 )
 """Answers of one model by category."""
 
-BASE, DELIVERED, NATURAL = "base", "delivered", "natural"
+BASE, DELIVERED, NATURAL, SOLVED = "base", "delivered", "natural", "solved"
 _UNTRAINED_OR_ONCE = (BASE, DELIVERED)
 
 FACTORS: dict[str, tuple[tuple[str, dict[str, float]], ...]] = {
@@ -89,6 +89,13 @@ FACTORS: dict[str, tuple[tuple[str, dict[str, float]], ...]] = {
             {"natural-curriculum": 0.5, "natural": -0.5, "solved-curriculum": 0.5, "solved": -0.5},
         ),
         ("solved-curriculum - solved", {"solved-curriculum": 1.0, "solved": -1.0}),
+    ),
+    "reversed order": (
+        (
+            "((natural-reversed - natural) + (solved-reversed - solved)) / 2",
+            {"natural-reversed": 0.5, "natural": -0.5, "solved-reversed": 0.5, "solved": -0.5},
+        ),
+        ("solved-reversed - solved", {"solved-reversed": 1.0, "solved": -1.0}),
     ),
     "interaction": (
         (
@@ -298,12 +305,14 @@ def _comparisons(
     weightings: Mapping[str, Mapping[str, float]],
     confidence: float,
 ) -> Iterator[dict[str, Any]]:
-    for reference in (NATURAL, BASE):
+    for reference in (NATURAL, BASE, SOLVED):
         if reference not in performance:
             continue
         for arm in trained:
-            if arm == reference or (reference == NATURAL and arm in _UNTRAINED_OR_ONCE):
+            if arm == reference or (reference != BASE and arm in _UNTRAINED_OR_ONCE):
                 continue
+            if reference == SOLVED and not arm.startswith(f"{SOLVED}-"):
+                continue  # against the solved mix only its own orders
             for category, weighting, weights in _scopes(weightings):
                 found = contrast(
                     performance, {arm: 1.0, reference: -1.0}, weights, confidence,

@@ -5,7 +5,9 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from system.errors import DataError
+from system.config import RunConfig
+from system.errors import ConfigError, DataError
+from system.evaluation.ablation import ARMS, ablation_config, ablation_tables
 from system.evaluation.contrast import contrast
 from system.evaluation.evaluate import (
     LOSSES,
@@ -212,6 +214,7 @@ def test_the_summary_compares_every_arm_with_natural_and_with_base():
     assert pairs == {
         ("solved", "natural"), ("solved-curriculum", "natural"),
         ("natural", "base"), ("solved", "base"), ("solved-curriculum", "base"),
+        ("solved-curriculum", "solved"),
     }  # fmt: skip
     overall = {
         (r["arm"], r["reference"], r["weighting"]): r
@@ -302,3 +305,30 @@ def test_wilson_ends_are_where_the_score_test_just_accepts(hits: int, trials: in
 def test_wilson_refuses_no_trials():
     with pytest.raises(ValueError, match="trials"):
         wilson_interval(0, 0)
+
+
+def test_the_ablation_table_holds_the_paired_differences_of_every_arm_and_order():
+    performance = simulate(np.random.default_rng(9), gain=0.1, arms=ARMS, categories=("a", "b"))
+    summary = full_summary(performance)
+    text = ablation_tables(summary)
+    natural, rest = text.split("Order alone")
+    for arm in ARMS[1:]:
+        assert arm in natural
+        for row in summary["comparisons"]:
+            if row["arm"] == arm and row["reference"] == "natural" and row["category"]:
+                assert f"{row['value']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]" in natural
+    expected = contrast(performance, {"solved-reversed": 1.0, "solved": -1.0}, {"b": 1.0}, 0.95)
+    assert f"{expected.value:+.4f} [{expected.low:+.4f}, {expected.high:+.4f}]" in rest
+    factors = {row["factor"] for row in summary["factors"]}
+    assert factors == {"mix", "order", "reversed order", "interaction"}
+
+
+def test_an_ablation_of_one_seed_is_refused():
+    config = RunConfig.model_validate(
+        {"run_dir": "r", "sources": [{"path": "x"}], "model": {"path": "builtin:tiny"},
+         "solve": {"budget": 8}}
+    )  # fmt: skip
+    assert ablation_config(config, 4).evaluate.arms == ARMS
+    assert ablation_config(config, 4).evaluate.seeds == 4
+    with pytest.raises(ConfigError, match="two seeds"):
+        ablation_config(config, 1)
