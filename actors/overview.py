@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from actors.pipeline import STAGES, Stage, stage_inputs
 from system import storage
-from system.config import RunConfig
+from system.config import InfluenceConfig, RunConfig
 from system.errors import ConfigError
+from system.influence.random_design import enough_runs
 from system.rundir import RunDir, StageRecord, describe_change, fingerprint
 from system.stages import STAGE_FOLDERS
 
@@ -50,12 +51,19 @@ def _state(
 
 def _cost(config: RunConfig, records: Mapping[str, StageRecord]) -> list[str]:
     influence = config.influence
-    lines = [f"influence: {influence.replications} replications of one reference run and"]
     categories = _num_categories(records)
     directions = " and ".join(influence.directions)
-    lines[0] += f" one run per category and direction ({directions})"
+    of_what = {
+        "retrain": "one reference run and one run per category and direction",
+        "branch": "one warm-up, one reference run and one run per category and direction",
+        "random-design": "runs with half of all doses each, for every direction",
+    }
+    lines = [
+        f"influence: {influence.replications} replications of {of_what[influence.estimator]} "
+        f"({directions})"
+    ]
     if categories is not None:
-        runs = influence.replications * (1 + categories * len(influence.directions))
+        runs = influence.replications * _runs_per_replication(influence, categories)
         rows = categories * influence.rows_per_category
         lines.append(
             f"  {categories} categories: {runs} trainings on up to {rows:,} rows each, scored on "
@@ -70,6 +78,13 @@ def _cost(config: RunConfig, records: Mapping[str, StageRecord]) -> list[str]:
         f"{evaluate.seeds} seeds, the same size each"
     )
     return lines
+
+
+def _runs_per_replication(influence: InfluenceConfig, categories: int) -> int:
+    if influence.estimator == "random-design":
+        return enough_runs(categories) * len(influence.directions)
+    warm_ups = 1 if influence.estimator == "branch" else 0
+    return warm_ups + 1 + categories * len(influence.directions)
 
 
 def _remarks(config: RunConfig, records: Mapping[str, StageRecord]) -> list[str]:

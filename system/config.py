@@ -186,8 +186,10 @@ class TagConfig(Section):
 class InfluenceConfig(Section):
     """Stage 3: interventions, scores, effect matrix."""
 
-    estimator: Literal["retrain", "branch"] = "retrain"
-    """`retrain`: from the base model; `branch`: from one checkpoint warmed up on the base mix."""
+    estimator: Literal["retrain", "branch", "random-design"] = "retrain"
+    """`retrain`: one dose at a time, from the base model; `branch`: the same from one checkpoint
+    warmed up on the base mix; `random-design`: half of all doses in every run, taken apart by
+    regression, so that every run speaks about every effect."""
     directions: tuple[Literal["add", "remove"], ...] = ("remove",)
     """Which way a category's dose moves; both are kept apart in the matrix."""
     rows_per_category: Positive = 192

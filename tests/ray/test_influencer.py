@@ -21,6 +21,7 @@ from system import storage
 from system.config import RunConfig
 from system.influence.interventions import Design
 from system.influence.matrix import EffectMatrix
+from system.influence.random_design import enough_runs
 from system.models.base import load_model
 from system.progress import Bar, Progress
 from system.rundir import RunDir, StageRecord
@@ -210,3 +211,19 @@ def test_scores_are_those_of_the_kept_checkpoint(world):
             expected["nll"].to_numpy() / expected["num_tokens"].to_numpy(),
             atol=1e-3,
         )
+
+
+def test_random_design_gives_every_effect_from_every_run(world, monkeypatch):
+    """As many runs as the weighing design asks for; killed half-way, the matrix is the same."""
+    settings = {"estimator": "random-design", "directions": ("add", "remove")}
+    result = world.run("design", **settings)
+    runs = 2 * 2 * enough_runs(len(TASKS))
+    assert result.counts["runs"] == runs
+    with pytest.raises(Killed):
+        world.run("design-killed", StopsAfter(runs // 2), **settings)
+    world.cluster.close_pool("tuner")
+    world.run("design-killed", **settings)
+    for direction in ("add", "remove"):
+        whole, resumed = (matrix(world, name, direction) for name in ("design", "design-killed"))
+        assert np.isfinite(whole.effect_TS).all() and (whole.effect_se_TS > 0).all()
+        assert np.array_equal(whole.effect_TS, resumed.effect_TS)
