@@ -60,7 +60,7 @@ def count(value: float | None) -> str:
 
 def percent(share: float | None, digits: int = 1) -> str:
     """A share as a percentage."""
-    return NOTHING if share is None else f"{fixed(100 * share, digits)} %"
+    return NOTHING if share is None else f"{fixed(100 * share, digits)}\u00a0%"
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import hypot
+from statistics import NormalDist
 from typing import Any, Literal
 
 from system.report.evaluation_section import NATURAL, comparisons, overall, tally
@@ -226,6 +228,8 @@ def _promise(view: RunView) -> str:
     )
     if total["low"] <= total["predicted"] <= total["high"]:
         text += " The promise lies inside the interval of the outcome."
+    elif abs(total["predicted"] - total["realised"]) <= _allowed(total, view):
+        text += " They differ by no more than the errors of both allow."
     elif total["realised"] < total["predicted"]:
         text += " It promised too much."
     else:
@@ -233,6 +237,14 @@ def _promise(view: RunView) -> str:
     if prediction["slope"] is not None:
         text += f" Per target, {fixed(prediction['slope'], 2)} nats came for each one promised."
     return text
+
+
+def _allowed(total: dict[str, Any], view: RunView) -> float:
+    """How far promise and outcome may lie apart by the errors of both."""
+    assert view.evaluation is not None
+    outcome = (total["high"] - total["low"]) / 2
+    quantile = NormalDist().inv_cdf(0.5 + view.evaluation.summary["confidence"] / 2)
+    return hypot(outcome, quantile * (total["predicted_se"] or 0.0))
 
 
 def _changes(view: RunView) -> tuple[str, ...]:

@@ -32,6 +32,13 @@ def test_a_broken_promise_is_called_worse(tmp_path):
     assert "It promised too much." in answer(verdict, "Was the promise kept")
 
 
+def test_a_promise_with_a_wide_error_is_not_called_broken(tmp_path):
+    view, _ = verdict_of(tmp_path, kept=-1.0)
+    view.evaluation.summary["prediction"]["overall"]["predicted_se"] = 1.0
+    text = answer(give_verdict(view), "Was the promise kept")
+    assert "no more than the errors of both allow" in text
+
+
 def test_a_tie_is_called_a_tie(tmp_path):
     view, verdict = verdict_of(tmp_path, kept=0.0, arms=("natural", "solved"))
     row = headline_comparison(view.evaluation)
