@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -240,7 +241,8 @@ def training_section(view: RunView) -> Section:
                 f"({sum(step['response_tokens'] for step in steps):,} of them trained on as "
                 f"responses) with {plural(steps[-1]['world_size'], 'worker')}: "
                 f"{duration(seconds)} of stepping, {tokens / seconds:,.0f} tokens per second, "
-                f"at most {steps[-1]['memory_bytes'] / 2**30:.1f} GiB a worker.",
+                f"at most {steps[-1]['memory_bytes'] / 2**30:.1f} GiB a worker"
+                f"{_utilisation(steps)}.",
                 tone="lead",
             ),
             Picture(
@@ -356,3 +358,10 @@ def _stage_table(steps: list[dict[str, Any]], stages: list[tuple[str, int, int]]
         ),
         rows=rows,
     )
+
+
+def _utilisation(steps: list[dict[str, Any]]) -> str:
+    known = [step["mfu"] for step in steps if step["mfu"] is not None]
+    if not known:
+        return ""
+    return f"; {percent(median(known), 0)} of the devices' matrix-multiply peak (median step)"

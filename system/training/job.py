@@ -37,6 +37,7 @@ from system.training.checkpoint import (
     load_checkpoint,
 )
 from system.training.export import ModelCard, export_model, whole_state
+from system.training.flops import peak_flops, step_flops
 from system.training.log import TrainLog, TrainTotals
 from system.training.lora import add_adapters, merge_adapters
 from system.training.plan import TrainPlan, read_plan
@@ -246,12 +247,18 @@ def _train(
 
 
 def _open_log(job: TrainJob, training: Training, start: int, device: torch.device) -> TrainLog:
+    flops_S = step_flops(
+        training.plan, training.model.config, is_lora=job.settings.lora is not None
+    )
+    peak = None if flops_S is None else peak_flops(device, training.compute_dtype)
     return TrainLog(
         job.output_uri,
         start_step=start,
         num_steps=training.plan.num_steps,
         world_size=training.world_size,
         device=device,
+        flops_S=flops_S,
+        peak_flops=None if peak is None else peak * training.world_size,
         trackers=job.log_to,
         name=job.name,
     )

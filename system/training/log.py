@@ -75,6 +75,8 @@ class TrainLog:
         num_steps: steps of the plan.
         world_size: ranks that train; part of each record.
         device: where memory is measured.
+        flops_S: operations that each step needs, and
+        peak_flops: those that all devices can do in a second; for the MFU, null without them.
         trackers: names of trackers besides the files.
         name: how trackers call the run.
     """
@@ -87,6 +89,8 @@ class TrainLog:
         num_steps: int,
         world_size: int,
         device: torch.device,
+        flops_S: np.ndarray | None = None,
+        peak_flops: float | None = None,
         trackers: Sequence[str] = (),
         name: str = "train",
     ) -> None:
@@ -95,6 +99,7 @@ class TrainLog:
         self._num_steps = num_steps
         self._world_size = world_size
         self._device = device
+        self._flops_S, self._peak_flops = flops_S, peak_flops
         self._records: list[dict[str, Any]] = []
         self._last_progress = 0.0
         self._stack = contextlib.ExitStack()
@@ -117,6 +122,7 @@ class TrainLog:
             "response_tokens": stats.num_labels,
             "tokens": stats.num_tokens,
             "tokens_per_second": round(stats.num_tokens / stats.seconds, 1),
+            "mfu": self._utilisation(stats),
             "seconds": round(stats.seconds, 6),
             "memory_bytes": peak_memory(self._device),
             "world_size": self._world_size,
@@ -140,6 +146,12 @@ class TrainLog:
                     "pid": os.getpid(),
                 },
             )
+
+    def _utilisation(self, stats: StepStats) -> float | None:
+        """Model FLOPs utilisation of a step; see `system.training.flops`."""
+        if self._flops_S is None or self._peak_flops is None:
+            return None
+        return round(float(self._flops_S[stats.step]) / stats.seconds / self._peak_flops, 4)
 
     def flush(self) -> None:
         """Writes the steps since the last flush as a part file."""

@@ -13,7 +13,7 @@ from system.errors import ConfigError
 Sink = Callable[[dict[str, Any]], None]
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
-_NUMBERS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes")
+_NUMBERS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "memory_bytes")
 
 
 def check_trackers(names: Sequence[str], output_uri: str) -> None:
@@ -52,7 +52,7 @@ def open_trackers(
 
 def flat_metrics(record: dict[str, Any]) -> dict[str, float]:
     """Names and numbers of a record, categories included."""
-    numbers = {name: float(record[name]) for name in _NUMBERS}
+    numbers = {name: float(record[name]) for name in _NUMBERS if record[name] is not None}
     by_category = {f"loss/{name}": loss for name, loss in record["category_loss"].items()}
     return numbers | by_category
 

@@ -244,24 +244,16 @@ def run_one(name: str, model_dir: str, num_rows: int) -> None:
     )
 
 
-def peak_flops(threads: int) -> float:
+def peak_of(threads: int) -> float:
     """Fastest fp32 (CPU) or bf16 (GPU) matrix product seen, in operations per second."""
     import torch
 
+    from system.training.flops import peak_flops
+
     torch.set_num_threads(threads)
     on_gpu = torch.cuda.is_available()
-    size = 8192 if on_gpu else 1024
-    left = torch.randn(
-        size, size, device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16 if on_gpu else None
-    )
-    best = float("inf")
-    for _ in range(12):
-        start = time.perf_counter()
-        left @ left
-        if on_gpu:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return peak_flops(device, torch.bfloat16 if on_gpu else torch.float32)
 
 
 def needed_flops(model_dir: str, rows: list[dict[str, Any]]) -> float:
@@ -336,7 +328,7 @@ def report(
     from transformers import AutoConfig
 
     rows = build_rows(args.rows, AutoConfig.from_pretrained(model_dir).vocab_size)
-    peak, needed = peak_flops(args.threads), needed_flops(model_dir, rows)
+    peak, needed = peak_of(args.threads), needed_flops(model_dir, rows)
     summary = {
         name: {
             "tokens_per_second": statistics.median(r["tokens_per_second"] for r in results),

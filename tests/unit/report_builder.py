@@ -335,8 +335,8 @@ class _Writer:
                     "loss": 1.5 + 1.4 * float(np.exp(-step / 60)) + self.rng.normal(0, 0.06),
                     "learning_rate": 2e-4 * (1 - step / total), "grad_norm": 1.1,
                     "response_tokens": 900 + step % 7, "tokens": 1500, "seconds": 0.8,
-                    "tokens_per_second": 1875.0, "memory_bytes": 2**31, "world_size": 2,
-                    "time": 0.0, "category_loss": {},
+                    "tokens_per_second": 1875.0, "mfu": 0.41, "memory_bytes": 2**31,
+                    "world_size": 2, "time": 0.0, "category_loss": {},
                 }  # fmt: skip
                 lines.append(json.dumps(record) + "\n")
                 step += 1
