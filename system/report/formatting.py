@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-import textwrap
+import re
 from collections.abc import Iterable
 
 MINUS = "−"
@@ -103,9 +103,22 @@ def plural(number: int, noun: str, many: str | None = None) -> str:
 
 
 def wrapped(name: str, width: int, *, lines: int = 2) -> list[str]:
-    """The name in at most so many lines of the width; the last one ends in … where it is cut."""
+    """The name in at most so many lines of the width; the last one ends in … where it is cut.
+
+    Lines break at spaces, then behind `_`, `-` and `/`, and inside a word only where it must be.
+    """
     clean = " ".join(name.split()) or "(empty)"
-    parts = textwrap.wrap(clean, width, break_long_words=True) or [clean]
+    parts, line = [], ""
+    for piece in re.findall(r"[^\s_/-]*[_/-]+|[^\s_/-]+|\s", clean):
+        if len((line + piece).rstrip()) > width:
+            parts += [line.rstrip()] if line.strip() else []
+            line = piece.lstrip()
+            while len(line) > width:
+                parts.append(line[:width])
+                line = line[width:]
+        else:
+            line += piece
+    parts.append(line.rstrip())
     if len(parts) <= lines:
         return parts
     kept = parts[:lines]

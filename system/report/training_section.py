@@ -361,7 +361,7 @@ def _stage_table(steps: list[dict[str, Any]], stages: list[tuple[str, int, int]]
 
 
 def _utilisation(steps: list[dict[str, Any]]) -> str:
-    known = [step["mfu"] for step in steps if step["mfu"] is not None]
+    known = [step["mfu"] for step in steps if step.get("mfu") is not None]
     if not known:
         return ""
     return f"; {percent(median(known), 0)} of the devices' matrix-multiply peak (median step)"

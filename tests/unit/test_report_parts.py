@@ -129,4 +129,7 @@ def test_small_texts():
 def test_labels_are_cut_to_their_lines_and_escaped():
     assert wrapped("x" * 50, 10) == ["x" * 10, "x" * 9 + "…"]
     assert wrapped("", 10) == ["(empty)"]
+    assert wrapped("reading_comprehension", 20) == ["reading_", "comprehension"]
+    assert wrapped("multi_hop_qa", 20) == ["multi_hop_qa"]
+    assert wrapped("multi_hop_qa", 9) == ["multi_", "hop_qa"]
     assert figure_label("a <b> c", 30) == "a &lt;b&gt; c"
