@@ -29,16 +29,10 @@ from actors.tuner import Tuner
 from system import storage
 from system.data.corpus import Corpus
 from system.errors import ConfigError
+from system.influence.design import Design, Unit
 from system.influence.external_targets import read_target
 from system.influence.heldout import draw_targets, seeded_draw
-from system.influence.interventions import (
-    Design,
-    Schedule,
-    Unit,
-    active_rows,
-    assemble_design,
-    plan_replication,
-)
+from system.influence.interventions import Schedule, active_rows, assemble_design, plan_replication
 from system.influence.ledger import Ledger
 from system.influence.matrix import estimate_effects
 from system.influence.measurements import collect_losses, paired_differences

@@ -7,114 +7,17 @@ Loading, overriding and error messages live in `system.load`.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
+from system.config_data import IngestConfig, Positive, Section, Share, SourceConfig, TagConfig
 
-
-class Section(BaseModel):
-    """A part of the tree: frozen, no unknown keys, docstrings are help texts."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class SourceConfig(Section):
-    """One source of instruction rows: a file, a glob, a directory, a URI or a hub data set."""
-
-    path: str
-    """Relative to `data_dir`, absolute, `s3://...`, `gs://...`, or `hf://owner/name`."""
-    name: str = ""
-    """How reports call it; empty: the file's name without its endings."""
-    format: Literal[
-        "auto", "alpaca", "prompt-completion", "question-answer", "sharegpt", "messages",
-        "threads", "preference", "columns",
-    ] = "auto"  # fmt: skip
-    """Shape of a row; `auto` decides from the first rows' keys."""
-    columns: dict[str, str] = {}
-    """For `format: columns`: which column is `system`, `prompt`, `response`."""
-    category: str | None = None
-    """One category for the whole source."""
-    category_column: str | None = None
-    """Column that holds the category."""
-    category_pattern: str | None = None
-    """Regular expression with a group `category`, matched against the file's path."""
-    category_map: dict[str, str] = {}
-    """Renames found categories (merges them where two map to one); others keep their name."""
-    answer_column: str | None = None
-    """Column that holds a verifiable final answer."""
-    answer_pattern: str | None = None
-    """Regular expression with one group that finds the final answer inside a response."""
-    score_column: str | None = None
-    """Column with a quality score (higher is better), for `select.method: quality`."""
-    max_rows: Positive | None = None
-    """Read at most this many rows, in file order; null reads all."""
-
-    @model_validator(mode="after")
-    def _one_origin_of_category(self) -> SourceConfig:
-        given = [
-            name
-            for name in ("category", "category_column", "category_pattern")
-            if getattr(self, name) is not None
-        ]
-        if len(given) > 1:
-            raise ValueError(f"give one of {given}, not several")
-        for name in ("category_pattern", "answer_pattern"):
-            pattern = getattr(self, name)
-            if pattern is None:
-                continue
-            try:
-                compiled = re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{name} {pattern!r} does not compile: {error}") from error
-            if name == "category_pattern" and "category" not in compiled.groupindex:
-                raise ValueError(f"{name} {pattern!r} needs a group (?P<category>...)")
-            if name == "answer_pattern" and compiled.groups != 1:
-                raise ValueError(f"{name} {pattern!r} needs exactly one group")
-        if self.format == "columns" and not {"prompt", "response"} <= set(self.columns):
-            raise ValueError("format 'columns' needs columns.prompt and columns.response")
-        return self
-
-
-class IngestConfig(Section):
-    """Stage 1: raw files to Arrow shards by category."""
-
-    estimate_share: Share = 0.1
-    """Share of rows, by content hash, on which the effect matrix is measured."""
-    test_share: Share = 0.1
-    """Share of rows, by content hash, on which everything is judged."""
-    max_rejected_share: Share = 0.05
-    """The stage fails when more than this share of the rows read is rejected."""
-    min_train_rows: Positive = 32
-    """Smallest number of train rows of a category."""
-    min_heldout_rows: Positive = 8
-    """Smallest number of estimate rows, and of test rows, of a category."""
-    max_chars: Positive = 200_000
-    """Rows whose messages are longer together are rejected (`too-long`)."""
-    deduplicate: Literal["none", "exact", "near"] = "exact"
-    """`exact`: normalised content; `near`: also MinHash neighbours."""
-    near_threshold: Share = 0.8
-    """Jaccard similarity of word 5-grams above which two rows are near-duplicates."""
-    benchmarks: tuple[str, ...] = ()
-    """Files (relative to data_dir) whose text no train row may contain."""
-    benchmark_ngram: Positive = 13
-    """A train row that shares a run of this many words with a benchmark is rejected."""
-    chunk_bytes: Positive = 64 * 2**20
-    """Size of the byte ranges into which splittable files are cut."""
-    shard_rows: Positive = 50_000
-    """Rows per Arrow shard."""
-
-    @model_validator(mode="after")
-    def _something_left_to_train_on(self) -> IngestConfig:
-        if self.estimate_share + self.test_share >= 1.0:
-            raise ValueError(
-                f"estimate_share {self.estimate_share} + test_share {self.test_share} "
-                "must stay below 1, or nothing is left to train on"
-            )
-        return self
+__all__ = [
+    "ClusterConfig", "CurriculumConfig", "EvaluateConfig", "GroupLimit", "InfluenceConfig",
+    "IngestConfig", "LoraConfig", "ModelConfig", "RunConfig", "Section", "SelectConfig",
+    "SolveConfig", "SourceConfig", "TagConfig", "TinyModelConfig", "TrainConfig",
+]  # fmt: skip
 
 
 class LoraConfig(Section):
@@ -168,21 +71,6 @@ class ModelConfig(Section):
     tiny: TinyModelConfig = TinyModelConfig()
 
 
-class TagConfig(Section):
-    """Stage 2: a category for every row that has none."""
-
-    categories: tuple[str, ...] = ()
-    """Names to choose among; empty: the categories that the corpus already has."""
-    aliases: dict[str, str] = {}
-    """Free tags that mean a category: `{"maths": "math"}`; applied after normalisation."""
-    max_instruction_tokens: Positive = 96
-    """Tokens of the instruction that the choice sees."""
-    prior_correction: bool = True
-    """Subtract each name's log-likelihood after an empty instruction (contextual calibration)."""
-    accuracy_rows: int = Field(default=2000, ge=0)
-    """Rows with known labels, stratified, on which the accuracy of tagging is reported."""
-
-
 class InfluenceConfig(Section):
     """Stage 3: interventions, scores, effect matrix."""
 
@@ -210,7 +98,7 @@ class InfluenceConfig(Section):
     """`branch` only: rows of each category in the shared warm-up."""
     lora: LoraConfig | None = None
     """Train adapters (merged before scoring) instead of all weights."""
-    targets: dict[str, str] = {}
+    targets: dict[str, str] = Field(default_factory=dict)
     """Further targets that no source owns: name -> instruction file relative to data_dir."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Level of all intervals."""
@@ -265,9 +153,9 @@ class SolveConfig(Section):
     """The same limit in nats; give one of the two."""
     importance: Literal["base", "uniform"] | dict[str, float] = "base"
     """Weight of each target: its base share, equal, or given by name."""
-    lower: dict[str, float] = {}
-    upper: dict[str, float] = {}
-    groups: dict[str, GroupLimit] = {}
+    lower: dict[str, float] = Field(default_factory=dict)
+    upper: dict[str, float] = Field(default_factory=dict)
+    groups: dict[str, GroupLimit] = Field(default_factory=dict)
     max_categories: Positive | None = None
     """At most this many categories in the mix (MILP)."""
     robust_radius: float = Field(default=1.0, ge=0)

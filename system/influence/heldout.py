@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from system.data.corpus import Corpus, seeded_rank
 from system.errors import DataError
-from system.influence.interventions import Draw, Target, response_tokens, seed_of
+from system.influence.design import Target
+from system.influence.interventions import Draw, response_tokens, seed_of
 from system.models.chat import encode_table
 
 if TYPE_CHECKING:

@@ -24,174 +24,22 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from system.config import InfluenceConfig
 from system.errors import DataError
+from system.influence.design import CategoryRows, Design, Replication, Target, Unit
 from system.influence.random_design import dose_patterns, enough_runs
 from system.training.plan import TrainPlan, build_plan
 
-FORMAT = 1
 BASE, DOSE, EXTRA = "base", "dose", "extra"
 _LEAST_DOSE = 8
 
 Draw = Callable[[str, str, int, int], tuple[pa.Table, dict[str, int]]]
 """(split, category, at most so many rows, seed) -> TOKENS rows in seeded order, dropped counts."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CategoryRows:
-    """Training rows of one category in one replication."""
-
-    available: int
-    """Usable rows that were drawn; fewer than asked only where the category has no more."""
-    base: int
-    dose: int
-    """Of the base rows, those that `remove` masks."""
-    extra: int
-    """Rows that only `add` trains on; 0 where that direction is not asked."""
-    warm: int
-    """Rows of the shared warm-up (`branch`)."""
-    warm_reused: int
-    """Warm-up rows that are base rows too, for want of others."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """One run: a training and its scoring."""
-
-    replication: int
-    kind: str
-    """`warm`, `reference`, `add`, `remove`, `mix-add` or `mix-remove`."""
-    source: int
-    """Index of the source category, or of the pattern of a mix; -1 where the run has none."""
-
-    @property
-    def name(self) -> str:
-        """Name of its files."""
-        suffix = f"-{self.source:03d}" if self.source >= 0 else ""
-        return f"r{self.replication:02d}-{self.kind}{suffix}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replication:
-    """One common schedule."""
-
-    index: int
-    seed: int
-    plan_sha256: str
-    warm_sha256: str | None
-    num_steps: int
-    rows: dict[str, CategoryRows]
-    dose_tokens: dict[str, dict[str, int]]
-    """Direction -> source -> response tokens of the dose."""
-    patterns: dict[str, list[list[bool]]] = field(default_factory=dict)
-    """`random-design`: direction -> run -> source -> whether its dose is in the run."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """One held-out set."""
-
-    name: str
-    num_rows: int
-    num_tokens: int
-    """Response tokens."""
-    is_external: bool
-    """Given by `influence.targets`, owned by no source."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Design:
-    """All runs of an influence stage, and what they are measured on."""
-
-    estimator: str
-    seed: int
-    directions: tuple[str, ...]
-    sources: tuple[str, ...]
-    targets: tuple[Target, ...]
-    replications: tuple[Replication, ...]
-    asked: dict[str, int]
-    """Rows a category that the configuration asked for: base, dose, extra, warm, heldout."""
-    dropped: dict[str, int]
-    """Rows drawn that cannot be trained or scored on, by reason."""
-
-    @property
-    def units(self) -> tuple[Unit, ...]:
-        """All runs, in the order in which they are best started: a replication at a time."""
-        found = []
-        for replication in range(len(self.replications)):
-            if self.estimator == "branch":
-                found.append(Unit(replication=replication, kind="warm", source=-1))
-            if self.estimator == "random-design":
-                found += [
-                    Unit(replication=replication, kind=f"mix-{direction}", source=run)
-                    for direction, runs in self.replications[replication].patterns.items()
-                    for run in range(len(runs))
-                ]
-                continue
-            found.append(Unit(replication=replication, kind="reference", source=-1))
-            found += [
-                Unit(replication=replication, kind=direction, source=source)
-                for direction in self.directions
-                for source in range(len(self.sources))
-            ]
-        return tuple(found)
-
-    def dose_rows(self, direction: str) -> np.ndarray:
-        """[R, S] rows of the dose."""
-        name = "extra" if direction == "add" else "dose"
-        return np.array(
-            [[getattr(rep.rows[s], name) for s in self.sources] for rep in self.replications],
-            dtype=float,
-        )
-
-    def dose_tokens(self, direction: str) -> np.ndarray:
-        """[R, S] response tokens of the dose."""
-        return np.array(
-            [[rep.dose_tokens[direction][s] for s in self.sources] for rep in self.replications],
-            dtype=float,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """What `design.json` holds."""
-        return {"format": FORMAT, **asdict(self), "units": [unit.name for unit in self.units]}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: str) -> Design:
-        """The design that `to_json` wrote.
-
-        Raises:
-            DataError: another format.
-        """
-        if value.get("format") != FORMAT:
-            raise DataError(
-                f"{where}: expected an influence design of format {FORMAT}, found "
-                f"{value.get('format')!r}; run the stage again with --redo influence"
-            )
-        replications = tuple(
-            Replication(
-                **{
-                    **item,
-                    "rows": {name: CategoryRows(**rows) for name, rows in item["rows"].items()},
-                }
-            )
-            for item in value["replications"]
-        )
-        return cls(
-            estimator=value["estimator"],
-            seed=value["seed"],
-            directions=tuple(value["directions"]),
-            sources=tuple(value["sources"]),
-            targets=tuple(Target(**item) for item in value["targets"]),
-            replications=replications,
-            asked=dict(value["asked"]),
-            dropped=dict(value["dropped"]),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

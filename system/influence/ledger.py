@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable
 
-from system.influence.interventions import Unit
+from system.influence.design import Unit
 
 
 class Ledger:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from system.errors import DataError
-from system.influence.interventions import Design, Unit
+from system.influence.design import Design, Unit
 from system.influence.random_design import effect_weights
 from system.schema import SCORES, check_table
 

@@ -19,7 +19,7 @@ from system.influence.agreement import (
     replications_to_halve,
     split_half,
 )
-from system.influence.interventions import Design
+from system.influence.design import Design
 from system.influence.matrix import EffectMatrix, Estimate
 from system.influence.measurements import Losses, Measurements
 

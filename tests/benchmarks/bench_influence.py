@@ -30,13 +30,9 @@ from system.config import InfluenceConfig, ModelConfig, RunConfig, SolveConfig, 
 from system.data.corpus import Corpus
 from system.data.ingest import ingest_local
 from system.influence.agreement import compare, split_half
+from system.influence.design import Unit
 from system.influence.heldout import draw_targets, seeded_draw
-from system.influence.interventions import (
-    Unit,
-    active_rows,
-    assemble_design,
-    plan_replication,
-)
+from system.influence.interventions import active_rows, assemble_design, plan_replication
 from system.influence.matrix import Estimate, estimate_effects
 from system.influence.measurements import Measurements, collect_losses, paired_differences
 from system.influence.planted import planted_world

@@ -19,7 +19,7 @@ from actors.influencer import run
 from actors.stage import StageContext, StageResult
 from system import storage
 from system.config import RunConfig
-from system.influence.interventions import Design
+from system.influence.design import Design
 from system.influence.matrix import EffectMatrix
 from system.influence.random_design import enough_runs
 from system.models.base import load_model

@@ -21,7 +21,7 @@ from system.data.conversation import SPLITS
 from system.data.corpus import Shard, make_manifest, write_manifest
 from system.data.tag import TAGS, measure_accuracy
 from system.evaluation.evaluate import LOSSES, OUTCOMES, ArmInfo, summarise
-from system.influence.interventions import CategoryRows, Design, Replication, Target
+from system.influence.design import CategoryRows, Design, Replication, Target
 from system.influence.matrix import estimate_effects
 from system.influence.measurements import Losses, Measurements
 from system.influence.summary import Cost

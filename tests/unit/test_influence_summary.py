@@ -5,7 +5,7 @@ import pytest
 from influence_world import World
 
 from system.config import InfluenceConfig
-from system.influence.interventions import CategoryRows, Design, Replication, Target
+from system.influence.design import CategoryRows, Design, Replication, Target
 from system.influence.matrix import estimate_effects
 from system.influence.measurements import Losses
 from system.influence.summary import Cost, replicates_table, result_lines, summarise

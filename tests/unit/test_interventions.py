@@ -7,13 +7,11 @@ import pytest
 
 from system.config import InfluenceConfig
 from system.errors import DataError
+from system.influence.design import Design, Target, Unit
 from system.influence.interventions import (
     BASE,
     DOSE,
     EXTRA,
-    Design,
-    Target,
-    Unit,
     active_rows,
     allocate_rows,
     asked_rows,

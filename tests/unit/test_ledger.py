@@ -1,4 +1,4 @@
-from system.influence.interventions import Unit
+from system.influence.design import Unit
 from system.influence.ledger import Ledger
 
 

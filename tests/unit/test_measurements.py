@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from system.errors import DataError
-from system.influence.interventions import CategoryRows, Design, Replication, Target
+from system.influence.design import CategoryRows, Design, Replication, Target
 from system.influence.measurements import collect_losses, paired_differences
 from system.influence.random_design import dose_patterns
 from system.schema import SCORES

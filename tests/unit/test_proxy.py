@@ -8,14 +8,9 @@ from influence_corpus import TASKS, build_inputs
 from system.config import InfluenceConfig, LoraConfig, RunConfig
 from system.data.corpus import Corpus
 from system.errors import ModelError
+from system.influence.design import Unit
 from system.influence.heldout import seeded_draw
-from system.influence.interventions import (
-    Schedule,
-    Unit,
-    active_rows,
-    assemble_design,
-    plan_replication,
-)
+from system.influence.interventions import Schedule, active_rows, assemble_design, plan_replication
 from system.influence.proxy import ProxyModel
 from system.models.base import load_tokenizer
 from system.training.settings import TrainSettings
