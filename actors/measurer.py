@@ -62,6 +62,7 @@ def measured_manifest(context: StageContext, manifest: Manifest) -> Manifest:
                 config.model.max_length,
             ),
             num_actors=config.cluster.num_ingestors,
+            num_cpus=0.5,  # the scorers may hold theirs still
             max_attempts=config.cluster.max_attempts,
         )
     )
