@@ -62,6 +62,9 @@ class _Host:
         except Exception as error:  # raised again, unchanged, by the first call
             self._error = error
 
+    def ready(self) -> None:
+        """Answers once the actor is up."""
+
     def call(self, method: str, *args: Any) -> Any:
         if self._error is not None:
             raise self._error
@@ -83,6 +86,8 @@ class ActorPool:
         )(host)
         self._idle: list[Any] = []
         self._num_actors = 0
+        self._starting: dict[ray.ObjectRef, Any] = {}
+        self._failed_starts = 0
         self._queue: deque[_Unit] = deque()
         self._in_flight: dict[ray.ObjectRef, tuple[_Unit, Any]] = {}
 
@@ -115,28 +120,37 @@ class ActorPool:
 
     def close(self) -> None:
         """Ends the actors and frees what they hold."""
-        for actor in self._idle + [actor for _, actor in self._in_flight.values()]:
+        busy = [actor for _, actor in self._in_flight.values()]
+        for actor in [*self._idle, *self._starting.values(), *busy]:
             ray.kill(actor)
         self._idle.clear()
+        self._starting.clear()
         self._in_flight.clear()
         self._queue.clear()
         self._num_actors = 0
 
     def _start_queued(self) -> None:
-        while self._queue:
-            if self._idle:
-                actor = self._idle.pop()
-            elif self._num_actors < self.spec.num_actors:
-                actor = self._remote_class.remote(self.spec.actor_class, self.spec.args)
-                self._num_actors += 1
-            else:
-                return
+        while self._queue and self._idle:
+            actor = self._idle.pop()
             unit = self._queue.popleft()
             unit.attempts += 1
             reference = actor.call.remote(unit.method, *unit.args)
             self._in_flight[reference] = (unit, actor)
+        # An actor gets a unit once it is up: one that finds no room on the cluster holds none back.
+        room = self.spec.num_actors - self._num_actors
+        for _ in range(min(len(self._queue) - len(self._starting), room)):
+            actor = self._remote_class.remote(self.spec.actor_class, self.spec.args)
+            self._num_actors += 1
+            self._starting[actor.ready.remote()] = actor
+
+    def _references(self) -> list[ray.ObjectRef]:
+        """What the pool waits for: units in flight and, while some are queued, actors starting."""
+        return [*self._in_flight, *(self._starting if self._queue else ())]
 
     def _collect(self, reference: ray.ObjectRef) -> list[Done]:
+        if reference in self._starting:
+            self._welcome(reference)
+            return []
         unit, actor = self._in_flight.pop(reference)
         try:
             value = ray.get(reference)
@@ -155,7 +169,24 @@ class ActorPool:
         self._start_queued()
         return [Done(self, unit.key, value)]
 
-    def _replace(self, unit: _Unit, actor: Any, error: Exception) -> None:
+    def _welcome(self, reference: ray.ObjectRef) -> None:
+        actor = self._starting.pop(reference)
+        try:
+            ray.get(reference)
+        except (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError) as error:
+            self._failed_starts += 1
+            self._bury(actor, error)
+            if self._failed_starts >= self.spec.max_attempts:
+                raise ClusterError(
+                    f"actors of the {self.spec.name} pool died {self._failed_starts} times while "
+                    f"they started: {error}"
+                ) from error
+        else:
+            self._failed_starts = 0
+            self._idle.append(actor)
+        self._start_queued()
+
+    def _bury(self, actor: Any, error: Exception) -> None:
         ray.kill(actor)
         self._num_actors -= 1
         if getattr(error, "actor_init_failed", False):
@@ -163,6 +194,9 @@ class ActorPool:
                 f"an actor of the {self.spec.name} pool cannot start on its node; the usual cause "
                 f"is that the node lacks this package or has another version of it: {error}"
             ) from error
+
+    def _replace(self, unit: _Unit, actor: Any, error: Exception) -> None:
+        self._bury(actor, error)
         if unit.attempts >= self.spec.max_attempts:
             raise ClusterError(
                 f"{self.spec.name} {unit.key}: expected an answer, but its actor died "
@@ -177,7 +211,7 @@ class ActorPool:
 def wait_any(pools: Sequence[ActorPool], timeout_seconds: float | None = None) -> list[Done]:
     """Waits until at least one unit of any pool is finished; empty where none is pending."""
     while True:
-        owners = {reference: pool for pool in pools for reference in pool._in_flight}
+        owners = {reference: pool for pool in pools for reference in pool._references()}
         if not owners:
             return []
         ready, _ = ray.wait(list(owners), num_returns=1, timeout=timeout_seconds)

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from actors.cluster import Cluster
-from actors.pool import ActorSpec, wait_any
+from actors.pool import ActorPool, ActorSpec, wait_any
 from system.config import ClusterConfig
 from system.errors import ClusterError, DataError
 
@@ -100,6 +100,18 @@ def test_actors_use_as_many_threads_as_cpus(cluster: Cluster, tmp_path: Path) ->
     spec = ActorSpec(name="wide", actor_class=Worker, args=(str(tmp_path),), num_cpus=2)
     assert list(cluster.pool(spec).map({"x": ()}, "threads")) == [("x", "2")]
     cluster.close_pools()
+
+
+def test_an_actor_that_finds_no_room_holds_no_unit_back(cluster: Cluster, tmp_path: Path) -> None:
+    """Four actors of one CPU on two: as on a cluster that is smaller than the pool asks for."""
+    cluster.connect()
+    spec = ActorSpec(name="crowd", actor_class=Worker, args=(str(tmp_path),), num_actors=4)
+    pool = ActorPool(spec)
+    try:
+        found = sorted(pool.map({n: (n,) for n in range(12)}, "square"))
+    finally:
+        pool.close()
+    assert found == [(n, n * n) for n in range(12)]
 
 
 def test_pools_that_can_never_fit_are_refused(cluster: Cluster, spec: ActorSpec) -> None:
