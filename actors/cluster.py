@@ -112,6 +112,11 @@ class Cluster:
             ray.shutdown()
             self._is_connected = False
 
+    @property
+    def is_own(self) -> bool:
+        """Whether this process started the Ray it is connected to, on its own machine."""
+        return self._is_own
+
     def _check_room(self, spec: ActorSpec) -> None:
         """A joined cluster may grow; a local one cannot, and waiting for it would never end."""
         if not self._is_own:

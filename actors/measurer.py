@@ -16,7 +16,7 @@ from actors.pool import ActorSpec
 from actors.stage import StageContext
 from system import storage
 from system.data.corpus import Corpus, Manifest, Shard
-from system.data.lengths import ShardLengths, measure_shard, without_unusable
+from system.data.lengths import ShardLengths, measure_shard, read_lengths, without_unusable
 from system.models.base import load_tokenizer
 
 POOL = "measure"
@@ -48,34 +48,49 @@ def measured_manifest(context: StageContext, manifest: Manifest) -> Manifest:
         context: of stage `tag`.
         manifest: of the tagged corpus, with paths relative to the attempt.
     """
+    found: dict[Any, ShardLengths] = {
+        number: lengths
+        for number, shard in enumerate(manifest.shards)
+        if (lengths := read_lengths(shard, context.attempt)) is not None
+    }
+    units: dict[Hashable, tuple[Shard]] = {
+        number: (shard,) for number, shard in enumerate(manifest.shards) if number not in found
+    }
+    if units:
+        _measure(context, manifest, units, found)
+    return without_unusable(manifest, [found[number] for number in range(len(manifest.shards))])
+
+
+def _measure(
+    context: StageContext,
+    manifest: Manifest,
+    units: dict[Hashable, tuple[Shard]],
+    found: dict[Any, ShardLengths],
+) -> None:
     config = context.config
-    corpus = Corpus(storage.join(context.attempt, "manifest.json"), manifest)
+    context.cluster.connect()
     pool = context.cluster.pool(
         ActorSpec(
             name=POOL,
             actor_class=Measurer,
             args=(
-                corpus,
+                Corpus(storage.join(context.attempt, "manifest.json"), manifest),
                 context.attempt,
                 context.input("model", "model"),
                 config.model.trust_remote_code,
                 config.model.max_length,
             ),
             num_actors=config.cluster.num_ingestors,
-            num_cpus=0.5,  # the scorers may hold theirs still
+            # On one machine the scorers hold its CPUs still, and idle: measuring takes their turn.
+            num_cpus=0.0 if context.cluster.is_own else 0.5,
             max_attempts=config.cluster.max_attempts,
         )
     )
-    found: dict[Any, ShardLengths] = {}
-    rows = sum(shard.rows for shard in manifest.shards)
-    units: dict[Hashable, tuple[Shard]] = {
-        number: (shard,) for number, shard in enumerate(manifest.shards)
-    }
     try:
-        with context.progress.bar("lengths", total=rows) as bar:
+        with context.progress.bar("lengths", total=sum(s.rows for s in manifest.shards)) as bar:
+            bar.advance(sum(manifest.shards[number].rows for number in found))
             for key, lengths in pool.map(units, "measure"):
                 found[key] = lengths
                 bar.advance(units[key][0].rows)
     finally:
         context.cluster.close_pool(POOL)
-    return without_unusable(manifest, [found[number] for number in range(len(units))])

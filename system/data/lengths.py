@@ -60,16 +60,25 @@ def measure_shard(
     Raises:
         ModelError: the chat template cannot be trained on.
     """
-    path = lengths_path(shard)
-    uri = storage.join(attempt_uri, path)
+    known = read_lengths(shard, attempt_uri)
+    if known is not None:
+        return known
+    table = corpus.read_shard(shard, ["messages"])
+    blocks = [
+        _measure(table.slice(start, _BLOCK_ROWS), tokenizer, max_length)
+        for start in range(0, table.num_rows, _BLOCK_ROWS)
+    ]
+    whole = pa.concat_tables(blocks)
+    storage.write_table(storage.join(attempt_uri, lengths_path(shard)), whole)
+    return _totals(lengths_path(shard), whole)
+
+
+def read_lengths(shard: Shard, attempt_uri: str) -> ShardLengths | None:
+    """What was found in a shard that is measured already; None where it is not."""
+    uri = storage.join(attempt_uri, lengths_path(shard))
     if not storage.exists(uri):
-        table = corpus.read_shard(shard, ["messages"])
-        blocks = [
-            _measure(table.slice(start, _BLOCK_ROWS), tokenizer, max_length)
-            for start in range(0, table.num_rows, _BLOCK_ROWS)
-        ]
-        storage.write_table(uri, pa.concat_tables(blocks))
-    return _totals(path, check_table(storage.read_table(uri), LENGTHS, uri))
+        return None
+    return _totals(lengths_path(shard), check_table(storage.read_table(uri), LENGTHS, uri))
 
 
 def lengths_path(shard: Shard) -> str:

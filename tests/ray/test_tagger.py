@@ -100,16 +100,6 @@ class World:
         return self.root.joinpath("attempts", attempt, *parts)
 
 
-class NoCluster(Cluster):
-    """Fails when anything wants to compute."""
-
-    def __init__(self) -> None:
-        super().__init__(ClusterConfig())
-
-    def pool(self, spec: ActorSpec) -> Any:
-        raise AssertionError(f"nothing is left to do for {spec.name}")
-
-
 class IdleCluster(Cluster):
     """Hands out the pool, but lets it start nothing."""
 
@@ -220,7 +210,7 @@ def test_where_every_row_has_a_category_the_corpus_passes_through_untouched(worl
     whole = Corpus.open(str(world.root / "corpus" / "manifest.json")).manifest
     kept = [shard for shard in whole.shards if shard.category in ("math", "Code")]
     write_manifest(str(world.root / "corpus" / "tagged.json"), make_manifest(kept))
-    context = world.context("through", "corpus/tagged.json", NoCluster(), accuracy_rows=0)
+    context = world.context("through", "corpus/tagged.json", accuracy_rows=0)
     result = run(context)
     assert "tags" not in result.outputs
     passed = Corpus.open(str(world.path("through", "manifest.json")))
@@ -230,8 +220,6 @@ def test_where_every_row_has_a_category_the_corpus_passes_through_untouched(worl
 
 
 def test_a_category_with_too_few_rows_is_an_error_that_names_it(world):
-    context = world.context(
-        "few", "corpus/tagged.json", NoCluster(), accuracy_rows=0, min_train_rows=301
-    )
+    context = world.context("few", "corpus/tagged.json", accuracy_rows=0, min_train_rows=301)
     with pytest.raises(DataError, match=r"301 train rows.*'math': 300"):
         run(context)
