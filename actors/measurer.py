@@ -1,8 +1,7 @@
 """Lengths of all rows in tokens, the last part of stage `tag`, measured shard by shard.
 
-manifest of the tagged corpus ── shards ──> Measurer.measure ──> lengths/*.parquet
-                                                    │ totals
-              manifest without the rows that have no response left within model.max_length
+The driver sends the shards of the tagged manifest to actors; each writes `lengths/*.parquet` and
+answers with totals, of which the manifest without unusable rows is made.
 """
 
 from __future__ import annotations

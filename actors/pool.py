@@ -127,7 +127,7 @@ class ActorPool:
         self._starting.clear()
         self._in_flight.clear()
         self._queue.clear()
-        self._num_actors = 0
+        self._num_actors = self._failed_starts = 0
 
     def _start_queued(self) -> None:
         while self._queue and self._idle:

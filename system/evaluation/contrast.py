@@ -96,8 +96,7 @@ def contrast(
             in Medicine 24 (5).
 
     Raises:
-        ValueError: trained arms differ in their number of seeds, or a contrast over several of
-            them sums to neither zero nor a single arm.
+        ValueError: trained arms differ in their number of seeds.
     """
     lengths = {arm: len(next(iter(performance[arm].values()))) for arm in coefficients}
     seeds = max(lengths.values())
