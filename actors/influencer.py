@@ -7,8 +7,9 @@
 
 The files are the state: a training counts once its `units/*.json` is there, a scoring once its
 `scores/*.parquet` is, and both are written whole or not at all.  A driver that starts again finds
-them and goes on; a dead actor's unit is given out again by its pool.  Warm-up checkpoints
-(`branch`) stay until the stage is done.
+them and goes on; a dead actor's unit is given out again by its pool.  Runs that another attempt of
+the stage has finished are taken from it where everything that decides them is the same
+(`system.influence.reuse`).  Warm-up checkpoints (`branch`) stay until the stage is done.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from system.influence.interventions import Schedule, active_rows, assemble_desig
 from system.influence.ledger import Ledger
 from system.influence.matrix import estimate_effects
 from system.influence.measurements import collect_losses, paired_differences
+from system.influence.reuse import SharedRuns, heldout_digest, run_key
 from system.influence.summary import Cost, replicates_table, result_lines, summarise
-from system.models.base import load_tokenizer
+from system.models.base import kind_of, load_tokenizer
 from system.training.plan import TrainPlan, read_plan, write_plan
 from system.training.settings import TrainSettings
 
@@ -136,6 +138,14 @@ def _external_targets(
     return tables, left_out
 
 
+def _model_identity(context: StageContext) -> dict[str, Any]:
+    """What decides the base model's weights; the corpus only where the model is built from it."""
+    record = context.upstream["model"]
+    if kind_of(context.config.model.path) == "builtin":
+        return {"fingerprint": record.fingerprint}
+    return {name: value for name, value in record.inputs.items() if not name.startswith("after.")}
+
+
 class _Measuring:
     """The runs of one attempt, from where an earlier driver left them."""
 
@@ -145,10 +155,15 @@ class _Measuring:
         self.heldout = storage.read_table(_uri(context, "heldout.arrow"))
         self.plans: dict[str, TrainPlan] = {}
         self.started: dict[str, float] = {}
+        self.shared = SharedRuns(context.shared_uri)
+        self.model = _model_identity(context)
+        self.heldout_sha256 = heldout_digest(self.heldout)
 
     def run(self) -> None:
         """Trains and scores whatever is not there yet."""
         context, config = self.context, self.context.config
+        if not config.influence.keep_checkpoints:  # an adopted run has no checkpoint to keep
+            self._adopt_finished_runs()
         scored = {name.removesuffix(".parquet") for name in self._names("scores")}
         checkpoints = set(self._names("checkpoints"))
         trained = {name.removesuffix(".json") for name in self._names("units")} & checkpoints
@@ -167,6 +182,48 @@ class _Measuring:
         if not config.influence.keep_checkpoints:
             storage.delete(_uri(context, "checkpoints"))
 
+    def _adopt_finished_runs(self) -> None:
+        """Takes what other attempts measured under the very same circumstances."""
+        here = set(self._names("units")) | set(self._names("scores"))
+        adopted = 0
+        for unit in self.design.units:
+            ending = ".json" if unit.kind == "warm" else ".parquet"
+            if unit.name + ending in here or (found := self.shared.find(self._key(unit))) is None:
+                continue
+            scores, training = found
+            storage.write_json(self._file("units", unit, ".json"), training)
+            if scores is not None:
+                storage.write_table(self._file("scores", unit, ".parquet"), scores)
+            adopted += 1
+        if adopted:
+            self.context.progress.say(
+                f"  {adopted} of {len(self.design.units)} runs were measured before and still hold"
+            )
+
+    def _key(self, unit: Unit) -> str:
+        return run_key(
+            self.design,
+            unit,
+            active_rows(self._plan(unit), unit, self.design),
+            self._settings(unit),
+            model=self.model,
+            heldout=self.heldout_sha256,
+        )
+
+    def _plan(self, unit: Unit) -> TrainPlan:
+        uri = self._plan_uri(unit)
+        if uri not in self.plans:
+            self.plans[uri] = read_plan(uri)
+        return self.plans[uri]
+
+    def _plan_uri(self, unit: Unit) -> str:
+        return _plan_uri(self.context, unit.replication, "warm" if unit.kind == "warm" else "main")
+
+    def _settings(self, unit: Unit) -> TrainSettings:
+        config = self.context.config
+        seed = self.design.replications[unit.replication].seed
+        return TrainSettings.from_influence(config.influence, config.model, seed)
+
     def _drain(self, ledger: Ledger, bar: Any) -> None:
         scorers, tuners = scorer_pool(self.context), self._tuner_pool()
         heldout = ray.put(self.heldout)
@@ -179,6 +236,8 @@ class _Measuring:
                 unit = cast(Unit, done.key)
                 if done.pool is tuners:
                     storage.write_json(self._file("units", unit, ".json"), asdict(done.value))
+                    if unit.kind == "warm":
+                        self.shared.keep(self._key(unit), None, asdict(done.value))
                     ledger.trained(unit)
                     bar.advance(1 if unit.kind == "warm" else 0)
                 else:
@@ -206,13 +265,8 @@ class _Measuring:
         )
 
     def _tune(self, tuners: ActorPool, unit: Unit) -> None:
-        config = self.context.config
-        kind = "warm" if unit.kind == "warm" else "main"
-        plan_uri = _plan_uri(self.context, unit.replication, kind)
-        if plan_uri not in self.plans:
-            self.plans[plan_uri] = read_plan(plan_uri)
         start_uri = None
-        if self.design.estimator == "branch" and kind == "main":
+        if self.design.estimator == "branch" and unit.kind != "warm":
             start_uri = self._file(
                 "checkpoints", Unit(replication=unit.replication, kind="warm", source=-1)
             )
@@ -221,11 +275,9 @@ class _Measuring:
         tuners.submit(
             unit,
             "tune",
-            plan_uri,
-            active_rows(self.plans[plan_uri], unit, self.design),
-            TrainSettings.from_influence(
-                config.influence, config.model, self.design.replications[unit.replication].seed
-            ),
+            self._plan_uri(unit),
+            active_rows(self._plan(unit), unit, self.design),
+            self._settings(unit),
             start_uri,
             self._file("checkpoints", unit),
         )
@@ -240,9 +292,10 @@ class _Measuring:
             "instructmix.seconds": f"{time.perf_counter() - self.started[unit.name]:.3f}",
             "instructmix.rejected": json.dumps(scored.rejected),
         }
-        storage.write_table(
-            self._file("scores", unit, ".parquet"), scored.table.replace_schema_metadata(metadata)
-        )
+        table = scored.table.replace_schema_metadata(metadata)
+        training = storage.read_json(self._file("units", unit, ".json"))
+        self.shared.keep(self._key(unit), table, training)
+        storage.write_table(self._file("scores", unit, ".parquet"), table)
         if not self.context.config.influence.keep_checkpoints:
             storage.delete(self._file("checkpoints", unit))
 

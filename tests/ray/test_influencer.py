@@ -65,6 +65,26 @@ class StopsAfter(Progress):
         return Counting(label, total, False)
 
 
+class Trainings(Progress):
+    """Counts the runs that a stage makes itself; those that it finds come in one step."""
+
+    def __init__(self) -> None:
+        super().__init__(is_terminal=False)
+        self.finished = 0
+
+    def bar(self, label: str, total: int) -> Bar:
+        owner = self
+
+        class Counting(Bar):
+            found = True
+
+            def advance(self, amount: int = 1) -> None:
+                owner.finished += 0 if self.found else amount
+                self.found = False
+
+        return Counting(label, total, False)
+
+
 class World:
     """One corpus and model, one Ray, many attempts."""
 
@@ -76,10 +96,12 @@ class World:
     def context(
         self, name: str, config: RunConfig, progress: Progress | None = None
     ) -> StageContext:
+        """`name` or `name/attempt`: attempts of one name share their finished runs."""
+        name, _, attempt = name.partition("/")
         return StageContext(
             config=config,
             run_dir=RunDir(str(self.root)),
-            attempt=str(self.root / "attempts" / name),
+            attempt=str(self.root / "attempts" / name / (attempt or "0")),
             upstream={
                 "tag": record("tag", "manifest", Path("corpus/manifest.json")),
                 "model": record("model", "model", Path("model")),
@@ -92,7 +114,8 @@ class World:
         return run(self.context(name, influence_config(self.root, **influence), progress))
 
     def path(self, name: str, *parts: str) -> Path:
-        return self.root.joinpath("attempts", name, *parts)
+        name, _, attempt = name.partition("/")
+        return self.root.joinpath("attempts", name, attempt or "0", *parts)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +205,28 @@ def test_a_checkpoint_that_was_not_finished_is_trained_again(world, finished):
     (broken / "model.safetensors").write_bytes(b"half of it")
     world.run("half")
     np.testing.assert_array_equal(matrix(world, "half").effect_TS, matrix(world, "whole").effect_TS)
+
+
+def test_another_attempt_measures_only_what_is_new(world, finished):
+    """Another analysis: nothing.  One more replication: its runs.  Another rate: everything."""
+    attempts = {
+        "whole/confidence": ({"confidence": 0.9}, 0),
+        "whole/replications": ({"replications": 3}, 4),
+        "whole/rate": ({"learning_rate": 1e-3}, 8),
+    }
+    for name, (changed, expected) in attempts.items():
+        progress = Trainings()
+        world.run(name, progress, **changed)
+        assert progress.finished == expected, name
+    np.testing.assert_array_equal(
+        matrix(world, "whole/confidence").effect_TS, matrix(world, "whole").effect_TS
+    )
+    fresh = world.run("three", replications=3)
+    np.testing.assert_array_equal(
+        matrix(world, "whole/replications").effect_TS, matrix(world, "three").effect_TS
+    )
+    cost = storage.read_json(str(world.path("whole/replications", "summary.json")))["cost"]
+    assert cost["trained_tokens"] == fresh.counts["trained_tokens"]
 
 
 def test_branch_measures_both_directions_from_a_shared_warm_up(world):
