@@ -16,31 +16,36 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import pyarrow as pa
 import ray
 
+from actors.designer import draw_design, plan_uri
 from actors.pool import ActorPool, ActorSpec, wait_any
+from actors.rounds import measure_in_rounds
 from actors.scorer import scorer_pool
 from actors.stage import StageContext, StageResult
 from actors.tuner import Tuner
 from system import storage
-from system.data.corpus import Corpus
-from system.errors import ConfigError
 from system.influence.design import Design, Unit
-from system.influence.external_targets import read_target
-from system.influence.heldout import draw_targets, seeded_draw
-from system.influence.interventions import Schedule, active_rows, assemble_design, plan_replication
+from system.influence.interventions import active_rows
 from system.influence.ledger import Ledger
-from system.influence.matrix import estimate_effects
-from system.influence.measurements import collect_losses, paired_differences
+from system.influence.matrix import EffectMatrix, Estimate, estimate_effects
+from system.influence.matrix import Unit as DataUnit
+from system.influence.measurements import (
+    Losses,
+    Measurements,
+    collect_losses,
+    paired_differences,
+)
 from system.influence.reuse import SharedRuns, heldout_digest, run_key
+from system.influence.rounds import Round
 from system.influence.summary import Cost, replicates_table, result_lines, summarise
-from system.models.base import kind_of, load_tokenizer
-from system.training.plan import TrainPlan, read_plan, write_plan
+from system.models.base import kind_of
+from system.training.plan import TrainPlan, read_plan
 from system.training.settings import TrainSettings
 
 TUNERS = "tuner"
@@ -48,94 +53,25 @@ TUNERS = "tuner"
 
 def run(context: StageContext) -> StageResult:
     """Measures how a dose of every category changes the loss on every target."""
-    design = _design(context)
-    _Measuring(context, design).run()
-    return _estimate(context, design)
+    planned = draw_design(context)
+    rounds: list[Round] = []
+    reason = ""
+    if context.config.influence.estimator == "auto":
+        rounds, reason = measure_in_rounds(
+            context,
+            planned,
+            lambda design: _Measuring(context, design).run(),
+            lambda design: _matrices(context, design),
+        )
+        planned = planned.first(rounds[-1].replications)
+    else:
+        _Measuring(context, planned).run()
+    context.cluster.close_pool(TUNERS)
+    return _estimate(context, planned, rounds, reason)
 
 
 def _uri(context: StageContext, *parts: str) -> str:
     return storage.join(context.attempt, *parts)
-
-
-def _plan_uri(context: StageContext, replication: int, kind: str) -> str:
-    return _uri(context, "plans", f"r{replication:02d}-{kind}.arrow")
-
-
-def _design(context: StageContext) -> Design:
-    """The design of this attempt, drawn from the corpus the first time."""
-    uri = _uri(context, "design.json")
-    if storage.exists(uri):
-        return Design.from_json(storage.read_json(uri), uri)
-    config = context.config
-    corpus = Corpus.open(context.input("tag", "manifest"))
-    tokenizer = load_tokenizer(
-        context.input("model", "model"), trust_remote_code=config.model.trust_remote_code
-    )
-    draw = seeded_draw(corpus, tokenizer, config.model.max_length)
-    sources = tuple(corpus.categories)
-    schedules = []
-    for index in range(config.influence.replications):
-        schedule = plan_replication(
-            index,
-            run_seed=config.seed,
-            sources=sources,
-            config=config.influence,
-            max_length=config.model.max_length,
-            draw=draw,
-        )
-        write_plan(_plan_uri(context, index, "main"), schedule.plan)
-        if schedule.warm is not None:
-            write_plan(_plan_uri(context, index, "warm"), schedule.warm)
-        schedules.append(schedule)
-    external, left_out = _external_targets(context, sources, schedules)
-    heldout, targets, dropped = draw_targets(
-        run_seed=config.seed,
-        sources=sources,
-        num_rows=config.influence.heldout_rows,
-        draw=draw,
-        external=external,
-        tokenizer=tokenizer,
-        max_length=config.model.max_length,
-    )
-    design = assemble_design(
-        run_seed=config.seed,
-        config=config.influence,
-        sources=sources,
-        targets=targets,
-        schedules=schedules,
-        heldout_dropped=dropped | left_out,
-    )
-    storage.write_table(_uri(context, "heldout.arrow"), heldout)
-    storage.write_json(uri, design.to_json())
-    return design
-
-
-def _external_targets(
-    context: StageContext, sources: tuple[str, ...], schedules: list[Schedule]
-) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    """Tables of `influence.targets` without rows that any schedule trains on."""
-    config = context.config
-    taken = sorted(set(config.influence.targets) & set(sources))
-    if taken:
-        raise ConfigError(
-            f"influence.targets {taken}: these names are categories of the corpus; give the "
-            "target files other names"
-        )
-    trained = {
-        name
-        for schedule in schedules
-        for plan in (schedule.plan, schedule.warm)
-        if plan is not None
-        for name in plan.table.column("id").to_pylist()
-    }
-    tables: dict[str, pa.Table] = {}
-    left_out: dict[str, int] = {}
-    for name, path in config.influence.targets.items():
-        tables[name], lost = read_target(
-            name, path, data_dir=config.data_dir, ingest=config.ingest, exclude=trained
-        )
-        left_out |= {f"{name}: {reason}": count for reason, count in lost.items()}
-    return tables, left_out
 
 
 def _model_identity(context: StageContext) -> dict[str, Any]:
@@ -178,7 +114,6 @@ class _Measuring:
             with context.progress.bar("influence", total=total) as bar:
                 bar.advance(total - max(ledger.num_unscored, ledger.num_to_train))
                 self._drain(ledger, bar)
-            context.cluster.close_pool(TUNERS)
         if not config.influence.keep_checkpoints:
             storage.delete(_uri(context, "checkpoints"))
 
@@ -217,7 +152,7 @@ class _Measuring:
         return self.plans[uri]
 
     def _plan_uri(self, unit: Unit) -> str:
-        return _plan_uri(self.context, unit.replication, "warm" if unit.kind == "warm" else "main")
+        return plan_uri(self.context, unit.replication, "warm" if unit.kind == "warm" else "main")
 
     def _settings(self, unit: Unit) -> TrainSettings:
         config = self.context.config
@@ -306,7 +241,19 @@ class _Measuring:
         return _uri(self.context, folder, unit.name + ending)
 
 
-def _estimate(context: StageContext, design: Design) -> StageResult:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Analysis:
+    """What the scores of a design say."""
+
+    scores: dict[str, pa.Table]
+    losses: Losses
+    measured: dict[str, Measurements]
+    """By direction."""
+    estimates: dict[str, dict[str, Estimate]]
+    """By unit of data, then by direction."""
+
+
+def _analyse(context: StageContext, design: Design) -> _Analysis:
     config = context.config.influence
     scores = {
         unit.name: storage.read_table(_uri(context, "scores", f"{unit.name}.parquet"))
@@ -315,23 +262,47 @@ def _estimate(context: StageContext, design: Design) -> StageResult:
     }
     losses = collect_losses(design, scores)
     measured = {name: paired_differences(design, losses, name) for name in design.directions}
-    tables, estimates = [], {}
-    for direction, measurements in measured.items():
-        for unit in ("examples", "tokens"):
-            estimate = estimate_effects(
+    units: tuple[DataUnit, ...] = ("examples", "tokens")
+    estimates = {
+        unit: {
+            direction: estimate_effects(
                 measurements,
                 unit=unit,
                 confidence=config.confidence,
                 gamma_floor=config.gamma_floor,
                 gamma_max_width=config.gamma_max_width,
             )
-            tables.append(estimate.matrix.to_table())
-            if unit == "examples":
-                estimates[direction] = estimate
+            for direction, measurements in measured.items()
+        }
+        for unit in units
+    }
+    return _Analysis(scores=scores, losses=losses, measured=measured, estimates=dict(estimates))
+
+
+def _matrices(context: StageContext, design: Design) -> dict[str, EffectMatrix]:
+    found = _analyse(context, design).estimates["examples"]
+    return {direction: estimate.matrix for direction, estimate in found.items()}
+
+
+def _estimate(
+    context: StageContext, design: Design, rounds: Sequence[Round], reason: str
+) -> StageResult:
+    config = context.config.influence
+    storage.write_json(_uri(context, "design.json"), design.to_json())
+    analysis = _analyse(context, design)
+    scores, losses, measured = analysis.scores, analysis.losses, analysis.measured
+    estimates = analysis.estimates["examples"]
+    tables = [
+        analysis.estimates[unit][direction].matrix.to_table()
+        for direction in design.directions
+        for unit in analysis.estimates
+    ]
     storage.write_table(_uri(context, "matrix.parquet"), pa.concat_tables(tables))
     storage.write_table(_uri(context, "replicates.parquet"), replicates_table(estimates))
     cost, rejected = _cost(context, design, scores)
     summary = summarise(design, config, measured, estimates, losses, cost, rejected)
+    if rounds:
+        summary["rounds"] = {"stopped": reason, "rounds": [asdict(item) for item in rounds]}
     storage.write_json(_uri(context, "summary.json"), summary)
     return StageResult(
         outputs={
@@ -349,7 +320,7 @@ def _estimate(context: StageContext, design: Design) -> StageResult:
             "rows dropped": design.dropped,
             "rows rejected by the scorer": len(rejected),
         },
-        lines=result_lines(summary),
+        lines=(*([reason] if reason else []), *result_lines(summary)),
     )
 
 

@@ -160,7 +160,7 @@ def plan_replication(
 
 
 def _patterns(seed: int, config: InfluenceConfig, num_sources: int) -> dict[str, list[list[bool]]]:
-    if config.estimator != "random-design":
+    if config.estimator not in ("random-design", "auto"):
         return {}
     runs = enough_runs(num_sources)
     return {
@@ -241,7 +241,7 @@ def assemble_design(
     for schedule in schedules:
         dropped.update(schedule.dropped)
     return Design(
-        estimator=config.estimator,
+        estimator="random-design" if config.estimator == "auto" else config.estimator,
         seed=run_seed,
         directions=tuple(config.directions),
         sources=sources,
