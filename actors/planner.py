@@ -18,7 +18,7 @@ from system.planning import (
     mix_problem,
     why_not_believed,
 )
-from system.solve import Mix, solve_mix, sweep_move
+from system.solve import Mix, expected_regret, solve_mix, sweep_move
 from system.taxonomy import estimate_taxonomy
 
 
@@ -46,6 +46,10 @@ def run_solve(context: StageContext) -> StageResult:
     mix = solve_mix(problem, options)
     if doubt:
         mix = dataclasses.replace(mix, notes=(doubt, *mix.notes))
+    else:
+        draws = 100 if len(mix.categories) <= 64 else 20  # each costs as much as a mix
+        regret = expected_regret(problem, options, num_draws=draws, seed=context.config.seed)
+        mix = dataclasses.replace(mix, expected_regret=regret.value)
     storage.write_bytes(storage.join(context.attempt, "mix.json"), mix.to_json().encode())
     moves = sorted({*SWEEP_MOVES, solve.move})
     sweep = sweep_move(problem, options, moves)
@@ -116,6 +120,8 @@ def _mix_lines(mix: Mix) -> tuple[str, ...]:
         f"moved {mix.moved:.1%} of {mix.budget:,.0f} {mix.unit}; predicted gain "
         f"{mix.expected_gain:+.4f}{error} nats per response token"
     ]
+    if mix.expected_regret is not None:
+        lines[0] += f"; knowing the effects exactly would add {mix.expected_regret:.4f} on average"
     changes = sorted(mix.categories, key=lambda item: item.count - item.base)
     up = [item for item in reversed(changes) if item.count - item.base >= 1][:3]
     down = [item for item in changes if item.base - item.count >= 1][:3]

@@ -89,6 +89,13 @@ def _lead(mix: Mix) -> str:
     if mix.expected_gain_se is not None:
         error = fixed(mix.expected_gain_se, decimals([mix.expected_gain_se], least=4))
         gain += f" ± {error} (standard error)"
+    regret = ""
+    if mix.expected_regret is not None:
+        value = fixed(mix.expected_regret, decimals([mix.expected_regret], least=4))
+        regret = (
+            f" Knowing the effects exactly would add {value} nats on average (expected regret): "
+            "more measuring cannot be worth more."
+        )
     proven = (
         "proven optimal"
         if mix.status == "optimal"
@@ -97,7 +104,7 @@ def _lead(mix: Mix) -> str:
     return (
         f"The solved mix moves {percent(mix.moved)} of a budget of {count(mix.budget)} {mix.unit} "
         f"(at most {percent(mix.move)} may move). It maximises {_OBJECTIVES[mix.kind]} and is "
-        f"{proven}. Predicted gain over the base mix: {gain} nats per response token."
+        f"{proven}. Predicted gain over the base mix: {gain} nats per response token.{regret}"
     )
 
 

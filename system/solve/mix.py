@@ -142,6 +142,9 @@ class Mix:
     solver: SolverInfo
     relaxation: Relaxation | None = None
     """Fractional prices of an ``integer`` mix; null for others and with ``max_categories``."""
+    expected_regret: float | None = None
+    """What knowing the effects exactly would add to ``expected_gain``, on average (``regret.py``);
+    null where it was not asked for."""
     notes: tuple[str, ...] = ()
     """What a reader should know, in plain sentences."""
 

@@ -52,6 +52,8 @@ def expected_regret(
     Raises:
         ConfigError: the problem has no standard errors; otherwise as `solve_mix`.
     """
+    if num_draws < 1:
+        raise ConfigError(f"the expected regret needs at least one draw, found {num_draws}")
     if problem.se_TS is None:
         raise ConfigError("the expected regret needs standard errors of the effects (--stderr)")
     options = replace(options, integer=False)
