@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -94,6 +95,7 @@ class _Measuring:
         self.shared = SharedRuns(context.shared_uri)
         self.model = _model_identity(context)
         self.heldout_sha256 = heldout_digest(self.heldout)
+        self.shown = 0
 
     def run(self) -> None:
         """Trains and scores whatever is not there yet."""
@@ -179,6 +181,7 @@ class _Measuring:
                     self._keep_scores(unit, done.value)
                     ledger.scored(unit)
                     bar.advance(1)
+                    self._show_partial_matrix(ledger)
 
     def _tuner_pool(self) -> ActorPool:
         config = self.context.config
@@ -233,6 +236,28 @@ class _Measuring:
         storage.write_table(self._file("scores", unit, ".parquet"), table)
         if not self.context.config.influence.keep_checkpoints:
             storage.delete(self._file("checkpoints", unit))
+
+    def _show_partial_matrix(self, ledger: Ledger) -> None:
+        """What the replications so far say, for whoever watches; the last one says it itself."""
+        total = len(self.design.replications)
+        count = ledger.num_scored_replications(total)
+        if not self.shown < count < total:
+            return
+        self.shown = count
+        matrices = _matrices(self.context, self.design.first(count))
+        uri = _uri(self.context, "partial.parquet")
+        storage.write_table(
+            uri, pa.concat_tables(matrix.to_table() for matrix in matrices.values())
+        )
+        errors = ", ".join(
+            f"{np.median((matrix.effect_se_TS * matrix.dose_S)[~matrix.own_TS]):.4f} ({direction})"
+            for direction, matrix in matrices.items()
+        )
+        kind = "held-out errors only" if count == 1 else "errors by replication"
+        self.context.progress.say(
+            f"  {count} of {total} replications done: typical error {errors} nats for a dose, "
+            f"{kind}; partial matrix in {uri}"
+        )
 
     def _names(self, folder: str) -> list[str]:
         return storage.list_names(_uri(self.context, folder))

@@ -227,6 +227,9 @@ def test_another_attempt_measures_only_what_is_new(world, finished):
     )
     cost = storage.read_json(str(world.path("whole/replications", "summary.json")))["cost"]
     assert cost["trained_tokens"] == fresh.counts["trained_tokens"]
+    partial = pq.read_table(world.path("three", "partial.parquet"))
+    partial = EffectMatrix.from_table(partial, direction="remove")
+    np.testing.assert_array_equal(partial.effect_TS, matrix(world, "whole").effect_TS)
 
 
 def test_branch_measures_both_directions_from_a_shared_warm_up(world):
