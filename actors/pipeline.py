@@ -111,7 +111,7 @@ STAGES: tuple[Stage, ...] = (
         name="influence", module="actors.influencer",
         reads=("influence", "seed"), after=("tag", "model"),
         identity=_target_identity, also_reads=_what_ends_measuring,
-        precheck=("actors.planner", "check_before_influence"), revision=2,
+        precheck=("actors.planner", "check_before_influence"), revision=3,
     ),
     Stage(
         name="solve", module="actors.planner", function="run_solve",

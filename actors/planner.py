@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from actors.stage import StageContext, StageResult
 from system import storage
@@ -14,6 +15,7 @@ from system.planning import (
     SWEEP_MOVES,
     check_limits,
     dependency_effects,
+    extrapolation_notes,
     mix_options,
     mix_problem,
     why_not_believed,
@@ -50,6 +52,7 @@ def run_solve(context: StageContext) -> StageResult:
         draws = 100 if len(mix.categories) <= 64 else 20  # each costs as much as a mix
         regret = expected_regret(problem, options, num_draws=draws, seed=context.config.seed)
         mix = dataclasses.replace(mix, expected_regret=regret.value)
+    mix = dataclasses.replace(mix, notes=(*mix.notes, *_extrapolation(mix, summary)))
     storage.write_bytes(storage.join(context.attempt, "mix.json"), mix.to_json().encode())
     moves = sorted({*SWEEP_MOVES, solve.move})
     sweep = sweep_move(problem, options, moves)
@@ -112,6 +115,14 @@ def _matrices(context: StageContext) -> dict[str, EffectMatrix]:
         direction: EffectMatrix.from_table(table, direction=direction, where=uri)
         for direction in context.config.influence.directions
     }
+
+
+def _extrapolation(mix: Mix, summary: dict[str, Any]) -> tuple[str, ...]:
+    doses = {
+        name: max(part["dose"] for part in directions.values())
+        for name, directions in summary["sources"].items()
+    }
+    return extrapolation_notes(mix, doses, summary["reference_rows"])
 
 
 def _mix_lines(mix: Mix) -> tuple[str, ...]:

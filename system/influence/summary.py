@@ -119,6 +119,9 @@ def summarise(
             }
             for column, name in enumerate(design.sources)
         },
+        "reference_rows": float(
+            np.mean([sum(r.base for r in item.rows.values()) for item in design.replications])
+        ),
         "adapted": _adapted(design),
         "dropped": design.dropped,
         "examples_left_out": losses.num_incomplete,
