@@ -161,8 +161,8 @@ def extrapolation_notes(
         farthest = max(beyond, key=lambda name: (beyond[name], name))
         notes.append(
             f"{len(beyond)} of {len(mix.categories)} categories move farther than the dose at "
-            f"which their effects were measured, {farthest!r} {beyond[farthest]:.1f} times as far: there "
-            "the predicted gain extrapolates and is likely to promise too much (raise "
+            f"which their effects were measured, {farthest!r} {beyond[farthest]:.1f} times as "
+            "far: there the predicted gain extrapolates and is likely to promise too much (raise "
             "influence.dose_rows and influence.rows_per_category, or lower solve.move)"
         )
     examples = sum(item.count for item in mix.categories)
