@@ -133,6 +133,11 @@ def _mix_lines(mix: Mix) -> tuple[str, ...]:
     ]
     if mix.expected_regret is not None:
         lines[0] += f"; knowing the effects exactly would add {mix.expected_regret:.4f} on average"
+    if mix.status != "optimal":
+        lines.append(
+            f"the search for whole counts stopped at its limit: this is the best mix found, within "
+            f"{mix.solver.gap:.2%} of the proven bound"
+        )
     changes = sorted(mix.categories, key=lambda item: item.count - item.base)
     up = [item for item in reversed(changes) if item.count - item.base >= 1][:3]
     down = [item for item in changes if item.base - item.count >= 1][:3]
