@@ -9,8 +9,10 @@ import pyarrow as pa
 
 from actors.stage import StageContext
 from system import storage
+from system.config import RunConfig
 from system.data.corpus import Corpus
 from system.errors import ConfigError
+from system.influence.accuracy_targets import draw_accuracy_targets
 from system.influence.design import Design
 from system.influence.external_targets import read_target
 from system.influence.heldout import draw_targets, seeded_draw
@@ -22,6 +24,11 @@ from system.training.plan import write_plan
 def plan_uri(context: StageContext, replication: int, kind: str) -> str:
     """Where a replication's schedule is; kind `main` or `warm`."""
     return storage.join(context.attempt, "plans", f"r{replication:02d}-{kind}.arrow")
+
+
+def answer_tokens(config: RunConfig) -> int:
+    """Tokens of an answer (`accuracy`): as asked, but at most half of the context."""
+    return min(config.influence.max_new_tokens, config.model.max_length // 2)
 
 
 def draw_design(context: StageContext) -> Design:
@@ -57,15 +64,25 @@ def draw_design(context: StageContext) -> Design:
             write_plan(plan_uri(context, index, "warm"), schedule.warm)
         schedules.append(schedule)
     external, left_out = _external_targets(context, sources, schedules)
-    heldout, targets, dropped = draw_targets(
-        run_seed=config.seed,
-        sources=sources,
-        num_rows=config.influence.heldout_rows,
-        draw=draw,
-        external=external,
-        tokenizer=tokenizer,
-        max_length=config.model.max_length,
-    )
+    if config.influence.metric == "accuracy":
+        heldout, targets, dropped = draw_accuracy_targets(
+            run_seed=config.seed,
+            corpus=corpus,
+            num_rows=config.influence.heldout_rows,
+            max_prompt_tokens=config.model.max_length - answer_tokens(config),
+            external=external,
+            tokenizer=tokenizer,
+        )
+    else:
+        heldout, targets, dropped = draw_targets(
+            run_seed=config.seed,
+            sources=sources,
+            num_rows=config.influence.heldout_rows,
+            draw=draw,
+            external=external,
+            tokenizer=tokenizer,
+            max_length=config.model.max_length,
+        )
     design = assemble_design(
         run_seed=config.seed,
         config=config.influence,

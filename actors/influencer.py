@@ -24,13 +24,14 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from actors.designer import draw_design, plan_uri
+from actors.designer import answer_tokens, draw_design, plan_uri
 from actors.pool import ActorPool, ActorSpec, wait_any
 from actors.rounds import measure_in_rounds
 from actors.scorer import scorer_pool
 from actors.stage import StageContext, StageResult
 from actors.tuner import Tuner
 from system import storage
+from system.influence.accuracy_targets import check_some_vary
 from system.influence.design import Design, Unit
 from system.influence.interventions import active_rows
 from system.influence.ledger import Ledger
@@ -44,7 +45,14 @@ from system.influence.measurements import (
 )
 from system.influence.reuse import SharedRuns, heldout_digest, run_key
 from system.influence.rounds import Round
-from system.influence.summary import Cost, replicates_table, result_lines, summarise
+from system.influence.summary import (
+    METRIC_UNITS,
+    Cost,
+    replicates_table,
+    result_lines,
+    short_unit,
+    summarise,
+)
 from system.models.base import kind_of
 from system.training.plan import TrainPlan, read_plan
 from system.training.settings import TrainSettings
@@ -94,6 +102,8 @@ class _Measuring:
         self.started: dict[str, float] = {}
         self.shared = SharedRuns(context.shared_uri)
         self.model = _model_identity(context)
+        if context.config.influence.metric == "accuracy":
+            self.model["max_new_tokens"] = answer_tokens(context.config)
         self.heldout_sha256 = heldout_digest(self.heldout)
         self.shown = 0
 
@@ -222,7 +232,11 @@ class _Measuring:
 
     def _score(self, scorers: ActorPool, unit: Unit, heldout: ray.ObjectRef) -> None:
         self.started[unit.name] = time.perf_counter()
-        scorers.submit(unit, "score", self._file("checkpoints", unit), heldout)
+        config, weights = self.context.config, self._file("checkpoints", unit)
+        if config.influence.metric == "accuracy":
+            scorers.submit(unit, "answer", weights, heldout, answer_tokens(config))
+        else:
+            scorers.submit(unit, "score", weights, heldout)
 
     def _keep_scores(self, unit: Unit, scored: Any) -> None:
         """Commits the scores, then frees the checkpoint they came from."""
@@ -253,9 +267,10 @@ class _Measuring:
             f"{np.median((matrix.effect_se_TS * matrix.dose_S)[~matrix.own_TS]):.4f} ({direction})"
             for direction, matrix in matrices.items()
         )
+        unit = short_unit(METRIC_UNITS[self.context.config.influence.metric])
         kind = "held-out errors only" if count == 1 else "errors by replication"
         self.context.progress.say(
-            f"  {count} of {total} replications done: typical error {errors} nats for a dose, "
+            f"  {count} of {total} replications done: typical error {errors} {unit} for a dose, "
             f"{kind}; partial matrix in {uri}"
         )
 
@@ -286,6 +301,8 @@ def _analyse(context: StageContext, design: Design) -> _Analysis:
         if unit.kind != "warm"
     }
     losses = collect_losses(design, scores)
+    if config.metric == "accuracy":
+        check_some_vary(losses.loss)
     measured = {name: paired_differences(design, losses, name) for name in design.directions}
     units: tuple[DataUnit, ...] = ("examples", "tokens")
     estimates = {
@@ -358,6 +375,8 @@ def _cost(
     ]
     heldout = storage.read_table(_uri(context, "heldout.arrow"))
     row_tokens = sum(len(row) for row in heldout.column("input_ids").to_pylist())
+    if context.config.influence.metric == "accuracy":  # answers may end earlier
+        row_tokens += heldout.num_rows * answer_tokens(context.config)
     rejected: dict[str, str] = {}
     seconds = 0.0
     for table in scores.values():

@@ -52,7 +52,11 @@ def run_solve(context: StageContext) -> StageResult:
         draws = 100 if len(mix.categories) <= 64 else 20  # each costs as much as a mix
         regret = expected_regret(problem, options, num_draws=draws, seed=context.config.seed)
         mix = dataclasses.replace(mix, expected_regret=regret.value)
-    mix = dataclasses.replace(mix, notes=(*mix.notes, *_extrapolation(mix, summary)))
+    mix = dataclasses.replace(
+        mix,
+        effect_unit=summary["unit"],
+        notes=(*mix.notes, *_extrapolation(mix, summary)),
+    )
     storage.write_bytes(storage.join(context.attempt, "mix.json"), mix.to_json().encode())
     moves = sorted({*SWEEP_MOVES, solve.move})
     sweep = sweep_move(problem, options, moves)
@@ -83,7 +87,8 @@ def run_curriculum(context: StageContext) -> StageResult:
     mix = Mix.from_json(storage.read_bytes(context.input("solve", "mix")).decode())
     curriculum = plan_curriculum(
         {name: round(count) for name, count in mix.counts().items()},
-        taxonomy.curriculum_levels,
+        # Without a target of its own a category has no dependency: None keeps its share.
+        {name: taxonomy.curriculum_levels.get(name) for name in mix.counts()},
         preset=config.curriculum.preset,
         num_stages=config.curriculum.num_stages,
         epochs=config.curriculum.epochs,
@@ -129,7 +134,7 @@ def _mix_lines(mix: Mix) -> tuple[str, ...]:
     error = "" if mix.expected_gain_se is None else f" +- {mix.expected_gain_se:.4f}"
     lines = [
         f"moved {mix.moved:.1%} of {mix.budget:,.0f} {mix.unit}; predicted gain "
-        f"{mix.expected_gain:+.4f}{error} nats per response token"
+        f"{mix.expected_gain:+.4f}{error} {mix.effect_unit}"
     ]
     if mix.expected_regret is not None:
         lines[0] += f"; knowing the effects exactly would add {mix.expected_regret:.4f} on average"

@@ -119,6 +119,11 @@ class InfluenceConfig(Section):
     """Train adapters (merged before scoring) instead of all weights."""
     targets: dict[str, str] = Field(default_factory=dict)
     """Further targets that no source owns: name -> instruction file relative to data_dir."""
+    metric: Literal["loss", "accuracy"] = "loss"
+    """What is measured on held-out rows: mean token loss (nats per response token), or the share of
+    right answers, on categories with verifiable rows."""
+    max_new_tokens: Positive = 64
+    """`accuracy` only: longest answer, at most half of model.max_length."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Level of all intervals."""
     gamma_floor: float = Field(default=1e-6, ge=0)

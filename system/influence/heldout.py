@@ -20,7 +20,8 @@ from system.models.chat import encode_table
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LEAST_HELDOUT = 4
+LEAST_HELDOUT = 4
+"""Held-out rows below which a category is no target."""
 
 
 def seeded_draw(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Draw:
@@ -110,7 +111,7 @@ def _named(rows: pa.Table, name: str) -> pa.Table:
 
 
 def _check_enough(target: str, num_rows: int, asked: int) -> None:
-    least = min(_LEAST_HELDOUT, asked)
+    least = min(LEAST_HELDOUT, asked)
     if num_rows < least:
         raise DataError(
             f"influence: target {target!r} has {num_rows} usable held-out rows; expected "
