@@ -3,12 +3,13 @@
     design ──> ledger ── tune(unit) ──> Tuner   ──> checkpoints/<unit>/, units/<unit>.json
                   ^ └─── score(unit) ─> Scorer  ──> scores/<unit>.parquet, checkpoint deleted
                   └──────── wait_any ─────────┘
+    (`gradient`: warm_up and differentiate on the tuners, whose answers are the scores)
     all scored ──> matrix.parquet, replicates.parquet, summary.json
 
 The files are the state: a training counts once its `units/*.json` is there, a scoring once its
 `scores/*.parquet` is, and both are written whole or not at all.  A driver that starts again finds
 them and goes on; a dead actor's unit is given out again by its pool.  Warm-up checkpoints
-(`branch`) stay until the stage is done.
+(`branch`, `gradient`) stay until the stage is done.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from system.data.corpus import Corpus
 from system.errors import ConfigError
 from system.influence.design import Design, Unit
 from system.influence.external_targets import read_target
+from system.influence.first_order import gradient_task, gradients_table, predicted_scores
+from system.influence.gradient import Derivatives
 from system.influence.heldout import draw_targets, seeded_draw
 from system.influence.interventions import Schedule, active_rows, assemble_design, plan_replication
 from system.influence.ledger import Ledger
@@ -168,16 +171,25 @@ class _Measuring:
             storage.delete(_uri(context, "checkpoints"))
 
     def _drain(self, ledger: Ledger, bar: Any) -> None:
-        scorers, tuners = scorer_pool(self.context), self._tuner_pool()
+        by_gradient = self.design.estimator == "gradient"
+        scorers = None if by_gradient else scorer_pool(self.context)
+        tuners = self._tuner_pool()
         heldout = ray.put(self.heldout)
         while not ledger.is_done:
-            while scorers.has_room and (unit := ledger.next_to_score()) is not None:
+            while scorers and scorers.has_room and (unit := ledger.next_to_score()) is not None:
                 self._score(scorers, unit, heldout)
             while tuners.has_room and (unit := ledger.next_to_train()) is not None:
-                self._tune(tuners, unit)
-            for done in wait_any([scorers, tuners]):
+                if by_gradient:
+                    self._differentiate(tuners, unit, heldout)
+                else:
+                    self._tune(tuners, unit)
+            for done in wait_any([tuners] if scorers is None else [scorers, tuners]):
                 unit = cast(Unit, done.key)
-                if done.pool is tuners:
+                if unit.kind == "gradient":
+                    self._keep_gradients(unit, done.value)
+                    ledger.scored(unit)
+                    bar.advance(1)
+                elif done.pool is tuners:
                     storage.write_json(self._file("units", unit, ".json"), asdict(done.value))
                     ledger.trained(unit)
                     bar.advance(1 if unit.kind == "warm" else 0)
@@ -206,33 +218,63 @@ class _Measuring:
         )
 
     def _tune(self, tuners: ActorPool, unit: Unit) -> None:
-        config = self.context.config
-        kind = "warm" if unit.kind == "warm" else "main"
-        plan_uri = _plan_uri(self.context, unit.replication, kind)
-        if plan_uri not in self.plans:
-            self.plans[plan_uri] = read_plan(plan_uri)
-        start_uri = None
-        if self.design.estimator == "branch" and kind == "main":
-            start_uri = self._file(
-                "checkpoints", Unit(replication=unit.replication, kind="warm", source=-1)
-            )
+        plan_uri, plan = self._plan(unit)
+        branches = self.design.estimator == "branch" and unit.kind != "warm"
         # Only a checkpoint that is written whole may be called trained after a crash.
         storage.delete(self._file("units", unit, ".json"))
         tuners.submit(
             unit,
             "tune",
             plan_uri,
-            active_rows(self.plans[plan_uri], unit, self.design),
-            TrainSettings.from_influence(
-                config.influence, config.model, self.design.replications[unit.replication].seed
-            ),
-            start_uri,
+            active_rows(plan, unit, self.design),
+            self._settings(unit),
+            self._warm_uri(unit) if branches else None,
             self._file("checkpoints", unit),
         )
+
+    def _differentiate(self, tuners: ActorPool, unit: Unit, heldout: ray.ObjectRef) -> None:
+        config = self.context.config.influence
+        plan_uri, plan = self._plan(unit)
+        warm_uri = self._warm_uri(unit)
+        settings = self._settings(unit)
+        storage.delete(self._file("units", unit, ".json"))
+        if unit.kind == "warm":
+            checkpoints = self.design.gradient_checkpoints
+            tuners.submit(unit, "warm_up", plan_uri, settings, checkpoints, warm_uri)
+            return
+        task = gradient_task(plan, self.design, unit, config.projection_dim)
+        tuners.submit(unit, "differentiate", plan_uri, task, heldout, settings, warm_uri)
+
+    def _plan(self, unit: Unit) -> tuple[str, TrainPlan]:
+        uri = _plan_uri(self.context, unit.replication, "warm" if unit.kind == "warm" else "main")
+        if uri not in self.plans:
+            self.plans[uri] = read_plan(uri)
+        return uri, self.plans[uri]
+
+    def _settings(self, unit: Unit) -> TrainSettings:
+        config = self.context.config
+        seed = self.design.replications[unit.replication].seed
+        return TrainSettings.from_influence(config.influence, config.model, seed)
+
+    def _warm_uri(self, unit: Unit) -> str:
+        warm = Unit(replication=unit.replication, kind="warm", source=-1)
+        return self._file("checkpoints", warm)
 
     def _score(self, scorers: ActorPool, unit: Unit, heldout: ray.ObjectRef) -> None:
         self.started[unit.name] = time.perf_counter()
         scorers.submit(unit, "score", self._file("checkpoints", unit), heldout)
+
+    def _keep_gradients(self, unit: Unit, found: Derivatives) -> None:
+        """Commits derivatives as the unit's scores; what they cost, before."""
+        cost = {
+            "trained_tokens": 0, "gradient_tokens": found.num_tokens, "seconds": found.seconds,
+        }  # fmt: skip
+        storage.write_json(self._file("units", unit, ".json"), cost)
+        table, rejected = gradients_table(self.heldout, found)
+        metadata = {"instructmix.seconds": "0", "instructmix.rejected": json.dumps(rejected)}
+        storage.write_table(
+            self._file("scores", unit, ".parquet"), table.replace_schema_metadata(metadata)
+        )
 
     def _keep_scores(self, unit: Unit, scored: Any) -> None:
         """Commits the scores, then frees the checkpoint they came from."""
@@ -260,7 +302,8 @@ def _estimate(context: StageContext, design: Design) -> StageResult:
         for unit in design.units
         if unit.kind != "warm"
     }
-    losses = collect_losses(design, scores)
+    by_gradient = design.estimator == "gradient"
+    losses = collect_losses(design, predicted_scores(design, scores) if by_gradient else scores)
     measured = {name: paired_differences(design, losses, name) for name in design.directions}
     tables, estimates = [], {}
     for direction, measurements in measured.items():
@@ -316,9 +359,10 @@ def _cost(
         seconds += float(metadata["instructmix.seconds"])
         rejected |= json.loads(metadata["instructmix.rejected"])
     cost = Cost(
-        runs=len(stats),
+        runs=sum(unit.kind != "gradient" for unit in design.units),
         trained_tokens=sum(item["trained_tokens"] for item in stats),
-        scored_tokens=row_tokens * len(scores),
+        gradient_tokens=sum(item.get("gradient_tokens", 0) for item in stats),
+        scored_tokens=0 if design.estimator == "gradient" else row_tokens * len(scores),
         train_seconds=sum(item["seconds"] for item in stats),
         score_seconds=seconds,
     )

@@ -74,10 +74,11 @@ class ModelConfig(Section):
 class InfluenceConfig(Section):
     """Stage 3: interventions, scores, effect matrix."""
 
-    estimator: Literal["retrain", "branch", "random-design"] = "retrain"
+    estimator: Literal["retrain", "branch", "random-design", "gradient"] = "retrain"
     """`retrain`: one dose at a time, from the base model; `branch`: the same from one checkpoint
     warmed up on the base mix; `random-design`: half of all doses in every run, taken apart by
-    regression, so that every run speaks about every effect."""
+    regression, so that every run speaks about every effect; `gradient`: first order, from
+    gradients at checkpoints of a short warm-up, no run per dose."""
     directions: tuple[Literal["add", "remove"], ...] = ("remove",)
     """Which way a category's dose moves; both are kept apart in the matrix."""
     rows_per_category: Positive = 192
@@ -95,7 +96,12 @@ class InfluenceConfig(Section):
     warmup_share: Share = 0.05
     """Share of the steps with rising learning rate."""
     warm_rows_per_category: Positive = 192
-    """`branch` only: rows of each category in the shared warm-up."""
+    """`branch` and `gradient`: rows of each category in the shared warm-up."""
+    gradient_checkpoints: Positive = 2
+    """`gradient`: checkpoints of the warm-up, each standing for an equal part of the schedule."""
+    projection_dim: Positive = 1 << 22
+    """`gradient`: gradients with more numbers than this are projected to so many (seeded count
+    sketch); below, inner products are exact. Memory: 4 bytes x this x categories x directions."""
     lora: LoraConfig | None = None
     """Train adapters (merged before scoring) instead of all weights."""
     targets: dict[str, str] = Field(default_factory=dict)
