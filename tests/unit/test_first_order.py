@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from system import storage
 from system.influence.design import CategoryRows, Design, Replication, Target, Unit
 from system.influence.first_order import (
     GRADIENTS,
@@ -16,7 +17,7 @@ from system.influence.first_order import (
 )
 from system.influence.gradient import Derivatives
 from system.influence.measurements import collect_losses, paired_differences
-from system.schema import TOKENS
+from system.schema import TOKENS, check_table
 from system.training.plan import TrainPlan, build_plan
 
 SOURCES = ("alpha", "beta")
@@ -139,11 +140,13 @@ def test_a_row_that_one_checkpoint_cannot_use_is_left_out_of_all_runs():
     assert [columns.size for columns in losses.examples] == [HELDOUT - 1, HELDOUT]
 
 
-def test_tables_keep_their_schema_and_order():
+def test_a_table_comes_back_from_its_file_to_the_last_bit(tmp_path):
     rng = np.random.default_rng(0)
-    table, rejected = gradients_table(heldout(), derivatives(rng.normal(size=(6, 4))))
-    assert table.schema == GRADIENTS and not rejected
-    assert table["id"].to_pylist() == heldout()["id"].to_pylist()
+    written, rejected = gradients_table(heldout(), derivatives(rng.normal(size=(6, 4))))
+    assert not rejected and written["id"].to_pylist() == heldout()["id"].to_pylist()
+    storage.write_table(str(tmp_path / "unit.parquet"), written)
+    read = storage.read_table(str(tmp_path / "unit.parquet"))
+    assert check_table(read, GRADIENTS, "unit").equals(written)
 
 
 def main_plan() -> TrainPlan:
