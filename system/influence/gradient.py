@@ -39,6 +39,7 @@ rows, P trainable parameters, K dimension of the inner products.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,20 +107,17 @@ def checkpoint_steps(num_steps: int, num_checkpoints: int) -> list[int]:
             f"influence.gradient_checkpoints is {num_checkpoints}, but the warm-up has {num_steps} "
             "steps: lower it, or raise influence.warm_rows_per_category"
         )
-    return [round((k + 0.5) * num_steps / num_checkpoints + 0.25) for k in range(num_checkpoints)]
+    return [math.ceil((k + 0.5) * num_steps / num_checkpoints) for k in range(num_checkpoints)]
 
 
 def part_rate(plan: TrainPlan, settings: TrainSettings, part: int, num_parts: int) -> float:
     """share_k rate_k: a part's mean learning rate times its share of the schedule's steps."""
-    edges = np.linspace(0, plan.num_steps, num_parts + 1)
-    inside = np.clip(
-        np.minimum(edges[part + 1], np.arange(plan.num_steps) + 1.0)
-        - np.maximum(edges[part], np.arange(plan.num_steps)),
-        0.0,
-        None,
-    )
-    rates = [learning_rate(step, plan.num_steps, settings) for step in range(plan.num_steps)]
-    return float(inside @ np.array(rates)) / plan.num_steps
+    start, stop = (edge * plan.num_steps / num_parts for edge in (part, part + 1))
+    total = 0.0
+    for step in range(plan.num_steps):
+        inside = min(stop, step + 1.0) - max(start, float(step))  # the step may straddle an edge
+        total += max(0.0, inside) * learning_rate(step, plan.num_steps, settings)
+    return total / plan.num_steps
 
 
 def checkpoint_path(folder: Path, part: int) -> Path:
