@@ -57,12 +57,23 @@ def _cost(config: RunConfig, records: Mapping[str, StageRecord]) -> list[str]:
         "retrain": "one reference run and one run per category and direction",
         "branch": "one warm-up, one reference run and one run per category and direction",
         "random-design": "runs with half of all doses each, for every direction",
+        "gradient": f"one warm-up with {influence.gradient_checkpoints} checkpoints, no run per "
+        "category",
     }
     lines = [
         f"influence: {influence.replications} replications of {of_what[influence.estimator]} "
         f"({directions})"
     ]
-    if categories is not None:
+    if categories is not None and influence.estimator == "gradient":
+        parts = influence.replications * influence.gradient_checkpoints
+        doses = categories * influence.dose_rows * len(influence.directions)
+        lines.append(
+            f"  {categories} categories: {influence.replications} trainings on up to "
+            f"{categories * influence.warm_rows_per_category:,} rows each; {parts} passes of "
+            f"gradients over {doses:,} dose rows and {categories * influence.heldout_rows:,} "
+            "held-out rows"
+        )
+    elif categories is not None:
         runs = influence.replications * _runs_per_replication(influence, categories)
         rows = categories * influence.rows_per_category
         lines.append(

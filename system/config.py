@@ -90,11 +90,12 @@ class AutoConfig(Section):
 class InfluenceConfig(Section):
     """Stage 3: interventions, scores, effect matrix."""
 
-    estimator: Literal["retrain", "branch", "random-design", "auto"] = "retrain"
+    estimator: Literal["retrain", "branch", "random-design", "gradient", "auto"] = "retrain"
     """`retrain`: one dose at a time, from the base model; `branch`: the same from one checkpoint
     warmed up on the base mix; `random-design`: half of all doses in every run, taken apart by
-    regression, so that every run speaks about every effect; `auto`: `random-design` in rounds,
-    until the mix would not change."""
+    regression, so that every run speaks about every effect; `gradient`: first order, from
+    gradients at checkpoints of a short warm-up, no run per dose; `auto`: `random-design` in
+    rounds, until the mix would not change."""
     auto: AutoConfig = AutoConfig()
     directions: tuple[Literal["add", "remove"], ...] = ("remove",)
     """Which way a category's dose moves; both are kept apart in the matrix."""
@@ -114,7 +115,12 @@ class InfluenceConfig(Section):
     warmup_share: Share = 0.05
     """Share of the steps with rising learning rate."""
     warm_rows_per_category: Positive = 192
-    """`branch` only: rows of each category in the shared warm-up."""
+    """`branch` and `gradient`: rows of each category in the shared warm-up."""
+    gradient_checkpoints: Positive = 2
+    """`gradient`: checkpoints of the warm-up, each standing for an equal part of the schedule."""
+    projection_dim: Positive = 1 << 22
+    """`gradient`: gradients with more numbers than this are projected to so many (seeded count
+    sketch); below, inner products are exact. Memory: 4 bytes x this x categories x directions."""
     lora: LoraConfig | None = None
     """Train adapters (merged before scoring) instead of all weights."""
     targets: dict[str, str] = Field(default_factory=dict)
@@ -142,6 +148,11 @@ class InfluenceConfig(Section):
             raise ValueError(
                 f"dose_rows {self.dose_rows} is more than rows_per_category "
                 f"{self.rows_per_category}: a dose cannot be removed that is not there"
+            )
+        if self.estimator == "gradient" and self.metric == "accuracy":
+            raise ValueError(
+                "estimator gradient differentiates losses, and answers have no derivative: use "
+                "another estimator with metric accuracy"
             )
         if self.estimator == "auto" and not 2 <= self.replications <= self.auto.max_replications:
             raise ValueError(

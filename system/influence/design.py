@@ -11,6 +11,8 @@ import numpy as np
 from system.errors import DataError
 
 FORMAT = 1
+WARMED = ("branch", "gradient")
+"""Estimators that start from a warm-up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +38,10 @@ class Unit:
 
     replication: int
     kind: str
-    """`warm`, `reference`, `add`, `remove`, `mix-add` or `mix-remove`."""
+    """`warm`, `reference`, `add`, `remove`, `mix-add`, `mix-remove` or `gradient`."""
     source: int
-    """Index of the source category, or of the pattern of a mix; -1 where the run has none."""
+    """Index of the source category, of the pattern of a mix, or of the warm-up's checkpoint that a
+    gradient is taken at; -1 where the run has none."""
 
     @property
     def name(self) -> str:
@@ -89,28 +92,47 @@ class Design:
     """Rows a category that the configuration asked for: base, dose, extra, warm, heldout."""
     dropped: dict[str, int]
     """Rows drawn that cannot be trained or scored on, by reason."""
+    gradient_checkpoints: int = 0
+    """Checkpoints of each replication's warm-up (`gradient`)."""
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """All runs, in the order in which they are best started: a replication at a time."""
+        """All work, in the order in which it is best started: a replication at a time."""
         found = []
         for replication in range(len(self.replications)):
-            if self.estimator == "branch":
+            if self.estimator in WARMED:
                 found.append(Unit(replication=replication, kind="warm", source=-1))
-            if self.estimator == "random-design":
+            if self.estimator == "gradient":
                 found += [
-                    Unit(replication=replication, kind=f"mix-{direction}", source=run)
-                    for direction, runs in self.replications[replication].patterns.items()
-                    for run in range(len(runs))
+                    Unit(replication=replication, kind="gradient", source=checkpoint)
+                    for checkpoint in range(self.gradient_checkpoints)
                 ]
-                continue
-            found.append(Unit(replication=replication, kind="reference", source=-1))
-            found += [
+            else:
+                found += self._runs(replication)
+        return tuple(found)
+
+    @property
+    def runs(self) -> tuple[Unit, ...]:
+        """All runs that have held-out losses: trained and scored, or (`gradient`) predicted."""
+        return tuple(
+            run for replication in range(len(self.replications)) for run in self._runs(replication)
+        )
+
+    def _runs(self, replication: int) -> list[Unit]:
+        if self.estimator == "random-design":
+            return [
+                Unit(replication=replication, kind=f"mix-{direction}", source=run)
+                for direction, runs in self.replications[replication].patterns.items()
+                for run in range(len(runs))
+            ]
+        return [
+            Unit(replication=replication, kind="reference", source=-1),
+            *(
                 Unit(replication=replication, kind=direction, source=source)
                 for direction in self.directions
                 for source in range(len(self.sources))
-            ]
-        return tuple(found)
+            ),
+        ]
 
     def first(self, replications: int) -> Design:
         """The same design with its first replications only."""
@@ -165,4 +187,5 @@ class Design:
             replications=replications,
             asked=dict(value["asked"]),
             dropped=dict(value["dropped"]),
+            gradient_checkpoints=value.get("gradient_checkpoints", 0),
         )

@@ -12,8 +12,9 @@ and `extra` are the plan's stage names: dose rows are the part of a category's b
 `remove` masks, extra rows those that only `add` trains on.
 
 `branch` trains each replication's base mix once on rows of its own (the warm-up) and starts all its
-runs from there.  `random-design` switches about half of all doses in every run (`mix-remove`,
-`mix-add`), see `system.influence.random_design`.
+runs from there.  `gradient` takes gradients along the warm-up, of dose and extra rows, and predicts
+the runs (`system.influence.first_order`).  `random-design` switches about half of all doses in
+every run (`mix-remove`, `mix-add`), see `system.influence.random_design`.
 
 Every choice of rows and order comes from hashes of (run seed, "influence", replication) and row
 ids: shards, workers and restarts cannot change it.
@@ -31,7 +32,7 @@ import pyarrow as pa
 
 from system.config import InfluenceConfig
 from system.errors import DataError
-from system.influence.design import CategoryRows, Design, Replication, Target, Unit
+from system.influence.design import WARMED, CategoryRows, Design, Replication, Target, Unit
 from system.influence.random_design import dose_patterns, enough_runs
 from system.training.plan import TrainPlan, build_plan
 
@@ -64,7 +65,7 @@ def asked_rows(config: InfluenceConfig) -> dict[str, int]:
         "base": config.rows_per_category,
         "dose": config.dose_rows,
         "extra": config.dose_rows if "add" in config.directions else 0,
-        "warm": config.warm_rows_per_category if config.estimator == "branch" else 0,
+        "warm": config.warm_rows_per_category if config.estimator in WARMED else 0,
         "heldout": config.heldout_rows,
     }
 
@@ -144,7 +145,7 @@ def plan_replication(
         warm_parts += [fresh, tokens.slice(0, share.warm_reused)]
     plan = _shuffled_plan(parts, roles, (seed, "order"), config, max_length)
     warm = None
-    if config.estimator == "branch":
+    if config.estimator in WARMED:
         warm = _shuffled_plan(warm_parts, None, (seed, "warm"), config, max_length)
     replication = Replication(
         index=index,
@@ -249,4 +250,5 @@ def assemble_design(
         replications=tuple(schedule.replication for schedule in schedules),
         asked=asked_rows(config),
         dropped=dict(dropped),
+        gradient_checkpoints=(config.gradient_checkpoints if config.estimator == "gradient" else 0),
     )

@@ -85,12 +85,12 @@ def collect_losses(design: Design, scores: Mapping[str, pa.Table]) -> Losses:
 
     Args:
         design: the runs and targets.
-        scores: unit name -> SCORES table; every unit but the warm-ups.
+        scores: run name -> SCORES table, of every run of the design.
 
     Raises:
         DataError: a unit or a target has no scores, or two runs saw different tokens.
     """
-    names = [unit.name for unit in design.units if unit.kind != "warm"]
+    names = [run.name for run in design.runs]
     missing = [name for name in names if name not in scores]
     if missing:
         raise DataError(

@@ -19,6 +19,7 @@ from system.training.train import train_on_plan
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,11 @@ class ProxyModel:
             first_loss=float(result.losses[:tenth].mean()),
             last_loss=float(result.losses[-tenth:].mean()),
         )
+
+    def restored(self) -> PreTrainedModel:
+        """The model with its base weights again; the caller may change them."""
+        self._restore(self._base)
+        return self._model
 
     def save(self, uri: str) -> None:
         """Writes the weights as a Hugging Face directory, replacing what is there."""

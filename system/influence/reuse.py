@@ -41,6 +41,7 @@ def run_key(
     active: np.ndarray,
     settings: TrainSettings,
     *,
+    how: Mapping[str, Any],
     model: Mapping[str, Any],
     heldout: str,
 ) -> str:
@@ -51,6 +52,7 @@ def run_key(
         unit: the run.
         active: [plan rows] bool, its mask.
         settings: its training.
+        how: what is made of it: the metric, an estimator's own settings.
         model: what the model's weights and the scorer's precision come from.
         heldout: digest of the held-out rows.
     """
@@ -62,6 +64,7 @@ def run_key(
         "start": replication.warm_sha256,
         "active": hashlib.sha256(np.packbits(active).tobytes()).hexdigest(),
         "settings": settings.sha256(),
+        "how": dict(how),
         "model": dict(model),
         "heldout": heldout,
     }

@@ -54,15 +54,17 @@ class Cost:
     """Forward and backward, prompts included."""
     scored_tokens: int
     """Forward only, prompts included."""
+    gradient_tokens: int = 0
+    """Forward and backward without a step (`gradient`), prompts included."""
     train_seconds: float
-    """Summed over tuners."""
+    """Summed over tuners, gradients included."""
     score_seconds: float
     """Summed over scorers, as the driver saw it."""
 
     @property
     def token_equivalents(self) -> float:
-        """Trained tokens plus a third of the scored ones: a backward pass costs two forward."""
-        return self.trained_tokens + self.scored_tokens / 3.0
+        """Forward + backward tokens; a scored one is a third: backward costs two forward."""
+        return self.trained_tokens + self.gradient_tokens + self.scored_tokens / 3.0
 
 
 def replicates_table(estimates: Mapping[str, Estimate]) -> pa.Table:
@@ -149,7 +151,7 @@ def _summarise_direction(
     other_TS = ~matrix.own_TS
     dose = float(np.mean(matrix.dose_S))
     needed = replications_to_halve(estimate, measured.num_replications)
-    replication_tokens = cost.trained_tokens / measured.num_replications
+    replication_tokens = (cost.trained_tokens + cost.gradient_tokens) / measured.num_replications
     training = errors.training
     prediction = left_out_prediction(measured, errors)
     agreement = split_half(measured, confidence=config.confidence)
@@ -259,11 +261,17 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
             f"{summary['min_agreement']}: these effects should not move a mix"
         )
     cost = summary["cost"]
-    lines.append(
-        f"{cost['runs']} trainings, {cost['trained_tokens']:,} tokens trained in "
-        f"{cost['train_seconds']:.0f} s, {cost['scored_tokens']:,} scored in "
-        f"{cost['score_seconds']:.0f} s"
-    )
+    done = f"{cost['runs']} trainings, {cost['trained_tokens']:,} tokens trained"
+    if summary["estimator"] == "gradient":
+        lines.append(
+            f"{done} and {cost['gradient_tokens']:,} differentiated in "
+            f"{cost['train_seconds']:.0f} s"
+        )
+    else:
+        lines.append(
+            f"{done} in {cost['train_seconds']:.0f} s, {cost['scored_tokens']:,} scored in "
+            f"{cost['score_seconds']:.0f} s"
+        )
     return tuple(lines)
 
 
@@ -280,7 +288,7 @@ def _interval(value: float, low: float | None, high: float | None, digits: int) 
 def _reference_loss(design: Design, losses: Losses, row: int) -> float:
     """Mean held-out loss of the base mix; of all runs where the design has no such run."""
     columns = losses.examples[row]
-    references = [unit.name for unit in design.units if unit.kind == "reference"]
+    references = [run.name for run in design.runs if run.kind == "reference"]
     names = references or list(losses.loss)
     return float(np.mean([losses.loss[name][columns].mean() for name in names]))
 

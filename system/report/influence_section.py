@@ -92,11 +92,18 @@ def reference_dose(influence: Influence) -> float:
 
 def _belief(influence: Influence) -> list[str]:
     summary = influence.summary
+    cost = summary["cost"]
+    gradients = cost.get("gradient_tokens", 0)
     items = [
         f"{plural(summary['replications'], 'independent replication')}, estimator "
-        f"{summary['estimator']}: {summary['cost']['runs']} trainings, "
-        f"{summary['cost']['trained_tokens']:,} tokens trained."
+        f"{summary['estimator']}: {cost['runs']} trainings, {cost['trained_tokens']:,} tokens "
+        f"trained{f', {gradients:,} differentiated' if gradients else ''}."
     ]
+    if gradients:
+        items.append(
+            "Effects are first-order predictions of gradients, not runs: order and signs are what "
+            "to read, large sizes are overstated."
+        )
     for direction, part in summary["directions"].items():
         noise = part["noise"]
         items.append(

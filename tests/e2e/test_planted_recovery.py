@@ -12,7 +12,7 @@ from system.influence.matrix import EffectMatrix, estimate_effects
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from bench_influence import Bench
+from bench_influence import Bench, Measured
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -29,8 +29,13 @@ def entry(values_TS: np.ndarray, matrix: EffectMatrix, target: str, source: str)
 
 
 @pytest.fixture(scope="module")
-def retrained(bench) -> EffectMatrix:
-    return estimate_effects(bench.measure("retrain", 3, run_seed=1).measurements).matrix
+def retrainings(bench) -> Measured:
+    return bench.measure("retrain", 3, run_seed=1)
+
+
+@pytest.fixture(scope="module")
+def retrained(retrainings) -> EffectMatrix:
+    return estimate_effects(retrainings.measurements).matrix
 
 
 def check_signs(matrix: EffectMatrix) -> None:
@@ -50,6 +55,14 @@ def test_retraining_recovers_planted_signs_beyond_its_errors(retrained):
 
 def test_a_random_design_recovers_the_same_signs(bench):
     check_signs(estimate_effects(bench.measure("random-design", 3, run_seed=1).measurements).matrix)
+
+
+def test_gradients_recover_the_same_signs_at_a_fraction_of_the_cost(bench, retrainings):
+    found = bench.measure("gradient", 3, run_seed=1)
+    matrix = estimate_effects(found.measurements).matrix
+    check_signs(matrix)
+    assert entry(matrix.effect_low_TS, matrix, "colour", "colour") > 0
+    assert found.equivalents < 0.5 * retrainings.equivalents
 
 
 def test_nothing_helps_noise(retrained):

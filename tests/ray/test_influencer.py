@@ -116,8 +116,17 @@ class World:
             cluster=self.cluster,
         )
 
-    def run(self, name: str, progress: Progress | None = None, **influence: object) -> StageResult:
-        return run(self.context(name, self.config(self.root, **influence), progress))
+    def run(
+        self,
+        name: str,
+        progress: Progress | None = None,
+        num_tuners: int = 1,
+        **influence: object,
+    ) -> StageResult:
+        config = self.config(self.root, **influence)
+        cluster = config.cluster.model_copy(update={"num_tuners": num_tuners})
+        config = config.model_copy(update={"cluster": cluster})
+        return run(self.context(name, config, progress))
 
     def path(self, name: str, *parts: str) -> Path:
         name, _, attempt = name.partition("/")
@@ -307,3 +316,79 @@ def test_auto_measures_in_rounds_until_the_mix_would_not_change(world):
     easy = world.run("auto/easy", progress, estimator="auto", auto={**strict, "regret": 10.0})
     assert progress.finished == 0, "its runs are those of the first two rounds"
     assert easy.counts["runs"] == runs and easy.lines[0].startswith("enough:")
+
+
+@pytest.fixture(scope="module")
+def by_gradient(world: World) -> StageResult:
+    """Two replications, two checkpoints each, both directions; no scorer."""
+    world.cluster.close_pool("scorer")
+    return world.run("gradient", **GRADIENT)
+
+
+GRADIENT = {
+    "estimator": "gradient",
+    "directions": ("add", "remove"),
+    "gradient_checkpoints": 2,
+    "projection_dim": 4096,
+}
+
+
+def check_same_as_by_gradient(world: World, name: str) -> None:
+    for direction in ("add", "remove"):
+        whole, other = (matrix(world, run, direction) for run in ("gradient", name))
+        assert np.isfinite(whole.effect_TS).all() and (whole.effect_se_TS > 0).all()
+        assert np.array_equal(whole.effect_TS, other.effect_TS)
+        assert np.array_equal(whole.effect_se_TS, other.effect_se_TS)
+
+
+def test_gradient_leaves_the_files_of_a_measured_matrix_without_a_scorer(world, by_gradient):
+    assert "scorer" not in world.cluster._pools
+    table = pq.read_table(world.path("gradient", by_gradient.outputs["matrix"]))
+    rows = check_table(table, MATRIX, "matrix").to_pylist()
+    assert len(rows) == 2 * 2 * len(TASKS) ** 2
+    assert {row["estimator"] for row in rows} == {"gradient"}
+    replicates = pq.read_table(world.path("gradient", by_gradient.outputs["replicates"]))
+    assert replicates.num_rows == 2 * 2 * len(TASKS) ** 2
+    cost = storage.read_json(str(world.path("gradient", "summary.json")))["cost"]
+    assert cost["runs"] == 2 and cost["scored_tokens"] == 0
+    assert 0 < cost["trained_tokens"] < cost["gradient_tokens"]
+    assert cost["token_equivalents"] == cost["trained_tokens"] + cost["gradient_tokens"]
+    assert 3 <= len(by_gradient.lines) <= 6 and "differentiated" in by_gradient.lines[-1]
+    assert not world.path("gradient", "checkpoints").exists()
+
+
+def test_gradient_is_the_same_with_a_driver_that_dies_and_with_more_tuners(world, by_gradient):
+    name, finished_units = "gradient-stopped", 3
+    with pytest.raises(Killed):
+        world.run(name, StopsAfter(finished_units), **GRADIENT)
+    world.cluster.close_pool("tuner")
+    kept = {path.name: path.stat().st_mtime_ns for path in world.path(name, "scores").glob("*")}
+    assert kept
+    world.run(name, num_tuners=2, **GRADIENT)
+    for path, before in kept.items():
+        assert world.path(name, "scores", path).stat().st_mtime_ns == before
+    check_same_as_by_gradient(world, name)
+
+
+def test_gradient_is_the_same_when_a_tuner_dies_with_a_unit_in_its_hands(world, by_gradient):
+    name, killed, stop = "gradient-killed", [], threading.Event()
+
+    def kill_a_busy_tuner() -> None:
+        while not stop.is_set() and not killed:
+            time.sleep(0.02)
+            if not list(world.path(name, "scores").glob("*.parquet")):
+                continue
+            pool = world.cluster._pools.get("tuner")
+            for _, actor in list(pool._in_flight.values()) if pool else []:
+                ray.kill(actor)
+                killed.append(actor)
+
+    thread = threading.Thread(target=kill_a_busy_tuner)
+    thread.start()
+    try:
+        world.run(name, **GRADIENT)
+    finally:
+        stop.set()
+        thread.join()
+    assert killed
+    check_same_as_by_gradient(world, name)

@@ -99,3 +99,16 @@ def test_replications_count_as_scored_in_order_and_whole():
     assert ledger.num_scored_replications(3) == 1
     ledger.scored(made[7])
     assert ledger.num_scored_replications(3) == 3 and ledger.num_scored_replications(2) == 2
+
+
+def test_gradients_wait_for_their_warm_up_and_are_scored_as_they_are_taken():
+    warm = Unit(replication=0, kind="warm", source=-1)
+    parts = [Unit(replication=0, kind="gradient", source=part) for part in range(2)]
+    ledger = Ledger([warm, *parts], trained=(), scored=(), max_checkpoints=1)
+    assert ledger.next_to_train() == warm and ledger.next_to_train() is None
+    ledger.trained(warm)
+    for part in parts:
+        assert ledger.next_to_train() == part
+        assert ledger.next_to_train() is None and ledger.next_to_score() is None
+        ledger.scored(part)
+    assert ledger.is_done

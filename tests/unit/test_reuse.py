@@ -16,10 +16,12 @@ SETTINGS = TrainSettings(learning_rate=1e-3, lr_schedule="linear", warmup_share=
 HELDOUT = pa.table({"id": ["a", "b"], "input_ids": [[1, 2], [3]]})
 
 
-def key(made=None, unit=UNIT, active=ACTIVE, settings=SETTINGS, model="m", heldout=HELDOUT):
+def key(
+    made=None, unit=UNIT, active=ACTIVE, settings=SETTINGS, model="m", heldout=HELDOUT, how="loss"
+):
     return run_key(
         design() if made is None else made, unit, active, settings,
-        model={"path": model}, heldout=heldout_digest(heldout),
+        how={"metric": how}, model={"path": model}, heldout=heldout_digest(heldout),
     )  # fmt: skip
 
 
@@ -39,6 +41,7 @@ def test_everything_that_decides_a_score_is_in_its_key():
         key(settings=replace(SETTINGS, learning_rate=2e-3)),
         key(settings=replace(SETTINGS, seed=1)),
         key(model="n"),
+        key(how="accuracy"),
         key(heldout=pa.table({"id": ["a", "b"], "input_ids": [[1, 2], [4]]})),
         key(heldout=pa.table({"id": ["a", "c"], "input_ids": [[1, 2], [3]]})),
     ]

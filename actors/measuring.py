@@ -1,0 +1,293 @@
+"""The runs of an influence stage: a ledger of units over tuners and scorers.
+
+    design ──> ledger ── tune(unit) ──> Tuner   ──> checkpoints/<unit>/, units/<unit>.json
+                  ^ └─── score(unit) ─> Scorer  ──> scores/<unit>.parquet, checkpoint deleted
+                  └──────── wait_any ─────────┘
+    (`gradient`: warm_up and differentiate on the tuners, whose answers are the scores)
+
+The files are the state: a training counts once its `units/*.json` is there, a scoring once its
+`scores/*.parquet` is, and both are written whole or not at all.  A driver that starts again finds
+them and goes on; a dead actor's unit is given out again by its pool.  Runs that another attempt of
+the stage has finished are taken from it where everything that decides them is the same
+(`system.influence.reuse`).  Warm-up checkpoints (`branch`, `gradient`) stay until it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from actors.analysis import matrices_of
+from actors.designer import answer_tokens, plan_uri
+from actors.pool import ActorPool, ActorSpec, wait_any
+from actors.scorer import scorer_pool
+from actors.stage import StageContext
+from actors.tuner import Tuner
+from system import storage
+from system.influence.design import Design, Unit
+from system.influence.first_order import gradient_task, gradients_table
+from system.influence.gradient import Derivatives
+from system.influence.interventions import active_rows
+from system.influence.ledger import Ledger
+from system.influence.reuse import SharedRuns, heldout_digest, run_key
+from system.influence.summary import METRIC_UNITS, short_unit
+from system.models.base import kind_of
+from system.training.plan import TrainPlan, read_plan
+from system.training.settings import TrainSettings
+
+TUNERS = "tuner"
+
+
+def _model_identity(context: StageContext) -> dict[str, Any]:
+    """What decides the base model's weights; the corpus only where the model is built from it."""
+    record = context.upstream["model"]
+    if kind_of(context.config.model.path) == "builtin":
+        return {"fingerprint": record.fingerprint}
+    return {name: value for name, value in record.inputs.items() if not name.startswith("after.")}
+
+
+def _how_measured(context: StageContext, design: Design) -> dict[str, Any]:
+    """What decides a unit's result beside its rows, its training and the model."""
+    config = context.config.influence
+    how: dict[str, Any] = {"metric": config.metric}
+    if config.metric == "accuracy":
+        how["max_new_tokens"] = answer_tokens(context.config)
+    if design.estimator == "gradient":
+        how["checkpoints"] = design.gradient_checkpoints
+        how["projection_dim"] = config.projection_dim
+        how["directions"] = list(design.directions)
+    return how
+
+
+class Measuring:
+    """The runs of one attempt, from where an earlier driver left them."""
+
+    def __init__(self, context: StageContext, design: Design) -> None:
+        self.context = context
+        self.design = design
+        self.heldout = storage.read_table(storage.join(context.attempt, "heldout.arrow"))
+        self.plans: dict[str, TrainPlan] = {}
+        self.started: dict[str, float] = {}
+        self.shared = SharedRuns(context.shared_uri)
+        self.model = _model_identity(context)
+        self.how = _how_measured(context, design)
+        self.heldout_sha256 = heldout_digest(self.heldout)
+        self.shown = 0
+
+    def run(self) -> None:
+        """Trains and scores whatever is not there yet."""
+        context, config = self.context, self.context.config
+        if not config.influence.keep_checkpoints:  # an adopted run has no checkpoint to keep
+            self._adopt_finished_runs()
+        scored = {name.removesuffix(".parquet") for name in self._names("scores")}
+        checkpoints = set(self._names("checkpoints"))
+        trained = {name.removesuffix(".json") for name in self._names("units")} & checkpoints
+        ledger = Ledger(
+            self.design.units,
+            trained=trained,
+            scored=scored,
+            max_checkpoints=config.cluster.num_tuners + 2 * config.cluster.num_scorers,
+        )
+        total = len(self.design.units)
+        if not ledger.is_done:
+            with context.progress.bar("influence", total=total) as bar:
+                bar.advance(total - max(ledger.num_unscored, ledger.num_to_train))
+                self._drain(ledger, bar)
+        if not config.influence.keep_checkpoints:
+            storage.delete(storage.join(context.attempt, "checkpoints"))
+
+    def _adopt_finished_runs(self) -> None:
+        """Takes what other attempts measured under the very same circumstances."""
+        here = set(self._names("units")) | set(self._names("scores"))
+        adopted = 0
+        for unit in self.design.units:
+            ending = ".json" if unit.kind == "warm" else ".parquet"
+            if unit.name + ending in here or (found := self.shared.find(self._key(unit))) is None:
+                continue
+            scores, training = found
+            storage.write_json(self._file("units", unit, ".json"), training)
+            if scores is not None:
+                storage.write_table(self._file("scores", unit, ".parquet"), scores)
+            adopted += 1
+        if adopted:
+            self.context.progress.say(
+                f"  {adopted} of {len(self.design.units)} runs were measured before and still hold"
+            )
+
+    def _key(self, unit: Unit) -> str:
+        plan, how = self._plan(unit), self.how
+        if unit.kind == "gradient":
+            active, how = np.ones(plan.table.num_rows, dtype=bool), {**how, "part": unit.source}
+        else:
+            active = active_rows(plan, unit, self.design)
+        return run_key(
+            self.design,
+            unit,
+            active,
+            self._settings(unit),
+            how=how,
+            model=self.model,
+            heldout=self.heldout_sha256,
+        )
+
+    def _plan(self, unit: Unit) -> TrainPlan:
+        uri = self._plan_uri(unit)
+        if uri not in self.plans:
+            self.plans[uri] = read_plan(uri)
+        return self.plans[uri]
+
+    def _plan_uri(self, unit: Unit) -> str:
+        return plan_uri(self.context, unit.replication, "warm" if unit.kind == "warm" else "main")
+
+    def _settings(self, unit: Unit) -> TrainSettings:
+        config = self.context.config
+        seed = self.design.replications[unit.replication].seed
+        return TrainSettings.from_influence(config.influence, config.model, seed)
+
+    def _drain(self, ledger: Ledger, bar: Any) -> None:
+        by_gradient = self.design.estimator == "gradient"
+        scorers = None if by_gradient else scorer_pool(self.context)
+        tuners = self._tuner_pool()
+        heldout = ray.put(self.heldout)
+        while not ledger.is_done:
+            while scorers and scorers.has_room and (unit := ledger.next_to_score()) is not None:
+                self._score(scorers, unit, heldout)
+            while tuners.has_room and (unit := ledger.next_to_train()) is not None:
+                if by_gradient:
+                    self._differentiate(tuners, unit, heldout)
+                else:
+                    self._tune(tuners, unit)
+            for done in wait_any([tuners] if scorers is None else [scorers, tuners]):
+                unit = cast(Unit, done.key)
+                if unit.kind == "gradient":
+                    self._keep_gradients(unit, done.value)
+                    ledger.scored(unit)
+                    bar.advance(1)
+                elif done.pool is tuners:
+                    storage.write_json(self._file("units", unit, ".json"), asdict(done.value))
+                    if unit.kind == "warm":
+                        self.shared.keep(self._key(unit), None, asdict(done.value))
+                    ledger.trained(unit)
+                    bar.advance(1 if unit.kind == "warm" else 0)
+                else:
+                    self._keep_scores(unit, done.value)
+                    ledger.scored(unit)
+                    bar.advance(1)
+                    self._show_partial_matrix(ledger)
+
+    def _tuner_pool(self) -> ActorPool:
+        config = self.context.config
+        return self.context.cluster.pool(
+            ActorSpec(
+                name=TUNERS,
+                actor_class=Tuner,
+                args=(
+                    self.context.input("model", "model"),
+                    max(1, int(config.cluster.actor_cpus)),
+                    config.cluster.tuner_gpus > 0,
+                    config.model.trust_remote_code,
+                ),
+                num_actors=config.cluster.num_tuners,
+                num_cpus=config.cluster.actor_cpus,
+                num_gpus=config.cluster.tuner_gpus,
+                max_attempts=config.cluster.max_attempts,
+            )
+        )
+
+    def _tune(self, tuners: ActorPool, unit: Unit) -> None:
+        branches = self.design.estimator == "branch" and unit.kind != "warm"
+        # Only a checkpoint that is written whole may be called trained after a crash.
+        storage.delete(self._file("units", unit, ".json"))
+        tuners.submit(
+            unit,
+            "tune",
+            self._plan_uri(unit),
+            active_rows(self._plan(unit), unit, self.design),
+            self._settings(unit),
+            self._warm_uri(unit) if branches else None,
+            self._file("checkpoints", unit),
+        )
+
+    def _differentiate(self, tuners: ActorPool, unit: Unit, heldout: ray.ObjectRef) -> None:
+        config = self.context.config.influence
+        uri, warm_uri = self._plan_uri(unit), self._warm_uri(unit)
+        settings = self._settings(unit)
+        storage.delete(self._file("units", unit, ".json"))
+        if unit.kind == "warm":
+            checkpoints = self.design.gradient_checkpoints
+            tuners.submit(unit, "warm_up", uri, settings, checkpoints, warm_uri)
+            return
+        task = gradient_task(self._plan(unit), self.design, unit, config.projection_dim)
+        tuners.submit(unit, "differentiate", uri, task, heldout, settings, warm_uri)
+
+    def _warm_uri(self, unit: Unit) -> str:
+        warm = Unit(replication=unit.replication, kind="warm", source=-1)
+        return self._file("checkpoints", warm)
+
+    def _score(self, scorers: ActorPool, unit: Unit, heldout: ray.ObjectRef) -> None:
+        self.started[unit.name] = time.perf_counter()
+        config, weights = self.context.config, self._file("checkpoints", unit)
+        if config.influence.metric == "accuracy":
+            scorers.submit(unit, "answer", weights, heldout, answer_tokens(config))
+        else:
+            scorers.submit(unit, "score", weights, heldout)
+
+    def _keep_gradients(self, unit: Unit, found: Derivatives) -> None:
+        """Commits derivatives as the unit's scores; what they cost, before."""
+        cost = {
+            "trained_tokens": 0, "gradient_tokens": found.num_tokens, "seconds": found.seconds,
+        }  # fmt: skip
+        storage.write_json(self._file("units", unit, ".json"), cost)
+        table, rejected = gradients_table(self.heldout, found)
+        metadata = {"instructmix.seconds": "0", "instructmix.rejected": json.dumps(rejected)}
+        table = table.replace_schema_metadata(metadata)
+        self.shared.keep(self._key(unit), table, cost)
+        storage.write_table(self._file("scores", unit, ".parquet"), table)
+
+    def _keep_scores(self, unit: Unit, scored: Any) -> None:
+        """Commits the scores, then frees the checkpoint they came from."""
+        metadata = {
+            "instructmix.seconds": f"{time.perf_counter() - self.started[unit.name]:.3f}",
+            "instructmix.rejected": json.dumps(scored.rejected),
+        }
+        table = scored.table.replace_schema_metadata(metadata)
+        training = storage.read_json(self._file("units", unit, ".json"))
+        self.shared.keep(self._key(unit), table, training)
+        storage.write_table(self._file("scores", unit, ".parquet"), table)
+        if not self.context.config.influence.keep_checkpoints:
+            storage.delete(self._file("checkpoints", unit))
+
+    def _show_partial_matrix(self, ledger: Ledger) -> None:
+        """What the replications so far say, for whoever watches; the last one says it itself."""
+        total = len(self.design.replications)
+        count = ledger.num_scored_replications(total)
+        if not self.shown < count < total:
+            return
+        self.shown = count
+        matrices = matrices_of(self.context, self.design.first(count))
+        uri = storage.join(self.context.attempt, "partial.parquet")
+        storage.write_table(
+            uri, pa.concat_tables(matrix.to_table() for matrix in matrices.values())
+        )
+        errors = ", ".join(
+            f"{np.median((matrix.effect_se_TS * matrix.dose_S)[~matrix.own_TS]):.4f} ({direction})"
+            for direction, matrix in matrices.items()
+        )
+        unit = short_unit(METRIC_UNITS[self.context.config.influence.metric])
+        kind = "held-out errors only" if count == 1 else "errors by replication"
+        self.context.progress.say(
+            f"  {count} of {total} replications done: typical error {errors} {unit} for a dose, "
+            f"{kind}; partial matrix in {uri}"
+        )
+
+    def _names(self, folder: str) -> list[str]:
+        return storage.list_names(storage.join(self.context.attempt, folder))
+
+    def _file(self, folder: str, unit: Unit, ending: str = "") -> str:
+        return storage.join(self.context.attempt, folder, unit.name + ending)

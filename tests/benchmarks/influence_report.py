@@ -1,0 +1,130 @@
+"""`influence.md` and `influence.json` from what `bench_influence.py` measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BAR, BAR_COST = 0.8, 0.1
+BASELINES = ("retrain",)
+WIDTH = 40
+SETTINGS_TEXT = """\
+| setting | what it is |
+|---|---|
+| retrain | one run per dose from the base model |
+| branch | the same from one checkpoint of a warm-up on 40 rows a category |
+| random-design | half of all doses in every run |
+| gradient | two checkpoints of a warm-up on 40 rows a category, exact inner products |
+| gradient-1, gradient-4 | one, four checkpoints |
+| gradient-8192 | as `gradient`, projected to 8192 numbers (LESS' default) |
+| gradient-40-rows | as `gradient`, with 40 of the 120 dose rows |
+"""
+
+
+def write_report(path: Path, found: dict[str, Any]) -> None:
+    """Writes the page, and beside it the numbers."""
+    path.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+    reference = found["reference_replications"]
+    lines = [
+        "# Influence estimators on planted truth: recovery against cost",
+        "",
+        "Written by `bench_influence.py`; numbers in `influence.json`. Nine planted categories, a",
+        "Llama of a million parameters, 160 base rows and a dose of 120 a category, 64 held-out",
+        f"rows a target, direction `remove`. Reference: {reference} replications of `retrain` on",
+        f"schedules of its own, {found['reference_equivalents']:,.0f} token equivalents (forward +",
+        f"backward = 1, forward = 1/3), {found['reference_seconds']:.0f} s.",
+        "",
+        f"commit: {found['commit']}.  machine: {found['machine']}, one thread.  versions: "
+        + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        + ".",
+        "",
+        SETTINGS_TEXT,
+        "## Noise ceiling",
+        "",
+        "Rank correlation of `retrain` with itself: replications against as many others; median",
+        "over targets of the correlation over a target's eight other sources, 95 % bootstrap",
+        "interval over targets.",
+        "",
+        "| replications a side | median rank correlation |",
+        "|---|---|",
+        *(f"| {size} | {_interval(values)} |" for size, values in found["ceiling"].items()),
+        "",
+        "## Recovery and cost",
+        "",
+        "*cost*: share of the reference's token equivalents (in brackets: of one replication of",
+        "`retrain`). *rank*: as above, with the reference. *signs*: off-diagonal entries with the",
+        "reference's sign. *planted*: signs that the construction fixes. *zeros*: unrelated pairs",
+        "whose interval covers zero. *scale*: own effects as a multiple of the reference's.",
+        "",
+        "| setting | replications | cost | seconds | rank | signs | planted | zeros | scale |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_row(row, reference) for row in found["rows"]),
+        "",
+        "## Rank correlation against cost",
+        "",
+        "```",
+        *_curve(found["rows"]),
+        "```",
+        "",
+        "## The bar",
+        "",
+        _verdict(found),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _interval(values: Any) -> str:
+    value, low, high = values
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _rank(row: dict[str, Any]) -> str:
+    return _interval([row[f"target_rank_{name}"] for name in ("median", "low", "high")])
+
+
+def _row(row: dict[str, Any], reference: int) -> str:
+    cells = [
+        row["setting"],
+        row["replications"],
+        f"{row['cost']:.3f} ({row['cost'] * reference:.2f})",
+        f"{row['seconds']:.0f}",
+        _rank(row),
+        f"{row['sign_agreement_with_reference']:.2f}",
+        row["planted_signs_right"],
+        f"{row['unrelated_pairs_covering_zero']:.2f}",
+        f"{row['own_scale']:.2f}",
+    ]
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _curve(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a row, cheapest first; the bar's place is marked."""
+    lines = []
+    for row in sorted(rows, key=lambda row: row["cost"]):
+        filled = round(max(0.0, row["target_rank_median"]) * WIDTH)
+        line = list("#" * filled + " " * (WIDTH - filled))
+        line[round(BAR * WIDTH)] = "|"
+        name = f"{row['setting']} x{row['replications']}"
+        lines.append(
+            f"{row['cost']:7.3f}  {name:<20} {''.join(line)} {row['target_rank_median']:.2f}"
+        )
+    return lines
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    cheap = [
+        row for row in found["rows"] if row["cost"] <= BAR_COST and row["setting"] not in BASELINES
+    ]
+    asked = (
+        f"Asked: a cheap estimator with a median rank correlation of at least {BAR} at "
+        f"{BAR_COST:.0%} or less of the reference's token equivalents."
+    )
+    if not cheap:
+        return f"{asked} **Not judged**: no estimate was measured at that cost."
+    best = max(cheap, key=lambda row: row["target_rank_median"])
+    name = f"`{best['setting']}` with {best['replications']} replication(s)"
+    text = f"{_rank(best)} at {best['cost']:.1%} of the cost"
+    if best["target_rank_median"] >= BAR:
+        return f"{asked} **Reached** by {name}: {text}."
+    return f"{asked} **Not reached**: the best is {name}, {text}."
