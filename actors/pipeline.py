@@ -86,7 +86,7 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="ingest", module="actors.ingestor",
-        reads=("sources", "ingest"), identity=_source_identity,
+        reads=("sources", "ingest"), identity=_source_identity, revision=2,
     ),
     Stage(
         name="model", module="actors.modeler",
