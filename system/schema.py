@@ -98,6 +98,15 @@ MATRIX = pa.schema(
 )
 """The effect matrix (stage 3). Row = target (measured on), column = source (trained on)."""
 
+SELECTION_SCORES = pa.schema(
+    [
+        pa.field("score", pa.float64()),  # null where there is none
+        pa.field("reason", pa.string()),  # null: ranked by its score; else why it is not
+        pa.field("is_usable", pa.bool_(), nullable=False),  # false: quarantined, never chosen
+    ]
+)
+"""What select goes by, one line for each row of a shard, in its order."""
+
 SELECTION = pa.schema(
     [
         pa.field("stage", pa.string(), nullable=False),
