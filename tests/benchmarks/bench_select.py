@@ -26,7 +26,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -236,6 +235,12 @@ def theirs(method: str, corpus_dir: Path, out: Path, take: int) -> dict[str, flo
     return seconds
 
 
+def _status(name: str) -> float:
+    """A value of the kernel's about this process, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
 class Memory:
     """The most memory that this process holds itself."""
 
@@ -246,9 +251,7 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.02):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("RssAnon"):
-                    self.anon_mib = max(self.anon_mib, int(line.split()[1]) / 1024)
+            self.anon_mib = max(self.anon_mib, _status("RssAnon"))
 
     def __enter__(self) -> Memory:
         """Begins to watch."""
@@ -273,7 +276,7 @@ def run_child(arguments: argparse.Namespace) -> None:
         "seconds": sum(seconds.values()),
         "parts": {name: round(value, 2) for name, value in seconds.items()},
         "anon_mib": memory.anon_mib,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": _status("VmHWM"),
     }
     print(json.dumps(answer))
 
