@@ -361,6 +361,21 @@ class RunConfig(Section):
         return run_dir
 
     @model_validator(mode="after")
+    def _selection_has_its_columns(self) -> RunConfig:
+        select = self.select
+        for is_asked, key, column in (
+            (select.uses_score and select.score == "column", "select.score", "score_column"),
+            (select.uses_embedding and select.embedding == "column", "select.embedding",
+             "embedding_column"),
+        ):  # fmt: skip
+            if is_asked and not any(getattr(source, column) for source in self.sources):
+                raise ValueError(
+                    f"{key} is `column`, but no source names its {column}: name it, or choose "
+                    f"another {key}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _source_names_differ(self) -> RunConfig:
         names = [source.name for source in self.sources if source.name]
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -14,7 +14,7 @@ from system.selection.embed import dimensions_differ
 from system.selection.vectors import cosines
 
 _BLOCK_ROWS = 512
-_CHUNK_ROWS = 8192
+_CHUNK_ROWS = 2048
 
 
 class DiverseRows:

@@ -98,7 +98,7 @@ class World:
         config = RunConfig.model_validate(
             {
                 "run_dir": str(self.root),
-                "sources": [{"path": "unused.jsonl"}],
+                "sources": [{"path": "x", "score_column": "s", "embedding_column": "v"}],
                 "model": {"path": "builtin:tiny", "max_length": CONTEXT},
                 "solve": {"budget": 10},
                 "select": select,

@@ -168,7 +168,8 @@ def test_each_response_stands_alone_behind_the_opening():
 
 def config(**select: object) -> RunConfig:
     value = {
-        "run_dir": "r", "sources": [{"path": "a"}], "model": {"path": "builtin:tiny"},
+        "run_dir": "r", "model": {"path": "builtin:tiny"},
+        "sources": [{"path": "a", "score_column": "s", "embedding_column": "v"}],
         "solve": {"budget": 3}, "select": select,
     }  # fmt: skip
     return parse_config(value, where="test")
@@ -206,3 +207,20 @@ def test_the_fingerprint_holds_what_the_method_reads_and_no_more(module, tmp_pat
 def test_a_score_of_no_known_form_is_refused(score):
     with pytest.raises(ConfigError, match=r"select\.score: expected column, loss, ifd, or"):
         config(method="quality", score=score)
+
+
+@pytest.mark.parametrize(
+    ("select", "column"),
+    [
+        ({"method": "quality"}, "score_column"),
+        ({"method": "quality+diversity", "score": "ifd", "embedding": "column"},
+         "embedding_column"),
+    ],
+)  # fmt: skip
+def test_a_column_that_no_source_names_is_refused_before_anything_starts(select, column):
+    value = config(**select).model_dump(mode="json")
+    value["sources"] = [{"path": "a"}]
+    with pytest.raises(ConfigError, match=f"is `column`, but no source names its {column}"):
+        parse_config(value, where="test")
+    value["select"]["method"] = "random"
+    parse_config(value, where="test")

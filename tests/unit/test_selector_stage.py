@@ -99,7 +99,8 @@ def root(tmp_path_factory) -> Path:
 def context(root: Path, name: str, cluster: Cluster, size: int, **select: Any) -> StageContext:
     config = RunConfig.model_validate(
         {
-            "run_dir": str(root), "sources": [{"path": "unused"}], "solve": {"budget": 10},
+            "run_dir": str(root), "solve": {"budget": 10},
+            "sources": [{"path": "x", "score_column": "s", "embedding_column": "v"}],
             "model": {"path": "builtin:tiny"}, "select": select,
         }
     )  # fmt: skip
