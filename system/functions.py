@@ -6,7 +6,6 @@ here and in every worker.  Its source is part of the fingerprint of the stage th
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib
@@ -14,7 +13,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,11 +69,14 @@ class UserFunction:
 
     def _find(self) -> Any:
         module = self.name.partition(":")[0]
-        with _search(self.folder):
-            try:
-                found = importlib.util.find_spec(module)
-            except ImportError:
-                found = None  # a parent package is missing
+        if self.folder not in sys.path:
+            # It stays there: a function may import more when it runs.
+            sys.path.append(self.folder)
+        importlib.invalidate_caches()
+        try:
+            found = importlib.util.find_spec(module)
+        except ImportError:
+            found = None  # a parent package is missing
         if found is None:
             raise self.failed(
                 f"expected a module {module!r} on the import path or in {self.folder}, found "
@@ -88,13 +90,12 @@ class UserFunction:
 def _load(function: UserFunction) -> Callable[..., Any]:
     module_name, _, name = function.name.partition(":")
     function._find()
-    with _search(function.folder):
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:
-            raise function.failed(
-                f"importing {module_name!r} failed with {type(error).__name__}: {error}"
-            ) from error
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise function.failed(
+            f"importing {module_name!r} failed with {type(error).__name__}: {error}"
+        ) from error
     found = getattr(module, name, None)
     if not callable(found):
         raise function.failed(
@@ -102,17 +103,3 @@ def _load(function: UserFunction) -> Callable[..., Any]:
             f"{'nothing of that name' if found is None else type(found).__name__}"
         )
     return found
-
-
-@contextlib.contextmanager
-def _search(folder: str) -> Iterator[None]:
-    """Looks in the folder as well, last."""
-    if folder in sys.path:
-        yield
-        return
-    sys.path.append(folder)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)

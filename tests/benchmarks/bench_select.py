@@ -14,6 +14,7 @@ other, `--repeats` times.
 - `datasets-random`: `load_dataset("arrow")`, by category `.shuffle().select()`, joined, shuffled,
   `.to_parquet()`; `datasets-quality`: `.sort("score")` instead
 
+With `--coverage`, instead: how well `facility-location` covers real rows by size of its blocks.
 With `--index` the corpus has only ids and scores, and ours chooses and arranges: no body is there
 to be written.  Memory: `anon` is what a process holds itself (peak of RssAnon, sampled every
 20 ms); `peak` is the kernel's maximum resident size, in which pages of mapped files count as well.
@@ -301,6 +302,48 @@ def measure(name: str, corpus: Path, arguments: argparse.Namespace) -> dict[str,
     return json.loads(answer.stdout.splitlines()[-1])
 
 
+def coverage_on_real_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Mean similarity of a category's rows to the nearest of the 5 % chosen, by size of block."""
+    from system.config import SelectConfig
+    from system.data.corpus import Corpus
+    from system.data.ingest import ingest_local
+    from system.load import load_config
+    from system.selection import embed
+    from system.selection.choose import choose_rows
+    from system.selection.coverage import coverage
+
+    work = arguments.work_dir / "real"
+    shutil.rmtree(work, ignore_errors=True)
+    example = str(Path(__file__).parents[2] / "configs" / "real_cpu.yaml")
+    config = load_config(example, [f"data_dir={arguments.data_dir}", f"run_dir={work}"])
+    ingest_local(config, str(work))
+    corpus = Corpus.open(str(work / "manifest.json"))
+    shards = [s for name in corpus.categories for s in corpus.shards("train", name)]
+    counted = [embed.count_words(corpus, s, sum(t.rows for t in shards)) for s in shards]
+    counts = np.sum([found for found, _ in counted], axis=0)
+    embed.write_weights(str(work), counts, sum(rows for _, rows in counted))
+    weights = embed.read_weights(str(work))
+    for category in ("math", "code", "closed_book_qa"):
+        own = corpus.shards("train", category)
+        parts = [embed.embed_texts(corpus, shard, weights) for shard in own]
+        starts = np.cumsum([0, *(len(part) for part in parts)])
+        for shard, part in zip(own, parts, strict=True):
+            embed.write_vectors(str(work), shard, part, np.ones(len(part), bool))
+        vectors = np.concatenate(parts)
+        take = len(vectors) // 20
+        found: dict[str, Any] = {"category": category, "rows": len(vectors), "taken": take}
+        for num_blocks in (0, 1, 2, 4, 8):
+            rule = SelectConfig()
+            if num_blocks:
+                rule = SelectConfig(method="facility-location")
+                rule = rule.model_copy(update={"block_rows": -(-len(vectors) // num_blocks)})
+            chosen = choose_rows(corpus, category, take, rule, 0, str(work))
+            value = coverage(vectors, starts[chosen.shard] + chosen.row) / 32767 / len(vectors)
+            found[f"{num_blocks} blocks" if num_blocks else "random"] = round(value, 4)
+        yield found
+    shutil.rmtree(work)
+
+
 def hardware() -> dict[str, Any]:
     """What the numbers were measured on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -348,6 +391,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000])
     parser.add_argument("--take", type=int, default=49_000)
     parser.add_argument("--index", action="store_true")
+    parser.add_argument("--coverage", action="store_true")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=["random", "quality", *THEIRS])
     parser.add_argument("--data-dir", type=Path)
@@ -362,10 +406,10 @@ def main() -> None:
         return
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     results = []
-    for num_rows in arguments.rows:
-        for item in run_size(num_rows, arguments):
-            print(json.dumps(item), flush=True)
-            results.append(item)
+    sizes = (item for num_rows in arguments.rows for item in run_size(num_rows, arguments))
+    for item in coverage_on_real_rows(arguments) if arguments.coverage else sizes:
+        print(json.dumps(item), flush=True)
+        results.append(item)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     ).stdout.strip()
