@@ -127,14 +127,12 @@ def judge(values: pa.ChunkedArray | pa.Array | np.ndarray, score: str = "column"
     is_null = np.asarray(given.is_null())
     raw = np.asarray(given.fill_null(0.0), np.float64)
     is_usable = np.isfinite(raw)
-    reasons = np.full(len(raw), None, object)
-    reasons[is_null] = NO_SCORE
-    reasons[~is_usable] = NOT_FINITE
-    if score == "ifd":
-        reasons[is_usable & ~is_null & (raw >= 1.0)] = NOT_HELPED
+    is_helped = (raw < 1.0) | (score != "ifd")
+    found = np.select([is_null, ~is_usable, ~is_helped], [1, 2, 3], 0)
+    reasons = pa.array([None, NO_SCORE, NOT_FINITE, NOT_HELPED], pa.string())
     columns = {
         "score": pa.array(raw, pa.float64(), mask=is_null | ~is_usable),
-        "reason": pa.array(reasons, pa.string()),
+        "reason": reasons.take(pa.array(found)),
         "is_usable": pa.array(is_usable),
     }
     return pa.table(columns, schema=SELECTION_SCORES)
