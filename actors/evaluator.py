@@ -92,6 +92,8 @@ class _Evaluation:
             max_epochs=config.solve.max_epochs,
             seed=seed_of(config.seed, "evaluate-random-move"),
         )
+        # Arms choose by the scores and vectors of stage `select`, which covers all categories.
+        self.selection_uri = context.input("select", "manifest").rpartition("/")[0]
         delivered = context.input("train", "model")
         self.models = [
             _Model(arm=BASE, seed=0, weights_uri=None, is_ours=False),
@@ -226,7 +228,8 @@ class _Evaluation:
             arm.counts,
             seed,
             curriculum=arm.curriculum,
-            method=self.context.config.select.method,
+            settings=self.context.config.select,
+            attempt=self.selection_uri,
         )
         plan, dropped = plan_selection([table], self.context.input("model", "model"), self.context)
         write_plan(uri, plan)

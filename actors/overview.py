@@ -82,6 +82,10 @@ def _cost(config: RunConfig, records: Mapping[str, StageRecord]) -> list[str]:
         )
     else:
         lines.append("  (how many categories there are is known after ingest)")
+    select = config.select
+    if select.uses_score and select.score in ("loss", "ifd"):
+        times = "twice, with its prompt and without" if select.score == "ifd" else "once"
+        lines.append(f"select: the base model reads every train row {times}")
     evaluate = config.evaluate
     total = config.solve.budget * config.curriculum.epochs
     lines.append(

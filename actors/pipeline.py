@@ -67,6 +67,13 @@ def _what_ends_measuring(config: RunConfig) -> tuple[str, ...]:
     return ("solve",) if config.influence.estimator == "auto" else ()
 
 
+def _score_identity(config: RunConfig) -> dict[str, str]:
+    from system.selection.scores import score_function
+
+    function = score_function(config.select)
+    return {} if function is None else {function.name: function.source_digest()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """One stage: where its code is, what it reads, where it writes."""
@@ -97,7 +104,7 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="ingest", module="actors.ingestor",
-        reads=("sources", "ingest"), identity=_source_identity,
+        reads=("sources", "ingest"), identity=_source_identity, revision=2,
     ),
     Stage(
         name="model", module="actors.modeler",
@@ -123,7 +130,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="select", module="actors.selector",
-        reads=("select", "seed"), after=("tag", "curriculum"),
+        reads=("select", "seed"), after=("model", "tag", "curriculum"), identity=_score_identity,
+        revision=2,
     ),
     Stage(
         name="train", module="actors.trainer",
@@ -132,7 +140,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="evaluate", module="actors.evaluator",
         reads=("evaluate", "train", "curriculum", "select", "seed"),
-        after=("tag", "model", "influence", "solve", "curriculum", "train"), revision=2,
+        after=("tag", "model", "influence", "solve", "curriculum", "select", "train"), revision=2,
     ),
     Stage(
         name="report", module="actors.reporter", reads=(),
@@ -182,7 +190,7 @@ def stage_inputs(
         for part in name.split("."):
             value = value[part]
         inputs |= flatten(name, value)
-    for name in _NO_RESULT:
+    for name in _NO_RESULT | config.select.unread_fields:
         inputs.pop(name, None)
     inputs |= flatten("file", stage.identity(config))
     return inputs | {f"after.{name}": records[name].fingerprint for name in stage.after}

@@ -2,7 +2,8 @@
 
     tagger ──────┐                              one pool for all stages that score, made on first
     influencer ──┼── submit ──> Scorer, Scorer  use and ended by the driver before training needs
-    evaluator ───┘                              the CPUs; a call blocks its actor until answered
+    selector ────┤                              the CPUs; a call blocks its actor until answered
+    evaluator ───┘
 
 A dead scorer is replaced by the pool and its unit given out again: every method can be repeated.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +20,12 @@ import pyarrow as pa
 from actors.pool import ActorPool, ActorSpec
 from actors.stage import StageContext
 from system import storage
+from system.data.corpus import Corpus
 from system.influence.accuracy_targets import score_answers
 from system.scoring.engine import Engine, EngineSettings
 from system.scoring.score import Scored, score_tokens
+from system.selection.difficulty import measure_rows
+from system.selection.scores import Block, write_scores
 
 POOL = "scorer"
 
@@ -47,6 +52,17 @@ class Scorer:
         prompts = questions.column("input_ids").to_pylist()
         stops = questions.column("stop_token_ids")[0].as_py()
         return score_answers(self._engine.generate(prompts, max_new_tokens, stops), questions)
+
+    def measure(
+        self, corpus: Corpus, block: Block, score: Literal["loss", "ifd"], attempt: str
+    ) -> None:
+        """Loads the base model's weights, commits the difficulty of a block of train rows."""
+        self._load(None)
+        table = corpus.read_shard(block.shard, ["id", "category", "messages"])
+        rows = table.slice(block.start, block.rows)
+        engine = self._engine
+        found = measure_rows(engine, engine.tokenizer, rows, score, engine.max_length)
+        write_scores(attempt, block, found)
 
     def choose(
         self, weights_uri: str | None, prompts: list[list[int]], candidates: list[list[int]]

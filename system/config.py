@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from system.config_data import IngestConfig, Positive, Section, Share, SourceConfig, TagConfig
+from system.functions import FUNCTION_NAME
 
 __all__ = [
     "AutoConfig", "ClusterConfig", "CurriculumConfig", "EvaluateConfig", "GroupLimit",
@@ -232,10 +233,64 @@ class CurriculumConfig(Section):
 
 
 class SelectConfig(Section):
-    """Stage 6: which examples."""
+    """Stage 6: which examples. What each method guarantees: `docs/selection.md`."""
 
-    method: Literal["random", "quality"] = "random"
-    """`random`: seeded by content id, independent of shards; `quality`: highest score first."""
+    method: Literal["random", "quality", "quality+diversity", "facility-location"] = "random"
+    """`random`: seeded by content id; `quality`: best score first; `quality+diversity`: best score
+    first, leaving out what is too similar to a better row; `facility-location`: rows that together
+    stand for all others."""
+    score: str = "column"
+    """What `quality` goes by: the corpus' score column; the base model's mean loss on the response;
+    instruction-following difficulty (that loss over the loss without the instruction); or your own
+    `module:function`."""
+    order: Literal["highest", "lowest"] = "highest"
+    """Which scores come first."""
+    embedding: Literal["tf-idf", "model", "column"] = "tf-idf"
+    """What similarity is measured on: hashed word n-grams, mean hidden states of the base model, or
+    the vectors of the sources' `embedding_column`."""
+    max_similarity: float = Field(default=0.9, gt=0, le=1)
+    """`quality+diversity`: cosine above which a row is too similar to a better one."""
+    block_rows: Annotated[int, Field(ge=16, le=32768)] = 4096
+    """`facility-location`: rows of a category that are compared with each other; memory grows with
+    its square."""
+    repeats: bool = True
+    """Use rows again where a quota is above what can be chosen; false: that is an error."""
+    max_quarantined_share: Share = 0.05
+    """The stage fails when more than this share of the rows looked at has no usable score or
+    vector."""
+
+    @field_validator("score")
+    @classmethod
+    def _score_is_known(cls, score: str) -> str:
+        if score not in ("column", "loss", "ifd") and not FUNCTION_NAME.fullmatch(score):
+            raise ValueError("expected column, loss, ifd, or a function as module:function")
+        return score
+
+    @property
+    def uses_score(self) -> bool:
+        """Whether the method goes by scores."""
+        return self.method in ("quality", "quality+diversity")
+
+    @property
+    def uses_embedding(self) -> bool:
+        """Whether the method goes by similarity."""
+        return self.method in ("quality+diversity", "facility-location")
+
+    @property
+    def unread_fields(self) -> frozenset[str]:
+        """Fields that the method never looks at, so that changing them runs nothing again."""
+        unread: set[str] = set()
+        if not self.uses_score:
+            unread |= {"score", "order"}
+        if not self.uses_embedding:
+            unread |= {"embedding"}
+        if self.method != "quality+diversity":
+            unread |= {"max_similarity"}
+        if self.method != "facility-location":
+            unread |= {"block_rows"}
+        if self.method == "random":
+            unread |= {"max_quarantined_share"}
+        return frozenset(f"select.{name}" for name in unread)
 
 
 class TrainConfig(Section):
@@ -346,6 +401,21 @@ class RunConfig(Section):
         if not run_dir.strip():
             raise ValueError("run_dir is empty: name the directory that takes the results")
         return run_dir
+
+    @model_validator(mode="after")
+    def _selection_has_its_columns(self) -> RunConfig:
+        select = self.select
+        for is_asked, key, column in (
+            (select.uses_score and select.score == "column", "select.score", "score_column"),
+            (select.uses_embedding and select.embedding == "column", "select.embedding",
+             "embedding_column"),
+        ):  # fmt: skip
+            if is_asked and not any(getattr(source, column) for source in self.sources):
+                raise ValueError(
+                    f"{key} is `column`, but no source names its {column}: name it, or choose "
+                    f"another {key}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _source_names_differ(self) -> RunConfig:

@@ -7,8 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from system.functions import FUNCTION_NAME
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+FunctionName = Annotated[str, Field(pattern=rf"^{FUNCTION_NAME.pattern}$")]
 
 
 class Section(BaseModel):
@@ -44,7 +47,9 @@ class SourceConfig(Section):
     answer_pattern: str | None = None
     """Regular expression with one group that finds the final answer inside a response."""
     score_column: str | None = None
-    """Column with a quality score (higher is better), for `select.method: quality`."""
+    """Column with a quality score, for `select.score: column`; rows without one come last."""
+    embedding_column: str | None = None
+    """Column with a vector of numbers, for `select.embedding: column`; one length everywhere."""
     max_rows: Positive | None = None
     """Read at most this many rows, in file order; null reads all."""
 
@@ -97,6 +102,9 @@ class IngestConfig(Section):
     """Files (relative to data_dir) whose text no train row may contain."""
     benchmark_ngram: Positive = 13
     """A train row that shares a run of this many words with a benchmark is rejected."""
+    filters: tuple[FunctionName, ...] = ()
+    """Your own functions `module:function` that reject rows (personal data, safety): each gets rows
+    as an Arrow table and returns None or a reason for every row (`docs/data.md`)."""
     chunk_bytes: Positive = 64 * 2**20
     """Size of the byte ranges into which splittable files are cut."""
     shard_rows: Positive = 50_000

@@ -9,6 +9,9 @@ from system.errors import DataError
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 """A conversation: roles system, user, assistant, tool; the last turn is the assistant's."""
 
+EMBEDDING = pa.list_(pa.float32())
+"""A vector that came with the row."""
+
 CORPUS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),  # 32 hex digits of the content hash
@@ -17,7 +20,8 @@ CORPUS = pa.schema(
         pa.field("messages", MESSAGES, nullable=False),
         pa.field("answer", pa.string()),  # verifiable final answer
         pa.field("answer_pattern", pa.string()),  # regex with one group; null: whole response
-        pa.field("score", pa.float64()),  # quality, higher is better
+        pa.field("score", pa.float64()),  # quality, as the source gives it
+        pa.field("embedding", EMBEDDING),
     ]
 )
 """A row of the corpus (stage 1). The split is the shard's, not the row's."""
@@ -93,6 +97,15 @@ MATRIX = pa.schema(
     ]
 )
 """The effect matrix (stage 3). Row = target (measured on), column = source (trained on)."""
+
+SELECTION_SCORES = pa.schema(
+    [
+        pa.field("score", pa.float64()),  # null where there is none
+        pa.field("reason", pa.string()),  # null: ranked by its score; else why it is not
+        pa.field("is_usable", pa.bool_(), nullable=False),  # false: quarantined, never chosen
+    ]
+)
+"""What select goes by, one line for each row of a shard, in its order."""
 
 SELECTION = pa.schema(
     [

@@ -17,6 +17,7 @@ from system.config import SourceConfig
 from system.data import sources
 from system.data.benchmarks import benchmark_index
 from system.data.conversation import Conversation, RowRejected, find_answer, normalise, split_of
+from system.data.filters import run_filters
 from system.data.formats import Format, choose_format
 from system.data.ingest_plan import (
     REJECTED_SPILL,
@@ -30,7 +31,7 @@ from system.data.ingest_plan import (
 from system.data.readers import Defect, Piece, read_numbers, read_rows
 from system.data.spill import SpillWriter, spill_output
 from system.errors import DataError
-from system.schema import MESSAGES
+from system.schema import EMBEDDING, MESSAGES
 
 _FLUSH_CHARS = 8 * 2**20
 _FLUSH_ROWS = 65536
@@ -116,6 +117,7 @@ class _ChunkWorker:
             else None
         )
         self._source = source
+        self._filters = plan.filters
         self._rows = rows
         self._rejected = rejected
         self._held = _HeldRows(sources.source_name(source), plan.num_buckets)
@@ -163,19 +165,38 @@ class _ChunkWorker:
         held = self._held
         held.add(conversation, labelled, (split, piece.file, piece.start, row))
         if held.num_chars >= _FLUSH_CHARS or held.num_rows >= _FLUSH_ROWS:
-            self._rows.add(*held.take())
+            self._flush()
+
+    def _flush(self) -> None:
+        """Writes the rows held, without those that a filter rejects."""
+        rows, buckets = self._held.take()
+        if self._filters and rows.num_rows:
+            kept = np.ones(rows.num_rows, bool)
+            for place, reason, name in run_filters(self._filters, rows):
+                kept[place] = False
+                file, start, row = (rows[key][place].as_py() for key in ("file", "start", "place"))
+                self._note_rejected((file, start, row, reason, f"rejected by {name}"))
+            self._kept -= int((~kept).sum())
+            rows, buckets = rows.filter(pa.array(kept)), buckets[kept]
+        self._rows.add(rows, buckets)
 
     def _reject(self, piece: Piece, row: int, why: RowRejected) -> None:
         detail = why.detail[:500].encode("utf-8", "replace").decode()
-        self._reasons[why.reason] += 1
-        rejected = (piece.file, piece.start, row, why.reason, detail)
-        if len(self._examples) < _NUM_EXAMPLES:
-            self._examples.append(rejected)
-        self._held_rejected.append(rejected)
+        self._note_rejected((piece.file, piece.start, row, why.reason, detail))
         if len(self._held_rejected) >= _FLUSH_REJECTED:
             self._flush_rejected()
 
+    def _note_rejected(self, rejected: tuple[int, int, int, str, str]) -> None:
+        self._reasons[rejected[3]] += 1
+        if len(self._examples) < _NUM_EXAMPLES:
+            self._examples.append(rejected)
+        self._held_rejected.append(rejected)
+
     def _flush_rejected(self) -> None:
+        if self._filters:
+            # Filters speak later than the reader, but rejected rows are listed in file order.
+            self._flush()
+            self._held_rejected.sort(key=lambda rejected: rejected[:3])
         if self._held_rejected:
             columns = zip(*self._held_rejected, strict=True)
             arrays = [pa.array(c, t) for c, t in zip(columns, REJECTED_SPILL.types, strict=True)]
@@ -185,7 +206,7 @@ class _ChunkWorker:
 
     def finish(self, index: int) -> ChunkOutcome:
         """Writes what is still held."""
-        self._rows.add(*self._held.take())
+        self._flush()
         self._flush_rejected()
         return ChunkOutcome(
             index=index,
@@ -210,6 +231,7 @@ class _Labels:
             and source.answer_column is None
             and source.answer_pattern is None
             and source.score_column is None
+            and source.embedding_column is None
         )
 
     def open_file(self, uri: str) -> None:
@@ -232,14 +254,14 @@ class _Labels:
 
     def of(
         self, row: dict[str, Any], conversation: Conversation
-    ) -> tuple[str | None, str | None, str | None, float | None]:
-        """Category, answer, answer pattern, score.
+    ) -> tuple[str | None, str | None, str | None, float | None, list[float] | None]:
+        """Category, answer, answer pattern, score, embedding.
 
         Raises:
             RowRejected: a column holds something that cannot be meant.
         """
         if self._is_plain:
-            return self._fixed, None, None, None
+            return self._fixed, None, None, None, None
         source = self._source
         category = self._fixed
         if source.category_column is not None:
@@ -250,7 +272,8 @@ class _Labels:
         elif source.answer_pattern is not None:
             answer = find_answer(source.answer_pattern, conversation.contents[-1])
         pattern = source.answer_pattern if answer is not None else None
-        return category, answer, pattern, _score(row, source.score_column)
+        vector = _vector(row, source.embedding_column)
+        return category, answer, pattern, _score(row, source.score_column), vector
 
     def _mapped(self, category: str | None) -> str | None:
         if category is None:
@@ -279,12 +302,25 @@ def _score(row: dict[str, Any], column: str | None) -> float | None:
     if value is None or value == "":
         return None
     try:
-        score = float(value)
+        # One that is not finite stays as it is: stage `select` quarantines and counts the row.
+        return float(value)
     except (TypeError, ValueError):
         raise RowRejected(
             "missing-field", f"{column!r} holds {value!r:.40}, not a number"
         ) from None
-    return score if math.isfinite(score) else None
+
+
+def _vector(row: dict[str, Any], column: str | None) -> list[float] | None:
+    value = row.get(column) if column is not None else None
+    if value is None:
+        return None
+    try:
+        vector = [float(item) for item in value]
+    except (TypeError, ValueError):
+        vector = []
+    if not vector or not all(math.isfinite(item) for item in vector):
+        raise RowRejected("missing-field", f"{column!r} holds {value!r:.40}, not finite numbers")
+    return vector
 
 
 class _HeldRows:
@@ -323,7 +359,7 @@ class _HeldRows:
         self._ends.append(len(self._roles))
         self._labels.extend(labels)
         self._places.extend(place)
-        self.num_chars += conversation.num_chars
+        self.num_chars += conversation.num_chars + 4 * len(labels[4] or ())
 
     def take(self) -> tuple[pa.Table, np.ndarray]:
         """All rows as a SPILL table with each row's bucket; nothing is held afterwards."""
@@ -336,7 +372,7 @@ class _HeldRows:
         messages = pa.ListArray.from_arrays(
             pa.array(np.array(self._ends, np.int32)), turns, type=MESSAGES
         )
-        category, answer, pattern, score = (self._labels[k::4] for k in range(4))
+        category, answer, pattern, score, vector = (self._labels[k::5] for k in range(5))
         places = np.array(self._places, np.int64).reshape(-1, 4)
         columns = {
             "id": _strings(self._ids),
@@ -346,6 +382,7 @@ class _HeldRows:
             "answer": pa.array(answer, pa.string()),
             "answer_pattern": pa.array(pattern, pa.string()),
             "score": pa.array(score, pa.float64()),
+            "embedding": pa.array(vector, EMBEDDING),
             "split": pa.array(places[:, 0].astype(np.int8)),
             "file": pa.array(places[:, 1].astype(np.int32)),
             "start": pa.array(places[:, 2]),

@@ -13,6 +13,7 @@ from system.config import IngestConfig, RunConfig, SourceConfig
 from system.data import sources
 from system.data.sources import Chunk, SourceFile
 from system.errors import DataError
+from system.functions import UserFunction
 from system.schema import CORPUS
 
 BUCKET_BYTES = 64 * 2**20
@@ -52,6 +53,7 @@ class IngestPlan:
     attempt: str
     """Where the result is written; `work/` below it is removed at the end."""
     benchmark_uris: tuple[str, ...] = ()
+    filters: tuple[UserFunction, ...] = ()
 
     def source_of(self, file: int) -> str:
         """Name of the source that a file belongs to."""
@@ -88,12 +90,13 @@ def source_fingerprint(config: RunConfig) -> dict[str, str]:
     """Every input file with what tells that it changed: part of the stage's identity.
 
     Raises:
+        ConfigError: a filter's module is missing.
         DataError: a source or benchmark file is missing.
     """
     files = sources.list_files(config.sources, config.data_dir)
     stamps = {file.uri: file.stamp for file in files}
     stamps |= {uri: sources.stat(uri)[1] for uri in _benchmark_uris(config)}
-    return stamps
+    return stamps | {item.name: item.source_digest() for item in _filters(config)}
 
 
 def plan_ingest(config: RunConfig, attempt: str) -> IngestPlan:
@@ -119,6 +122,7 @@ def plan_ingest(config: RunConfig, attempt: str) -> IngestPlan:
         num_buckets=min(max(1, -(-total // BUCKET_BYTES)), MAX_BUCKETS),
         attempt=attempt,
         benchmark_uris=tuple(_benchmark_uris(config)),
+        filters=_filters(config),
     )
 
 
@@ -135,6 +139,10 @@ def _benchmark_uris(config: RunConfig) -> list[str]:
     return [
         uri for path in config.ingest.benchmarks for uri in sources.resolve(path, config.data_dir)
     ]
+
+
+def _filters(config: RunConfig) -> tuple[UserFunction, ...]:
+    return tuple(UserFunction.here(name, "ingest.filters") for name in config.ingest.filters)
 
 
 def chunk_uri(plan: IngestPlan, index: int, ending: str) -> str:

@@ -104,6 +104,7 @@ def _table(name: str, rows: list[Conversation]) -> pa.Table:
             "answer": nothing,
             "answer_pattern": nothing,
             "score": nothing,
+            "embedding": nothing,
         },
         schema=CORPUS,
     )

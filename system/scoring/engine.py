@@ -186,7 +186,7 @@ class Engine:
         """
         from vllm import SamplingParams
 
-        tokenizer = self._load_tokenizer()
+        tokenizer = self.tokenizer
         stops = sorted({*stop_token_ids, *_end_tokens(tokenizer, self.model_dir)})
         requests = []
         for number, prompt in enumerate(prompts):
@@ -340,7 +340,9 @@ class Engine:
             seed=settings.seed,
         )
 
-    def _load_tokenizer(self) -> Any:
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, loaded on first use."""
         if self._tokenizer is None:
             from system.models.base import load_tokenizer
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,10 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from system import storage
+from system.config import SelectConfig
 from system.data.corpus import Corpus, Shard, canonical_table
 from system.data.spill import read_spill, spill_output
 from system.errors import StageError
 from system.schema import SELECTION
+from system.selection.choose import QUARANTINED, Chosen
 from system.selection.select import Selection, fetch_rows
 
 PART_ROWS = 32768
@@ -184,12 +187,32 @@ def write_part(given: PartInput, attempt: str) -> Part:
 
 
 def write_selection_manifest(
-    attempt: str, selection: Selection, parts: Sequence[Part]
+    attempt: str,
+    selection: Selection,
+    parts: Sequence[Part],
+    chosen: Mapping[str, Chosen],
+    settings: SelectConfig,
 ) -> dict[str, Any]:
-    """Writes manifest.json, last, and removes the spill files."""
+    """Writes the quarantined rows, then manifest.json, last, and removes the spill files."""
+    quarantined = [
+        QUARANTINED.empty_table(),
+        *(chosen[name].quarantined for name in sorted(chosen)),
+    ]
+    storage.write_table(storage.join(attempt, "quarantined.parquet"), pa.concat_tables(quarantined))
     digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
     manifest = {
         "format": 1,
+        "method": describe_method(settings),
+        "categories": {
+            name: {
+                "supply": rows.supply,
+                "quarantined": dict(
+                    sorted(Counter(rows.quarantined["reason"].to_pylist()).items())
+                ),
+                "notes": {reason: count for reason, count in rows.notes.items() if count},
+            }
+            for name, rows in sorted(chosen.items())
+        },
         "rows": sum(part.rows for part in parts),
         "stages": list(selection.stages),
         "counts": selection.counts,
@@ -200,3 +223,36 @@ def write_selection_manifest(
     storage.write_json(storage.join(attempt, "manifest.json"), manifest)
     storage.delete(storage.join(attempt, "work"))
     return manifest
+
+
+def _counted(reasons: list[str]) -> dict[str, int]:
+    return dict(sorted(Counter(reasons).items()))
+
+
+def describe_method(settings: SelectConfig) -> dict[str, Any]:
+    """The method with what it went by, nothing that it does not read."""
+    value = settings.model_dump(mode="json")
+    unread = {name.removeprefix("select.") for name in settings.unread_fields}
+    return {name: value[name] for name in value if name not in unread}
+
+
+def method_line(manifest: Mapping[str, Any]) -> str:
+    """How the rows were chosen, for a person."""
+    method = manifest["method"]
+    text = f"method {method['method']}"
+    if "score" in method:
+        text += f" by {method['score']}, {method['order']} first"
+    if "embedding" in method:
+        text += f", similarity on {method['embedding']}"
+    if "max_similarity" in method:
+        text += f" at most {method['max_similarity']:g}"
+    totals: Counter[str] = Counter()
+    quarantined: Counter[str] = Counter()
+    for item in manifest["categories"].values():
+        totals.update(item["notes"])
+        quarantined.update(item["quarantined"])
+    notes = [f"{reason} {count:,}" for reason, count in sorted(totals.items())]
+    if quarantined:
+        reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(quarantined.items()))
+        notes.append(f"quarantined {sum(quarantined.values()):,} ({reasons})")
+    return f"{text}; {', '.join(notes)}" if notes else text

@@ -1,9 +1,10 @@
 """Which examples train, in which order: quotas of stages and categories to places in the corpus.
 
-Rows of a category are ordered by `sha256(seed:id)` (or by score first); the first stage takes the
-first ones, the next stage goes on where it ended, and only a quota beyond the supply begins again
-from the first (a repeat).  Within a stage the order is `sha256(seed:stage:id:repeat)`.  So the
-selection depends on ids, quotas and seed alone: not on shards, files or workers.
+Rows of a category come in the order of the method (`system.selection.choose`); the first stage
+takes the first ones, the next stage goes on where it ended, and only a quota beyond what can be
+chosen begins again from the first (a repeat).  Within a stage the order is
+`sha256(seed:stage:id:repeat)`.  So the selection depends on rows, quotas and seed alone: not on
+shards, files or workers.
 
 What is held in memory is an index, 40 bytes for each selected example (twice that while a category
 is searched).  Bodies are fetched shard by shard and written part by part
@@ -12,25 +13,23 @@ is searched).  Bodies are fetched shard by shard and written part by part
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from system.config import SelectConfig
 from system.data.corpus import Corpus, Shard
 from system.errors import DataError
 from system.schema import SELECTION
-
-Method = Literal["random", "quality"]
+from system.selection.candidates import digests
+from system.selection.choose import Chosen, choose_rows
 
 SHUFFLED = "shuffled"
 """Name of the single stage of an arm without a curriculum."""
-
-_PRUNE_SLACK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,21 +38,6 @@ class StageQuota:
 
     name: str
     counts: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chosen:
-    """The first rows of a category, in its seeded order."""
-
-    category: str
-    supply: int
-    """Rows that the category has."""
-    ids: np.ndarray
-    """[K, 16] uint8: content ids."""
-    shard: np.ndarray
-    """[K] int32: place in `Corpus.shards("train", category)`."""
-    row: np.ndarray
-    """[K] int32: row within the shard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,81 +81,6 @@ def read_quotas(curriculum: Mapping[str, Any]) -> tuple[StageQuota, ...]:
     return quotas
 
 
-def choose_rows(corpus: Corpus, category: str, num_rows: int, method: Method, seed: int) -> Chosen:
-    """The first rows of a category's seeded order; all of them where it has no more.
-
-    Streams over the ids (and scores); holds at most 2 * num_rows + 65,536 candidates.
-    """
-    shards = corpus.shards("train", category)
-    columns = ["id", "score"] if method == "quality" else ["id"]
-    held = _Candidates(num_rows)
-    for place, shard in enumerate(shards):
-        table = corpus.read_shard(shard, columns)
-        ids = table["id"].to_pylist()
-        worth = (
-            np.asarray(table["score"].fill_null(-np.inf), np.float64)
-            if method == "quality"
-            else np.zeros(len(ids))
-        )
-        held.add(ids, digests(f"{seed}:", ids), worth, place)
-    ids, shard_numbers, rows = held.best()
-    return Chosen(
-        category=category,
-        supply=sum(shard.rows for shard in shards),
-        ids=ids,
-        shard=shard_numbers,
-        row=rows,
-    )
-
-
-def digests(prefix: str, ids: Sequence[str], suffix: str = "") -> np.ndarray:
-    """[N, 2] uint64: first 128 bits of `sha256(prefix + id + suffix)`, to sort by."""
-    head = hashlib.sha256(prefix.encode())
-    parts = []
-    for row_id in ids:
-        digest = head.copy()
-        digest.update((row_id + suffix).encode())
-        parts.append(digest.digest()[:16])
-    return np.frombuffer(b"".join(parts), ">u8").reshape(-1, 2).astype(np.uint64)
-
-
-class _Candidates:
-    """The best rows so far: highest worth first, then smallest digest."""
-
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
-        self._parts: list[tuple[np.ndarray, ...]] = []
-        self._held = 0
-
-    def add(self, ids: list[str], digest: np.ndarray, worth: np.ndarray, shard: int) -> None:
-        raw = np.frombuffer(bytes.fromhex("".join(ids)), np.uint8).reshape(-1, 16)
-        count = len(ids)
-        self._parts.append(
-            (raw, digest, worth, np.full(count, shard, np.int32), np.arange(count, dtype=np.int32))
-        )
-        self._held += count
-        if self._held > 2 * self._num_rows + _PRUNE_SLACK:
-            self._prune()
-
-    def _prune(self) -> None:
-        if not self._parts:
-            return
-        raw, digest, worth, shard, row = (
-            np.concatenate(column) for column in zip(*self._parts, strict=True)
-        )
-        order = np.lexsort((digest[:, 1], digest[:, 0], -worth))[: self._num_rows]
-        self._parts = [(raw[order], digest[order], worth[order], shard[order], row[order])]
-        self._held = len(order)
-
-    def best(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, shards and rows, best first."""
-        self._prune()
-        if not self._parts:
-            return np.zeros((0, 16), np.uint8), np.zeros(0, np.int32), np.zeros(0, np.int32)
-        raw, _, _, shard, row = self._parts[0]
-        return raw, shard, row
-
-
 def totals(quotas: Sequence[StageQuota]) -> dict[str, int]:
     """Examples of each category over all stages, categories without any left out."""
     summed: Counter[str] = Counter()
@@ -180,13 +89,48 @@ def totals(quotas: Sequence[StageQuota]) -> dict[str, int]:
     return {category: count for category, count in sorted(summed.items()) if count}
 
 
+def check_chosen(
+    quotas: Sequence[StageQuota], chosen: Mapping[str, Chosen], settings: SelectConfig
+) -> None:
+    """Whether what was chosen is enough, and sound.
+
+    Raises:
+        DataError: too many rows are quarantined, or a quota needs repeats that are not allowed.
+    """
+    lost = sum(rows.quarantined.num_rows for rows in chosen.values())
+    supply = sum(rows.supply for rows in chosen.values())
+    if lost > settings.max_quarantined_share * supply:
+        first = next(rows.quarantined for rows in chosen.values() if rows.quarantined.num_rows)
+        examples = ", ".join(
+            f"{row['id']}: {row['reason']}" for row in first.slice(0, 3).to_pylist()
+        )
+        raise DataError(
+            f"{lost:,} of {supply:,} train rows have no usable score or vector, more than "
+            f"select.max_quarantined_share = {settings.max_quarantined_share} allows. The first "
+            f"ones ({first['category'][0].as_py()}): {examples}. Correct where they come from "
+            f"(select.score: {settings.score}, select.embedding: {settings.embedding}), or raise "
+            "the limit."
+        )
+    if settings.repeats:
+        return
+    for category, wanted in totals(quotas).items():
+        found = len(chosen[category].row)
+        if found < wanted:
+            raise DataError(
+                f"category {category!r}: the stages ask for {wanted:,} examples, but {found:,} of "
+                f"its {chosen[category].supply:,} train rows can be chosen and select.repeats is "
+                "false. Lower solve.budget or solve.upper, raise select.max_similarity where "
+                "similar rows are left out, or allow repeats."
+            )
+
+
 def arrange(
     corpus: Corpus, quotas: Sequence[StageQuota], chosen: Mapping[str, Chosen], seed: int
 ) -> Selection:
     """Deals the chosen rows out to the stages and puts each stage in order.
 
     Raises:
-        DataError: a stage asks for a category that has no train rows.
+        DataError: a stage asks for a category of which no row can be chosen.
     """
     shards: list[Shard] = []
     bases: dict[str, int] = {}
@@ -202,14 +146,15 @@ def arrange(
             if not count:
                 continue
             rows = chosen[category]
-            if not rows.supply:
+            if not len(rows.row):
                 raise DataError(
                     f"stage {quota.name!r} asks for {count:,} examples of {category!r}, which has "
-                    "no train rows; solve the mix again for this corpus"
+                    f"no train rows to choose among ({rows.quarantined.num_rows:,} quarantined); "
+                    "solve the mix again for this corpus"
                 )
             turn = np.arange(taken[category], taken[category] + count)
             taken[category] += count
-            place, repeat = turn % rows.supply, turn // rows.supply
+            place, repeat = turn % len(rows.row), turn // len(rows.row)
             repeats[category] += int((repeat > 0).sum())
             keys.append(_order_keys(rows.ids[place], repeat, quota.name, seed))
             shard.append(rows.shard[place] + bases[category])
@@ -250,7 +195,8 @@ def select_arm(
     seed: int,
     *,
     curriculum: Mapping[str, Any] | None = None,
-    method: Method = "random",
+    settings: SelectConfig | None = None,
+    attempt: str = "",
 ) -> pa.Table:
     """The training examples of one evaluation arm, in order, in memory.
 
@@ -261,7 +207,8 @@ def select_arm(
             the same rows of a category as far as their counts allow.
         curriculum: content of a curriculum.json whose stages add up to `counts`; None shuffles all
             examples as one stage.
-        method: how rows of a category are ordered.
+        settings: how rows of a category are ordered; None: `random`.
+        attempt: of stage `select`, where scores and vectors lie.
 
     Returns:
         SELECTION table.
@@ -278,8 +225,9 @@ def select_arm(
             raise DataError(
                 f"the curriculum's stages add up to {totals(quotas)}, expected {wanted}"
             )
+    rule = settings or SelectConfig()
     chosen = {
-        category: choose_rows(corpus, category, count, method, seed)
+        category: choose_rows(corpus, category, count, rule, seed, attempt)
         for category, count in wanted.items()
     }
     selection = arrange(corpus, quotas, chosen, seed)

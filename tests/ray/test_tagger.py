@@ -42,6 +42,7 @@ def rows_of(category: str | None, word: str, split: str, count: int) -> pa.Table
             "answer": [None] * count,
             "answer_pattern": [None] * count,
             "score": [None] * count,
+            "embedding": [None] * count,
         },
         schema=CORPUS,
     )

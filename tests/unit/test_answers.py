@@ -46,6 +46,7 @@ def corpus_of(folder: Path, rows: dict[str, list[tuple[str, str | None]]]) -> Co
                 "answer": [answer for _, answer in pairs],
                 "answer_pattern": ["#### (.+)"] * len(pairs),
                 "score": [None] * len(pairs),
+                "embedding": [None] * len(pairs),
             },
             schema=CORPUS,
         )

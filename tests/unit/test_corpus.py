@@ -36,6 +36,7 @@ def corpus_rows(ids: list[str], category: str | None = "c") -> pa.Table:
             "answer": [None] * len(ids),
             "answer_pattern": [None] * len(ids),
             "score": [None if k % 2 else k / 2 for k in range(len(ids))],
+            "embedding": [None] * len(ids),
         },
         schema=CORPUS,
     )

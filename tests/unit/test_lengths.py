@@ -45,6 +45,7 @@ def table(numbers: range, category: str) -> pa.Table:
             "answer": [None] * count,
             "answer_pattern": [None] * count,
             "score": [None] * count,
+            "embedding": [None] * count,
         },
         schema=CORPUS,
     )

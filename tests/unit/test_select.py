@@ -9,20 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 from ingest_builders import ingest, numbered, write_lines
 
-from system.config import SourceConfig
+from system.config import SelectConfig, SourceConfig
 from system.data.corpus import Corpus, make_manifest, write_manifest, write_shard
 from system.errors import DataError
 from system.schema import SELECTION, check_table
+from system.selection import candidates
 from system.selection import parts as selection
-from system.selection import select
-from system.selection.select import (
-    StageQuota,
-    arrange,
-    choose_rows,
-    read_quotas,
-    select_arm,
-    totals,
-)
+from system.selection.choose import Chosen, choose_rows
+from system.selection.select import StageQuota, arrange, read_quotas, select_arm, totals
+
+RANDOM = SelectConfig()
+QUALITY = SelectConfig(method="quality")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +107,7 @@ def test_no_row_comes_twice_before_every_row_came_once(corpus):
     supply = corpus.num_rows("train", "b")
     content = curriculum({"b": supply - 5}, {"b": 10}, {"b": 2 * supply})
     quotas = read_quotas(content)
-    chosen = {"b": choose_rows(corpus, "b", 10 * supply, "random", 0)}
+    chosen = {"b": choose_rows(corpus, "b", 10 * supply, RANDOM, 0)}
     assert chosen["b"].supply == supply == len(chosen["b"].row)
     arranged = arrange(corpus, quotas, chosen, 0)
     assert arranged.repeats == {"b": 2 * supply + 5}
@@ -129,8 +126,8 @@ def test_with_one_seed_a_smaller_quota_takes_a_part_of_the_larger_ones_rows(corp
 
 
 def test_pruning_never_changes_the_choice(corpus, monkeypatch):
-    monkeypatch.setattr(select, "_PRUNE_SLACK", 0)
-    chosen = choose_rows(corpus, "a", 30, "random", 9)
+    monkeypatch.setattr(candidates, "_PRUNE_SLACK", 0)
+    chosen = choose_rows(corpus, "a", 30, RANDOM, 9)
     ids = [bytes(row).hex() for row in chosen.ids]
     assert ids == in_seeded_order(corpus, "a", 9)[:30]
 
@@ -148,16 +145,16 @@ def test_quality_takes_the_highest_scores_and_orders_ties_by_seed(corpus):
             hashlib.sha256(f"2:{row_id}".encode()).digest(),
         ),
     )
-    chosen = choose_rows(corpus, "a", 80, "quality", 2)
+    chosen = choose_rows(corpus, "a", 80, QUALITY, 2)
     assert [bytes(row).hex() for row in chosen.ids] == expected[:80]
-    unscored = choose_rows(corpus, "b", 10, "quality", 2)
+    unscored = choose_rows(corpus, "b", 10, QUALITY, 2)
     assert [bytes(row).hex() for row in unscored.ids] == in_seeded_order(corpus, "b", 2)[:10]
 
 
 def write_all(corpus: Corpus, content: dict, seed: int, attempt: str, shuffle: int = 0) -> dict:
     quotas = read_quotas(content)
     chosen = {
-        category: choose_rows(corpus, category, count, "random", seed)
+        category: choose_rows(corpus, category, count, RANDOM, seed)
         for category, count in totals(quotas).items()
     }
     arranged = arrange(corpus, quotas, chosen, seed)
@@ -170,7 +167,7 @@ def write_all(corpus: Corpus, content: dict, seed: int, attempt: str, shuffle: i
     for given in draw.sample(inputs, len(inputs)):
         selection.write_part(given, attempt)
     parts = [selection.read_part(attempt, given.index) for given in inputs]
-    return selection.write_selection_manifest(attempt, arranged, parts)
+    return selection.write_selection_manifest(attempt, arranged, parts, chosen, RANDOM)
 
 
 def test_bytes_do_not_depend_on_shards_groups_or_order_of_work(corpus, tmp_path, monkeypatch):
@@ -206,9 +203,8 @@ def test_the_order_mixes_categories_within_a_stage(corpus):
 
 def test_a_category_without_rows_is_an_error(corpus, tmp_path):
     quotas = (StageQuota(name="s", counts={"a": 1}),)
-    empty = choose_rows(corpus, "a", 0, "random", 0)
-    chosen = {"a": select.Chosen(category="a", supply=0, ids=empty.ids, shard=empty.shard,
-                                 row=empty.row)}  # fmt: skip
+    empty = choose_rows(corpus, "a", 0, RANDOM, 0)
+    chosen = {"a": Chosen(category="a", supply=0, ids=empty.ids, shard=empty.shard, row=empty.row)}
     with pytest.raises(DataError, match="'a', which has no train rows"):
         arrange(corpus, quotas, chosen, 0)
     with pytest.raises(DataError, match="no category 'zzz'"):
