@@ -221,14 +221,43 @@ class TrainConfig(Section):
     """Best-fit packing with block-diagonal attention (equal to unpacked training)."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     activation_checkpointing: bool = False
+    kernels: Literal["auto", "torch", "liger"] = "torch"
+    """`liger` needs a GPU and the package liger-kernel; `auto` takes it where both are there."""
+    compile: bool = False
+    """Decoder layers through torch.compile; on a CPU it needs a C++ compiler."""
     lora: LoraConfig | None = None
     checkpoint_every: Positive = 50
     """Optimiser steps between checkpoints: what a failure repeats at most."""
     keep_checkpoints: Positive = 2
+    """Newest checkpoints that stay."""
+    keep_best: bool = False
+    """Measure the loss on held-out rows (`estimate` split) at every checkpoint and at the end, and
+    keep the best checkpoint besides the newest."""
+    heldout_rows: Positive = 32
+    """Rows of each category that this loss is measured on."""
+    export: Literal["last", "best"] = "last"
+    """Which weights become the model; `best` needs keep_best."""
     max_failures: int = Field(default=3, ge=0)
-    """Times the worker group is started again after a failure."""
+    """Times the worker group, or its controller, is started again after a failure."""
+    resize_seconds: float = Field(default=60.0, gt=0)
+    """How often an elastic group looks for room for more workers; growing restarts it."""
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Trackers besides train/metrics.jsonl."""
+
+    @field_validator("num_workers")
+    @classmethod
+    def _fewest_come_first(cls, num_workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if not isinstance(num_workers, int) and num_workers[0] > num_workers[1]:
+            raise ValueError(
+                f"expected [fewest, most], found {list(num_workers)}: swap the two numbers"
+            )
+        return num_workers
+
+    @model_validator(mode="after")
+    def _best_is_kept(self) -> TrainConfig:
+        if self.export == "best" and not self.keep_best:
+            raise ValueError("export: best needs keep_best: true")
+        return self
 
 
 Arm = Literal[
@@ -304,6 +333,15 @@ class RunConfig(Section):
         if not run_dir.strip():
             raise ValueError("run_dir is empty: name the directory that takes the results")
         return run_dir
+
+    @model_validator(mode="after")
+    def _kernels_have_their_device(self) -> RunConfig:
+        if self.train.kernels == "liger" and self.cluster.train_gpus == 0:
+            raise ValueError(
+                "train.kernels is 'liger', whose kernels need a GPU, but cluster.train_gpus is 0: "
+                "set it to 1, or use `train.kernels: torch`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _source_names_differ(self) -> RunConfig:
