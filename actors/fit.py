@@ -24,9 +24,15 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._raylet import PlacementGroupID
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from actors.stage import StageContext
 from actors.train_worker import Outcome, train_jobs
@@ -114,6 +120,20 @@ def _outlive_controllers(jobs: Sequence[TrainJob], context: StageContext, scratc
             if deaths > context.config.train.max_failures:
                 raise
             context.progress.say("train: the controller died; starting it again")
+            _free_reservations()
+
+
+def _free_reservations() -> None:
+    """Gives back what a dead controller had reserved for its workers.
+
+    Ray itself does so only when the whole job ends, and Ray Train's own cleaner asks the dashboard,
+    which a local Ray does not have.  All actor pools are closed here, so what is reserved under
+    this job's number (the end of a placement group's) was the controller's.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for number, group in placement_group_table().items():
+        if number.endswith(job) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
 
 
 def _train_environment(context: StageContext) -> dict[str, str]:

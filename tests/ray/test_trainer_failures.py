@@ -56,6 +56,8 @@ TOLERANCE = 1e-3
 """Largest difference of a weight after hundreds of steps where the number of workers changed: sums
 in another order, blown up by Adam.  A step left out or made twice moves weights far more."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+SLOW_TO_START = ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_METRICS_ENABLED")
+"""Processes of Ray Train that no test here is about."""
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
 
@@ -65,12 +67,15 @@ def raylets() -> Iterator[Raylets]:
         "include_dashboard": False,
         "_system_config": {"health_check_period_ms": 1000, "health_check_failure_threshold": 5},
     }
-    cluster = Raylets(initialize_head=True, head_node_args=head)
-    cluster.add_node(**NODE)
-    cluster.wait_for_nodes()
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in SLOW_TO_START:
+            patch.setenv(variable, "0")
+        cluster = Raylets(initialize_head=True, head_node_args=head)
+        cluster.add_node(**NODE)
+        cluster.wait_for_nodes()
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
