@@ -44,6 +44,10 @@ from system.training.trackers import check_trackers
 
 START_TIMEOUT_SECONDS = 60
 """How long a worker group may wait for its resources before the run gives up."""
+ELASTIC_START_SECONDS = 20
+"""The same for an elastic group.  It asks only for what it believes to be there, so what does not
+come is on a node that was just lost, and the next attempt asks for less."""
+_STARTS_THAT_MAY_FAIL = 2
 _POLL_SECONDS = 2.0
 
 
@@ -86,9 +90,9 @@ def _fit(jobs: Sequence[TrainJob], context: StageContext) -> Sequence[TrainedMod
             outcome = _outlive_controllers(jobs, context, scratch)
     except ControllerError as error:
         raise ClusterError(
-            f"{_request(context)} could not be started within {START_TIMEOUT_SECONDS} s and a few "
-            f"more attempts: {error.controller_failure}. Free resources or ask for less "
-            "(train.num_workers, cluster.actor_cpus, cluster.train_gpus); run again to continue "
+            f"{_request(context)} could not be started in several attempts of up to "
+            f"{START_TIMEOUT_SECONDS} s: {error.controller_failure}. Free resources or ask for "
+            "less (train.num_workers, cluster.actor_cpus, cluster.train_gpus); run again to continue "
             "from the newest checkpoint."
         ) from error
     except (TrainingFailedError, ray.exceptions.RayActorError) as error:
@@ -140,7 +144,9 @@ def _train_environment(context: StageContext) -> dict[str, str]:
     """Settings of Ray Train that are environment variables."""
     values = {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_SECONDS),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(
+            ELASTIC_START_SECONDS if _is_elastic(context) else START_TIMEOUT_SECONDS
+        ),
     }
     if _is_local(context):  # one machine is never preempted in part: two processes less to start
         values |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
@@ -155,6 +161,9 @@ def _trainer(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> T
     config = context.config
     cluster = config.cluster
     use_gpu = cluster.train_gpus > 0
+    failed_starts = _STARTS_THAT_MAY_FAIL
+    if _is_elastic(context):  # every lost node may cost one
+        failed_starts += config.train.max_failures
     resources = {"CPU": cluster.actor_cpus}
     if use_gpu:
         resources["GPU"] = cluster.train_gpus
@@ -173,11 +182,16 @@ def _trainer(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> T
             name=f"fit-{uuid.uuid4().hex[:12]}",
             storage_path=scratch,
             failure_config=FailureConfig(
-                max_failures=config.train.max_failures, controller_failure_limit=2
+                max_failures=config.train.max_failures,
+                controller_failure_limit=failed_starts,
             ),
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         ),
     )
+
+
+def _is_elastic(context: StageContext) -> bool:
+    return not isinstance(context.config.train.num_workers, int)
 
 
 def _fewest_workers(context: StageContext) -> int:

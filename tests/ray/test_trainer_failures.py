@@ -260,9 +260,15 @@ def test_full_disk_is_told_and_a_rerun_ends_in_the_same_bits(world, context, und
         assert difference(weights(world, "train/full"), undisturbed) == 0.0
 
 
-def test_elastic_group_shrinks_and_grows_with_its_cluster(world, raylets, context):
-    """World size 2 -> 1 -> 2 within one run: a raylet is lost, later another one joins."""
-    attempt = world / "train/elastic"
+@pytest.mark.timeout(400)
+def test_elastic_group_shrinks_and_grows_with_its_cluster(tmp_path, raylets, context, monkeypatch):
+    """World size 2 -> 1 -> 2 within one run: a raylet is lost, later another one joins.
+
+    Ray looks for new nodes every 20 seconds, so the training must be a longer one.
+    """
+    build_world(tmp_path, num_rows=8 * 2 * LONG_STEPS, hidden_size=384)
+    monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", raising=False)
+    attempt = tmp_path / "train/elastic"
 
     def sizes() -> set[int]:
         found = set()
@@ -282,17 +288,22 @@ def test_elastic_group_shrinks_and_grows_with_its_cluster(world, raylets, contex
             time.sleep(0.05)
         raylets.add_node(**NODE)
 
-    elastic = context(
+    joined = context("none").cluster
+    elastic = build_context(
+        tmp_path,
         "train/elastic",
+        joined,
+        address=raylets.address,
         num_workers=[1, 2],
         resize_seconds=2,
-        batch_size=2,
+        batch_size=8,
         packing=False,
         checkpoint_every=20,
+        learning_rate=3e-4,
     )
     with meanwhile(lose_and_gain):
         run(elastic)
-    lines = records(world, "train/elastic")
+    lines = records(tmp_path, "train/elastic")
     assert [line["step"] for line in lines] == list(range(2 * LONG_STEPS))
     changes = [lines[0]["world_size"]] + [
         after["world_size"]
@@ -300,13 +311,14 @@ def test_elastic_group_shrinks_and_grows_with_its_cluster(world, raylets, contex
         if after["world_size"] != before["world_size"]
     ]
     assert changes == [2, 1, 2]
-    assert all(step % 20 == 0 for step in resumed_steps(world, "train/elastic"))
-    alone = load_model(world / "model/m/model")
+    assert all(step % 20 == 0 for step in resumed_steps(tmp_path, "train/elastic"))
+    alone = load_model(tmp_path / "model/m/model")
     settings = TrainSettings.from_train(elastic.config.train, elastic.config.model, seed=0)
     result = train_on_plan(alone, read_plan(str(attempt / "plan.arrow")), settings)
-    found = weights(world, "train/elastic")
+    found = weights(tmp_path, "train/elastic")
     expected = {name: value for name, value in alone.named_parameters() if name in found}
-    assert difference(found, expected) < TOLERANCE
     tenth = LONG_STEPS // 5
     last = sum(line["loss"] for line in lines[-tenth:]) / tenth
-    assert abs(last - result.losses[-tenth:].mean()) < TOLERANCE
+    gaps = difference(found, expected), abs(last - result.losses[-tenth:].mean())
+    print(f"weights differ by {gaps[0]:.1e}, the last loss by {gaps[1]:.1e} nats")
+    assert max(gaps) < TOLERANCE
