@@ -92,8 +92,8 @@ def _fit(jobs: Sequence[TrainJob], context: StageContext) -> Sequence[TrainedMod
         raise ClusterError(
             f"{_request(context)} could not be started in several attempts of up to "
             f"{START_TIMEOUT_SECONDS} s: {error.controller_failure}. Free resources or ask for "
-            "less (train.num_workers, cluster.actor_cpus, cluster.train_gpus); run again to continue "
-            "from the newest checkpoint."
+            "less (train.num_workers, cluster.actor_cpus, cluster.train_gpus); run again to "
+            "continue from the newest checkpoint."
         ) from error
     except (TrainingFailedError, ray.exceptions.RayActorError) as error:
         raise ClusterError(
