@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from training_builders import (
     CHATML,
@@ -103,6 +104,30 @@ def test_killed_job_ends_as_if_nothing_had_happened(tmp_path, base, damage):
     assert without_times(metrics(broken)) == without_times(metrics(whole))
     counted = ("num_steps", "num_tokens", "num_labels", "first_loss", "last_loss")
     assert all(getattr(found, name) == getattr(expected, name) for name in counted)
+
+
+@pytest.mark.parametrize("damage", ["none", "truncated", "uncommitted"])
+def test_killed_job_on_an_object_store_ends_as_if_nothing_had_happened(tmp_path, base, damage):
+    """Checkpoints, metrics and export go straight to an fsspec file system, here one in memory."""
+    whole = build_job(tmp_path, base)
+    run_job(whole, Ranks(), CPU)
+    root = f"memory://bucket/{damage}/out"
+    broken = dataclasses.replace(whole, output_uri=root)
+    run_killed(broken, at_step=4)
+    names = storage.list_names(storage.join(root, "checkpoints"))
+    newest = storage.join(root, "checkpoints", max(n for n in names if n.startswith("step-")))
+    data = storage.join(newest, "__0_0.distcp")
+    if damage == "truncated":
+        storage.write_bytes(data, storage.read_bytes(data)[:-1])
+    elif damage == "uncommitted":
+        storage.delete(storage.join(newest, "COMMIT.json"))
+    run_job(broken, Ranks(), CPU)
+    steps = [json.loads(line) for line in storage.read_bytes(f"{root}/metrics.jsonl").splitlines()]
+    resumed = [record["step"] for record in steps if record["attempt"] != steps[0]["attempt"]]
+    assert resumed[0] == (4 if damage == "none" else 2)
+    found = load_bytes(storage.read_bytes(storage.join(root, "model", "model.safetensors")))
+    assert largest_difference(weights(whole), found) == 0.0
+    assert without_times(steps) == without_times(metrics(whole))
 
 
 def test_finished_job_is_not_trained_again(tmp_path, base):
