@@ -18,10 +18,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from actors.fit import fit
 from actors.pool import Done, wait_any
 from actors.scorer import scorer_pool
 from actors.stage import StageContext, StageResult
-from actors.trainer import fit, make_job, plan_selection
+from actors.trainer import make_job, plan_selection
 from system import storage
 from system.curriculum import Curriculum
 from system.data.corpus import Corpus

@@ -135,7 +135,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="train", module="actors.trainer",
-        reads=("train", "seed"), after=("model", "select"),
+        reads=("train", "seed"), after=("tag", "model", "solve", "curriculum", "select"),
     ),
     Stage(
         name="evaluate", module="actors.evaluator",
@@ -151,7 +151,8 @@ STAGES: tuple[Stage, ...] = (
     ),
 )  # fmt: skip
 _NO_RESULT = {
-    "train.log_to", "train.max_failures", "train.keep_checkpoints", "influence.keep_checkpoints",
+    "train.log_to", "train.max_failures", "train.keep_checkpoints", "train.resize_seconds",
+    "influence.keep_checkpoints",
 }  # fmt: skip
 """Fields of sections that stages read, but which change no result."""
 

@@ -1,49 +1,39 @@
-"""Stage `train`, and the one way to train a model on the cluster: `fit`.
+"""Stage `train`: the selection becomes a frozen plan, the plan a trained model.
 
-    driver ── fit(jobs) ──> TorchTrainer ──> controller ──> workers (actors.train_worker)
-       │                                                       │
-       └── reads progress.json ◄── checkpoints/, metrics/, model/ ── storage
-
-Ray Train launches the workers and starts them again after a failure; that is all it is used for.
-What to resume from is read from our own commit markers: Ray Train learns of a checkpoint only when
-its controller polls, keeps its list in a file that a crash can tear, and then refuses the run's
-name.  So every `fit` has a name of its own and reports metrics, not checkpoints.
+Training itself is `actors.fit`, for this stage and for the arms of the evaluation alike.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-import threading
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-import ray
-import ray.exceptions
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
+from actors.fit import fit
 from actors.stage import StageContext, StageResult
-from actors.train_worker import Outcome, train_jobs
 from system import schema, storage
-from system.errors import ClusterError, ConfigError, DataError, StageError
+from system.data.corpus import Corpus
+from system.errors import DataError
+from system.influence.heldout import seeded_draw
+from system.influence.interventions import seed_of
 from system.models.base import load_tokenizer
 from system.models.chat import encode_table
-from system.progress import Progress
 from system.rundir import fingerprint
-from system.training.job import TrainedModel, TrainJob, read_finished
+from system.training.identity import file_hash
+from system.training.job import TrainJob
 from system.training.plan import TrainPlan, build_plan, write_plan
 from system.training.settings import TrainSettings
-from system.training.trackers import check_trackers
 
-START_TIMEOUT_SECONDS = 60
-"""How long a worker group may wait for its resources before the run gives up."""
-_POLL_SECONDS = 2.0
+_HELD_OUT_BATCH = 64
+"""Rows of a step of the held-out plan: only how it is cut up."""
+_SOURCES = {
+    "data, SHA-256 of manifest.json": ("tag", "manifest"),
+    "mix, SHA-256 of mix.json": ("solve", "mix"),
+    "curriculum, SHA-256 of curriculum.json": ("curriculum", "curriculum"),
+}
+"""Files that the model card names by their content: line -> stage and output."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -61,7 +51,12 @@ def run(context: StageContext) -> StageResult:
     plan, dropped = plan_selection(tables, model_dir, context)
     plan_uri = storage.join(context.attempt, "plan.arrow")
     write_plan(plan_uri, plan)
-    job = make_job("train", plan_uri, context.attempt, context, seed=config.seed)
+    changes: dict[str, Any] = {}
+    if config.train.keep_best:
+        heldout_uri = storage.join(context.attempt, "heldout.arrow")
+        write_plan(heldout_uri, plan_held_out(model_dir, context))
+        changes = {"heldout_uri": heldout_uri, "export": config.train.export}
+    job = make_job("train", plan_uri, context.attempt, context, seed=config.seed, **changes)
     (model,) = fit([job], context)
     stages = list(dict.fromkeys(plan.table.column("stage").to_pylist()))
     counts = {
@@ -75,6 +70,8 @@ def run(context: StageContext) -> StageResult:
         "last_loss": model.last_loss,
         "step_seconds": model.seconds,
         "plan_sha256": plan.sha256,
+        "exported_step": model.exported_step,
+        "heldout_loss": model.heldout_loss,
     }
     rate = model.num_tokens / max(model.seconds, 1e-9)
     lines = [
@@ -84,6 +81,11 @@ def run(context: StageContext) -> StageResult:
         "(first and last tenth of the steps)",
         f"{model.num_tokens:,} tokens at {rate:,.0f} tokens/s",
     ]
+    if model.heldout_loss is not None:
+        lines.append(
+            f"the model is that after step {model.exported_step:,}; held-out loss "
+            f"{model.heldout_loss:.3f} nats per response token"
+        )
     if dropped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         lines.append(f"left out: {reasons}")
@@ -122,6 +124,36 @@ def plan_selection(
     return plan, dict(dropped)
 
 
+def plan_held_out(model_dir: str, context: StageContext) -> TrainPlan:
+    """Rows of every trained category's `estimate` split, drawn by the hash of their ids.
+
+    Raises:
+        DataError: no category has any.
+    """
+    config = context.config
+    corpus = Corpus.open(context.input("tag", "manifest"))
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
+    draw = seeded_draw(corpus, tokenizer, config.model.max_length)
+    seed = seed_of(config.seed, "train", "heldout")
+    parts = [
+        draw("estimate", category, config.train.heldout_rows, seed)[0]
+        for category in corpus.categories
+    ]
+    tokens = pa.concat_tables(parts)
+    if tokens.num_rows == 0:
+        raise DataError(
+            "train.keep_best measures the loss on the estimate split, and that split is empty: "
+            "raise ingest.estimate_share, or set `train.keep_best: false`"
+        )
+    return build_plan(
+        tokens,
+        ["held out"] * tokens.num_rows,
+        batch_size=_HELD_OUT_BATCH,
+        max_length=config.model.max_length,
+        packing=config.train.packing,
+    )
+
+
 def make_job(
     name: str, plan_uri: str, output_uri: str, context: StageContext, *, seed: int, **changes: Any
 ) -> TrainJob:
@@ -136,7 +168,16 @@ def make_job(
         changes: other fields of TrainJob, for instance `keep_checkpoints=0`.
     """
     config = context.config
-    hashes = {stage: record.fingerprint for stage, record in context.upstream.items()}
+    hashes = {
+        line: file_hash(context.input(stage, output))
+        for line, (stage, output) in _SOURCES.items()
+        if stage in context.upstream
+    }
+    hashes |= {
+        f"fingerprint of stage {stage}": record.fingerprint
+        for stage, record in context.upstream.items()
+    }
+    hashes["fingerprint of the configuration"] = fingerprint(config.model_dump(mode="json"))
     values: dict[str, Any] = {
         "name": name,
         "plan_uri": plan_uri,
@@ -149,112 +190,10 @@ def make_job(
         "keep_checkpoints": config.train.keep_checkpoints,
         "trust_remote_code": config.model.trust_remote_code,
         "log_to": config.train.log_to,
-        "hashes": hashes | {"configuration": fingerprint(config.model_dump(mode="json"))},
+        "hashes": hashes
+        | {"fingerprint of the configuration": fingerprint(config.model_dump(mode="json"))},
     }
     return TrainJob(**(values | changes))
-
-
-def fit(jobs: Sequence[TrainJob], context: StageContext) -> list[TrainedModel]:
-    """Trains the jobs one after the other with one group of workers; finished ones are kept.
-
-    Args:
-        jobs: each with an output directory of its own.
-        context: of the calling stage; all actor pools are closed to make room.
-
-    Returns:
-        The models, in the order of the jobs.
-
-    Raises:
-        ConfigError: a tracker cannot be used.
-        ClusterError: the workers do not fit into the cluster, or died more often than allowed.
-        StageError: a training diverged.
-        DataError, ModelError: a plan, a model or a checkpoint cannot be used.
-    """
-    for job in jobs:
-        check_trackers(job.log_to, job.output_uri)
-    finished = {job.name: read_finished(job) for job in jobs}
-    if len(finished) != len(jobs):
-        raise ConfigError(f"jobs need names of their own, found {[job.name for job in jobs]}")
-    waiting = [job for job in jobs if finished[job.name] is None]
-    if waiting:
-        finished |= {model.name: model for model in _fit(waiting, context)}
-    return [model for job in jobs if (model := finished[job.name]) is not None]
-
-
-def _fit(jobs: Sequence[TrainJob], context: StageContext) -> Sequence[TrainedModel]:
-    context.cluster.close_pools()
-    context.cluster.connect()
-    _check_room(context)
-    for variable, value in _train_environment(context).items():
-        os.environ.setdefault(variable, value)
-    scratch = storage.join(context.attempt, "ray-train")
-    trainer = _trainer(jobs, context, scratch)
-    try:
-        with _shown_progress(jobs, context.progress):
-            outcome: Any = trainer.fit().return_value
-    except ControllerError as error:
-        raise ClusterError(
-            f"{_request(context)} could not be started within {START_TIMEOUT_SECONDS} s and a few "
-            f"more attempts: {error.controller_failure}. Free resources or ask for less "
-            "(train.num_workers, cluster.actor_cpus, cluster.train_gpus); run again to continue "
-            "from the newest checkpoint."
-        ) from error
-    except (TrainingFailedError, ray.exceptions.RayActorError) as error:
-        raise ClusterError(
-            f"training failed more than train.max_failures = {context.config.train.max_failures} "
-            f"times; the last time with: {_last_line(error)}. Checkpoints are kept; run again to "
-            "continue from the newest one."
-        ) from error
-    finally:
-        storage.delete(scratch)
-    if not isinstance(outcome, Outcome):
-        raise StageError("the training workers ended without an answer; run again to continue")
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.models
-
-
-def _train_environment(context: StageContext) -> dict[str, str]:
-    """Settings of Ray Train that are environment variables."""
-    values = {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_SECONDS),
-    }
-    if _is_local(context):  # one machine is never preempted in part: two processes less to start
-        values |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
-    return values
-
-
-def _is_local(context: StageContext) -> bool:
-    return context.config.cluster.address in ("local", "auto") and not os.environ.get("RAY_ADDRESS")
-
-
-def _trainer(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> TorchTrainer:
-    config = context.config
-    cluster = config.cluster
-    use_gpu = cluster.train_gpus > 0
-    resources = {"CPU": cluster.actor_cpus}
-    if use_gpu:
-        resources["GPU"] = cluster.train_gpus
-    threads = max(1, int(cluster.actor_cpus))
-    return TorchTrainer(
-        train_jobs,
-        train_loop_config={"jobs": list(jobs), "num_threads": threads},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.train.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            name=f"fit-{uuid.uuid4().hex[:12]}",
-            storage_path=scratch,
-            failure_config=FailureConfig(
-                max_failures=config.train.max_failures, controller_failure_limit=2
-            ),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-        ),
-    )
 
 
 def _by_stage(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
@@ -265,78 +204,3 @@ def _by_stage(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
         if row == len(names) or names[row] != names[start]:
             yield names[start], table.slice(start, row - start)
             start = row
-
-
-def _fewest_workers(context: StageContext) -> int:
-    wanted = context.config.train.num_workers
-    return wanted if isinstance(wanted, int) else wanted[0]
-
-
-def _request(context: StageContext) -> str:
-    cluster = context.config.cluster
-    return (
-        f"{_fewest_workers(context)} training workers with {cluster.actor_cpus:g} CPUs and "
-        f"{cluster.train_gpus:g} GPUs each (the cluster has {_resources()})"
-    )
-
-
-def _resources() -> str:
-    have: Mapping[str, float] = ray.cluster_resources()
-    return f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
-
-
-def _check_room(context: StageContext) -> None:
-    """A cluster that was joined may grow; a local one never will, so waiting is no use."""
-    config = context.config.cluster
-    if not _is_local(context):
-        return
-    have: Mapping[str, float] = ray.cluster_resources()
-    num_workers = _fewest_workers(context)
-    cpus, gpus = num_workers * config.actor_cpus, num_workers * config.train_gpus
-    if cpus > have.get("CPU", 0) or gpus > have.get("GPU", 0):
-        raise ClusterError(
-            f"{_request(context)} do not fit into this local Ray. Lower train.num_workers (to "
-            f"{max(1, math.floor(have.get('CPU', 1) / config.actor_cpus))}) or "
-            "cluster.actor_cpus, raise cluster.num_cpus, or use a larger machine."
-        )
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _shown_progress(jobs: Sequence[TrainJob], progress: Progress) -> Iterator[None]:
-    """Shows how far the jobs are while the block runs, from the files that they leave."""
-    stop = threading.Event()
-    label = "train" if len(jobs) == 1 else f"train {len(jobs)} models"
-
-    def watch() -> None:
-        with progress.bar(label, total=1000 * len(jobs)) as bar:
-            shown = 0
-            while not stop.wait(_POLL_SECONDS):
-                share = sum(_done_share(job) for job in jobs)
-                if (now := int(1000 * share)) > shown:
-                    bar.advance(now - shown)
-                    shown = now
-
-    thread = threading.Thread(target=watch, name="train-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _done_share(job: TrainJob) -> float:
-    if storage.exists(storage.join(job.output_uri, "done.json")):
-        return 1.0
-    uri = storage.join(job.output_uri, "progress.json")
-    if not storage.exists(uri):
-        return 0.0
-    with contextlib.suppress(FileNotFoundError):  # the worker removes it when it is done
-        state = storage.read_json(uri)
-        return state["step"] / state["of"]
-    return 0.0

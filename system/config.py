@@ -12,6 +12,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from system.config_data import IngestConfig, Positive, Section, Share, SourceConfig, TagConfig
+from system.config_influence import AutoConfig, InfluenceConfig
+from system.config_model import LoraConfig, ModelConfig, TinyModelConfig
+from system.config_train import EvaluateConfig, TrainConfig
 from system.functions import FUNCTION_NAME
 
 __all__ = [
@@ -19,151 +22,6 @@ __all__ = [
     "InfluenceConfig", "IngestConfig", "LoraConfig", "ModelConfig", "RunConfig", "Section",
     "SelectConfig", "SolveConfig", "SourceConfig", "TagConfig", "TinyModelConfig", "TrainConfig",
 ]  # fmt: skip
-
-
-class LoraConfig(Section):
-    """Low-rank adapters (Hu et al. 2021); the language-model head is never adapted."""
-
-    rank: Positive = 16
-    alpha: float = Field(default=32.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    targets: tuple[str, ...] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
-
-
-class TinyModelConfig(Section):
-    """The Llama that `model.path: builtin:tiny` builds and warms up on the corpus."""
-
-    vocab_size: Positive = 4096
-    hidden_size: Positive = 128
-    num_layers: Positive = 4
-    num_heads: Positive = 4
-    warmup_tokens: int = Field(default=1_000_000, ge=0)
-    """Tokens of plain language modelling on train rows before the run proper."""
-    learning_rate: float = Field(default=3e-3, gt=0)
-    batch_tokens: Positive = 4096
-
-    @model_validator(mode="after")
-    def _heads_fit_the_engine(self) -> TinyModelConfig:
-        if self.hidden_size % (32 * self.num_heads):
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of 32 x num_heads "
-                f"{self.num_heads}: vLLM's CPU attention knows no other head sizes"
-            )
-        return self
-
-
-class ModelConfig(Section):
-    """The base model."""
-
-    path: str
-    """A Hugging Face id, a local directory, a `.gguf` file, or `builtin:tiny`."""
-    revision: str | None = None
-    """Revision of a hub model."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of weights for scoring, and of the forward pass for training."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model. Off unless you read it."""
-    chat_template: str | None = None
-    """File with a Jinja chat template; null: the tokenizer's own, else ChatML."""
-    max_length: Annotated[int, Field(ge=16)] = 1024
-    """Tokens per sequence, prompt and response together; longer ones are truncated at the end."""
-    tiny: TinyModelConfig = TinyModelConfig()
-
-
-class AutoConfig(Section):
-    """`influence.estimator: auto`: when enough has been measured. One round is one replication."""
-
-    regret: float = Field(default=0.005, ge=0)
-    """Enough: not knowing the effects better costs the mix less than this, in nats per response
-    token (its expected regret)."""
-    precision: float | None = Field(default=None, gt=0)
-    """Asked beside that: the typical standard error of the effect of a dose, in nats per token."""
-    max_replications: Positive = 8
-    """Give up here."""
-    max_tokens: Positive | None = None
-    """No round begins that would train on more tokens than this, all rounds together."""
-    max_tuner_hours: float | None = Field(default=None, gt=0)
-    """The same in measured hours of training, summed over tuners (GPU hours where each has one)."""
-
-
-class InfluenceConfig(Section):
-    """Stage 3: interventions, scores, effect matrix."""
-
-    estimator: Literal["retrain", "branch", "random-design", "gradient", "auto"] = "retrain"
-    """`retrain`: one dose at a time, from the base model; `branch`: the same from one checkpoint
-    warmed up on the base mix; `random-design`: half of all doses in every run, taken apart by
-    regression, so that every run speaks about every effect; `gradient`: first order, from
-    gradients at checkpoints of a short warm-up, no run per dose; `auto`: `random-design` in
-    rounds, until the mix would not change."""
-    auto: AutoConfig = AutoConfig()
-    directions: tuple[Literal["add", "remove"], ...] = ("remove",)
-    """Which way a category's dose moves; both are kept apart in the matrix."""
-    rows_per_category: Positive = 192
-    """Rows of each category in the base schedule of every run."""
-    dose_rows: Positive = 128
-    """Rows added or masked in an intervention; at most rows_per_category."""
-    heldout_rows: Positive = 96
-    """Rows of each category's estimate split on which every run is scored."""
-    replications: Positive = 2
-    """Independent common schedules. With one, errors are held-out only. `auto`: in the first round
-    (at least 2)."""
-    batch_size: Positive = 16
-    """Rows per optimiser step."""
-    learning_rate: float = Field(default=3e-4, gt=0)
-    """Peak; annealed linearly to zero, which halves the noise of training order."""
-    warmup_share: Share = 0.05
-    """Share of the steps with rising learning rate."""
-    warm_rows_per_category: Positive = 192
-    """`branch` and `gradient`: rows of each category in the shared warm-up."""
-    gradient_checkpoints: Positive = 2
-    """`gradient`: checkpoints of the warm-up, each standing for an equal part of the schedule."""
-    projection_dim: Positive = 1 << 22
-    """`gradient`: gradients with more numbers than this are projected to so many (seeded count
-    sketch); below, inner products are exact. Memory: 4 bytes x this x categories x directions."""
-    lora: LoraConfig | None = None
-    """Train adapters (merged before scoring) instead of all weights."""
-    targets: dict[str, str] = Field(default_factory=dict)
-    """Further targets that no source owns: name -> instruction file relative to data_dir."""
-    metric: Literal["loss", "accuracy"] = "loss"
-    """What is measured on held-out rows: mean token loss (nats per response token), or the share of
-    right answers, on categories with verifiable rows."""
-    max_new_tokens: Positive = 64
-    """`accuracy` only: longest answer, at most half of model.max_length."""
-    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
-    """Level of all intervals."""
-    gamma_floor: float = Field(default=1e-6, ge=0)
-    """Own effect, nats per token per row, above which a target's gamma can be identifiable."""
-    gamma_max_width: float = Field(default=2.0, gt=0)
-    """Widest gamma interval that still counts as identifiable."""
-    min_agreement: float = Field(default=0.0, ge=-1.0, le=1.0)
-    """Split-half rank correlation of the categories' worth (mean effect on all targets) below which
-    the mix stays at the base, and says so."""
-    keep_checkpoints: bool = False
-    """Keep intervention checkpoints after they are scored."""
-
-    @model_validator(mode="after")
-    def _dose_fits(self) -> InfluenceConfig:
-        if self.dose_rows > self.rows_per_category:
-            raise ValueError(
-                f"dose_rows {self.dose_rows} is more than rows_per_category "
-                f"{self.rows_per_category}: a dose cannot be removed that is not there"
-            )
-        if self.estimator == "gradient" and self.metric == "accuracy":
-            raise ValueError(
-                "estimator gradient differentiates losses, and answers have no derivative: use "
-                "another estimator with metric accuracy"
-            )
-        if self.estimator == "auto" and not 2 <= self.replications <= self.auto.max_replications:
-            raise ValueError(
-                f"replications {self.replications}: `auto` begins with 2 or more, since one has no "
-                f"errors to judge by, and at most auto.max_replications "
-                f"{self.auto.max_replications}"
-            )
-        if len(set(self.directions)) != len(self.directions) or not self.directions:
-            raise ValueError(f"directions {self.directions}: give add, remove or both, once each")
-        return self
 
 
 class GroupLimit(Section):
@@ -175,7 +33,7 @@ class GroupLimit(Section):
 
 
 class SolveConfig(Section):
-    """Stage 4: the mix. Meaning of every limit: DESIGN section 2, `docs/optimiser.md`."""
+    """Stage 4: the mix. Meaning of every limit: `docs/optimiser.md`."""
 
     budget: Positive
     """N: examples (or response tokens) of one pass over the mix."""
@@ -293,62 +151,6 @@ class SelectConfig(Section):
         return frozenset(f"select.{name}" for name in unread)
 
 
-class TrainConfig(Section):
-    """Stage 7: curriculum SFT under Ray Train."""
-
-    num_workers: Positive | tuple[Positive, Positive] = 2
-    """Workers, or [fewest, most] for an elastic group."""
-    learning_rate: float = Field(default=2e-4, gt=0)
-    lr_schedule: Literal["cosine", "linear", "warmup-stable-decay"] = "cosine"
-    """One schedule through all stages."""
-    warmup_share: Share = 0.03
-    decay_share: Share = 0.2
-    """Share of the steps in which warmup-stable-decay decays."""
-    min_lr_share: Share = 0.0
-    """Last learning rate as a share of the peak."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    batch_size: Positive = 16
-    """Examples per optimiser step, over all workers."""
-    micro_batch_tokens: Positive = 4096
-    """Padded tokens of one forward pass of one worker; memory follows this number."""
-    packing: bool = True
-    """Best-fit packing with block-diagonal attention (equal to unpacked training)."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    activation_checkpointing: bool = False
-    lora: LoraConfig | None = None
-    checkpoint_every: Positive = 50
-    """Optimiser steps between checkpoints: what a failure repeats at most."""
-    keep_checkpoints: Positive = 2
-    max_failures: int = Field(default=3, ge=0)
-    """Times the worker group is started again after a failure."""
-    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
-    """Trackers besides train/metrics.jsonl."""
-
-
-Arm = Literal[
-    "natural", "uniform", "random", "solved", "natural-curriculum", "natural-reversed",
-    "solved-curriculum", "solved-reversed",
-]  # fmt: skip
-
-
-class EvaluateConfig(Section):
-    """Stage 8: held-out loss and verifiable accuracy against honest baselines."""
-
-    arms: tuple[Arm, ...] = ("natural", "solved", "solved-curriculum")
-    """Trained at equal budget; names without `-curriculum` or `-reversed` are shuffled. `random`
-    moves as much as `solved`, in a direction that no effect speaks for."""
-    seeds: Positive = 3
-    """Trainings per arm; every seed draws other examples and another order for all arms alike."""
-    test_rows: Positive = 200
-    """Rows of each category's test split that are scored."""
-    accuracy_rows: int = Field(default=50, ge=0)
-    """Verifiable rows of each category whose answers are generated and checked."""
-    max_new_tokens: Positive = 128
-    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
-
-
 class ClusterConfig(Section):
     """Where it runs. Never part of a stage's fingerprint: results do not depend on it."""
 
@@ -415,6 +217,15 @@ class RunConfig(Section):
                     f"{key} is `column`, but no source names its {column}: name it, or choose "
                     f"another {key}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_have_their_device(self) -> RunConfig:
+        if self.train.kernels == "liger" and self.cluster.train_gpus == 0:
+            raise ValueError(
+                "train.kernels is 'liger', whose kernels need a GPU, but cluster.train_gpus is 0: "
+                "set it to 1, or use `train.kernels: torch`"
+            )
         return self
 
     @model_validator(mode="after")

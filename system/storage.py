@@ -7,8 +7,10 @@ temporary file in the same directory, flushed to disk and renamed; object stores
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +22,10 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from system.errors import DataError
+from system.errors import DataError, StageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def local_path(uri: str) -> Path | None:
@@ -142,6 +147,52 @@ def atomic_output(uri: str) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def full_disk(error: BaseException) -> OSError | None:
+    """The error of a full disk (or a spent quota, or a file limit) behind an error, if any.
+
+    Looks at what the error came from, and at the errors of other ranks in a CheckpointException.
+    """
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        found = waiting.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, OSError) and found.errno in _FULL:
+            return found
+        rust = _RUST_ERROR.search(str(found))  # safetensors raises an error of its own
+        if rust and int(rust.group(1)) in _FULL:
+            return OSError(int(rust.group(1)), os.strerror(int(rust.group(1))))
+        failures: dict[int, Any] = getattr(found, "failures", {})
+        waiting += [found.__cause__, found.__context__, *(pair[0] for pair in failures.values())]
+    return None
+
+
+@contextlib.contextmanager
+def room_for(what: str, uri: str) -> Iterator[None]:
+    """Within the block, a full disk is an error that says what to do.
+
+    Args:
+        what: is written there, for the message.
+        uri: where it goes.
+
+    Raises:
+        StageError: the storage has no room left.
+    """
+    try:
+        yield
+    except BaseException as error:
+        full = full_disk(error)
+        if full is None:
+            raise
+        raise StageError(
+            f"{uri}: expected room for {what}, found the storage full ({full}). What was half "
+            "written there does not count. Free some space, or raise the quota, then run again: "
+            "finished work is kept and the results stay the same."
+        ) from error
 
 
 def read_bytes(uri: str) -> bytes:

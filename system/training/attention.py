@@ -12,6 +12,7 @@ N = tokens of a pass, H = heads, D = head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,8 +181,8 @@ def _varlen(
     return out[None]
 
 
-def register() -> None:
-    """Makes the implementation known to transformers; repeating it does no harm."""
+def register(implementation: Callable[..., Any] | None = None) -> None:
+    """Makes the implementation (by default `segment_attention`) known to transformers."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, segment_attention)
+    AttentionInterface.register(NAME, implementation or segment_attention)

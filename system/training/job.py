@@ -15,39 +15,35 @@ another that has given up.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from system import storage
-from system.errors import DataError, InstructMixError, ModelError, StageError
+from system.errors import DataError, InstructMixError, StageError
 from system.models.base import load_model
 from system.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     find_checkpoints,
     load_checkpoint,
+    resumable,
 )
-from system.training.export import ModelCard, export_model, whole_state
+from system.training.deliver import deliver
+from system.training.export import whole_state
 from system.training.flops import peak_flops, step_flops
+from system.training.heldout import held_out_loss
+from system.training.identity import local_model, training_identity
 from system.training.log import TrainLog, TrainTotals
-from system.training.lora import add_adapters, merge_adapters
 from system.training.plan import TrainPlan, read_plan
 from system.training.settings import TrainSettings
 from system.training.train import Training
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-_SAMPLE_BYTES = 2**20
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +64,12 @@ class TrainJob:
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints that stay; 0 deletes them all once the job is done."""
+    """Newest checkpoints that stay; 0 deletes them all once the job is done."""
+    heldout_uri: str | None = None
+    """A plan of held-out rows: their loss is measured at every checkpoint and at the end, and the
+    checkpoint where it is lowest stays."""
+    export: Literal["last", "best"] = "last"
+    """Which weights become the model; `best` needs `heldout_uri`."""
     trust_remote_code: bool = False
     log_to: tuple[str, ...] = ()
     hashes: Mapping[str, str] = field(default_factory=dict)
@@ -92,6 +93,10 @@ class TrainedModel:
     """Means of the first and the last tenth of the steps, nats per response token."""
     seconds: float
     """Spent in steps, over all attempts that count."""
+    exported_step: int = -1
+    """Steps that the exported weights have made."""
+    heldout_loss: float | None = None
+    """Of the exported weights, nats per response token; null where it is not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +150,22 @@ def read_finished(job: TrainJob) -> TrainedModel | None:
     if not storage.exists(uri):
         return None
     done = storage.read_json(uri)
-    if done["settings"] != job.settings.sha256() or done["plan"] != read_plan(job.plan_uri).sha256:
+    wanted = _promise(job, read_plan(job.plan_uri))
+    differing = sorted(name for name, value in wanted.items() if done.get(name) != value)
+    if differing:
         raise DataError(
-            f"{job.output_uri} holds the finished model of another plan or of other settings; "
-            "train into another directory, or delete it"
+            f"{job.output_uri} holds the finished model of another training "
+            f"({', '.join(differing)} differ); train into another directory, or delete it"
         )
     return TrainedModel(**done["summary"])
+
+
+def _promise(job: TrainJob, plan: TrainPlan) -> dict[str, str]:
+    """What a finished job must have been made from."""
+    promise = {"plan": plan.sha256, "settings": job.settings.sha256(), "export": job.export}
+    if job.heldout_uri is not None:
+        promise["heldout"] = read_plan(job.heldout_uri).sha256
+    return promise
 
 
 def run_job(
@@ -193,23 +208,17 @@ def _train(
     checkpoints_uri = storage.join(job.output_uri, "checkpoints")
     with ranks.agreeing():
         plan = read_plan(job.plan_uri)
-        base_dir = _local_model(job.model_dir)
-        identity = {
-            "plan": plan.sha256,
-            "settings": job.settings.sha256(),
-            "model": model_fingerprint(base_dir),
-        }
+        heldout = None if job.heldout_uri is None else read_plan(job.heldout_uri)
+        base_dir = local_model(job.model_dir)
         model = load_model(base_dir, device=str(device), trust_remote_code=job.trust_remote_code)
-        found = find_checkpoints(checkpoints_uri, identity)
+        identity = training_identity(job, plan, heldout, base_dir, model, device)
+        found = resumable(find_checkpoints(checkpoints_uri, identity))
     newest: Checkpoint | None = ranks.from_first(found[0] if found else None)
     with Training(model, plan, job.settings, group=ranks.group) as training:
         start = 0
         if newest is not None:
             start = newest.step
-            try:
-                load_checkpoint(newest, training, ranks.cpu_group)
-            except StageError as error:
-                raise _UnreadableError from error
+            _load(newest, training, ranks)
         writer = CheckpointWriter(
             checkpoints_uri,
             identity,
@@ -218,13 +227,52 @@ def _train(
             is_async=device.type == "cuda",
         )
         totals = TrainTotals(newest.counters if newest else None)
-        log = _open_log(job, training, start, device) if ranks.is_first else None
-        _make_steps(job, training, range(start, plan.num_steps), writer, totals, log, on_checkpoint)
-        writer.finish()
+        log = _open_log(job, training, start, writer.attempt, device) if ranks.is_first else None
+        steps = range(start, plan.num_steps)
+        _make_steps(job, training, steps, heldout, writer, totals, log, ranks, on_checkpoint)
+        if job.export == "best" and totals.best_step != plan.num_steps:
+            _load_best(checkpoints_uri, identity, totals.best_step, training, ranks)
         is_whole = job.settings.lora is None and job.settings.parallel == "ddp"
         state = None if is_whole else whole_state(training)
+    summary = _summary(job, plan, totals)
+    with ranks.agreeing(), storage.room_for("the trained model", job.output_uri):
+        if ranks.is_first:
+            deliver(job, plan, base_dir, state, model, identity, summary)
+            assert log is not None
+            log.close()
+            done = {**_promise(job, plan), "summary": asdict(summary)}
+            storage.write_json(storage.join(job.output_uri, "done.json"), done)
+            if job.keep_checkpoints == 0:
+                storage.delete(checkpoints_uri)
+    return ranks.from_first(summary)
+
+
+def _load(checkpoint: Checkpoint, training: Training, ranks: Ranks) -> None:
+    try:
+        load_checkpoint(checkpoint, training, ranks.cpu_group)
+    except StageError as error:
+        raise _UnreadableError from error
+
+
+def _load_best(
+    checkpoints_uri: str,
+    identity: Mapping[str, str],
+    step: int,
+    training: Training,
+    ranks: Ranks,
+) -> None:
+    """Goes back to the best checkpoint; where it is gone the training goes on from before it."""
+    found = [c for c in find_checkpoints(checkpoints_uri, identity) if c.step == step]
+    best: Checkpoint | None = ranks.from_first(found[0] if found else None)
+    if best is None:
+        raise _UnreadableError
+    _load(best, training, ranks)
+
+
+def _summary(job: TrainJob, plan: TrainPlan, totals: TrainTotals) -> TrainedModel:
     first_loss, last_loss = totals.edges()
-    summary = TrainedModel(
+    is_best = job.export == "best"
+    return TrainedModel(
         name=job.name,
         model_uri=storage.join(job.output_uri, "model"),
         metrics_uri=storage.join(job.output_uri, "metrics.jsonl"),
@@ -234,19 +282,14 @@ def _train(
         first_loss=first_loss,
         last_loss=last_loss,
         seconds=round(totals.seconds, 3),
+        exported_step=totals.best_step if is_best else plan.num_steps,
+        heldout_loss=totals.best_loss if is_best else totals.heldout_loss,
     )
-    if ranks.is_first:
-        _export(job, plan, base_dir, state, model, identity, summary)
-        assert log is not None
-        log.close()
-        done = {"plan": plan.sha256, "settings": job.settings.sha256(), "summary": asdict(summary)}
-        storage.write_json(storage.join(job.output_uri, "done.json"), done)
-        if job.keep_checkpoints == 0:
-            storage.delete(checkpoints_uri)
-    return ranks.from_first(summary)
 
 
-def _open_log(job: TrainJob, training: Training, start: int, device: torch.device) -> TrainLog:
+def _open_log(
+    job: TrainJob, training: Training, start: int, attempt: str, device: torch.device
+) -> TrainLog:
     flops_S = step_flops(
         training.plan, training.model.config, is_lora=job.settings.lora is not None
     )
@@ -256,6 +299,7 @@ def _open_log(job: TrainJob, training: Training, start: int, device: torch.devic
         start_step=start,
         num_steps=training.plan.num_steps,
         world_size=training.world_size,
+        attempt=attempt,
         device=device,
         flops_S=flops_S,
         peak_flops=None if peak is None else peak * training.world_size,
@@ -268,95 +312,35 @@ def _make_steps(
     job: TrainJob,
     training: Training,
     steps: range,
+    heldout: TrainPlan | None,
     writer: CheckpointWriter,
     totals: TrainTotals,
     log: TrainLog | None,
+    ranks: Ranks,
     on_checkpoint: Callable[[dict[str, Any]], None] | None,
 ) -> None:
     """Trains, and saves a checkpoint after every `checkpoint_every` steps but the last."""
     for step in steps:
         stats = training.step(step)
         totals.add(stats)
+        is_last = step + 1 == steps.stop
+        is_checkpoint = is_last or (step + 1) % job.checkpoint_every == 0
+        loss = None
+        if heldout is not None and is_checkpoint:
+            loss = held_out_loss(training, heldout)
+            totals.add_heldout(step + 1, loss)
         if log is not None:
-            log.add(stats)
+            log.add(stats, loss)
         writer.poll()
-        if (step + 1) % job.checkpoint_every == 0 and step + 1 < steps.stop:
+        if not is_checkpoint:
+            continue
+        writer.finish()
+        with ranks.agreeing(), storage.room_for("the metrics", job.output_uri):
             if log is not None:
                 log.flush()
-            writer.save(training, step + 1, totals.state())
-            if on_checkpoint is not None:
-                on_checkpoint({"job": job.name, "step": step + 1, "loss": stats.loss})
-
-
-def _export(
-    job: TrainJob,
-    plan: TrainPlan,
-    base_dir: Path,
-    state: dict[str, torch.Tensor] | None,
-    model: PreTrainedModel,
-    hashes: Mapping[str, str],
-    summary: TrainedModel,
-) -> None:
-    """Writes the model; on rank 0 alone.  With a gathered state it goes into a fresh base model."""
-    if state is not None:
-        model = load_model(base_dir, trust_remote_code=job.trust_remote_code)
-        lora = job.settings.lora
-        adapted = None if lora is None else add_adapters(model, lora, job.settings.seed)
-        unexpected = model.load_state_dict(state, strict=False).unexpected_keys
-        assert not unexpected, f"trained weights that the base model lacks: {unexpected}"
-        if adapted is not None:
-            with tempfile.TemporaryDirectory(prefix="instructmix-adapter-") as folder:
-                adapted.save_pretrained(folder)
-                storage.upload_directory(Path(folder), storage.join(job.output_uri, "adapter"))
-            model = merge_adapters(adapted)
-    stages = dict.fromkeys(plan.table.column("stage").to_pylist())
-    categories = Counter(plan.table.column("category").to_pylist())
-    lora = job.settings.lora
-    card = ModelCard(
-        base_model=job.base_model or base_dir.name,
-        method=(
-            f"{'All weights' if lora is None else f'Adapters of rank {lora.rank}, merged'}, AdamW "
-            f"at {job.settings.learning_rate:g}, {job.settings.lr_schedule} schedule, "
-            f"{plan.num_steps} steps"
-        ),
-        stages=tuple(stages),
-        categories=dict(categories),
-        hashes={**job.hashes, **{f"training {name}": value for name, value in hashes.items()}},
-        results={
-            "response tokens": f"{summary.num_labels:,}",
-            "tokens": f"{summary.num_tokens:,}",
-            "loss, first tenth of the steps": f"{summary.first_loss:.4f}",
-            "loss, last tenth of the steps": f"{summary.last_loss:.4f}",
-        },
-    )
-    export_model(
-        model,
-        str(base_dir),
-        summary.model_uri,
-        card,
-        dtype=job.export_dtype,
-        trust_remote_code=job.trust_remote_code,
-    )
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Hash of a model directory: names, sizes, and the first and last mebibyte of every file."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".model", ".jinja") and path.is_file():
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_SAMPLE_BYTES))
-                file.seek(max(0, size - _SAMPLE_BYTES), os.SEEK_SET)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _local_model(uri: str) -> Path:
-    """The model directory on this machine; a remote one is copied once per machine."""
-    key = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    folder = storage.download_directory(uri, Path(tempfile.gettempdir()) / f"instructmix-{key}")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{uri}: expected a model directory, found no config.json in it")
-    return folder
+        if is_last:
+            continue
+        best_step = None if heldout is None else totals.best_step
+        writer.save(training, step + 1, totals.state(), best_step)
+        if on_checkpoint is not None:
+            on_checkpoint({"job": job.name, "step": step + 1, "loss": stats.loss})

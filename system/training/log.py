@@ -42,6 +42,11 @@ class TrainTotals:
         self.num_labels: int = counters.get("num_labels", 0)
         self.seconds: float = counters.get("seconds", 0.0)
         self.losses: list[float] = list(counters.get("losses", []))
+        self.heldout_loss: float | None = counters.get("heldout_loss")
+        """The newest held-out loss; null where none is measured."""
+        self.best_step: int = counters.get("best_step", 0)
+        self.best_loss: float | None = counters.get("best_loss")
+        """The lowest held-out loss and the steps made when it was first met."""
 
     def add(self, stats: StepStats) -> None:
         """Counts a step."""
@@ -50,6 +55,12 @@ class TrainTotals:
         self.seconds += stats.seconds
         self.losses.append(stats.loss)
 
+    def add_heldout(self, step: int, loss: float) -> None:
+        """Takes the held-out loss after `step` steps; of equal ones the first is the best."""
+        self.heldout_loss = loss
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_step, self.best_loss = step, loss
+
     def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
         return {
@@ -57,6 +68,9 @@ class TrainTotals:
             "num_labels": self.num_labels,
             "seconds": self.seconds,
             "losses": list(self.losses),
+            "heldout_loss": self.heldout_loss,
+            "best_step": self.best_step,
+            "best_loss": self.best_loss,
         }
 
     def edges(self) -> tuple[float, float]:
@@ -73,7 +87,8 @@ class TrainLog:
         output_uri: directory of the job.
         start_step: step that the training starts or resumes with.
         num_steps: steps of the plan.
-        world_size: ranks that train; part of each record.
+        world_size: ranks that train, and
+        attempt: the name of this attempt; part of each record.
         device: where memory is measured.
         flops_S: operations that each step needs, and
         peak_flops: those that all devices can do in a second; for the MFU, null without them.
@@ -88,6 +103,7 @@ class TrainLog:
         start_step: int,
         num_steps: int,
         world_size: int,
+        attempt: str,
         device: torch.device,
         flops_S: np.ndarray | None = None,
         peak_flops: float | None = None,
@@ -97,7 +113,7 @@ class TrainLog:
         self._output_uri = output_uri
         self._uri = storage.join(output_uri, "metrics")
         self._num_steps = num_steps
-        self._world_size = world_size
+        self._world_size, self._attempt = world_size, attempt
         self._device = device
         self._flops_S, self._peak_flops = flops_S, peak_flops
         self._records: list[dict[str, Any]] = []
@@ -111,8 +127,8 @@ class TrainLog:
             if match and int(match.group(1)) >= start_step:
                 storage.delete(storage.join(self._uri, part))
 
-    def add(self, stats: StepStats) -> None:
-        """Takes a step's numbers."""
+    def add(self, stats: StepStats, heldout_loss: float | None = None) -> None:
+        """Takes a step's numbers, and the held-out loss after it where it was measured."""
         record = {
             "step": stats.step,
             "stage": stats.stage,
@@ -126,26 +142,36 @@ class TrainLog:
             "seconds": round(stats.seconds, 6),
             "memory_bytes": peak_memory(self._device),
             "world_size": self._world_size,
+            "attempt": self._attempt,
             "time": round(time.time(), 3),
             "category_loss": {
                 name: nll / count for name, (nll, count) in sorted(stats.category_nll.items())
             },
         }
+        if heldout_loss is not None:
+            record["heldout_loss"] = heldout_loss
         self._records.append(record)
         for sink in self._sinks:
             sink(record)
         if time.monotonic() - self._last_progress >= _PROGRESS_SECONDS:
             self._last_progress = time.monotonic()
-            storage.write_json(
-                storage.join(self._output_uri, "progress.json"),
-                {
-                    "step": stats.step + 1,
-                    "of": self._num_steps,
-                    "loss": stats.loss,
-                    "host": socket.gethostname(),
-                    "pid": os.getpid(),
-                },
-            )
+            self._show_progress(stats)
+
+    def _show_progress(self, stats: StepStats) -> None:
+        """Tells the driver how far it is; nothing else reads it."""
+        progress = {
+            "step": stats.step + 1,
+            "of": self._num_steps,
+            "loss": stats.loss,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        try:
+            storage.write_json(storage.join(self._output_uri, "progress.json"), progress)
+        except OSError as error:
+            if storage.full_disk(error) is None:
+                raise
+            # The checkpoint that follows meets the full disk too, and all ranks tell it together.
 
     def _utilisation(self, stats: StepStats) -> float | None:
         """Model FLOPs utilisation of a step; see `system.training.flops`."""

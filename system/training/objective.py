@@ -135,6 +135,18 @@ def find_layout(objective: Objective) -> Layout:
         model.train(was_training)
 
 
+def probe_losses(objective: Objective) -> torch.Tensor:
+    """[M] losses of a few fixed rows in the objective's own layout, float32, without dropout."""
+    was_training = objective.model.training
+    dtype, objective.compute_dtype = objective.compute_dtype, torch.float32
+    objective.model.eval()
+    try:
+        return _probe(objective, objective.layout)
+    finally:
+        objective.compute_dtype = dtype
+        objective.model.train(was_training)
+
+
 def _agrees(objective: Objective, layout: Layout, expected: torch.Tensor) -> bool:
     try:
         found = _probe(objective, layout)

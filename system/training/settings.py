@@ -32,6 +32,9 @@ class TrainSettings:
     everything on a CPU."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     activation_checkpointing: bool = False
+    kernels: Literal["auto", "torch", "liger"] = "torch"
+    compile: bool = False
+    """Decoder layers through torch.compile."""
     lora: LoraConfig | None = None
     seed: int = 0
     """Adapter initialisation and dropout; the order is the plan's."""
@@ -52,6 +55,8 @@ class TrainSettings:
             dtype=model.dtype,
             parallel=train.parallel,
             activation_checkpointing=train.activation_checkpointing,
+            kernels=train.kernels,
+            compile=train.compile,
             lora=train.lora,
             seed=seed,
         )

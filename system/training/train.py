@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from system.errors import ModelError, StageError
+from system.training.kernels import compiled_layers, use_kernels
 from system.training.lora import add_adapters, merge_adapters
 from system.training.microbatch import MicroBatch, build_microbatch
 from system.training.objective import Objective, training_layout
@@ -161,6 +162,7 @@ class Training:
             stack.callback(self.model.eval)
             stack.enter_context(_deterministic())
             stack.enter_context(training_layout(self.objective))
+            self.kernels = use_kernels(self.objective, settings.kernels)
             if settings.activation_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
                 stack.callback(self.model.gradient_checkpointing_disable)
@@ -168,6 +170,8 @@ class Training:
                 adapted = add_adapters(self.model, settings.lora, settings.seed)
                 stack.callback(merge_adapters, adapted)
             self.model.train()
+            if settings.compile:
+                stack.enter_context(compiled_layers(self.model))
             self.parallel = make_parallel(self.objective, settings, self.group)
             stack.callback(self.parallel.close)
             self._stack = stack.pop_all()
@@ -193,20 +197,28 @@ class Training:
         for state in self.parallel.optimizer.state.values():
             state["step"].fill_(steps)
 
-    def _passes(self, step: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """Rows of each forward pass of this rank, and whether they count.
+    def passes(
+        self, plan: TrainPlan, step: int, active: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, bool]]:
+        """Rows of each forward pass of this rank for a step of a plan, and whether they count.
 
         Where all ranks must make equally many passes, a rank with fewer repeats rows for nothing;
         what the others do follows from the plan, so nobody needs to ask.
+
+        Args:
+            plan: the training's own, or another.
+            step: of the plan.
+            active: [plan rows] bool, rows to take; all by default.
         """
         is_padded = not self.objective.layout.is_flat
         ranks = range(self.world_size) if self.parallel.needs_equal_passes else [self.rank]
         passes: dict[int, list[np.ndarray]] = {}
         for rank in ranks:
-            rows = self.plan.rows(step, rank, self.world_size)
-            rows = rows[self.active[rows]]
+            rows = plan.rows(step, rank, self.world_size)
+            if active is not None:
+                rows = rows[active[rows]]
             groups = group_by_tokens(
-                self.plan.lengths(rows), self.settings.micro_batch_tokens, is_padded=is_padded
+                plan.lengths(rows), self.settings.micro_batch_tokens, is_padded=is_padded
             )
             passes[rank] = [rows[group] for group in groups]
         for rows in passes[self.rank]:
@@ -215,9 +227,10 @@ class Training:
         for rows in longest[len(passes[self.rank]) :]:
             yield rows, False
 
-    def _microbatch(self, rows: np.ndarray) -> MicroBatch:
+    def microbatch(self, plan: TrainPlan, rows: np.ndarray) -> MicroBatch:
+        """Rows of a plan as one forward pass takes them."""
         return build_microbatch(
-            self.plan,
+            plan,
             rows,
             is_flat=self.objective.layout.is_flat,
             device=self.device,
@@ -263,8 +276,8 @@ class Training:
         scale = 1.0 / float(self.plan.denominators[step])
         num_categories = len(self.categories)
         totals = np.zeros(2 * num_categories + 1)
-        for rows, counts in self._passes(step):
-            batch = self._microbatch(rows)
+        for rows, counts in self.passes(self.plan, step, self.active):
+            batch = self.microbatch(self.plan, rows)
             total, nll_M = self.objective(batch)
             (total * (scale if counts else 0.0)).backward()
             if not counts:
@@ -296,7 +309,9 @@ class Training:
             bad = [
                 self.plan.ids(np.array([row]))[0]
                 for row in rows  # all rows on all ranks: sharded passes need everybody
-                if not bool(torch.isfinite(self.objective(self._microbatch(row[None]))[1]).all())
+                if not bool(
+                    torch.isfinite(self.objective(self.microbatch(self.plan, row[None]))[1]).all()
+                )
             ]
         found = (
             f"rows whose loss is not finite: {bad[:8]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -15,12 +15,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from trainer_world import build_context, build_model, build_world
+from trainer_world import (
+    LONG,
+    LONG_STEPS,
+    build_context,
+    build_model,
+    build_world,
+    difference,
+    records,
+    steps_logged,
+    wait_for_checkpoint,
+    weights,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.cluster import Cluster
-from actors.trainer import fit, make_job, run
+from actors.fit import fit
+from actors.trainer import make_job, run
 from system.errors import ClusterError, ConfigError, StageError
 from system.models.base import load_model
 from system.training.plan import read_plan
@@ -28,10 +39,6 @@ from system.training.settings import TrainSettings
 from system.training.train import train_on_plan
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-LONG = {"batch_size": 4, "checkpoint_every": 10, "learning_rate": 3e-4}
-LONG_STEPS = 300
-"""Steps of the long world: enough time to be killed in, also on a fast machine."""
 
 
 @pytest.fixture(scope="module")
@@ -62,34 +69,6 @@ def undisturbed(long_world: Path, cluster: Cluster) -> dict[str, torch.Tensor]:
     return weights(long_world, "train/undisturbed")
 
 
-def weights(root: Path, attempt: str) -> dict[str, torch.Tensor]:
-    return load_file(root / attempt / "model" / "model.safetensors")
-
-
-def steps_logged(root: Path, attempt: str) -> list[int]:
-    lines = (root / attempt / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
-
-
-def difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
-    assert left.keys() == right.keys()
-    return max(float((left[name] - right[name]).detach().abs().max()) for name in left)
-
-
-def wait_for_checkpoint(attempt: Path, step: int, seconds: float = 200.0) -> dict:
-    """The progress of a training that has committed a checkpoint of a step or later."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            progress = json.loads((attempt / "progress.json").read_text())
-            commits = attempt.glob("checkpoints/*/COMMIT.json")
-            if any(int(commit.parent.name.split("-")[1]) >= step for commit in commits):
-                return progress
-        assert not (attempt / "done.json").exists(), "the training ended before it could be killed"
-        time.sleep(0.02)
-    raise AssertionError(f"no checkpoint of step {step} in {seconds} s")
-
-
 def test_workers_train_what_one_process_trains_and_the_export_loads(world, cluster):
     context = build_context(world, "train/a", cluster)
     result = run(context)
@@ -117,6 +96,28 @@ def test_adapters_are_saved_alone_and_merged_into_the_export(world, cluster):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_best_weights_are_delivered_with_their_loss_and_the_card_names_its_sources(world, cluster):
+    result = run(build_context(world, "train/best", cluster, keep_best=True, export="best"))
+    measured = {
+        record["step"] + 1: record["heldout_loss"]
+        for record in records(world, "train/best")
+        if "heldout_loss" in record
+    }
+    assert list(measured) == [3, 6, 8]
+    assert result.counts["heldout_loss"] == min(measured.values())
+    assert measured[result.counts["exported_step"]] == min(measured.values())
+    heldout = read_plan(str(world / "train/best/heldout.arrow"))
+    assert heldout.table.num_rows == 24
+    plan = read_plan(str(world / "train/best/plan.arrow"))
+    assert not set(heldout.table["id"].to_pylist()) & set(plan.table["id"].to_pylist())
+    card = (world / "train/best/model/README.md").read_text()
+    for path in ("tags/t/manifest.json", "mix/m/mix.json", "curriculum/c/curriculum.json"):
+        digest = hashlib.sha256((world / path).read_bytes()).hexdigest()
+        assert f"SHA-256 of {Path(path).name}: `{digest}`" in card
+    for hashed in (plan.sha256, heldout.sha256):
+        assert hashed in card
 
 
 def test_killed_worker_changes_nothing(long_world, cluster, undisturbed):

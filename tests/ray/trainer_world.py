@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
+from safetensors.torch import load_file
 
 from actors.cluster import Cluster
 from actors.stage import StageContext
 from system import schema, storage
 from system.config import RunConfig
+from system.data.corpus import make_manifest, shard_directory, write_manifest, write_shard
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+import itertools
 
 from training_builders import CHATML, build_model, build_tokenizer
 
 WORDS = (
     "Which city is the capital of France Paris Italy Rome add return answer poem sea".split()  # noqa: SIM905
 )
+
+
+LONG = {"batch_size": 4, "checkpoint_every": 10, "learning_rate": 3e-4}
+LONG_STEPS = 300
+"""Steps of the long world: enough time to be killed in, also on a fast machine."""
 
 
 def build_selection(num_rows: int) -> pa.Table:
@@ -47,8 +60,34 @@ def build_selection(num_rows: int) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema.SELECTION)
 
 
+def write_corpus(root: Path, num_rows: int = 12) -> None:
+    """A corpus whose `estimate` split holds rows of both categories."""
+    generator = np.random.default_rng(1)
+    shards = []
+    for category in ("city", "code"):
+        rows = [
+            {
+                "id": f"{category}{k:03d}",
+                "category": category,
+                "source": "made",
+                "messages": [
+                    {"role": "user", "content": " ".join(generator.choice(WORDS, size=6))},
+                    {"role": "assistant", "content": " ".join(generator.choice(WORDS, size=9))},
+                ],
+            }
+            for k in range(num_rows)
+        ]
+        table = pa.Table.from_pylist(rows, schema=schema.CORPUS)
+        path = f"{shard_directory('estimate', category)}/00000-000.arrow"
+        shards.append(write_shard(str(root / "tags" / "t"), path, table, "estimate", category))
+    write_manifest(str(root / "tags" / "t" / "manifest.json"), make_manifest(shards))
+
+
 def build_world(root: Path, *, num_rows: int = 64, hidden_size: int = 32) -> None:
-    """Writes the model and the selection."""
+    """Writes the model, the selection, and what the model card names."""
+    write_corpus(root)
+    storage.write_json(str(root / "mix" / "m" / "mix.json"), {"status": "optimal"})
+    storage.write_json(str(root / "curriculum" / "c" / "curriculum.json"), {"stages": []})
     tokenizer = build_tokenizer(CHATML)
     model = build_model(vocab_size=len(tokenizer), hidden_size=hidden_size)
     model.save_pretrained(root / "model" / "m" / "model")
@@ -65,7 +104,11 @@ def build_world(root: Path, *, num_rows: int = 64, hidden_size: int = 32) -> Non
 
 
 def build_context(
-    root: Path, attempt: str, cluster: Cluster | None = None, **train
+    root: Path,
+    attempt: str,
+    cluster: Cluster | None = None,
+    address: str = "local",
+    **train,
 ) -> StageContext:
     """The context of stage `train`; `train` overrides fields of TrainConfig."""
     config = RunConfig.model_validate(
@@ -82,11 +125,14 @@ def build_context(
                 "micro_batch_tokens": 256,
                 **train,
             },
-            "cluster": {"address": "local", "num_cpus": 2},
+            "cluster": {"address": address, "num_cpus": 2},
         }
     )
     outputs = {
+        "tag": {"manifest": "tags/t/manifest.json"},
         "model": {"model": "model/m/model"},
+        "solve": {"mix": "mix/m/mix.json"},
+        "curriculum": {"curriculum": "curriculum/c/curriculum.json"},
         "select": {
             "manifest": "selection/s/manifest.json",
             "selection": "selection/s/selection",
@@ -114,3 +160,49 @@ def build_context(
         progress=Progress(is_terminal=False),
         cluster=cluster or Cluster(config.cluster),
     )
+
+
+def weights(root: Path, attempt: str) -> dict[str, torch.Tensor]:
+    return load_file(root / attempt / "model" / "model.safetensors")
+
+
+def steps_logged(root: Path, attempt: str) -> list[int]:
+    lines = (root / attempt / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).detach().abs().max()) for name in left)
+
+
+def wait_for_checkpoint(attempt: Path, step: int, seconds: float = 200.0) -> dict:
+    """The progress of a training that has committed a checkpoint of a step or later."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            progress = json.loads((attempt / "progress.json").read_text())
+            commits = attempt.glob("checkpoints/*/COMMIT.json")
+            if any(int(commit.parent.name.split("-")[1]) >= step for commit in commits):
+                return progress
+        assert not (attempt / "done.json").exists(), "the training ended before it could be killed"
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint of step {step} in {seconds} s")
+
+
+def records(root: Path, attempt: str) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (root / attempt / "metrics.jsonl").open()]
+
+
+def resumed_steps(root: Path, attempt: str) -> list[int]:
+    """First step of every attempt but the first: where a training went on."""
+    lines = records(root, attempt)
+    pairs = itertools.pairwise(lines)
+    return [after["step"] for before, after in pairs if before["attempt"] != after["attempt"]]
+
+
+def newest_commit(attempt: Path) -> int:
+    """Step of the newest committed checkpoint."""
+    commits = attempt.glob("checkpoints/*/COMMIT.json")
+    return max(int(commit.parent.name.split("-")[1]) for commit in commits)

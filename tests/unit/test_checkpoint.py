@@ -17,7 +17,12 @@ from training_builders import (
 from system import storage
 from system.config import LoraConfig
 from system.errors import DataError, StageError
-from system.training.checkpoint import CheckpointWriter, find_checkpoints, load_checkpoint
+from system.training.checkpoint import (
+    CheckpointWriter,
+    find_checkpoints,
+    load_checkpoint,
+    resumable,
+)
 from system.training.train import Training
 
 IDENTITY = {"plan": "a" * 64, "settings": "b" * 64, "model": "c" * 64}
@@ -32,13 +37,18 @@ def run_all(root: Path | None, *, keep: int = 2, is_async: bool = False, **chang
     """Six steps without a break, saving after steps 2 and 4."""
     model = build_model()
     with Training(model, plan_of_six_steps(), build_settings(**changes)) as training:
-        writer = CheckpointWriter(str(root), IDENTITY, keep=keep, is_async=is_async)
+        if root is None:
+            writer = None
+        else:
+            writer = CheckpointWriter(str(root), IDENTITY, keep=keep, is_async=is_async)
         for step in range(6):
             training.step(step)
-            if root is not None and step in (1, 3):
-                writer.save(training, step + 1, {"tokens": step})
-            writer.poll()
-        writer.finish()
+            if writer is not None:
+                if step in (1, 3):
+                    writer.save(training, step + 1, {"tokens": step})
+                writer.poll()
+        if writer is not None:
+            writer.finish()
     return weights_of(model)
 
 
@@ -111,7 +121,7 @@ def test_checkpoint_of_another_training_is_refused_with_the_difference(tmp_path,
 def test_only_the_newest_checkpoints_stay(tmp_path, keep):
     run_all(tmp_path, keep=keep)
     assert [c.step for c in find_checkpoints(str(tmp_path), IDENTITY)] == [4, 2][:keep]
-    assert len(list(tmp_path.iterdir())) == keep
+    assert len(list(tmp_path.glob("step-*"))) == keep
 
 
 def test_failed_save_leaves_the_older_checkpoints_usable(tmp_path, monkeypatch):
@@ -126,7 +136,7 @@ def test_failed_save_leaves_the_older_checkpoints_usable(tmp_path, monkeypatch):
 
         monkeypatch.setattr(storage, "write_json", no_space)
         training.step(1)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(StageError, match=r"storage full.*No space.*run again"):
             writer.save(training, 2, {})
     assert [c.step for c in find_checkpoints(str(tmp_path), IDENTITY)] == [1]
 
@@ -138,3 +148,27 @@ def test_commit_says_what_the_checkpoint_is(tmp_path):
     assert commit["identity"] == IDENTITY and commit["step"] == 4
     assert commit["versions"]["torch"] == torch.__version__
     assert set(commit["files"]) == {"__0_0.distcp", ".metadata"}
+
+
+def test_an_attempt_that_was_taken_over_commits_nothing_more(tmp_path):
+    model = build_model()
+    with Training(model, plan_of_six_steps(), build_settings()) as training:
+        orphan = CheckpointWriter(str(tmp_path), IDENTITY, keep=1)
+        orphan.save(training, 1, {})
+        successor = CheckpointWriter(str(tmp_path), IDENTITY, keep=1)
+        successor.save(training, 2, {})
+        with pytest.raises(StageError, match="taken over"):
+            orphan.save(training, 3, {})
+    assert [c.step for c in find_checkpoints(str(tmp_path), IDENTITY)] == [2]
+
+
+def test_the_best_checkpoint_stays_however_old_and_without_it_none_after_it_is_used(tmp_path):
+    model = build_model()
+    with Training(model, plan_of_six_steps(), build_settings()) as training:
+        writer = CheckpointWriter(str(tmp_path), IDENTITY, keep=1)
+        for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+            writer.save(training, step, {}, best)
+    found = find_checkpoints(str(tmp_path), IDENTITY)
+    assert [c.step for c in found] == [4, 2]
+    assert [c.step for c in resumable(found)] == [4, 2]
+    assert resumable([c for c in found if c.step != 2]) == []

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import resource
+import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from training_builders import (
     CHATML,
@@ -21,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from system import storage
 from system.config import LoraConfig
-from system.errors import ConfigError, DataError
+from system.errors import ConfigError, DataError, StageError
 from system.training.job import Ranks, TrainJob, run_job
 from system.training.plan import write_plan
 from system.training.trackers import check_trackers
@@ -101,6 +106,30 @@ def test_killed_job_ends_as_if_nothing_had_happened(tmp_path, base, damage):
     assert all(getattr(found, name) == getattr(expected, name) for name in counted)
 
 
+@pytest.mark.parametrize("damage", ["none", "truncated", "uncommitted"])
+def test_killed_job_on_an_object_store_ends_as_if_nothing_had_happened(tmp_path, base, damage):
+    """Checkpoints, metrics and export go straight to an fsspec file system, here one in memory."""
+    whole = build_job(tmp_path, base)
+    run_job(whole, Ranks(), CPU)
+    root = f"memory://bucket/{damage}/out"
+    broken = dataclasses.replace(whole, output_uri=root)
+    run_killed(broken, at_step=4)
+    names = storage.list_names(storage.join(root, "checkpoints"))
+    newest = storage.join(root, "checkpoints", max(n for n in names if n.startswith("step-")))
+    data = storage.join(newest, "__0_0.distcp")
+    if damage == "truncated":
+        storage.write_bytes(data, storage.read_bytes(data)[:-1])
+    elif damage == "uncommitted":
+        storage.delete(storage.join(newest, "COMMIT.json"))
+    run_job(broken, Ranks(), CPU)
+    steps = [json.loads(line) for line in storage.read_bytes(f"{root}/metrics.jsonl").splitlines()]
+    resumed = [record["step"] for record in steps if record["attempt"] != steps[0]["attempt"]]
+    assert resumed[0] == (4 if damage == "none" else 2)
+    found = load_bytes(storage.read_bytes(storage.join(root, "model", "model.safetensors")))
+    assert largest_difference(weights(whole), found) == 0.0
+    assert without_times(steps) == without_times(metrics(whole))
+
+
 def test_finished_job_is_not_trained_again(tmp_path, base):
     job = build_job(tmp_path, base)
     first = run_job(job, Ranks(), CPU)
@@ -114,17 +143,28 @@ def test_directory_of_another_job_is_refused(tmp_path, base):
     job = build_job(tmp_path, base)
     run_job(job, Ranks(), CPU)
     other = dataclasses.replace(job, settings=build_settings(learning_rate=2e-2))
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(DataError, match=r"another training \(settings differ\)"):
         run_job(other, Ranks(), CPU)
 
 
-def test_checkpoint_of_another_base_model_is_refused(tmp_path, base):
+@pytest.mark.parametrize("changed", ["model", "tokenizer", "plan", "settings"])
+def test_checkpoint_of_another_training_is_refused_and_only_the_difference_named(
+    tmp_path, base, changed
+):
     job = build_job(tmp_path, base)
     run_killed(job, at_step=2)
     other = tmp_path / "other"
-    build_model(vocab_size=400, seed=5).save_pretrained(other)
-    build_tokenizer(CHATML).save_pretrained(other)
-    with pytest.raises(DataError, match=r"another training.*model: "):
+    shutil.copytree(base, other)
+    if changed == "model":
+        tokenizer = build_tokenizer(CHATML)
+        build_model(vocab_size=len(tokenizer), seed=5).save_pretrained(other)
+    elif changed == "tokenizer":
+        (other / "chat_template.jinja").write_text(CHATML + " ")
+    elif changed == "plan":
+        write_plan(job.plan_uri, build_small_plan(build_tokens(48, seed=1), batch_size=8))
+    else:
+        job = dataclasses.replace(job, settings=build_settings(learning_rate=2e-2))
+    with pytest.raises(DataError, match=rf"another training.*\({changed}: [^;]* there, .* here\)"):
         run_job(dataclasses.replace(job, model_dir=str(other)), Ranks(), CPU)
 
 
@@ -198,3 +238,35 @@ def test_damaged_plan_is_refused(tmp_path, base):
     storage.write_table(job.plan_uri, table)
     with pytest.raises(DataError, match="was changed"):
         run_job(job, Ranks(), CPU)
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """The kernel refuses to let a file of this process grow beyond that, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "model"])
+def test_full_disk_is_told_and_a_rerun_ends_in_the_same_bits(tmp_path, base, place):
+    every = 2 if place == "checkpoint" else 100
+    whole, broken = (
+        build_job(tmp_path / name, base, checkpoint_every=every) for name in ("whole", "broken")
+    )
+    run_job(whole, Ranks(), CPU)
+    size = (Path(whole.output_uri) / "model" / "model.safetensors").stat().st_size
+    what = "the checkpoint before step 2" if place == "checkpoint" else "the trained model"
+    with (
+        files_of_at_most(size // 2),
+        pytest.raises(StageError, match=rf"room for {what}.*run again"),
+    ):
+        run_job(broken, Ranks(), CPU)
+    assert not list(Path(broken.output_uri).glob("checkpoints/step-*"))
+    assert not (Path(broken.output_uri) / "done.json").exists()
+    run_job(broken, Ranks(), CPU)
+    assert largest_difference(weights(whole), weights(broken)) == 0.0
+    assert without_times(metrics(broken)) == without_times(metrics(whole))

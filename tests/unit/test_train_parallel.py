@@ -21,6 +21,7 @@ from training_builders import (
 from system.config import LoraConfig
 from system.training.checkpoint import CheckpointWriter, find_checkpoints, load_checkpoint
 from system.training.export import whole_state
+from system.training.heldout import held_out_loss
 from system.training.train import Training
 
 pytestmark = pytest.mark.slow
@@ -35,6 +36,8 @@ CASES = {
     "fsdp-small-passes": {"parallel": "fsdp", "micro_batch_tokens": 40},
     "fsdp-recomputed": {"parallel": "fsdp", "activation_checkpointing": True},
 }
+HELD_OUT = build_small_plan(build_tokens(13, seed=7), batch_size=5)
+"""An odd number of rows, so that ranks differ in their number of passes."""
 MASKED = np.arange(48) % 5 != 0
 
 
@@ -55,7 +58,8 @@ def train(case: str, group, root: Path, *, start: int = 0, save_at: int | None =
             load_checkpoint(newest, training, group)
         for step in range(start, 6):
             stats = training.step(step)
-            losses.append((stats.loss, stats.grad_norm, stats.num_tokens))
+            heldout = held_out_loss(training, HELD_OUT)
+            losses.append((stats.loss, stats.grad_norm, stats.num_tokens, heldout))
             if step + 1 == save_at:
                 writer.save(training, step + 1, {})
         weights = whole_state(training)

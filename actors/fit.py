@@ -1,0 +1,269 @@
+"""The one way to train models on the cluster: `fit`.
+
+    driver ── fit(jobs) ──> TorchTrainer ──> controller ──> workers (actors.train_worker)
+       │                                                       │
+       └── reads progress.json ◄── checkpoints/, metrics/, model/ ── storage
+
+Ray Train launches the workers and starts them again after a failure; that is all it is used for.
+The driver starts the controller again.  What to resume from is read from our own commit markers:
+Ray Train learns of a checkpoint only when its controller polls, keeps its list in a file that a
+crash can tear, and then refuses the run's name.  So every controller has a name of its own and
+workers report metrics, not checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray._raylet import PlacementGroupID
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from actors.stage import StageContext
+from actors.train_worker import Outcome, train_jobs
+from system import storage
+from system.errors import ClusterError, ConfigError, StageError
+from system.progress import Progress
+from system.training.job import TrainedModel, TrainJob, read_finished
+from system.training.trackers import check_trackers
+
+START_TIMEOUT_SECONDS = 60
+"""How long a worker group may wait for its resources before the run gives up."""
+ELASTIC_START_SECONDS = 20
+"""The same for an elastic group.  It asks only for what it believes to be there, so what does not
+come is on a node that was just lost, and the next attempt asks for less."""
+_STARTS_THAT_MAY_FAIL = 2
+_POLL_SECONDS = 2.0
+
+
+def fit(jobs: Sequence[TrainJob], context: StageContext) -> list[TrainedModel]:
+    """Trains the jobs one after the other with one group of workers; finished ones are kept.
+
+    Args:
+        jobs: each with an output directory of its own.
+        context: of the calling stage; all actor pools are closed to make room.
+
+    Returns:
+        The models, in the order of the jobs.
+
+    Raises:
+        ConfigError: a tracker cannot be used.
+        ClusterError: the workers do not fit into the cluster, or died more often than allowed.
+        StageError: a training diverged.
+        DataError, ModelError: a plan, a model or a checkpoint cannot be used.
+    """
+    for job in jobs:
+        check_trackers(job.log_to, job.output_uri)
+    finished = {job.name: read_finished(job) for job in jobs}
+    if len(finished) != len(jobs):
+        raise ConfigError(f"jobs need names of their own, found {[job.name for job in jobs]}")
+    waiting = [job for job in jobs if finished[job.name] is None]
+    if waiting:
+        finished |= {model.name: model for model in _fit(waiting, context)}
+    return [model for job in jobs if (model := finished[job.name]) is not None]
+
+
+def _fit(jobs: Sequence[TrainJob], context: StageContext) -> Sequence[TrainedModel]:
+    context.cluster.close_pools()
+    context.cluster.connect()
+    _check_room(context)
+    for variable, value in _train_environment(context).items():
+        os.environ.setdefault(variable, value)
+    scratch = storage.join(context.attempt, "ray-train")
+    try:
+        with _shown_progress(jobs, context.progress):
+            outcome = _outlive_controllers(jobs, context, scratch)
+    except ControllerError as error:
+        raise ClusterError(
+            f"{_request(context)} could not be started in several attempts of up to "
+            f"{START_TIMEOUT_SECONDS} s: {error.controller_failure}. Free resources or ask for "
+            "less (train.num_workers, cluster.actor_cpus, cluster.train_gpus); run again to "
+            "continue from the newest checkpoint."
+        ) from error
+    except (TrainingFailedError, ray.exceptions.RayActorError) as error:
+        raise ClusterError(
+            f"training failed more than train.max_failures = {context.config.train.max_failures} "
+            f"times; the last time with: {_last_line(error)}. Checkpoints are kept; run again to "
+            "continue from the newest one."
+        ) from error
+    finally:
+        storage.delete(scratch)
+    if not isinstance(outcome, Outcome):
+        raise StageError("the training workers ended without an answer; run again to continue")
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.models
+
+
+def _outlive_controllers(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> Any:
+    """What the workers answer.  Ray Train starts dead workers again, but nobody its controller.
+
+    A controller takes its workers with it: Ray ends actors whose owner is gone.  One that lives on
+    for a moment finds in `attempt.json` that it was replaced, and commits nothing more.
+    """
+    for deaths in itertools.count(1):
+        trainer = _trainer(jobs, context, scratch)
+        try:
+            return trainer.fit().return_value
+        except ray.exceptions.RayActorError:
+            if deaths > context.config.train.max_failures:
+                raise
+            context.progress.say("train: the controller died; starting it again")
+            _free_reservations()
+
+
+def _free_reservations() -> None:
+    """Gives back what a dead controller had reserved for its workers.
+
+    Ray itself does so only when the whole job ends, and Ray Train's own cleaner asks the dashboard,
+    which a local Ray does not have.  All actor pools are closed here, so what is reserved under
+    this job's number (the end of a placement group's) was the controller's.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for number, group in placement_group_table().items():
+        if number.endswith(job) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
+
+
+def _train_environment(context: StageContext) -> dict[str, str]:
+    """Settings of Ray Train that are environment variables."""
+    values = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(
+            ELASTIC_START_SECONDS if _is_elastic(context) else START_TIMEOUT_SECONDS
+        ),
+    }
+    if _is_local(context):  # one machine is never preempted in part: two processes less to start
+        values |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+    return values
+
+
+def _is_local(context: StageContext) -> bool:
+    return context.config.cluster.address in ("local", "auto") and not os.environ.get("RAY_ADDRESS")
+
+
+def _trainer(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> TorchTrainer:
+    config = context.config
+    cluster = config.cluster
+    use_gpu = cluster.train_gpus > 0
+    failed_starts = _STARTS_THAT_MAY_FAIL
+    if _is_elastic(context):  # every lost node may cost one
+        failed_starts += config.train.max_failures
+    resources = {"CPU": cluster.actor_cpus}
+    if use_gpu:
+        resources["GPU"] = cluster.train_gpus
+    threads = max(1, int(cluster.actor_cpus))
+    return TorchTrainer(
+        train_jobs,
+        train_loop_config={"jobs": list(jobs), "num_threads": threads},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.train.num_workers,
+            elastic_resize_monitor_interval_s=config.train.resize_seconds,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=f"fit-{uuid.uuid4().hex[:12]}",
+            storage_path=scratch,
+            failure_config=FailureConfig(
+                max_failures=config.train.max_failures,
+                controller_failure_limit=failed_starts,
+            ),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        ),
+    )
+
+
+def _is_elastic(context: StageContext) -> bool:
+    return not isinstance(context.config.train.num_workers, int)
+
+
+def _fewest_workers(context: StageContext) -> int:
+    wanted = context.config.train.num_workers
+    return wanted if isinstance(wanted, int) else wanted[0]
+
+
+def _request(context: StageContext) -> str:
+    cluster = context.config.cluster
+    return (
+        f"{_fewest_workers(context)} training workers with {cluster.actor_cpus:g} CPUs and "
+        f"{cluster.train_gpus:g} GPUs each (the cluster has {_resources()})"
+    )
+
+
+def _resources() -> str:
+    have: Mapping[str, float] = ray.cluster_resources()
+    return f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
+
+
+def _check_room(context: StageContext) -> None:
+    """A cluster that was joined may grow; a local one never will, so waiting is no use."""
+    config = context.config.cluster
+    if not _is_local(context):
+        return
+    have: Mapping[str, float] = ray.cluster_resources()
+    num_workers = _fewest_workers(context)
+    cpus, gpus = num_workers * config.actor_cpus, num_workers * config.train_gpus
+    if cpus > have.get("CPU", 0) or gpus > have.get("GPU", 0):
+        raise ClusterError(
+            f"{_request(context)} do not fit into this local Ray. Lower train.num_workers (to "
+            f"{max(1, math.floor(have.get('CPU', 1) / config.actor_cpus))}) or "
+            "cluster.actor_cpus, raise cluster.num_cpus, or use a larger machine."
+        )
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _shown_progress(jobs: Sequence[TrainJob], progress: Progress) -> Iterator[None]:
+    """Shows how far the jobs are while the block runs, from the files that they leave."""
+    stop = threading.Event()
+    label = "train" if len(jobs) == 1 else f"train {len(jobs)} models"
+
+    def watch() -> None:
+        with progress.bar(label, total=1000 * len(jobs)) as bar:
+            shown = 0
+            while not stop.wait(_POLL_SECONDS):
+                share = sum(_done_share(job) for job in jobs)
+                if (now := int(1000 * share)) > shown:
+                    bar.advance(now - shown)
+                    shown = now
+
+    thread = threading.Thread(target=watch, name="train-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _done_share(job: TrainJob) -> float:
+    if storage.exists(storage.join(job.output_uri, "done.json")):
+        return 1.0
+    uri = storage.join(job.output_uri, "progress.json")
+    if not storage.exists(uri):
+        return 0.0
+    with contextlib.suppress(FileNotFoundError):  # the worker removes it when it is done
+        state = storage.read_json(uri)
+        return state["step"] / state["of"]
+    return 0.0

@@ -1,0 +1,104 @@
+"""The section of the configuration about the influence stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from system.config_data import Positive, Section, Share
+from system.config_model import LoraConfig
+
+
+class AutoConfig(Section):
+    """`influence.estimator: auto`: when enough has been measured. One round is one replication."""
+
+    regret: float = Field(default=0.005, ge=0)
+    """Enough: not knowing the effects better costs the mix less than this, in nats per response
+    token (its expected regret)."""
+    precision: float | None = Field(default=None, gt=0)
+    """Asked beside that: the typical standard error of the effect of a dose, in nats per token."""
+    max_replications: Positive = 8
+    """Give up here."""
+    max_tokens: Positive | None = None
+    """No round begins that would train on more tokens than this, all rounds together."""
+    max_tuner_hours: float | None = Field(default=None, gt=0)
+    """The same in measured hours of training, summed over tuners (GPU hours where each has one)."""
+
+
+class InfluenceConfig(Section):
+    """Stage 3: interventions, scores, effect matrix."""
+
+    estimator: Literal["retrain", "branch", "random-design", "gradient", "auto"] = "retrain"
+    """`retrain`: one dose at a time, from the base model; `branch`: the same from one checkpoint
+    warmed up on the base mix; `random-design`: half of all doses in every run, taken apart by
+    regression, so that every run speaks about every effect; `gradient`: first order, from
+    gradients at checkpoints of a short warm-up, no run per dose; `auto`: `random-design` in
+    rounds, until the mix would not change."""
+    auto: AutoConfig = AutoConfig()
+    directions: tuple[Literal["add", "remove"], ...] = ("remove",)
+    """Which way a category's dose moves; both are kept apart in the matrix."""
+    rows_per_category: Positive = 192
+    """Rows of each category in the base schedule of every run."""
+    dose_rows: Positive = 128
+    """Rows added or masked in an intervention; at most rows_per_category."""
+    heldout_rows: Positive = 96
+    """Rows of each category's estimate split on which every run is scored."""
+    replications: Positive = 2
+    """Independent common schedules. With one, errors are held-out only. `auto`: in the first round
+    (at least 2)."""
+    batch_size: Positive = 16
+    """Rows per optimiser step."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak; annealed linearly to zero, which halves the noise of training order."""
+    warmup_share: Share = 0.05
+    """Share of the steps with rising learning rate."""
+    warm_rows_per_category: Positive = 192
+    """`branch` and `gradient`: rows of each category in the shared warm-up."""
+    gradient_checkpoints: Positive = 2
+    """`gradient`: checkpoints of the warm-up, each standing for an equal part of the schedule."""
+    projection_dim: Positive = 1 << 22
+    """`gradient`: gradients with more numbers than this are projected to so many (seeded count
+    sketch); below, inner products are exact. Memory: 4 bytes x this x categories x directions."""
+    lora: LoraConfig | None = None
+    """Train adapters (merged before scoring) instead of all weights."""
+    targets: dict[str, str] = Field(default_factory=dict)
+    """Further targets that no source owns: name -> instruction file relative to data_dir."""
+    metric: Literal["loss", "accuracy"] = "loss"
+    """What is measured on held-out rows: mean token loss (nats per response token), or the share of
+    right answers, on categories with verifiable rows."""
+    max_new_tokens: Positive = 64
+    """`accuracy` only: longest answer, at most half of model.max_length."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Level of all intervals."""
+    gamma_floor: float = Field(default=1e-6, ge=0)
+    """Own effect, nats per token per row, above which a target's gamma can be identifiable."""
+    gamma_max_width: float = Field(default=2.0, gt=0)
+    """Widest gamma interval that still counts as identifiable."""
+    min_agreement: float = Field(default=0.0, ge=-1.0, le=1.0)
+    """Split-half rank correlation of the categories' worth (mean effect on all targets) below which
+    the mix stays at the base, and says so."""
+    keep_checkpoints: bool = False
+    """Keep intervention checkpoints after they are scored."""
+
+    @model_validator(mode="after")
+    def _dose_fits(self) -> InfluenceConfig:
+        if self.dose_rows > self.rows_per_category:
+            raise ValueError(
+                f"dose_rows {self.dose_rows} is more than rows_per_category "
+                f"{self.rows_per_category}: a dose cannot be removed that is not there"
+            )
+        if self.estimator == "gradient" and self.metric == "accuracy":
+            raise ValueError(
+                "estimator gradient differentiates losses, and answers have no derivative: use "
+                "another estimator with metric accuracy"
+            )
+        if self.estimator == "auto" and not 2 <= self.replications <= self.auto.max_replications:
+            raise ValueError(
+                f"replications {self.replications}: `auto` begins with 2 or more, since one has no "
+                f"errors to judge by, and at most auto.max_replications "
+                f"{self.auto.max_replications}"
+            )
+        if len(set(self.directions)) != len(self.directions) or not self.directions:
+            raise ValueError(f"directions {self.directions}: give add, remove or both, once each")
+        return self

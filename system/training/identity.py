@@ -1,0 +1,98 @@
+"""What a training was made from, as hashes: a checkpoint goes on only where all of them agree."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from system import storage
+from system.errors import ModelError
+from system.training.kernels import resolve_kernels
+from system.training.plan import TrainPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from system.training.job import TrainJob
+
+_SAMPLE_BYTES = 2**20
+_MODEL_FILES = ("config.json", "generation_config.json")
+
+
+def training_identity(
+    job: TrainJob,
+    plan: TrainPlan,
+    heldout: TrainPlan | None,
+    base_dir: Path,
+    model: PreTrainedModel,
+    device: torch.device,
+) -> dict[str, str]:
+    """What a checkpoint must have been made from to be resumed.
+
+    Raises:
+        ConfigError: the kernels that are wanted cannot be had on this worker.
+    """
+    identity = {
+        "plan": plan.sha256,
+        "settings": job.settings.sha256(),
+        "model": model_fingerprint(base_dir),
+        "tokenizer": tokenizer_fingerprint(base_dir),
+        "kernels": resolve_kernels(job.settings.kernels, model.config.model_type, device),
+    }
+    if heldout is not None:
+        identity["held-out rows"] = heldout.sha256
+    return identity
+
+
+def file_hash(uri: str) -> str:
+    """SHA-256 of a file, as `sha256sum` gives it."""
+    return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Hash of a model's weights and configuration; see `_files_hash`."""
+    return _files_hash(
+        path
+        for path in folder.iterdir()
+        if path.suffix == ".safetensors" or path.name in _MODEL_FILES
+    )
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Hash of the tokenizer's files, the chat template included; see `_files_hash`."""
+    return _files_hash(
+        path
+        for path in folder.iterdir()
+        if path.suffix in (".json", ".model", ".jinja", ".txt")
+        and path.name not in _MODEL_FILES
+        and not path.name.endswith(".safetensors.index.json")
+    )
+
+
+def _files_hash(paths: Iterable[Path]) -> str:
+    """Hash of files: names, sizes, and the first and last mebibyte of each."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_SAMPLE_BYTES))
+                file.seek(max(0, size - _SAMPLE_BYTES), os.SEEK_SET)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def local_model(uri: str) -> Path:
+    """The model directory on this machine; a remote one is copied once per machine."""
+    key = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    folder = storage.download_directory(uri, Path(tempfile.gettempdir()) / f"instructmix-{key}")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{uri}: expected a model directory, found no config.json in it")
+    return folder
