@@ -133,6 +133,7 @@ STAGES: tuple[Stage, ...] = (
 )  # fmt: skip
 _NO_RESULT = {
     "train.log_to", "train.max_failures", "train.keep_checkpoints", "influence.keep_checkpoints",
+    "influence.max_tokens",
 }  # fmt: skip
 """Fields of sections that stages read, but which change no result."""
 

@@ -8,8 +8,11 @@ from actors.stage import StageContext, StageResult
 from system import storage
 from system.curriculum import plan_curriculum
 from system.data.corpus import Corpus
-from system.data.lengths import mean_response_tokens
+from system.data.lengths import SeededLengths, mean_response_tokens
+from system.influence.cost import check_max_tokens, influence_cost
+from system.influence.heldout import external_lengths
 from system.influence.matrix import EffectMatrix
+from system.models.base import load_tokenizer
 from system.planning import (
     SWEEP_MOVES,
     check_limits,
@@ -23,15 +26,29 @@ from system.taxonomy import estimate_taxonomy
 
 
 def check_before_influence(context: StageContext) -> None:
-    """Limits that no mix satisfies are found before the expensive stage, not after it.
+    """What would make the money of the expensive stage ill spent is found before it starts.
 
     Raises:
         InfeasibleMixError, ConfigError: see `system.planning.check_limits`.
+        ConfigError: the design takes more than `influence.max_tokens`.
+        DataError: a category has too few rows for a dose.
     """
-    solve = context.config.solve
+    config = context.config
     corpus = Corpus.open(context.input("tag", "manifest"))
-    tokens = mean_response_tokens(corpus) if solve.unit == "tokens" else None
-    check_limits(solve, corpus.counts("train"), tokens)
+    tokens = mean_response_tokens(corpus) if config.solve.unit == "tokens" else None
+    check_limits(config.solve, corpus.counts("train"), tokens)
+    if config.influence.max_tokens is not None:
+        tokenizer = load_tokenizer(
+            context.input("model", "model"), trust_remote_code=config.model.trust_remote_code
+        )
+        cost = influence_cost(
+            config.influence,
+            run_seed=config.seed,
+            sources=corpus.categories,
+            lengths=SeededLengths(corpus),
+            external=external_lengths(config, tokenizer),
+        )
+        check_max_tokens(config.influence, cost)
 
 
 def run_solve(context: StageContext) -> StageResult:

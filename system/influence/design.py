@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from system.errors import DataError
+from system.influence.estimators import ESTIMATORS
 
 FORMAT = 1
 
@@ -93,24 +94,12 @@ class Design:
     @property
     def units(self) -> tuple[Unit, ...]:
         """All runs, in the order in which they are best started: a replication at a time."""
-        found = []
-        for replication in range(len(self.replications)):
-            if self.estimator == "branch":
-                found.append(Unit(replication=replication, kind="warm", source=-1))
-            if self.estimator == "random-design":
-                found += [
-                    Unit(replication=replication, kind=f"mix-{direction}", source=run)
-                    for direction, runs in self.replications[replication].patterns.items()
-                    for run in range(len(runs))
-                ]
-                continue
-            found.append(Unit(replication=replication, kind="reference", source=-1))
-            found += [
-                Unit(replication=replication, kind=direction, source=source)
-                for direction in self.directions
-                for source in range(len(self.sources))
-            ]
-        return tuple(found)
+        runs = ESTIMATORS[self.estimator].runs(len(self.sources), self.directions)
+        return tuple(
+            Unit(replication=replication, kind=kind, source=source)
+            for replication in range(len(self.replications))
+            for kind, source in runs
+        )
 
     def dose_rows(self, direction: str) -> np.ndarray:
         """[R, S] rows of the dose."""

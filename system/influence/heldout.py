@@ -6,14 +6,18 @@ larger draw begins with the smaller one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 
+from system.config import RunConfig
 from system.data.corpus import Corpus, seeded_rank
 from system.errors import DataError
+from system.influence.cost import External
 from system.influence.design import Target
+from system.influence.external_targets import read_target
 from system.influence.interventions import Draw, response_tokens, seed_of
 from system.models.chat import encode_table
 
@@ -84,9 +88,9 @@ def draw_targets(
     dropped: dict[str, int] = {}
     for name in (*sources, *external):
         if name in external:
-            rows = in_seeded_order(external[name], seed).slice(0, 2 * num_rows)
-            tokens, lost = encode_table(_named(rows, name), tokenizer, max_length)
-            tokens = tokens.slice(0, num_rows)
+            tokens, lost = encode_external(
+                external[name], name, num_rows, seed, tokenizer, max_length
+            )
         else:
             tokens, lost = draw("estimate", name, num_rows, seed)
         _check_enough(name, tokens.num_rows, num_rows)
@@ -102,6 +106,46 @@ def draw_targets(
             )
         )
     return pa.concat_tables(parts), tuple(targets), dropped
+
+
+def encode_external(
+    rows: pa.Table,
+    name: str,
+    num_rows: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> tuple[pa.Table, dict[str, int]]:
+    """The rows of a target that no source owns, as TOKENS, and rows left out by reason."""
+    first = in_seeded_order(rows, seed).slice(0, 2 * num_rows)
+    tokens, lost = encode_table(_named(first, name), tokenizer, max_length)
+    return tokens.slice(0, num_rows), lost
+
+
+def external_lengths(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> External | None:
+    """What `influence_cost` asks of `influence.targets`; None where there are none."""
+    if not config.influence.targets:
+        return None
+    seed = seed_of(config.seed, "influence", "heldout")
+
+    def lengths(trained: Collection[str]) -> np.ndarray:
+        found: list[int] = []
+        for name, path in config.influence.targets.items():
+            rows, _ = read_target(
+                name, path, data_dir=config.data_dir, ingest=config.ingest, exclude=trained
+            )
+            tokens, _ = encode_external(
+                rows,
+                name,
+                config.influence.heldout_rows,
+                seed,
+                tokenizer,
+                config.model.max_length,
+            )
+            found += [len(row) for row in tokens.column("input_ids").to_pylist()]
+        return np.array(found, dtype=np.int64)
+
+    return lengths
 
 
 def _named(rows: pa.Table, name: str) -> pa.Table:
