@@ -165,18 +165,26 @@ def run_tokens(
     return base - sum(tokens[name].dose for name in switched)
 
 
-def check_max_tokens(config: InfluenceConfig, cost: InfluenceCost) -> None:
+def check_max_tokens(
+    config: InfluenceConfig, cost: InfluenceCost, *, is_exact: bool = True
+) -> None:
     """Refuses a design above `influence.max_tokens`.
+
+    Args:
+        config: of the stage.
+        cost: of its design.
+        is_exact: whether the cost follows from the lengths of all rows.
 
     Raises:
         ConfigError: names both numbers and what lowers the design's.
     """
     if config.max_tokens is None or cost.token_equivalents <= config.max_tokens:
         return
+    about = "" if is_exact else "about "
     raise ConfigError(
         f"influence.max_tokens is {config.max_tokens:,}, but this design takes "
-        f"{cost.token_equivalents:,.0f} token equivalents: {cost.trained_tokens:,} tokens trained "
-        f"in {cost.runs} runs, and a third of {cost.scored_tokens:,} scored ones "
+        f"{about}{cost.token_equivalents:,.0f} token equivalents: {cost.trained_tokens:,} tokens "
+        f"trained in {cost.runs} runs, and a third of {cost.scored_tokens:,} scored ones "
         f"({config.estimator}, {config.replications} replications). {LOWERED_BY}; or raise "
         "influence.max_tokens. Nothing was trained."
     )

@@ -1,0 +1,86 @@
+"""Tokens per second of one actor, and where the number comes from.
+
+Units that an influence stage has finished tell more than any probe: they ran where the rest will
+run, beside the actors that the rest will have beside it.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, where no type checker sees them)
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from system import storage
+
+_LATEST = 200
+"""Units that are read at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """Tokens per second of one actor, with its quartiles."""
+
+    median: float
+    low: float
+    high: float
+    num_samples: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Rate:
+        """Median and quartiles of some measurements."""
+        low, median, high = np.percentile(np.asarray(samples, dtype=np.float64), [25, 50, 75])
+        return cls(median=float(median), low=float(low), high=float(high), num_samples=len(samples))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What hours are computed from."""
+
+    train: Rate
+    """One tuner."""
+    score: Rate
+    """One scorer."""
+    source: str
+    """For people: what was measured, where."""
+    is_probe: bool
+    """Measured alone on this machine, without the actors that a run has beside it."""
+    run_seconds: float
+    """Of one training, apart from its tokens."""
+
+
+def finished_units(attempt_uri: str) -> Rates | None:
+    """The rates of the units that an influence attempt has finished; None where there are none.
+
+    Args:
+        attempt_uri: of the stage.
+    """
+    heldout_uri = storage.join(attempt_uri, "heldout.arrow")
+    if not storage.exists(heldout_uri):
+        return None
+    lengths = pc.list_value_length(storage.read_table(heldout_uri).column("input_ids"))
+    scored_tokens = pc.sum(lengths).as_py()
+    train, score = [], []
+    for name in storage.list_names(storage.join(attempt_uri, "units"))[-_LATEST:]:
+        stats = storage.read_json(storage.join(attempt_uri, "units", name))
+        if stats["seconds"] > 0 and stats["trained_tokens"]:
+            train.append(stats["trained_tokens"] / stats["seconds"])
+    for name in storage.list_names(storage.join(attempt_uri, "scores"))[-_LATEST:]:
+        with storage.open_input(storage.join(attempt_uri, "scores", name)) as file:
+            metadata = pq.read_schema(file).metadata or {}
+        seconds = float(metadata.get(b"instructmix.seconds", b"0"))
+        if seconds > 0:
+            score.append(scored_tokens / seconds)
+    if not train or not score:
+        return None
+    return Rates(
+        train=Rate.of(train),
+        score=Rate.of(score),
+        source=f"{len(train)} trainings and {len(score)} scorings that this run directory has",
+        is_probe=False,
+        run_seconds=0.0,
+    )
