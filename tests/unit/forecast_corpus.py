@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
-from influence_corpus import TASKS
+from influence_corpus import TASKS, build_inputs
 
 from system.config import RunConfig
 from system.data.corpus import Corpus, write_manifest
+from system.data.ingest import ingest_local
 from system.data.lengths import measure_shard, without_unusable
 from system.models.base import load_tokenizer
+
+
+def build_varied_inputs(root: Path) -> None:
+    """As `build_inputs`, but with rows of many lengths: the planted ones are all alike."""
+    config = build_inputs(root)
+    shutil.rmtree(root / "corpus")
+    for task in TASKS:
+        path = root / "data" / f"{task}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for number, row in enumerate(rows):
+            row["instruction"] += " please" * (number % 11)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ingest_local(config, str(root / "corpus"))
 
 
 def tagged(root: Path, config: RunConfig) -> Corpus:

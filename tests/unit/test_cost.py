@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forecast_corpus import tagged, write_benchmark
-from influence_corpus import build_inputs, influence_config
+from forecast_corpus import build_varied_inputs, tagged, write_benchmark
+from influence_corpus import influence_config
 
 from system.config import InfluenceConfig, RunConfig
 from system.data.corpus import Corpus
@@ -29,7 +29,7 @@ from system.models.base import load_tokenizer
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("cost")
-    build_inputs(path)
+    build_varied_inputs(path)
     return path
 
 
@@ -129,7 +129,7 @@ def test_the_forecast_equals_the_plans_of_the_stage(root, estimator, directions)
 
 
 def test_it_does_where_truncation_takes_rows_away(root):
-    config = config_of(root, max_length=16)
+    config = config_of(root, max_length=40)
     corpus = tagged(root, config)
     assert corpus.manifest.rejected["no-response-token"] > 0
     assert any(shard.lengths for shard in corpus.manifest.shards)
@@ -168,7 +168,7 @@ def test_rows_of_further_targets_that_are_trained_on_do_not_count(root):
 
 def test_too_few_rows_for_a_dose_are_found_as_the_stage_finds_them(root):
     config = config_of(root, rows_per_category=4000, dose_rows=200)
-    with pytest.raises(DataError, match="lower influence.rows_per_category"):
+    with pytest.raises(DataError, match=r"lower influence\.rows_per_category"):
         forecast(root, config, tagged(root, config))
 
 
