@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from actors.stage import StageContext, StageResult
 from system import storage
@@ -24,6 +25,9 @@ from system.planning import (
 from system.solve import Mix, solve_mix, sweep_move
 from system.taxonomy import estimate_taxonomy
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def check_before_influence(context: StageContext) -> None:
     """What would make the money of the expensive stage ill spent is found before it starts.
@@ -38,17 +42,24 @@ def check_before_influence(context: StageContext) -> None:
     tokens = mean_response_tokens(corpus) if config.solve.unit == "tokens" else None
     check_limits(config.solve, corpus.counts("train"), tokens)
     if config.influence.max_tokens is not None:
-        tokenizer = load_tokenizer(
-            context.input("model", "model"), trust_remote_code=config.model.trust_remote_code
-        )
+        external = None
+        if config.influence.targets:
+            external = external_lengths(config, _tokenizer(context))
         cost = influence_cost(
             config.influence,
             run_seed=config.seed,
             sources=corpus.categories,
             lengths=SeededLengths(corpus),
-            external=external_lengths(config, tokenizer),
+            external=external,
         )
         check_max_tokens(config.influence, cost)
+
+
+def _tokenizer(context: StageContext) -> PreTrainedTokenizerBase:
+    return load_tokenizer(
+        context.input("model", "model"),
+        trust_remote_code=context.config.model.trust_remote_code,
+    )
 
 
 def run_solve(context: StageContext) -> StageResult:

@@ -50,7 +50,9 @@ class Forecast:
     rates: Rates | None
     why_no_rates: str
     seconds: tuple[StageSeconds, ...]
-    """Of the stages that are not done."""
+    """Of the stages that are not done and whose speed is known."""
+    why_untimed: str
+    """Why some of those have no time, or an empty text."""
     disk: tuple[DiskPart, ...]
     corpus_bytes: int | None
     free_bytes: int | None
@@ -90,14 +92,15 @@ class Forecast:
             sizes = {item.stage: item.token_equivalents for item in self.left}
             self._refuse("--max-tokens", max_tokens, sizes, "token equivalents", ",.0f")
         if max_hours is not None:
-            self._check_known("--max-hours", self.why_unknown or self.why_no_rates)
+            why = self.why_unknown or self.why_no_rates or self.why_untimed
+            self._check_known("--max-hours", why)
             hours = {item.stage: item.middle / 3600 for item in self.seconds}
             self._refuse("--max-hours", max_hours, hours, "hours", ",.2f")
 
     @property
     def is_exact(self) -> bool:
         """Whether influence is known to the token."""
-        return self.known is not None and self.known.basis == "exact"
+        return self.known is not None and self.known.basis == "exact" and not self.known.left_out
 
     def _check_known(self, flag: str, why: str) -> None:
         if why:
@@ -150,8 +153,16 @@ def make_forecast(config: RunConfig, found: Found, *, probe: bool) -> Forecast:
         work = tuple(workloads(config, known, cost, found.mix))
     left = [item for item in work if item.stage not in found.done]
     rates, why_no_rates = None, "everything that is forecast is done"
-    if left and known is not None and corpus is not None and cost is not None:
-        rates, why_no_rates = _rates(config, found, known, corpus, cost, probe)
+    if left and corpus is not None:
+        rates, why_no_rates = _rates(config, found, corpus, probe=probe)
+    why_untimed = ""
+    cluster = config.cluster
+    if bool(cluster.train_gpus) != bool(cluster.tuner_gpus):
+        left = [item for item in left if item.stage == "influence"]
+        why_untimed = (
+            "train and evaluate train on another kind of device than the tuners "
+            "(cluster.train_gpus, cluster.tuner_gpus), whose speed was not measured"
+        )
     seconds = () if rates is None else stage_seconds(config, left, rates, _shared_cpus(config))
     return Forecast(
         config=config,
@@ -162,6 +173,7 @@ def make_forecast(config: RunConfig, found: Found, *, probe: bool) -> Forecast:
         rates=rates,
         why_no_rates=why_no_rates if rates is None else "",
         seconds=tuple(seconds),
+        why_untimed=why_untimed,
         disk=() if found.model_dir is None else tuple(_disk(config, found, corpus, known, work)),
         corpus_bytes=None if corpus is None else corpus_bytes(corpus),
         free_bytes=free_bytes(config.run_dir),
@@ -180,12 +192,7 @@ def _known(config: RunConfig, found: Found, corpus: Corpus | None) -> tuple[Know
 
 
 def _rates(
-    config: RunConfig,
-    found: Found,
-    known: Known,
-    corpus: Corpus,
-    cost: InfluenceCost,
-    probe: bool,
+    config: RunConfig, found: Found, corpus: Corpus, *, probe: bool
 ) -> tuple[Rates | None, str]:
     """Rates of finished units, else of a probe; else why there are none."""
     for attempt in found.attempts:
@@ -199,24 +206,20 @@ def _rates(
     from system.forecast.probe import ProbeSettings, run_probe, why_no_probe
     from system.training.settings import TrainSettings
 
-    use_gpu = config.cluster.tuner_gpus > 0
-    is_lora = config.influence.lora is not None
-    why = why_no_probe(found.model_dir, use_gpu=use_gpu, is_lora=is_lora)
+    training = TrainSettings.from_influence(config.influence, config.model, config.seed)
+    settings = ProbeSettings(
+        num_threads=max(1, int(config.cluster.actor_cpus)),
+        trains_on_gpu=config.cluster.tuner_gpus > 0,
+        scores_on_gpu=config.cluster.scorer_gpus > 0,
+        batch_size=config.influence.batch_size,
+        max_length=config.model.max_length,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    why = why_no_probe(found.model_dir, training, settings)
     if why:
         return None, why
-    rates = run_probe(
-        found.model_dir,
-        probe_rows(known, corpus, config, found.model_dir),
-        TrainSettings.from_influence(config.influence, config.model, config.seed),
-        ProbeSettings(
-            num_threads=max(1, int(config.cluster.actor_cpus)),
-            use_gpu=use_gpu,
-            batch_size=config.influence.batch_size,
-            max_length=config.model.max_length,
-            trust_remote_code=config.model.trust_remote_code,
-        ),
-    )
-    return rates, ""
+    rows = probe_rows(corpus, config, found.model_dir)
+    return run_probe(found.model_dir, rows, training, settings), ""
 
 
 def _disk(

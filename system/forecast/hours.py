@@ -23,8 +23,10 @@ TRAIN_START_SECONDS = 37.0
 `configs/real_cpu.yaml` and `configs/quickstart.yaml` on 2 cores: 64.7 - 28.0 and 41.0 - 4.1."""
 
 LEFT_OUT = (
-    "left out: ingest, model, tag, solving, selection and report; waiting for machines, storage "
-    "and repeated work after failures; what several trainings on one machine take from each other"
+    "a worker of train and of the arms counts as a tuner; what is finished of a stage under way is "
+    "not taken off. Left out: ingest, model, tag, solving, selection and report; waiting for "
+    "machines and storage; repeated work after failures; what actors that share a machine take "
+    "from each other beside CPUs"
 )
 
 

@@ -50,6 +50,9 @@ class Known:
     response_tokens: Mapping[str, float]
     lengths: RowLengths
     external: External | None
+    """Of `influence.targets`, where there are some."""
+    left_out: str
+    """What could not be counted, for people; empty: nothing."""
     relative_error: float
     """Standard error of the tokens, as a share of them; 0 where nothing was sampled."""
     questions: int
@@ -71,7 +74,11 @@ def from_tagged(corpus: Corpus, config: RunConfig, model_dir: Path | None) -> Kn
         split: {name: sums[split][name] / count for name, count in counts.items() if count}
         for split, counts in rows.items()
     }
-    tokenizer = None if model_dir is None else _tokenizer(config, model_dir)
+    external, left_out = None, ""
+    if config.influence.targets and model_dir is not None:
+        external = external_lengths(config, _tokenizer(config, model_dir))
+    elif config.influence.targets:
+        left_out = "influence.targets are not in it: the model is not on this machine"
     return Known(
         basis="exact" if is_small else "means",
         categories=corpus.categories,
@@ -79,7 +86,8 @@ def from_tagged(corpus: Corpus, config: RunConfig, model_dir: Path | None) -> Kn
         tokens=means["train"],
         response_tokens=mean_response_tokens(corpus),
         lengths=SeededLengths(corpus) if is_small else _mean_lengths(rows, means),
-        external=None if tokenizer is None else external_lengths(config, tokenizer),
+        external=external,
+        left_out=left_out,
         relative_error=0.0,
         questions=_count_questions(corpus, config.evaluate.accuracy_rows),
     )
@@ -123,17 +131,17 @@ def from_ingested(corpus: Corpus, config: RunConfig, model_dir: Path) -> Known:
         tokens=means,
         response_tokens={name: float(values[:, 1].mean()) for name, values in sample.items()},
         lengths=_mean_lengths(rows, dict.fromkeys(SPLITS, means)),
-        external=external_lengths(config, tokenizer),
+        external=external_lengths(config, tokenizer) if config.influence.targets else None,
+        left_out="",
         relative_error=math.sqrt(sum(errors)) / sum(means.values()),
         questions=config.evaluate.accuracy_rows * len(categories),
     )
 
 
-def probe_rows(known: Known, corpus: Corpus, config: RunConfig, model_dir: Path) -> pa.Table:
+def probe_rows(corpus: Corpus, config: RunConfig, model_dir: Path) -> pa.Table:
     """TOKENS rows to measure speed on: equally many of every category, in a seeded order.
 
     Args:
-        known: from the same corpus.
         corpus: tagged or not.
         config: of the run.
         model_dir: with the tokenizer.

@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -45,22 +45,23 @@ class ProbeSettings:
     """Where and how to measure."""
 
     num_threads: int
-    use_gpu: bool
+    trains_on_gpu: bool
+    scores_on_gpu: bool
     batch_size: int
     max_length: int
     trust_remote_code: bool
 
 
-def why_no_probe(model_dir: Path, *, use_gpu: bool, is_lora: bool) -> str:
+def why_no_probe(model_dir: Path, training: TrainSettings, settings: ProbeSettings) -> str:
     """Why this machine cannot measure, or an empty text."""
-    if use_gpu and not torch.cuda.is_available():
+    if (settings.trains_on_gpu or settings.scores_on_gpu) and not torch.cuda.is_available():
         return (
-            "cluster.tuner_gpus asks for GPUs and this machine has none: run `check` where the "
-            "tuners will run"
+            "cluster.tuner_gpus or cluster.scorer_gpus asks for GPUs and this machine has none: "
+            "run `check` where the tuners will run"
         )
     parameters = int(describe_model(model_dir)["parameters"])
-    needed = parameters * (_ADAPTED_BYTES if is_lora else _FULL_BYTES)
-    free = _free_memory(use_gpu)
+    needed = parameters * (_FULL_BYTES if training.lora is None else _ADAPTED_BYTES)
+    free = _free_memory(settings.trains_on_gpu)
     if needed > 0.8 * free:
         return (
             f"training the model takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
@@ -101,16 +102,18 @@ def run_probe(
         started = time.perf_counter()
         model = load_model(
             model_dir,
-            device="cuda" if settings.use_gpu else "cpu",
+            device="cuda" if settings.trains_on_gpu else "cpu",
             trust_remote_code=settings.trust_remote_code,
         )
         train, run_seconds = _time_steps(model, plan, training)
-        score = _time_forward(model, plan, training)
+        move: Any = model.to
+        score = _time_forward(move("cuda" if settings.scores_on_gpu else "cpu"), plan, training)
         seconds = time.perf_counter() - started
     finally:
         torch.set_num_threads(before)
     threads = f"{settings.num_threads} thread" + ("s" if settings.num_threads > 1 else "")
-    where = torch.cuda.get_device_name() if settings.use_gpu else threads
+    on_gpu = settings.trains_on_gpu or settings.scores_on_gpu
+    where = f"{threads}, {torch.cuda.get_device_name()}" if on_gpu else threads
     return Rates(
         train=train,
         score=score,
@@ -173,7 +176,7 @@ def _passes(plan: TrainPlan, max_tokens: int, *, is_padded: bool) -> list[np.nda
 def _load(settings: ProbeSettings) -> str:
     """Says so where other work shares the CPUs that were measured."""
     cpus, load = os.cpu_count() or 1, os.getloadavg()[0]
-    if settings.use_gpu or load <= cpus:
+    if (settings.trains_on_gpu and settings.scores_on_gpu) or load <= cpus:
         return ""
     return f", which was busy: load {load:.1f} on {cpus} CPUs, so it may be faster"
 

@@ -60,6 +60,8 @@ def _work(forecast: Forecast) -> Iterator[str]:
     basis = _BASIS[known.basis]
     if known.relative_error:
         basis += f", +- {1.96 * known.relative_error:.0%}"
+    if known.left_out:
+        basis += f"; {known.left_out}"
     mix = "" if "solve" in forecast.done else "; train and arms are counted at the base mix"
     yield f"  {len(known.categories)} categories; {basis}{mix}"
 
@@ -105,6 +107,8 @@ def _time(forecast: Forecast) -> Iterator[str]:
             "  scoring was timed as a forward pass, not through vLLM; generated tokens count as "
             "scored ones, which is the least they take"
         )
+    if forecast.why_untimed:
+        yield f"  without time: {forecast.why_untimed}"
     yield f"  {LEFT_OUT}"
 
 

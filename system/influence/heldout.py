@@ -122,10 +122,8 @@ def encode_external(
     return tokens.slice(0, num_rows), lost
 
 
-def external_lengths(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> External | None:
-    """What `influence_cost` asks of `influence.targets`; None where there are none."""
-    if not config.influence.targets:
-        return None
+def external_lengths(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> External:
+    """What `system.influence.cost` asks of `influence.targets`."""
     seed = seed_of(config.seed, "influence", "heldout")
 
     def lengths(trained: Collection[str]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """`instructmix check`: the plan and its cost at every point of a run, without Ray."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -13,6 +14,7 @@ from forecast_corpus import build_varied_inputs
 from influence_corpus import influence_config
 
 from actors.cluster import Cluster
+from actors.overview import describe_plan
 from actors.pipeline import STAGES, stage_inputs
 from actors.planner import check_before_influence
 from actors.stage import StageContext
@@ -161,7 +163,7 @@ def test_the_probe_gives_hours_and_leaves_the_run_directory_as_it_was(tagged: Ru
     assert tagged.check("--max-hours", "9") == 0
     text = capsys.readouterr().out
     assert f"{tagged.cost().trained_tokens:,} tokens trained" in text
-    assert "an estimate from a probe" in text and "left out:" in text
+    assert "an estimate from a probe" in text and "Left out:" in text
     assert text.count("tokens/s") == 2
     assert digest(tagged.root / "run") == before
     assert not ray.is_initialized()
@@ -177,6 +179,20 @@ def test_too_many_hours_are_refused_with_what_lowers_them(tagged: Run, capsys) -
 def test_hours_need_a_probe_or_finished_runs(tagged: Run, capsys) -> None:
     assert tagged.check("--max-hours", "9", "--no-probe") == 2
     assert "--no-probe" in capsys.readouterr().err
+
+
+def test_a_device_that_was_not_measured_gets_no_hours(tagged: Run, capsys) -> None:
+    assert tagged.check("--max-hours", "9", "--set", "cluster.train_gpus=1") == 2
+    out, error = capsys.readouterr()
+    assert "without time: train and evaluate" in out
+    assert "cluster.train_gpus" in error
+
+
+def test_a_disk_that_is_too_small_is_noted(tagged: Run) -> None:
+    forecast = describe_plan(tagged.config).forecast
+    assert "will not fit" not in "\n".join(forecast.lines())
+    full = dataclasses.replace(forecast, free_bytes=forecast.peak_bytes - 1)
+    assert "note: this will not fit" in "\n".join(full.lines())
 
 
 def test_a_plan_at_the_budget_passes_and_one_token_less_is_refused(tagged: Run, capsys) -> None:

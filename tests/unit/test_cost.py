@@ -106,7 +106,9 @@ def forecast(root: Path, config: RunConfig, corpus: Corpus) -> InfluenceCost:
         run_seed=config.seed,
         sources=corpus.categories,
         lengths=SeededLengths(corpus),
-        external=external_lengths(config, load_tokenizer(root / "model")),
+        external=external_lengths(config, load_tokenizer(root / "model"))
+        if config.influence.targets
+        else None,
     )
 
 

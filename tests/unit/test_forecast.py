@@ -1,6 +1,8 @@
 """From tokens to hours and bytes: numbers worked out by hand."""
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,19 +10,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from influence_corpus import TASKS, build_inputs
 from safetensors.torch import save_file
 
-from system.config import LoraConfig, RunConfig
+from system.config import LoraConfig, RunConfig, TagConfig
+from system.data.corpus import Corpus
+from system.data.ingest import ingest_local
 from system.data.lengths import DrawnLengths
 from system.errors import ConfigError
 from system.evaluation.arms import apportion
 from system.forecast.disk import ModelSize, disk_parts, free_bytes, model_size, peak_bytes
 from system.forecast.hours import ACTORS_START_SECONDS, TRAIN_START_SECONDS, stage_seconds
-from system.forecast.known import Known
+from system.forecast.known import Known, from_ingested
+from system.forecast.probe import ProbeSettings, run_probe, why_no_probe
 from system.forecast.rates import Rate, Rates
 from system.forecast.text import duration, size
 from system.forecast.workload import Workload, pass_counts, workloads
 from system.influence.cost import influence_cost
+from system.influence.heldout import seeded_draw
+from system.models.base import load_tokenizer
+from system.models.chat import encode_table
+from system.training.settings import TrainSettings
 
 
 def config(**changes: Mapping[str, Any]) -> RunConfig:
@@ -56,6 +66,7 @@ def known() -> Known:
         response_tokens={"short": 2.0, "long": 6.0},
         lengths=lengths,
         external=None,
+        left_out="",
         relative_error=0.0,
         questions=3,
     )
@@ -106,6 +117,40 @@ def test_a_budget_in_tokens_becomes_examples_of_the_base_mix():
     # 100 x 2 + 50 x 6 response tokens in 150 examples: 100 of them are 30 examples.
     counts = pass_counts(config(solve={"budget": 100, "unit": "tokens"}), known(), None)
     assert counts["natural"] == apportion(30, ROWS) == {"short": 20, "long": 10}
+
+
+def test_rows_without_a_category_are_shared_out_until_they_are_tagged(tmp_path):
+    base = build_inputs(tmp_path)
+    shutil.rmtree(tmp_path / "corpus")
+    nameless = base.sources[2].model_copy(update={"category": None})
+    names = TagConfig(categories=("colour", "hue", "shape"), aliases={"colour-reworded": "hue"})
+    settings = base.model_copy(update={"sources": (*base.sources[:2], nameless), "tag": names})
+    ingest_local(settings, str(tmp_path / "corpus"))
+    corpus = Corpus.open(str(tmp_path / "corpus" / "manifest.json"))
+    untagged = corpus.num_rows("train", None)
+    assert untagged > 100
+    found = from_ingested(corpus, settings, tmp_path / "model")
+    assert found.categories == ("colour", "hue", "shape")
+    assert found.rows["train"] == {
+        "colour": corpus.counts("train")["colour"] + untagged // 3,
+        "hue": corpus.counts("train")["colour-reworded"] + untagged // 3,
+        "shape": untagged // 3,
+    }
+    # Planted rows of a task are all of one length: 27, 28 and 28 tokens.
+    tokens = {name: seeded_tokens(corpus, settings, name) for name in corpus.categories}
+    assert found.tokens["colour"] == tokens["colour"]
+    assert found.tokens["hue"] == tokens["colour-reworded"]
+    assert min(tokens.values()) <= found.tokens["shape"] <= max(tokens.values())
+    drawn = found.lengths("train", "hue", 10, 0).tokens
+    np.testing.assert_array_equal(drawn, [tokens["colour-reworded"]] * 10)
+
+
+def seeded_tokens(corpus: Corpus, settings: RunConfig, category: str) -> float:
+    rows, _ = encode_table(
+        corpus.sample("train", category, 30, 9), load_tokenizer(settings.model.path), 64
+    )
+    (length,) = {len(row) for row in rows["input_ids"].to_pylist()}
+    return float(length)
 
 
 def rates(train: float = 100.0, score: float = 300.0, run_seconds: float = 0.0) -> Rates:
@@ -232,14 +277,6 @@ def test_a_rate_is_the_median_with_quartiles():
 
 
 def test_a_probe_measures_the_model_and_needs_batches_for_it(tmp_path):
-    from influence_corpus import TASKS, build_inputs
-
-    from system.data.corpus import Corpus
-    from system.forecast.probe import ProbeSettings, run_probe, why_no_probe
-    from system.influence.heldout import seeded_draw
-    from system.models.base import load_tokenizer
-    from system.training.settings import TrainSettings
-
     settings = build_inputs(tmp_path)
     draw = seeded_draw(
         Corpus.open(str(tmp_path / "corpus" / "manifest.json")),
@@ -249,7 +286,12 @@ def test_a_probe_measures_the_model_and_needs_batches_for_it(tmp_path):
     rows, _ = draw("train", TASKS[0], 40, 0)
     training = TrainSettings.from_influence(settings.influence, settings.model, 0)
     probe = ProbeSettings(
-        num_threads=1, use_gpu=False, batch_size=8, max_length=64, trust_remote_code=False
+        num_threads=1,
+        trains_on_gpu=False,
+        scores_on_gpu=False,
+        batch_size=8,
+        max_length=64,
+        trust_remote_code=False,
     )
     threads = torch.get_num_threads()
     found = run_probe(tmp_path / "model", rows, training, probe)
@@ -259,6 +301,7 @@ def test_a_probe_measures_the_model_and_needs_batches_for_it(tmp_path):
     assert 0 < found.score.low <= found.score.median <= found.score.high
     with pytest.raises(ConfigError, match="4 batches of 8 rows and drew 24"):
         run_probe(tmp_path / "model", rows.slice(0, 24), training, probe)
+    assert why_no_probe(tmp_path / "model", training, probe) == ""
     if not torch.cuda.is_available():
-        assert "has none" in why_no_probe(tmp_path / "model", use_gpu=True, is_lora=False)
-    assert why_no_probe(tmp_path / "model", use_gpu=False, is_lora=False) == ""
+        on_gpu = dataclasses.replace(probe, trains_on_gpu=True)
+        assert "this machine has none" in why_no_probe(tmp_path / "model", training, on_gpu)
