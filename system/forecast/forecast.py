@@ -215,10 +215,10 @@ def _rates(
         max_length=config.model.max_length,
         trust_remote_code=config.model.trust_remote_code,
     )
-    why = why_no_probe(found.model_dir, training, settings)
+    rows = probe_rows(corpus, config, found.model_dir)
+    why = why_no_probe(found.model_dir, rows.num_rows, training, settings)
     if why:
         return None, why
-    rows = probe_rows(corpus, config, found.model_dir)
     return run_probe(found.model_dir, rows, training, settings), ""
 
 

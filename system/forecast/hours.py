@@ -17,7 +17,7 @@ from system.forecast.workload import Workload
 
 ACTORS_START_SECONDS = 22.0
 """Ray, a tuner and a vLLM engine.  Stage seconds less half the trainings' seconds (two tuners) of a
-run of `configs/real_cpu.yaml` on 2 cores at commit 9ded81a: 1,439.7 - 2,834.3 / 2 = 22.6."""
+run of `configs/real_cpu.yaml` on 2 cores at commit 835d6a9: 1,439.7 - 2,834.3 / 2 = 22.6."""
 TRAIN_START_SECONDS = 37.0
 """A group of Ray Train workers, and the export.  Stage seconds less those of its steps, runs of
 `configs/real_cpu.yaml` and `configs/quickstart.yaml` on 2 cores: 64.7 - 28.0 and 41.0 - 4.1."""

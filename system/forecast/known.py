@@ -20,6 +20,7 @@ from system.data.conversation import SPLITS
 from system.data.corpus import Corpus
 from system.data.lengths import DrawnLengths, RowLengths, SeededLengths, mean_response_tokens
 from system.data.tag import rename_categories
+from system.errors import DataError
 from system.influence.heldout import external_lengths
 from system.influence.interventions import seed_of
 from system.models.base import load_tokenizer, template_of
@@ -104,6 +105,7 @@ def from_ingested(corpus: Corpus, config: RunConfig, model_dir: Path) -> Known:
 
     Raises:
         ConfigError: there is no category to choose among.
+        DataError: no row fits into `model.max_length`.
     """
     tokenizer = _tokenizer(config, model_dir)
     manifest = corpus.manifest
@@ -120,7 +122,13 @@ def from_ingested(corpus: Corpus, config: RunConfig, model_dir: Path) -> Known:
         new = None if old is None else names[old]
         if new is not None:
             parts[new].append(sampled)
-    sample = {name: np.concatenate(part or pooled) for name, part in parts.items()}
+    whole = np.concatenate(pooled)
+    if len(whole) < 2:
+        raise DataError(
+            f"{corpus.uri}: expected rows that fit the model, found {len(whole)} with a response "
+            "within model.max_length in a sample of all categories; raise model.max_length"
+        )
+    sample = {name: _enough(part, whole) for name, part in parts.items()}
     rows = {split: _shared_out(corpus, split, names, categories) for split in SPLITS}
     means = {name: float(values[:, 0].mean()) for name, values in sample.items()}
     errors = [float(values[:, 0].var(ddof=1)) / len(values) for values in sample.values()]
@@ -160,6 +168,12 @@ def probe_rows(corpus: Corpus, config: RunConfig, model_dir: Path) -> pa.Table:
     whole = pa.concat_tables(tables)
     order = np.random.default_rng(seed).permutation(whole.num_rows)[:wanted]
     return whole.take(pa.array(order))
+
+
+def _enough(parts: list[np.ndarray], whole: np.ndarray) -> np.ndarray:
+    """The rows of a category; those of all where it has less than two."""
+    own = np.concatenate([*parts, whole[:0]])
+    return own if len(own) > 1 else whole
 
 
 def _sample(

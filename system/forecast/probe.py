@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from system.errors import ConfigError
 from system.forecast.rates import Rate, Rates
 from system.models.base import describe_model, load_model
 from system.training.microbatch import build_microbatch
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 
 _TRAIN_SECONDS = 4.0
 _SCORE_SECONDS = 2.0
+_STEP_SECONDS = 2.5
+"""Longest step, and forward pass, that a slow model is asked for, about."""
 _FEWEST = 3
 """Steps, and forward passes, that are timed at least, beside the first, which is left out."""
 _FULL_BYTES, _ADAPTED_BYTES = 16, 5
@@ -52,13 +53,17 @@ class ProbeSettings:
     trust_remote_code: bool
 
 
-def why_no_probe(model_dir: Path, training: TrainSettings, settings: ProbeSettings) -> str:
-    """Why this machine cannot measure, or an empty text."""
+def why_no_probe(
+    model_dir: Path, num_rows: int, training: TrainSettings, settings: ProbeSettings
+) -> str:
+    """Why nothing can be measured here, or an empty text."""
     if (settings.trains_on_gpu or settings.scores_on_gpu) and not torch.cuda.is_available():
         return (
             "cluster.tuner_gpus or cluster.scorer_gpus asks for GPUs and this machine has none: "
             "run `check` where the tuners will run"
         )
+    if num_rows <= _FEWEST:
+        return f"the corpus gave {num_rows} rows to measure on, and {_FEWEST + 1} are needed"
     parameters = int(describe_model(model_dir)["parameters"])
     needed = parameters * (_FULL_BYTES if training.lora is None else _ADAPTED_BYTES)
     free = _free_memory(settings.trains_on_gpu)
@@ -75,27 +80,15 @@ def run_probe(
 ) -> Rates:
     """Measures training and scoring; takes some seconds beside loading the model.
 
+    A first training, a row a step, tells how many rows a step may have so that it stays short; a
+    small model gets the whole batch.
+
     Args:
         model_dir: local Hugging Face directory.
-        rows: TOKENS to train on and to score.
+        rows: TOKENS to train on and to score, at least four.
         training: of an intervention.
         settings: threads, device, batch.
-
-    Raises:
-        ConfigError: fewer rows than four batches.
     """
-    plan = build_plan(
-        rows,
-        ["probe"] * rows.num_rows,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        packing=False,
-    )
-    if plan.num_steps <= _FEWEST:
-        raise ConfigError(
-            f"the probe needs {_FEWEST + 1} batches of {settings.batch_size} rows and drew "
-            f"{rows.num_rows} rows: lower influence.batch_size, or leave it out with --no-probe"
-        )
     before = torch.get_num_threads()
     torch.set_num_threads(settings.num_threads)
     try:
@@ -105,28 +98,44 @@ def run_probe(
             device="cuda" if settings.trains_on_gpu else "cpu",
             trust_remote_code=settings.trust_remote_code,
         )
+        pilot, _ = _time_steps(model, _plan(rows.slice(0, 2), 1, settings), training)
+        mean_tokens = _plan(rows, 1, settings).num_tokens / rows.num_rows
+        affordable = int(_STEP_SECONDS * pilot.high / mean_tokens)
+        step_rows = min(settings.batch_size, rows.num_rows // (_FEWEST + 1), max(1, affordable))
+        plan = _plan(rows, step_rows, settings)
         train, run_seconds = _time_steps(model, plan, training)
         move: Any = model.to
-        score = _time_forward(move("cuda" if settings.scores_on_gpu else "cpu"), plan, training)
+        scorer = move("cuda" if settings.scores_on_gpu else "cpu")
+        score = _time_forward(scorer, plan, training, int(_STEP_SECONDS * train.median))
         seconds = time.perf_counter() - started
     finally:
         torch.set_num_threads(before)
-    threads = f"{settings.num_threads} thread" + ("s" if settings.num_threads > 1 else "")
-    on_gpu = settings.trains_on_gpu or settings.scores_on_gpu
-    where = f"{threads}, {torch.cuda.get_device_name()}" if on_gpu else threads
     return Rates(
         train=train,
         score=score,
-        source=f"a probe of {seconds:.0f} s on this machine ({where}{_load(settings)})",
+        source=(
+            f"a probe of {seconds:.0f} s on this machine ({_where(settings)}, steps of "
+            f"{step_rows} rows{_load(settings)})"
+        ),
         is_probe=True,
         run_seconds=run_seconds,
+    )
+
+
+def _plan(rows: pa.Table, batch_size: int, settings: ProbeSettings) -> TrainPlan:
+    return build_plan(
+        rows,
+        ["probe"] * rows.num_rows,
+        batch_size=batch_size,
+        max_length=settings.max_length,
+        packing=False,
     )
 
 
 def _time_steps(
     model: PreTrainedModel, plan: TrainPlan, settings: TrainSettings
 ) -> tuple[Rate, float]:
-    """Rate of the steps; seconds that a training takes before its first step."""
+    """Rate of the steps but the first; seconds that a training takes before its first step."""
     rates: list[float] = []
     started = time.perf_counter()
     with Training(model, plan, settings) as training:
@@ -139,14 +148,18 @@ def _time_steps(
     return Rate.of(rates[1:]), entered - started
 
 
-def _time_forward(model: PreTrainedModel, plan: TrainPlan, settings: TrainSettings) -> Rate:
+def _time_forward(
+    model: PreTrainedModel, plan: TrainPlan, settings: TrainSettings, pass_tokens: int
+) -> Rate:
+    """Rate of the forward passes but the first."""
     device = next(model.parameters()).device
     half = settings.dtype == "bfloat16" and device.type == "cuda"
     objective = Objective(model, torch.bfloat16 if half else torch.float32)
+    most = min(settings.micro_batch_tokens, pass_tokens)
     rates: list[float] = []
     started = time.perf_counter()
     with training_layout(objective) as layout, torch.no_grad():
-        for rows in _passes(plan, settings.micro_batch_tokens, is_padded=not layout.is_flat):
+        for rows in _passes(plan, most, is_padded=not layout.is_flat):
             began = time.perf_counter()
             batch = build_microbatch(
                 plan,
@@ -163,14 +176,21 @@ def _time_forward(model: PreTrainedModel, plan: TrainPlan, settings: TrainSettin
 
 
 def _passes(plan: TrainPlan, max_tokens: int, *, is_padded: bool) -> list[np.ndarray]:
-    """Forward passes in a fixed order, at least as many as are timed, of rows of all lengths."""
+    """Forward passes in the plan's order, at least as many as are timed."""
+    parts = max(_FEWEST + 1, plan.num_tokens // max_tokens)
     everything = np.arange(plan.table.num_rows)
-    parts = np.array_split(everything, max(_FEWEST + 1, plan.num_tokens // max_tokens))
     return [
         part[group]
-        for part in parts
+        for part in np.array_split(everything, min(parts, len(everything)))
         for group in group_by_tokens(plan.lengths(part), max_tokens, is_padded=is_padded)
     ]
+
+
+def _where(settings: ProbeSettings) -> str:
+    threads = f"{settings.num_threads} thread" + ("s" if settings.num_threads > 1 else "")
+    if settings.trains_on_gpu or settings.scores_on_gpu:
+        return f"{threads}, {torch.cuda.get_device_name()}"
+    return threads
 
 
 def _load(settings: ProbeSettings) -> str:
@@ -178,7 +198,7 @@ def _load(settings: ProbeSettings) -> str:
     cpus, load = os.cpu_count() or 1, os.getloadavg()[0]
     if (settings.trains_on_gpu and settings.scores_on_gpu) or load <= cpus:
         return ""
-    return f", which was busy: load {load:.1f} on {cpus} CPUs, so it may be faster"
+    return f", which was busy: load {load:.1f} on {cpus} CPUs, so a run may be faster"
 
 
 def _free_memory(use_gpu: bool) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,6 @@ from system.config import LoraConfig, RunConfig, TagConfig
 from system.data.corpus import Corpus
 from system.data.ingest import ingest_local
 from system.data.lengths import DrawnLengths
-from system.errors import ConfigError
 from system.evaluation.arms import apportion
 from system.forecast.disk import ModelSize, disk_parts, free_bytes, model_size, peak_bytes
 from system.forecast.hours import ACTORS_START_SECONDS, TRAIN_START_SECONDS, stage_seconds
@@ -276,7 +276,7 @@ def test_a_rate_is_the_median_with_quartiles():
     assert Rate.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Rate(median=3, low=2, high=4, num_samples=5)
 
 
-def test_a_probe_measures_the_model_and_needs_batches_for_it(tmp_path):
+def test_a_probe_measures_the_model_in_steps_that_the_rows_allow(tmp_path):
     settings = build_inputs(tmp_path)
     draw = seeded_draw(
         Corpus.open(str(tmp_path / "corpus" / "manifest.json")),
@@ -296,12 +296,15 @@ def test_a_probe_measures_the_model_and_needs_batches_for_it(tmp_path):
     threads = torch.get_num_threads()
     found = run_probe(tmp_path / "model", rows, training, probe)
     assert torch.get_num_threads() == threads
-    assert found.is_probe and found.train.num_samples == 4 and found.score.num_samples >= 3
+    assert found.is_probe and re.search("steps of [1-8] rows", found.source)
+    assert found.train.num_samples >= 3 and found.score.num_samples >= 3
     assert 0 < found.train.low <= found.train.median <= found.train.high
     assert 0 < found.score.low <= found.score.median <= found.score.high
-    with pytest.raises(ConfigError, match="4 batches of 8 rows and drew 24"):
-        run_probe(tmp_path / "model", rows.slice(0, 24), training, probe)
-    assert why_no_probe(tmp_path / "model", training, probe) == ""
+    few = run_probe(tmp_path / "model", rows.slice(0, 10), training, probe)
+    assert re.search("steps of [12] rows", few.source) and few.train.num_samples >= 3
+    model_dir = tmp_path / "model"
+    assert why_no_probe(model_dir, 4, training, probe) == ""
+    assert "gave 3 rows" in why_no_probe(model_dir, 3, training, probe)
     if not torch.cuda.is_available():
         on_gpu = dataclasses.replace(probe, trains_on_gpu=True)
-        assert "this machine has none" in why_no_probe(tmp_path / "model", training, on_gpu)
+        assert "this machine has none" in why_no_probe(model_dir, 40, training, on_gpu)
