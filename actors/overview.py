@@ -17,6 +17,11 @@ from system.rundir import RunDir, StageRecord, describe_change, fingerprint
 from system.solve import Mix
 from system.stages import STAGE_FOLDERS
 
+_SPEED_FIELDS = (
+    "after.model", "influence.batch_size", "influence.metric", "influence.max_new_tokens",
+)  # fmt: skip
+"""Inputs of the influence stage that decide how fast it is on a given machine."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanView:
@@ -114,7 +119,7 @@ def _speed_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in inputs.items()
-        if name in ("after.model", "influence.batch_size") or name.startswith("influence.lora")
+        if name in _SPEED_FIELDS or name.startswith("influence.lora")
     }
 
 

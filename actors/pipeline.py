@@ -58,6 +58,15 @@ def _target_identity(config: RunConfig) -> dict[str, str]:
     }
 
 
+def _nothing_else(config: RunConfig) -> tuple[str, ...]:
+    return ()
+
+
+def _what_ends_measuring(config: RunConfig) -> tuple[str, ...]:
+    """`auto` measures until the mix would not change, so it reads how the mix is solved."""
+    return ("solve",) if config.influence.estimator == "auto" else ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """One stage: where its code is, what it reads, where it writes."""
@@ -74,6 +83,8 @@ class Stage:
     """Module and function that looks for what would make a later stage fail."""
     identity: Callable[[RunConfig], dict[str, str]] = field(default=_no_identity)
     """What else the result depends on: the files behind the configured paths."""
+    also_reads: Callable[[RunConfig], tuple[str, ...]] = field(default=_nothing_else)
+    """Further sections that decide the result of this configuration."""
     revision: int = 1
     """Raised whenever the code changes the stage's results."""
 
@@ -99,12 +110,12 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="influence", module="actors.influencer",
         reads=("influence", "seed"), after=("tag", "model"),
-        identity=_target_identity, precheck=("actors.planner", "check_before_influence"),
-        revision=2,
+        identity=_target_identity, also_reads=_what_ends_measuring,
+        precheck=("actors.planner", "check_before_influence"), revision=3,
     ),
     Stage(
         name="solve", module="actors.planner", function="run_solve",
-        reads=("solve",), after=("tag", "model", "influence"), revision=2,
+        reads=("solve",), after=("tag", "model", "influence"), revision=3,
     ),
     Stage(
         name="curriculum", module="actors.planner", function="run_curriculum",
@@ -133,7 +144,7 @@ STAGES: tuple[Stage, ...] = (
 )  # fmt: skip
 _NO_RESULT = {
     "train.log_to", "train.max_failures", "train.keep_checkpoints", "influence.keep_checkpoints",
-    "influence.max_tokens",
+    "influence.max_token_equivalents",
 }  # fmt: skip
 """Fields of sections that stages read, but which change no result."""
 
@@ -167,7 +178,7 @@ def stage_inputs(
     """Everything a stage's result depends on, flat: dotted name -> value."""
     values = config.model_dump(mode="json")
     inputs: dict[str, Any] = {"stage": stage.name, "revision": stage.revision}
-    for name in stage.reads:
+    for name in (*stage.reads, *stage.also_reads(config)):
         value: Any = values
         for part in name.split("."):
             value = value[part]

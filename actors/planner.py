@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Any
 
 from actors.stage import StageContext, StageResult
 from system import storage
 from system.curriculum import plan_curriculum
 from system.data.corpus import Corpus
 from system.data.lengths import SeededLengths, mean_response_tokens
-from system.influence.cost import check_max_tokens, influence_cost
-from system.influence.heldout import external_lengths
+from system.influence.cost import check_token_limit, influence_cost
+from system.influence.heldout_cost import stage_heldout
 from system.influence.matrix import EffectMatrix
 from system.models.base import load_tokenizer
 from system.planning import (
     SWEEP_MOVES,
     check_limits,
     dependency_effects,
+    extrapolation_notes,
     mix_options,
     mix_problem,
     why_not_believed,
 )
-from system.solve import Mix, solve_mix, sweep_move
+from system.solve import Mix, expected_regret, solve_mix, sweep_move
 from system.taxonomy import estimate_taxonomy
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def check_before_influence(context: StageContext) -> None:
@@ -34,28 +32,27 @@ def check_before_influence(context: StageContext) -> None:
 
     Raises:
         InfeasibleMixError, ConfigError: see `system.planning.check_limits`.
-        ConfigError: the design takes more than `influence.max_tokens`.
+        ConfigError: the design takes more than `influence.max_token_equivalents`.
         DataError: a category has too few rows for a dose.
     """
     config = context.config
     corpus = Corpus.open(context.input("tag", "manifest"))
     tokens = mean_response_tokens(corpus) if config.solve.unit == "tokens" else None
     check_limits(config.solve, corpus.counts("train"), tokens)
-    if config.influence.max_tokens is not None:
-        external = None
-        if config.influence.targets:
-            external = external_lengths(config, _tokenizer(context))
+    if config.influence.max_token_equivalents is not None:
+        lengths = SeededLengths(corpus)
+        heldout = stage_heldout(config, corpus, lengths, lambda: _tokenizer(context))
         cost = influence_cost(
             config.influence,
             run_seed=config.seed,
             sources=corpus.categories,
-            lengths=SeededLengths(corpus),
-            external=external,
+            lengths=lengths,
+            heldout=heldout,
         )
-        check_max_tokens(config.influence, cost)
+        check_token_limit(config.influence, cost)
 
 
-def _tokenizer(context: StageContext) -> PreTrainedTokenizerBase:
+def _tokenizer(context: StageContext) -> Any:
     return load_tokenizer(
         context.input("model", "model"),
         trust_remote_code=context.config.model.trust_remote_code,
@@ -74,6 +71,15 @@ def run_solve(context: StageContext) -> StageResult:
     mix = solve_mix(problem, options)
     if doubt:
         mix = dataclasses.replace(mix, notes=(doubt, *mix.notes))
+    else:
+        draws = 100 if len(mix.categories) <= 64 else 20  # each costs as much as a mix
+        regret = expected_regret(problem, options, num_draws=draws, seed=context.config.seed)
+        mix = dataclasses.replace(mix, expected_regret=regret.value)
+    mix = dataclasses.replace(
+        mix,
+        effect_unit=summary["unit"],
+        notes=(*mix.notes, *_extrapolation(mix, summary)),
+    )
     storage.write_bytes(storage.join(context.attempt, "mix.json"), mix.to_json().encode())
     moves = sorted({*SWEEP_MOVES, solve.move})
     sweep = sweep_move(problem, options, moves)
@@ -104,7 +110,8 @@ def run_curriculum(context: StageContext) -> StageResult:
     mix = Mix.from_json(storage.read_bytes(context.input("solve", "mix")).decode())
     curriculum = plan_curriculum(
         {name: round(count) for name, count in mix.counts().items()},
-        taxonomy.curriculum_levels,
+        # Without a target of its own a category has no dependency: None keeps its share.
+        {name: taxonomy.curriculum_levels.get(name) for name in mix.counts()},
         preset=config.curriculum.preset,
         num_stages=config.curriculum.num_stages,
         epochs=config.curriculum.epochs,
@@ -138,12 +145,27 @@ def _matrices(context: StageContext) -> dict[str, EffectMatrix]:
     }
 
 
+def _extrapolation(mix: Mix, summary: dict[str, Any]) -> tuple[str, ...]:
+    doses = {
+        name: max(part["dose"] for part in directions.values())
+        for name, directions in summary["sources"].items()
+    }
+    return extrapolation_notes(mix, doses, summary["reference_rows"])
+
+
 def _mix_lines(mix: Mix) -> tuple[str, ...]:
     error = "" if mix.expected_gain_se is None else f" +- {mix.expected_gain_se:.4f}"
     lines = [
         f"moved {mix.moved:.1%} of {mix.budget:,.0f} {mix.unit}; predicted gain "
-        f"{mix.expected_gain:+.4f}{error} nats per response token"
+        f"{mix.expected_gain:+.4f}{error} {mix.effect_unit}"
     ]
+    if mix.expected_regret is not None:
+        lines[0] += f"; knowing the effects exactly would add {mix.expected_regret:.4f} on average"
+    if mix.status != "optimal":
+        lines.append(
+            f"the search for whole counts stopped at its limit: this is the best mix found, within "
+            f"{mix.solver.gap:.2%} of the proven bound"
+        )
     changes = sorted(mix.categories, key=lambda item: item.count - item.base)
     up = [item for item in reversed(changes) if item.count - item.base >= 1][:3]
     down = [item for item in changes if item.base - item.count >= 1][:3]

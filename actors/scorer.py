@@ -18,6 +18,7 @@ import pyarrow as pa
 from actors.pool import ActorPool, ActorSpec
 from actors.stage import StageContext
 from system import storage
+from system.influence.accuracy_targets import score_answers
 from system.scoring.engine import Engine, EngineSettings
 from system.scoring.score import Scored, score_tokens
 
@@ -39,6 +40,13 @@ class Scorer:
         """Loads the weights (None: the base model's), scores a TOKENS table."""
         self._load(weights_uri)
         return score_tokens(self._engine, tokens)
+
+    def answer(self, weights_uri: str | None, questions: pa.Table, max_new_tokens: int) -> Scored:
+        """Loads the weights, answers a QUESTIONS table greedily; wrong answers count as loss 1."""
+        self._load(weights_uri)
+        prompts = questions.column("input_ids").to_pylist()
+        stops = questions.column("stop_token_ids")[0].as_py()
+        return score_answers(self._engine.generate(prompts, max_new_tokens, stops), questions)
 
     def choose(
         self, weights_uri: str | None, prompts: list[list[int]], candidates: list[list[int]]

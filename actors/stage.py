@@ -9,7 +9,7 @@ from typing import Any
 from actors.cluster import Cluster
 from system.config import RunConfig
 from system.progress import Progress
-from system.rundir import RunDir, StageRecord
+from system.rundir import RunDir, StageRecord, shared_uri
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,11 @@ class StageContext:
     """Records of the stages before it, by stage name."""
     progress: Progress
     cluster: Cluster
+
+    @property
+    def shared_uri(self) -> str:
+        """Absolute URI of what all attempts of this stage share; `--redo` deletes it."""
+        return shared_uri(self.attempt)
 
     def input(self, stage: str, output: str) -> str:
         """Absolute URI of an output of an earlier stage."""

@@ -118,8 +118,8 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     check.add_argument(
         "--max-tokens", type=_positive, metavar="N",
         help="refuse a plan that takes more token equivalents: trained tokens, and a third of the "
-        "scored and generated ones; `influence.max_tokens` in the configuration does the same for "
-        "the influence stage, and `run` obeys it too",
+        "scored and generated ones; `influence.max_token_equivalents` in the configuration does "
+        "the same for the influence stage, and `run` obeys it too",
     )  # fmt: skip
     check.set_defaults(execute=_check)
 
@@ -156,6 +156,12 @@ def _add_tools(commands: argparse._SubParsersAction) -> None:
     )
     verify.add_argument("run_dir")
     verify.set_defaults(execute=_verify)
+    compare = commands.add_parser(
+        "compare", help="whether two runs measured the same effects, and what each cost"
+    )
+    compare.add_argument("first", metavar="RUN_DIR")
+    compare.add_argument("second", metavar="RUN_DIR")
+    compare.set_defaults(execute=_compare)
     from system.influence.planted_command import add_arguments as add_planted_arguments
     from system.solve.command import add_arguments as add_solve_arguments
 
@@ -243,6 +249,13 @@ def _verify(arguments: argparse.Namespace) -> int:
     from system.evaluation.verification import describe_prediction
 
     print(describe_prediction(arguments.run_dir))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from system.influence.comparison import describe_comparison
+
+    print(describe_comparison(arguments.first, arguments.second))
     return 0
 
 

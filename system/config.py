@@ -14,9 +14,9 @@ from pydantic import Field, field_validator, model_validator
 from system.config_data import IngestConfig, Positive, Section, Share, SourceConfig, TagConfig
 
 __all__ = [
-    "ClusterConfig", "CurriculumConfig", "EvaluateConfig", "GroupLimit", "InfluenceConfig",
-    "IngestConfig", "LoraConfig", "ModelConfig", "RunConfig", "Section", "SelectConfig",
-    "SolveConfig", "SourceConfig", "TagConfig", "TinyModelConfig", "TrainConfig",
+    "AutoConfig", "ClusterConfig", "CurriculumConfig", "EvaluateConfig", "GroupLimit",
+    "InfluenceConfig", "IngestConfig", "LoraConfig", "ModelConfig", "RunConfig", "Section",
+    "SelectConfig", "SolveConfig", "SourceConfig", "TagConfig", "TinyModelConfig", "TrainConfig",
 ]  # fmt: skip
 
 
@@ -71,13 +71,31 @@ class ModelConfig(Section):
     tiny: TinyModelConfig = TinyModelConfig()
 
 
+class AutoConfig(Section):
+    """`influence.estimator: auto`: when enough has been measured. One round is one replication."""
+
+    regret: float = Field(default=0.005, ge=0)
+    """Enough: not knowing the effects better costs the mix less than this, in nats per response
+    token (its expected regret)."""
+    precision: float | None = Field(default=None, gt=0)
+    """Asked beside that: the typical standard error of the effect of a dose, in nats per token."""
+    max_replications: Positive = 8
+    """Give up here."""
+    max_tokens: Positive | None = None
+    """No round begins that would train on more tokens than this, all rounds together."""
+    max_tuner_hours: float | None = Field(default=None, gt=0)
+    """The same in measured hours of training, summed over tuners (GPU hours where each has one)."""
+
+
 class InfluenceConfig(Section):
     """Stage 3: interventions, scores, effect matrix."""
 
-    estimator: Literal["retrain", "branch", "random-design"] = "retrain"
+    estimator: Literal["retrain", "branch", "random-design", "auto"] = "retrain"
     """`retrain`: one dose at a time, from the base model; `branch`: the same from one checkpoint
     warmed up on the base mix; `random-design`: half of all doses in every run, taken apart by
-    regression, so that every run speaks about every effect."""
+    regression, so that every run speaks about every effect; `auto`: `random-design` in rounds,
+    until the mix would not change."""
+    auto: AutoConfig = AutoConfig()
     directions: tuple[Literal["add", "remove"], ...] = ("remove",)
     """Which way a category's dose moves; both are kept apart in the matrix."""
     rows_per_category: Positive = 192
@@ -87,7 +105,8 @@ class InfluenceConfig(Section):
     heldout_rows: Positive = 96
     """Rows of each category's estimate split on which every run is scored."""
     replications: Positive = 2
-    """Independent common schedules. With one, errors are held-out only."""
+    """Independent common schedules. With one, errors are held-out only. `auto`: in the first round
+    (at least 2)."""
     batch_size: Positive = 16
     """Rows per optimiser step."""
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -100,6 +119,11 @@ class InfluenceConfig(Section):
     """Train adapters (merged before scoring) instead of all weights."""
     targets: dict[str, str] = Field(default_factory=dict)
     """Further targets that no source owns: name -> instruction file relative to data_dir."""
+    metric: Literal["loss", "accuracy"] = "loss"
+    """What is measured on held-out rows: mean token loss (nats per response token), or the share of
+    right answers, on categories with verifiable rows."""
+    max_new_tokens: Positive = 64
+    """`accuracy` only: longest answer, at most half of model.max_length."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
     """Level of all intervals."""
     gamma_floor: float = Field(default=1e-6, ge=0)
@@ -111,7 +135,7 @@ class InfluenceConfig(Section):
     the mix stays at the base, and says so."""
     keep_checkpoints: bool = False
     """Keep intervention checkpoints after they are scored."""
-    max_tokens: Positive | None = None
+    max_token_equivalents: Positive | None = None
     """Most token equivalents (trained tokens plus a third of the scored ones) that the design may
     take; a larger one is refused before anything is trained, by `run` and by `check`. Null: no
     limit. It changes no result, so it may be changed at any time."""
@@ -122,6 +146,12 @@ class InfluenceConfig(Section):
             raise ValueError(
                 f"dose_rows {self.dose_rows} is more than rows_per_category "
                 f"{self.rows_per_category}: a dose cannot be removed that is not there"
+            )
+        if self.estimator == "auto" and not 2 <= self.replications <= self.auto.max_replications:
+            raise ValueError(
+                f"replications {self.replications}: `auto` begins with 2 or more, since one has no "
+                f"errors to judge by, and at most auto.max_replications "
+                f"{self.auto.max_replications}"
             )
         if len(set(self.directions)) != len(self.directions) or not self.directions:
             raise ValueError(f"directions {self.directions}: give add, remove or both, once each")

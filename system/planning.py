@@ -15,8 +15,10 @@ import numpy as np
 from system.config import SolveConfig
 from system.errors import ConfigError
 from system.influence.matrix import EffectMatrix
-from system.solve import GroupLimit, MixOptions, MixProblem, solve_mix
+from system.solve import GroupLimit, Mix, MixOptions, MixProblem, solve_mix
 
+EXTRAPOLATES = 1.5
+"""A move or a budget this many times what was measured is called an extrapolation."""
 SWEEP_MOVES = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 """Shares of the budget whose predicted gain the report shows, beside the configured share."""
 
@@ -134,6 +136,43 @@ def _problem(
         tokens_S=None if tokens is None else _per_category(tokens, categories, 1.0),
         **measured,
     )
+
+
+def extrapolation_notes(
+    mix: Mix, dose_S: Mapping[str, float], measured_rows: float
+) -> tuple[str, ...]:
+    """Where a mix leaves what was measured: moves beyond the doses, a budget beyond the runs.
+
+    Effects are slopes, measured for a dose of each category on a base of a few hundred rows of it
+    with the proxy model.  Returns diminish, so slopes promise too much beyond that.
+
+    Args:
+        mix: the solved mix.
+        dose_S: category -> rows of its dose (the largest of the directions).
+        measured_rows: rows that a reference run of the influence stage trains on.
+    """
+    beyond = {
+        item.category: abs(item.count - item.base) / dose_S[item.category]
+        for item in mix.categories
+        if abs(item.count - item.base) > EXTRAPOLATES * dose_S[item.category]
+    }
+    notes = []
+    if beyond:
+        farthest = max(beyond, key=lambda name: (beyond[name], name))
+        notes.append(
+            f"{len(beyond)} of {len(mix.categories)} categories move farther than the dose at "
+            f"which their effects were measured, {farthest!r} {beyond[farthest]:.1f} times as "
+            "far: there the predicted gain extrapolates and is likely to promise too much (raise "
+            "influence.dose_rows and influence.rows_per_category, or lower solve.move)"
+        )
+    examples = sum(item.count for item in mix.categories)
+    if examples > EXTRAPOLATES * measured_rows:
+        notes.append(
+            f"the mix has {examples / measured_rows:.1f} times the rows of a run of the influence "
+            "stage: the order of the categories may hold at that size, the size of the gain will "
+            "not (compare two sizes with `instructmix compare`)"
+        )
+    return tuple(notes)
 
 
 def why_not_believed(summary: Mapping[str, Any]) -> str:

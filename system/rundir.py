@@ -5,6 +5,7 @@
       config.json                the resolved configuration of the last `run`
       <stage>/record.json        the commit: which attempt is the stage's result
       <stage>/<fingerprint>/...  an attempt; its own record.json, written when it is finished
+      <stage>/shared/...         finished work of any attempt, by what decides it (influence)
       <stage>/matrix.parquet     links to the committed attempt's outputs (local disks only)
 
 A stage's fingerprint is the hash of everything its result depends on: its revision, the parts of
@@ -58,6 +59,11 @@ class StageRecord:
     versions: dict[str, str]
     """Package -> version."""
     format: int = FORMAT
+
+
+def shared_uri(attempt: str) -> str:
+    """What all attempts of a stage share, beside the directory of one of them."""
+    return storage.join(attempt.rsplit("/", 1)[0], "shared")
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
@@ -136,9 +142,10 @@ class RunDir:
         self._link_outputs(folder, record)
 
     def invalidate(self, folder: str, attempt: str) -> None:
-        """Forgets a stage's result and deletes the attempt: `--redo`."""
+        """Forgets a stage's result, the attempt and what attempts share: `--redo`."""
         storage.delete(storage.join(self.stage_uri(folder), "record.json"))
         storage.delete(self.attempt_uri(folder, attempt))
+        storage.delete(shared_uri(self.attempt_uri(folder, attempt)))
 
     def _link_outputs(self, folder: str, record: StageRecord) -> None:
         """Stable names beside the record, for people; programs follow the record."""

@@ -34,6 +34,7 @@ from system.errors import DataError
 from system.evaluation.contrast import Contrast, Performance, contrast
 from system.evaluation.intervals import wilson_interval
 from system.solve import Mix
+from system.solve.mix import ANSWERS
 
 LOSSES = pa.schema(
     [
@@ -211,12 +212,17 @@ def summarise(
         "comparisons": list(_comparisons("loss", performance, trained, weightings, confidence)),
         "factors": list(_factors(performance, weightings, confidence)),
         "accuracy": [],
-        "prediction": _prediction(performance, mix, weightings["importance"], confidence),
+        "prediction": None,
     }
+    predicts_answers = mix is not None and mix.effect_unit == ANSWERS
+    if not predicts_answers:
+        summary["prediction"] = _prediction(performance, mix, weightings["importance"], confidence)
     if outcomes.num_rows:
         answers, _ = performance_of(outcomes, "correct")
         checked = _weightings(list(next(iter(answers.values()))), importance)
         summary["accuracy"] = list(_shares(answers, [BASE, *trained], confidence))
+        if predicts_answers and checked["uniform"]:
+            summary["prediction"] = _prediction(answers, mix, checked["importance"], confidence)
         if checked["uniform"]:
             summary["comparisons"] += _comparisons(
                 "accuracy", answers, trained, checked, confidence

@@ -18,6 +18,7 @@ from pathlib import Path
 from system import storage
 from system.config import LoraConfig, RunConfig
 from system.data.corpus import Corpus
+from system.influence.cost import most_replications
 from system.influence.estimators import ESTIMATORS, UNSCORED
 from system.influence.ledger import open_checkpoints
 
@@ -95,8 +96,9 @@ def disk_parts(
     state = 3 * trained * _FLOAT32
     at_once = open_checkpoints(cluster.num_tuners, cluster.num_scorers)
     runs = ESTIMATORS[influence.estimator].runs(num_categories or 0, influence.directions)
-    warm = influence.replications * sum(kind in UNSCORED for kind, _ in runs)
-    scored = influence.replications * sum(kind not in UNSCORED for kind, _ in runs)
+    replications = most_replications(influence)
+    warm = replications * sum(kind in UNSCORED for kind, _ in runs)
+    scored = replications * sum(kind not in UNSCORED for kind, _ in runs)
     if num_categories is not None:
         at_once = scored if influence.keep_checkpoints else min(at_once, scored)
     arms = len(evaluate.arms) * evaluate.seeds

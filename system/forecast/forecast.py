@@ -16,7 +16,8 @@ from system.forecast.hours import StageSeconds, stage_seconds
 from system.forecast.known import Known, from_ingested, from_tagged, probe_rows
 from system.forecast.rates import Rates, finished_units
 from system.forecast.workload import Workload, workloads
-from system.influence.cost import InfluenceCost, check_max_tokens, influence_cost
+from system.influence.accuracy_targets import answer_tokens
+from system.influence.cost import InfluenceCost, check_token_limit, influence_cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,7 @@ class Forecast:
             ConfigError: above a budget, or nothing to hold it against; says what to do.
         """
         if self.cost is not None and "influence" not in self.done:
-            check_max_tokens(self.config.influence, self.cost, is_exact=self.is_exact)
+            check_token_limit(self.config.influence, self.cost, is_exact=self.is_exact)
         if max_tokens is not None:
             self._check_known("--max-tokens", self.why_unknown)
             sizes = {item.stage: item.token_equivalents for item in self.left}
@@ -148,7 +149,7 @@ def make_forecast(config: RunConfig, found: Found, *, probe: bool) -> Forecast:
             run_seed=config.seed,
             sources=known.categories,
             lengths=known.lengths,
-            external=known.external,
+            heldout=known.heldout,
         )
         work = tuple(workloads(config, known, cost, found.mix))
     left = [item for item in work if item.stage not in found.done]
@@ -196,7 +197,8 @@ def _rates(
 ) -> tuple[Rates | None, str]:
     """Rates of finished units, else of a probe; else why there are none."""
     for attempt in found.attempts:
-        rates = finished_units(attempt)
+        answers = answer_tokens(config) if config.influence.metric == "accuracy" else 0
+        rates = finished_units(attempt, answers)
         if rates is not None:
             return rates, ""
     if not probe:

@@ -24,9 +24,9 @@ TRAIN_START_SECONDS = 37.0
 
 LEFT_OUT = (
     "a worker of train and of the arms counts as a tuner; what is finished of a stage under way is "
-    "not taken off. Left out: ingest, model, tag, solving, selection and report; waiting for "
-    "machines and storage; repeated work after failures; what actors that share a machine take "
-    "from each other beside CPUs"
+    "not taken off, nor are runs of earlier attempts that still hold. Left out: ingest, model, "
+    "tag, solving, selection and report; waiting for machines and storage; repeated work after "
+    "failures; what actors that share a machine take from each other beside CPUs"
 )
 
 

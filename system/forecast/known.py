@@ -8,7 +8,7 @@ corpus is not there, and nothing is said.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +21,9 @@ from system.data.corpus import Corpus
 from system.data.lengths import DrawnLengths, RowLengths, SeededLengths, mean_response_tokens
 from system.data.tag import rename_categories
 from system.errors import DataError
-from system.influence.heldout import external_lengths
+from system.influence.accuracy_targets import answer_tokens
+from system.influence.cost import most_replications
+from system.influence.heldout_cost import loss_heldout, stage_heldout
 from system.influence.interventions import seed_of
 from system.models.base import load_tokenizer, template_of
 from system.models.chat import encode_table
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-    from system.influence.cost import External
+    from system.influence.cost import HeldoutLengths
 
 EXACT_ROWS = 2_000_000
 """Train rows times replications up to which drawing them all (1 microsecond each) is worth it."""
@@ -50,8 +52,8 @@ class Known:
     """Mean tokens of a train row by category, prompt included."""
     response_tokens: Mapping[str, float]
     lengths: RowLengths
-    external: External | None
-    """Of `influence.targets`, where there are some."""
+    heldout: HeldoutLengths
+    """What every intervention is scored on."""
     left_out: str
     """What could not be counted, for people; empty: nothing."""
     relative_error: float
@@ -70,24 +72,27 @@ def from_tagged(corpus: Corpus, config: RunConfig, model_dir: Path | None) -> Kn
     """
     rows = {split: corpus.counts(split) for split in SPLITS}
     sums = {split: corpus.manifest.details["tokens"][split] for split in SPLITS}
-    is_small = sum(rows["train"].values()) * config.influence.replications <= EXACT_ROWS
+    is_small = sum(rows["train"].values()) * most_replications(config.influence) <= EXACT_ROWS
     means = {
         split: {name: sums[split][name] / count for name, count in counts.items() if count}
         for split, counts in rows.items()
     }
-    external, left_out = None, ""
-    if config.influence.targets and model_dir is not None:
-        external = external_lengths(config, _tokenizer(config, model_dir))
-    elif config.influence.targets:
-        left_out = "influence.targets are not in it: the model is not on this machine"
+    lengths = SeededLengths(corpus) if is_small else _mean_lengths(rows, means)
+    needs_tokenizer = config.influence.targets or config.influence.metric == "accuracy"
+    heldout, left_out = loss_heldout(config, corpus.categories, lengths), ""
+    if model_dir is not None:
+        heldout = stage_heldout(config, corpus, lengths, lambda: _tokenizer(config, model_dir))
+    elif needs_tokenizer:
+        left_out = "held-out rows are counted without influence.targets and influence.metric: "
+        left_out += "the model is not on this machine"
     return Known(
         basis="exact" if is_small else "means",
         categories=corpus.categories,
         rows=rows,
         tokens=means["train"],
         response_tokens=mean_response_tokens(corpus),
-        lengths=SeededLengths(corpus) if is_small else _mean_lengths(rows, means),
-        external=external,
+        lengths=lengths,
+        heldout=heldout,
         left_out=left_out,
         relative_error=0.0,
         questions=_count_questions(corpus, config.evaluate.accuracy_rows),
@@ -132,18 +137,35 @@ def from_ingested(corpus: Corpus, config: RunConfig, model_dir: Path) -> Known:
     rows = {split: _shared_out(corpus, split, names, categories) for split in SPLITS}
     means = {name: float(values[:, 0].mean()) for name, values in sample.items()}
     errors = [float(values[:, 0].var(ddof=1)) / len(values) for values in sample.values()]
+    response = {name: float(values[:, 1].mean()) for name, values in sample.items()}
+    lengths = _mean_lengths(rows, dict.fromkeys(SPLITS, means))
+    external = "influence.targets are not counted yet" if config.influence.targets else ""
     return Known(
         basis="sample",
         categories=categories,
         rows=rows,
         tokens=means,
-        response_tokens={name: float(values[:, 1].mean()) for name, values in sample.items()},
-        lengths=_mean_lengths(rows, dict.fromkeys(SPLITS, means)),
-        external=external_lengths(config, tokenizer) if config.influence.targets else None,
-        left_out="",
+        response_tokens=response,
+        lengths=lengths,
+        heldout=_sampled_heldout(config, categories, lengths, means, response),
+        left_out=external,
         relative_error=math.sqrt(sum(errors)) / sum(means.values()),
         questions=config.evaluate.accuracy_rows * len(categories),
     )
+
+
+def _sampled_heldout(
+    config: RunConfig,
+    categories: Sequence[str],
+    lengths: RowLengths,
+    tokens: Mapping[str, float],
+    response: Mapping[str, float],
+) -> HeldoutLengths:
+    """Rows, or (`accuracy`) prompts and the longest answers of as many rows as are asked for."""
+    if config.influence.metric == "loss":
+        return loss_heldout(config, categories, lengths)
+    asked = [tokens[name] - response[name] + answer_tokens(config) for name in categories]
+    return lambda trained: np.repeat(asked, config.influence.heldout_rows)
 
 
 def probe_rows(corpus: Corpus, config: RunConfig, model_dir: Path) -> pa.Table:

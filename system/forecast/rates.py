@@ -53,17 +53,18 @@ class Rates:
     """Of one training, apart from its tokens."""
 
 
-def finished_units(attempt_uri: str) -> Rates | None:
+def finished_units(attempt_uri: str, answer_tokens: int = 0) -> Rates | None:
     """The rates of the units that an influence attempt has finished; None where there are none.
 
     Args:
         attempt_uri: of the stage.
+        answer_tokens: that every held-out row's answer counts for (`accuracy`).
     """
     heldout_uri = storage.join(attempt_uri, "heldout.arrow")
     if not storage.exists(heldout_uri):
         return None
-    lengths = pc.list_value_length(storage.read_table(heldout_uri).column("input_ids"))
-    scored_tokens = pc.sum(lengths).as_py()
+    rows = storage.read_table(heldout_uri).column("input_ids")
+    scored_tokens = pc.sum(pc.list_value_length(rows)).as_py() + answer_tokens * len(rows)
     train, score = [], []
     for name in storage.list_names(storage.join(attempt_uri, "units"))[-_LATEST:]:
         stats = storage.read_json(storage.join(attempt_uri, "units", name))

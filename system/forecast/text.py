@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from system.forecast.hours import LEFT_OUT
 from system.forecast.rates import Rate
 from system.forecast.workload import Workload, num_passes
+from system.influence.cost import most_replications
 from system.influence.estimators import ESTIMATORS
 
 if TYPE_CHECKING:
@@ -28,8 +29,12 @@ def describe(forecast: Forecast) -> list[str]:
 def _plan(forecast: Forecast) -> Iterator[str]:
     config = forecast.config
     influence, evaluate, solve = config.influence, config.evaluate, config.solve
+    count = f"{influence.replications}"
+    if influence.estimator == "auto":
+        most = most_replications(influence) if forecast.cost is None else forecast.cost.replications
+        count = f"{influence.replications} to {most}"
     yield (
-        f"influence: {influence.estimator}, {influence.replications} replications of "
+        f"influence: {influence.estimator}, {count} replications of "
         f"{ESTIMATORS[influence.estimator].in_words} ({' and '.join(influence.directions)})"
     )
     yield f"train: {num_passes(config)} x {solve.budget:,} {solve.unit}"
@@ -46,6 +51,8 @@ def _work(forecast: Forecast) -> Iterator[str]:
     yield ""
     for item in forecast.work:
         about = "" if is_exact and item.stage == "influence" else "about "
+        if item.stage == "influence" and forecast.config.influence.estimator == "auto":
+            about = f"at most {about}"
         yield from _stage(item, about, is_done=item.stage in forecast.done)
     left = forecast.left
     if left:

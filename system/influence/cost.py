@@ -30,12 +30,12 @@ from system.influence.interventions import (
 SCORED_SHARE = 1.0 / 3.0
 """Trained tokens that a scored one is worth."""
 LOWERED_BY = (
-    "influence.replications, influence.rows_per_category, influence.directions and, for scoring, "
-    "influence.heldout_rows lower it"
+    "influence.replications (influence.auto.max_replications), influence.rows_per_category, "
+    "influence.directions and, for scoring, influence.heldout_rows lower it"
 )
 
-External = Callable[[Collection[str]], np.ndarray]
-"""(ids of rows that are trained on) -> [rows] tokens of all rows of `influence.targets`."""
+HeldoutLengths = Callable[[Collection[str]], np.ndarray]
+"""(ids of rows that are trained on) -> [rows] tokens that scoring each held-out row takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,8 @@ class InfluenceCost:
     runs: int
     """Trainings, warm-ups included."""
     scorings: int
+    replications: int
+    """At most, where `auto` decides."""
     longest_run_tokens: int
     trained_tokens: int
     """Forward and backward, prompts included."""
@@ -76,53 +78,76 @@ def influence_cost(
     run_seed: int,
     sources: Sequence[str],
     lengths: RowLengths,
-    external: External | None = None,
+    heldout: HeldoutLengths,
 ) -> InfluenceCost:
-    """The cost of all replications.
+    """The cost of all replications; of `auto`, of as many as its limits let it make.
 
     Args:
         config: of the stage.
         run_seed: seed of the run.
         sources: categories, in the corpus' order.
         lengths: exact ones (`system.data.lengths.SeededLengths`) give the exact cost.
-        external: lengths of targets that no source owns.
+        heldout: of the rows that are scored (`system.influence.heldout_cost`).
 
     Raises:
         DataError: a category has too few rows for a dose.
     """
-    asked = asked_rows(config)
-    wanted = asked["base"] + asked["extra"] + asked["warm"]
     runs = ESTIMATORS[config.estimator].runs(len(sources), config.directions)
     trained: set[str] = set()
-    per_run: list[float] = []
-    for index in range(config.replications):
-        seed = seed_of(run_seed, "influence", index)
-        tokens: dict[str, RoleTokens] = {}
-        for category in sources:
-            drawn = lengths("train", category, wanted, seed)
-            tokens[category] = role_tokens(
-                drawn.tokens, allocate_rows(category, len(drawn.tokens), asked)
-            )
-            trained.update(drawn.ids)
-        patterns = draw_patterns(seed, config, len(sources))
-        per_run += [run_tokens(kind, source, tokens, patterns) for kind, source in runs]
-    heldout_seed = seed_of(run_seed, "influence", "heldout")
-    heldout = [
-        lengths("estimate", category, config.heldout_rows, heldout_seed).tokens
-        for category in sources
+    replications = [
+        _replication(index, config, run_seed, sources, lengths, trained)
+        for index in range(most_replications(config))
     ]
-    if external is not None:
-        heldout.append(external(trained))
-    rows = np.concatenate([np.asarray(part, dtype=np.float64) for part in heldout])
-    scorings = config.replications * sum(kind not in UNSCORED for kind, _ in runs)
+    count = _within_budget(config, [sum(tokens) for tokens in replications])
+    per_run = [tokens for replication in replications[:count] for tokens in replication]
+    rows = heldout(trained)
+    scorings = count * sum(kind not in UNSCORED for kind, _ in runs)
     return InfluenceCost(
         runs=len(per_run),
         scorings=scorings,
+        replications=count,
         longest_run_tokens=round(max(per_run)),
         trained_tokens=round(sum(per_run)),
         heldout_rows=len(rows),
         scored_tokens=round(float(rows.sum()) * scorings),
     )
+
+
+def most_replications(config: InfluenceConfig) -> int:
+    """Replications that the stage draws."""
+    return config.auto.max_replications if config.estimator == "auto" else config.replications
+
+
+def _replication(
+    index: int,
+    config: InfluenceConfig,
+    run_seed: int,
+    sources: Sequence[str],
+    lengths: RowLengths,
+    trained: set[str],
+) -> list[float]:
+    """Tokens of each run of a replication; adds the rows that it trains on."""
+    asked = asked_rows(config)
+    wanted = asked["base"] + asked["extra"] + asked["warm"]
+    seed = seed_of(run_seed, "influence", index)
+    tokens: dict[str, RoleTokens] = {}
+    for category in sources:
+        drawn = lengths("train", category, wanted, seed)
+        share = allocate_rows(category, len(drawn.tokens), asked)
+        tokens[category] = role_tokens(drawn.tokens, share)
+        trained.update(drawn.ids)
+    patterns = draw_patterns(seed, config, len(sources))
+    runs = ESTIMATORS[config.estimator].runs(len(sources), config.directions)
+    return [run_tokens(kind, source, tokens, patterns) for kind, source in runs]
+
+
+def _within_budget(config: InfluenceConfig, tokens: Sequence[float]) -> int:
+    """How many replications `auto` may make; the first round is always made."""
+    limit = config.auto.max_tokens if config.estimator == "auto" else None
+    if limit is None:
+        return len(tokens)
+    totals = np.cumsum(tokens)
+    return max(config.replications, int(np.searchsorted(totals, limit, side="right")))
 
 
 def role_tokens(lengths: np.ndarray, share: CategoryRows) -> RoleTokens:
@@ -165,10 +190,10 @@ def run_tokens(
     return base - sum(tokens[name].dose for name in switched)
 
 
-def check_max_tokens(
+def check_token_limit(
     config: InfluenceConfig, cost: InfluenceCost, *, is_exact: bool = True
 ) -> None:
-    """Refuses a design above `influence.max_tokens`.
+    """Refuses a design above `influence.max_token_equivalents`.
 
     Args:
         config: of the stage.
@@ -178,13 +203,14 @@ def check_max_tokens(
     Raises:
         ConfigError: names both numbers and what lowers the design's.
     """
-    if config.max_tokens is None or cost.token_equivalents <= config.max_tokens:
+    limit = config.max_token_equivalents
+    if limit is None or cost.token_equivalents <= limit:
         return
     about = "" if is_exact else "about "
     raise ConfigError(
-        f"influence.max_tokens is {config.max_tokens:,}, but this design takes "
-        f"{about}{cost.token_equivalents:,.0f} token equivalents: {cost.trained_tokens:,} tokens "
-        f"trained in {cost.runs} runs, and a third of {cost.scored_tokens:,} scored ones "
-        f"({config.estimator}, {config.replications} replications). {LOWERED_BY}; or raise "
-        "influence.max_tokens. Nothing was trained."
+        f"influence.max_token_equivalents is {limit:,}, but this design takes "
+        f"{about}{cost.token_equivalents:,.0f}: {cost.trained_tokens:,} tokens trained in "
+        f"{cost.runs} runs, and a third of {cost.scored_tokens:,} scored ones "
+        f"({config.estimator}, {cost.replications} replications). {LOWERED_BY}; or raise "
+        "influence.max_token_equivalents. Nothing was trained."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,10 @@ class Design:
             for replication in range(len(self.replications))
             for kind, source in runs
         )
+
+    def first(self, replications: int) -> Design:
+        """The same design with its first replications only."""
+        return replace(self, replications=self.replications[:replications])
 
     def dose_rows(self, direction: str) -> np.ndarray:
         """[R, S] rows of the dose."""

@@ -50,5 +50,9 @@ ESTIMATORS: Mapping[str, Estimator] = {
     "random-design": Estimator(
         runs=design_runs, in_words="runs with half of all doses each, for every direction"
     ),
+    "auto": Estimator(
+        runs=design_runs,
+        in_words="runs with half of all doses each, for every direction, until the mix is settled",
+    ),
 }
 """By the names that `influence.estimator` takes."""

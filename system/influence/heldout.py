@@ -6,25 +6,22 @@ larger draw begins with the smaller one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 
-from system.config import RunConfig
 from system.data.corpus import Corpus, seeded_rank
 from system.errors import DataError
-from system.influence.cost import External
 from system.influence.design import Target
-from system.influence.external_targets import read_target
 from system.influence.interventions import Draw, response_tokens, seed_of
 from system.models.chat import encode_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LEAST_HELDOUT = 4
+LEAST_HELDOUT = 4
+"""Held-out rows below which a category is no target."""
 
 
 def seeded_draw(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Draw:
@@ -122,37 +119,13 @@ def encode_external(
     return tokens.slice(0, num_rows), lost
 
 
-def external_lengths(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> External:
-    """What `system.influence.cost` asks of `influence.targets`."""
-    seed = seed_of(config.seed, "influence", "heldout")
-
-    def lengths(trained: Collection[str]) -> np.ndarray:
-        found: list[int] = []
-        for name, path in config.influence.targets.items():
-            rows, _ = read_target(
-                name, path, data_dir=config.data_dir, ingest=config.ingest, exclude=trained
-            )
-            tokens, _ = encode_external(
-                rows,
-                name,
-                config.influence.heldout_rows,
-                seed,
-                tokenizer,
-                config.model.max_length,
-            )
-            found += [len(row) for row in tokens.column("input_ids").to_pylist()]
-        return np.array(found, dtype=np.int64)
-
-    return lengths
-
-
 def _named(rows: pa.Table, name: str) -> pa.Table:
     place = rows.schema.get_field_index("category")
     return rows.set_column(place, "category", pa.array([name] * rows.num_rows, type=pa.string()))
 
 
 def _check_enough(target: str, num_rows: int, asked: int) -> None:
-    least = min(_LEAST_HELDOUT, asked)
+    least = min(LEAST_HELDOUT, asked)
     if num_rows < least:
         raise DataError(
             f"influence: target {target!r} has {num_rows} usable held-out rows; expected "

@@ -162,14 +162,14 @@ def plan_replication(
 def draw_patterns(
     seed: int, config: InfluenceConfig, num_sources: int
 ) -> dict[str, list[list[bool]]]:
-    """`random-design`: direction -> run -> source -> whether its dose is in the run.
+    """`random-design`, `auto`: direction -> run -> source -> whether its dose is in the run.
 
     Args:
         seed: of the replication.
         config: estimator and directions.
         num_sources: categories.
     """
-    if config.estimator != "random-design":
+    if config.estimator not in ("random-design", "auto"):
         return {}
     runs = enough_runs(num_sources)
     return {
@@ -267,7 +267,7 @@ def assemble_design(
     for schedule in schedules:
         dropped.update(schedule.dropped)
     return Design(
-        estimator=config.estimator,
+        estimator="random-design" if config.estimator == "auto" else config.estimator,
         seed=run_seed,
         directions=tuple(config.directions),
         sources=sources,

@@ -66,6 +66,14 @@ class Ledger:
         """Units without scores."""
         return len(self._unscored)
 
+    def num_scored_replications(self, total: int) -> int:
+        """How many of the first `total` replications are scored whole, without a gap."""
+        open_ones = {name.partition("-")[0] for name in self._unscored}
+        for replication in range(total):
+            if f"r{replication:02d}" in open_ones:
+                return replication
+        return total
+
     def next_to_train(self) -> Unit | None:
         """The next training to start, or None where none may start now."""
         for place, unit in enumerate(self._to_train):

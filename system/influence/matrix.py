@@ -15,7 +15,8 @@ Legend of shape suffixes: R replications, T targets, S sources.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -81,6 +82,31 @@ class EffectMatrix:
     def own_TS(self) -> np.ndarray:
         """[T, S] bool: entries of a category on itself."""
         return np.array([[t == s for s in self.sources] for t in self.targets])
+
+    def part(self, targets: Sequence[str], sources: Sequence[str]) -> EffectMatrix:
+        """The entries of some targets and sources, in the order given.
+
+        Raises:
+            ValueError: a name that the matrix does not have.
+        """
+        rows = [self.targets.index(name) for name in targets]
+        columns = [self.sources.index(name) for name in sources]
+        grids = {
+            field.name: getattr(self, field.name)[np.ix_(rows, columns)]
+            for field in fields(self)
+            if field.name.endswith("_TS")
+        }
+        replicates = self.replicate_effects_RTS
+        return replace(
+            self,
+            targets=tuple(targets),
+            sources=tuple(sources),
+            dose_S=self.dose_S[columns],
+            replicate_effects_RTS=None
+            if replicates is None
+            else replicates[:, rows][:, :, columns],
+            **grids,
+        )
 
     def to_table(self) -> pa.Table:
         """One row per entry, schema `MATRIX_FILE`, targets outermost."""

@@ -22,6 +22,7 @@ from system.influence.agreement import (
 from system.influence.design import Design
 from system.influence.matrix import EffectMatrix, Estimate
 from system.influence.measurements import Losses, Measurements
+from system.solve.mix import ANSWERS, NATS
 
 REPLICATES = pa.schema(
     [
@@ -33,6 +34,15 @@ REPLICATES = pa.schema(
     ]
 )
 """`influence/replicates.parquet`: the effects of the single replications."""
+
+
+METRIC_UNITS = {"loss": NATS, "accuracy": ANSWERS}
+"""What effects are in, by `influence.metric`."""
+
+
+def short_unit(unit: str) -> str:
+    """The unit after a number in a sentence."""
+    return "nats" if unit == NATS else "of right answers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +112,8 @@ def summarise(
         "replications": len(design.replications),
         "errors": "held-out only" if len(design.replications) < 2 else "replication",
         "confidence": config.confidence,
+        "metric": config.metric,
+        "unit": METRIC_UNITS[config.metric],
         "is_believed": believed,
         "min_agreement": config.min_agreement,
         "directions": directions,
@@ -119,6 +131,9 @@ def summarise(
             }
             for column, name in enumerate(design.sources)
         },
+        "reference_rows": float(
+            np.mean([sum(r.base for r in item.rows.values()) for item in design.replications])
+        ),
         "adapted": _adapted(design),
         "dropped": design.dropped,
         "examples_left_out": losses.num_incomplete,
@@ -202,12 +217,13 @@ def _strongest(matrix: EffectMatrix) -> dict[str, Any]:
 def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """Three to six plain lines for a person."""
     lines = []
+    short = short_unit(summary["unit"])
     verb = {"add": "adding", "remove": "removing"}
     for direction, part in summary["directions"].items():
         noise, pairs = part["noise"], part["pairs"]
         text = (
-            f"{verb[direction]} a dose: typical error {noise['dose_se_median']:.4f} nats per "
-            f"token against effects that vary by {noise['signal_sd']:.4f}"
+            f"{verb[direction]} a dose: typical error {noise['dose_se_median']:.4f} {short} "
+            f"against effects that vary by {noise['signal_sd']:.4f}"
         )
         halves = part["agreement"]
         if summary["replications"] < 2:
@@ -227,7 +243,7 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
         )
     direction, part = next(iter(summary["directions"].items()))
     synergy, antagonism = part["strongest"]["synergy"], part["strongest"]["antagonism"]
-    unit = "nats for a dose"
+    unit = f"{short} for a dose"
     lines.append(
         f"strongest help: {synergy['source']} -> {synergy['target']} "
         f"{_interval(synergy['change'], synergy['low'], synergy['high'], 4)} {unit}; "

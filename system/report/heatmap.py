@@ -49,8 +49,8 @@ def clustered_order(matrices: list[EffectMatrix]) -> tuple[list[str], list[str]]
     return own + [name for name in targets if name not in own], own + rest
 
 
-def effect_figure(grid: list[list[Entry]], direction: str) -> Figure:
-    """Effect of a dose of each source on each target, nats per response token."""
+def effect_figure(grid: list[list[Entry]], direction: str, unit: str) -> Figure:
+    """Effect of a dose of each source on each target."""
     return _figure(
         grid,
         [[entry.effect for entry in row] for row in grid],
@@ -58,7 +58,7 @@ def effect_figure(grid: list[list[Entry]], direction: str) -> Figure:
         largest=float("inf"),
         name=f"effect-{direction}",
         label=f"Heat map of effects ({direction}): rows are targets, columns are sources.",
-        title="nats per token",
+        title=unit,
     )
 
 
@@ -165,7 +165,7 @@ def _hover(entry: Entry) -> list[str]:
     return [
         figure_text(entry.source),
         figure_text(entry.target),
-        f"{signed(entry.effect, 4)} ± {fixed(entry.se, 4)} nats",
+        f"{signed(entry.effect, 4)} ± {fixed(entry.se, 4)}",
         gamma,
         "identifiable" if entry.is_identifiable else "not identifiable",
     ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from system.influence.summary import short_unit
 from system.report.blocks import (
     Block,
     Bullets,
@@ -67,11 +68,11 @@ def influence_section(view: RunView) -> Section:
             Picture(
                 are_beside=len(sources) <= WIDEST_BESIDE,
                 figures=[
-                    effect_figure(grid, direction),
+                    effect_figure(grid, direction, short_unit(influence.summary["unit"])),
                     gamma_figure(grid, direction),
                 ],
                 captions=[
-                    f"Effect in nats per response token: {_MEANING[direction]}.",
+                    f"Effect ({influence.summary['unit']}): {_MEANING[direction]}.",
                     "Gamma: how many of the target's own examples one example of the source is "
                     "worth. Grey: unknown.",
                 ],
@@ -102,8 +103,9 @@ def _belief(influence: Influence) -> list[str]:
             f"{_VERB[direction].capitalize()}: {part['significant_pairs']:,} of {part['pairs']:,} "
             f"pairs differ from zero at {percent(summary['confidence'], 0)} confidence, gamma is "
             f"identifiable for {part['identifiable_off_diagonal']:,}. The typical standard error "
-            f"of a dose's effect is {fixed(noise['dose_se_median'], 4)} nats; the true effects are "
-            f"estimated to vary by {fixed(noise['signal_sd'], 4)}."
+            f"of a dose's effect is {fixed(noise['dose_se_median'], 4)} "
+            f"{short_unit(summary['unit'])}; the true effects are estimated to vary by "
+            f"{fixed(noise['signal_sd'], 4)}."
         )
         items += _agreement(direction, part, summary["confidence"])
     if summary["errors"] == "held-out only":
@@ -149,7 +151,7 @@ def _strongest_table(
         columns=(
             text_column("source"),
             text_column("target"),
-            Column(label="effect", title="nats per response token for the dose"),
+            Column(label="effect", title="for the dose"),
             Column(label=f"{percent(confidence, 0)} interval"),
             Column(label="shrunken", title="empirical-Bayes estimate that the solver uses"),
             Column(label="gamma"),

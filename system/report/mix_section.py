@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from system.influence.summary import short_unit
 from system.report.blocks import (
     Block,
     Bullets,
@@ -89,6 +90,13 @@ def _lead(mix: Mix) -> str:
     if mix.expected_gain_se is not None:
         error = fixed(mix.expected_gain_se, decimals([mix.expected_gain_se], least=4))
         gain += f" ± {error} (standard error)"
+    regret = ""
+    if mix.expected_regret is not None:
+        value = fixed(mix.expected_regret, decimals([mix.expected_regret], least=4))
+        regret = (
+            f" Knowing the effects exactly would add {value} {short_unit(mix.effect_unit)} on "
+            "average (expected regret): more measuring cannot be worth more."
+        )
     proven = (
         "proven optimal"
         if mix.status == "optimal"
@@ -97,12 +105,13 @@ def _lead(mix: Mix) -> str:
     return (
         f"The solved mix moves {percent(mix.moved)} of a budget of {count(mix.budget)} {mix.unit} "
         f"(at most {percent(mix.move)} may move). It maximises {_OBJECTIVES[mix.kind]} and is "
-        f"{proven}. Predicted gain over the base mix: {gain} nats per response token."
+        f"{proven}. Predicted gain over the base mix: {gain} {mix.effect_unit}.{regret}"
     )
 
 
 def _mix_table(mix: Mix) -> Table:
     rows = by_change(mix)
+    short = short_unit(mix.effect_unit)
     score_digits = decimals([row.score * PER for row in rows], least=4)
     relaxed = mix.relaxation
     prices = [v for row in rows for v in (row.limit_price, row.reduced_cost) if v is not None]
@@ -134,13 +143,13 @@ def _mix_table(mix: Mix) -> Table:
         text_column("held by"),
         Column(label="value", title="importance-weighted value of more of it, before any limit"),
     ]
-    note = f"Value: nats per response token for {PER} more examples, before any limit."
+    note = f"Value: {mix.effect_unit} for {PER} more examples, before any limit."
     if relaxed is not None:
         columns.append(
             Column(label="price of its limit", title="gain if the limit is loosened, >= 0")
         )
         note += (
-            f" Prices: nats for {PER} examples, of the same mix in fractions of examples, whose "
+            f" Prices: {short} for {PER} examples, of the same mix in fractions of examples, whose "
             f"gain is {signed(relaxed.gain, 6)} against {signed(mix.gain, 6)} in whole ones."
         )
     elif prices:
@@ -149,8 +158,8 @@ def _mix_table(mix: Mix) -> Table:
             Column(label="reduced cost", title="change of the objective if the count is raised"),
         ]
         note += (
-            f" Prices and reduced costs: nats for {PER} examples, of the first solve, before ties "
-            "are broken and counts are made whole."
+            f" Prices and reduced costs: {short} for {PER} examples, of the first solve, before "
+            "ties are broken and counts are made whole."
         )
     else:
         note += " This kind of solution has no shadow prices."
@@ -175,7 +184,7 @@ def _limits(mix: Mix) -> list[str]:
         value = prices.move_price * mix.budget / 100
         items.append(
             "Trust region: letting one more percent of the budget move is worth "
-            f"{signed(value, decimals([value], least=4))} nats."
+            f"{signed(value, decimals([value], least=4))} {short_unit(mix.effect_unit)}."
             if prices.move_price > 0
             else "Trust region: does not bind, something else stops the mix first."
         )
@@ -183,7 +192,7 @@ def _limits(mix: Mix) -> list[str]:
         value = prices.budget_price * PER
         items.append(
             f"Budget: {PER} more {mix.unit}, everything else as it is, are worth "
-            f"{signed(value, decimals([value], least=4))} nats."
+            f"{signed(value, decimals([value], least=4))} {short_unit(mix.effect_unit)}."
         )
     guarded = [target for target in mix.targets if target.guard is not None]
     paid = {target.target: target.guard_price or 0.0 for target in guarded}
@@ -224,7 +233,7 @@ def _collect(mix: Mix) -> list[Block]:
     columns = [
         text_column("category"),
         Column(label="supply used"),
-        Column(label=f"worth of {PER} more", title="nats per response token"),
+        Column(label=f"worth of {PER} more", title=mix.effect_unit),
     ]
     body = [[name, count(rows[name].count), _price(value[name], digits)] for name in wanted]
     note = "The price holds for small changes of the supply."
@@ -237,7 +246,7 @@ def _collect(mix: Mix) -> list[Block]:
         Prose(
             text=f"These categories are used up. {PER} more examples of the first, "
             f"{names([wanted[0]])}, would be worth "
-            f"{_price(value[wanted[0]], digits)} nats per response token."
+            f"{_price(value[wanted[0]], digits)} {mix.effect_unit}."
         ),
         Table(caption="Shadow prices of supply", columns=tuple(columns), rows=body, note=note),
     ]
@@ -249,7 +258,7 @@ def _without_prices(mix: Mix) -> str:
     listed = ", ".join(f"{quote(row.category)} ({_price(row.score, digits)})" for row in best)
     return (
         "This kind of solution has no shadow prices. Before any limit, more of these is worth "
-        f"most, in nats for {PER} examples: {listed}."
+        f"most, in {short_unit(mix.effect_unit)} for {PER} examples: {listed}."
     )
 
 
@@ -261,7 +270,7 @@ def _sweep(sweep: list[dict[str, Any]], mix: Mix) -> list[Block]:
         return [Prose(text="At no share of the budget is any move predicted to pay."), table]
     text = (
         f"The prediction is highest with {percent(best['move'], 0)} of the budget free to move "
-        f"({signed(best['gain'], digits)} nats)"
+        f"({signed(best['gain'], digits)} {short_unit(mix.effect_unit)})"
     )
     if all(row["gain_low"] is not None for row in sweep):
         sure = max(sweep, key=lambda row: row["gain_low"])
@@ -312,7 +321,7 @@ def _target_table(mix: Mix) -> Table:
         columns=(
             text_column("target"),
             Column(label="importance"),
-            Column(label="predicted change", title="nats per response token; positive is better"),
+            Column(label="predicted change", title=f"{mix.effect_unit}; positive is better"),
             Column(label="standard error"),
             Column(label="may lose at most"),
             Column(label="guard price"),

@@ -218,13 +218,16 @@ def _promise(view: RunView) -> str:
     if mix.expected_gain_se is not None:
         promised += f" ± {fixed(mix.expected_gain_se, digits)}"
     if view.evaluation is None or view.evaluation.summary["prediction"] is None:
-        return f"The solver promises {promised} nats per token. What it brings is not measured yet."
+        return (
+            f"The solver promises {promised} ({mix.effect_unit}). What it brings is not measured "
+            "yet."
+        )
     prediction = view.evaluation.summary["prediction"]
     total = prediction["overall"]
     text = (
-        f"The solver promised {signed(total['predicted'], 4)} nats; training on the solved mix "
-        f"(shuffled, against the natural mix) brought {signed(total['realised'], 4)} "
-        f"{interval(total['low'], total['high'], 4)}."
+        f"The solver promised {signed(total['predicted'], 4)} ({mix.effect_unit}); training on "
+        "the solved mix (shuffled, against the natural mix) brought "
+        f"{signed(total['realised'], 4)} {interval(total['low'], total['high'], 4)}."
     )
     if total["low"] <= total["predicted"] <= total["high"]:
         text += " The promise lies inside the interval of the outcome."
@@ -235,7 +238,7 @@ def _promise(view: RunView) -> str:
     else:
         text += " It promised too little."
     if prediction["slope"] is not None:
-        text += f" Per target, {fixed(prediction['slope'], 2)} nats came for each one promised."
+        text += f" Per target, {fixed(prediction['slope'], 2)} came for each one promised."
     return text
 
 

@@ -49,7 +49,10 @@ def draw_questions(
     max_prompt_tokens: int,
 ) -> Questions:
     """Test rows with an answer, those of smallest `sha256(seed:id)` of each category."""
-    tables = [_draw(corpus, category, rows_per_category, seed) for category in corpus.categories]
+    tables = [
+        draw_rows(corpus, "test", category, rows_per_category, seed)
+        for category in corpus.categories
+    ]
     rows = pa.concat_tables(tables) if tables else CORPUS.empty_table()
     return Questions(
         rows=rows,
@@ -92,10 +95,11 @@ def check_answers(
     return pa.Table.from_pylist(rows, schema=ANSWERS)
 
 
-def _draw(corpus: Corpus, category: str, num_rows: int, seed: int) -> pa.Table:
+def draw_rows(corpus: Corpus, split: str, category: str, num_rows: int, seed: int) -> pa.Table:
+    """Rows that have an answer (CORPUS schema), those of smallest `sha256(seed:id)`."""
     found: list[tuple[int, str]] = []
-    for table in corpus.iter_tables("test", category, ["id", "answer"]):
+    for table in corpus.iter_tables(split, category, ["id", "answer"]):
         kept = table.filter(table.column("answer").is_valid())
         found += [(seeded_rank(seed, name), name) for name in kept.column("id").to_pylist()]
     first = heapq.nsmallest(num_rows, found)
-    return corpus.rows_by_id("test", category, [name for _, name in first])
+    return corpus.rows_by_id(split, category, [name for _, name in first])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from system.solve.mix import CategoryMix, GroupMix, Mix, Relaxation, SolverInfo, TargetMix
     from system.solve.problem import GroupLimit, MixOptions, MixProblem
+    from system.solve.regret import Regret, expected_regret
     from system.solve.solve import MixSession, MovePoint, solve_mix, sweep_move
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "MixProblem",
     "MixSession",
     "MovePoint",
+    "Regret",
     "Relaxation",
     "SolverInfo",
     "TargetMix",
+    "expected_regret",
     "solve_mix",
     "sweep_move",
 ]
@@ -35,9 +38,11 @@ _HOME = {
     "MixProblem": "problem",
     "MixSession": "solve",
     "MovePoint": "solve",
+    "Regret": "regret",
     "Relaxation": "mix",
     "SolverInfo": "mix",
     "TargetMix": "mix",
+    "expected_regret": "regret",
     "solve_mix": "solve",
     "sweep_move": "solve",
 }

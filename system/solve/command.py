@@ -1,6 +1,7 @@
 """``instructmix solve``: tables in, ``mix.json`` out."""
 
 import argparse
+import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--uncertainty", choices=("box", "budget"), help="robust: all sources off, or some")
     add("--radius", type=float, metavar="R", help="robust: standard errors (default: 1)")
     add("--sources-off", type=float, metavar="K", help="robust: sources off (default: sqrt)")
+    add("--regret", type=int, metavar="DRAWS", help="expected regret by so many drawn matrices")
     add("--integer", action="store_true", help="whole examples")
     add("--max-categories", type=int, metavar="K", help="at most K categories")
     add("--limits", metavar="YAML", help="groups and limits per category and per target")
@@ -57,11 +59,15 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InstructMixError: the input or the limits cannot be used (exit code 2), see ``solve_mix``.
     """
+    from system.solve.regret import expected_regret
     from system.solve.request import read_request
     from system.solve.solve import solve_mix
 
     problem, options = read_request(args)
     mix = solve_mix(problem, options)
+    if args.regret is not None:
+        regret = expected_regret(problem, options, num_draws=args.regret)
+        mix = dataclasses.replace(mix, expected_regret=regret.value)
     if args.out == "-":
         sys.stdout.write(mix.to_json() + "\n")
         return 0
@@ -91,6 +97,11 @@ def render_summary(mix: "Mix") -> str:
         lines.append(
             f"one more {mix.unit[:-1]} of trust region is worth {mix.move_price:.4g}, of budget "
             f"{mix.budget_price:.4g}"
+        )
+    if mix.expected_regret is not None:
+        lines.append(
+            f"expected gain {mix.expected_gain:.4g}; knowing the effects exactly would add "
+            f"{mix.expected_regret:.4g} on average"
         )
     guards = [t for t in mix.targets if t.guard_price]
     lines += [f"the guard of {t.target!r} binds, price {t.guard_price:.4g}" for t in guards]

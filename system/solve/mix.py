@@ -94,6 +94,11 @@ class Relaxation:
     """Target to gain per unit by which its guard is loosened."""
 
 
+NATS = "nats per response token"
+ANSWERS = "share of right answers"
+"""What effects may be in."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolverInfo:
     """Who solved it, and how hard it was."""
@@ -142,6 +147,11 @@ class Mix:
     solver: SolverInfo
     relaxation: Relaxation | None = None
     """Fractional prices of an ``integer`` mix; null for others and with ``max_categories``."""
+    effect_unit: str = NATS
+    """Of effects, gains and prices; ``share of right answers`` where answers were measured."""
+    expected_regret: float | None = None
+    """What knowing the effects exactly would add to ``expected_gain``, on average (``regret.py``);
+    null where it was not asked for."""
     notes: tuple[str, ...] = ()
     """What a reader should know, in plain sentences."""
 

@@ -65,6 +65,26 @@ class StopsAfter(Progress):
         return Counting(label, total, False)
 
 
+class Trainings(Progress):
+    """Counts the runs that a stage makes itself; those that it finds come in one step."""
+
+    def __init__(self) -> None:
+        super().__init__(is_terminal=False)
+        self.finished = 0
+
+    def bar(self, label: str, total: int) -> Bar:
+        owner = self
+
+        class Counting(Bar):
+            found = True
+
+            def advance(self, amount: int = 1) -> None:
+                owner.finished += 0 if self.found else amount
+                self.found = False
+
+        return Counting(label, total, False)
+
+
 class World:
     """One corpus and model, one Ray, many attempts."""
 
@@ -76,10 +96,12 @@ class World:
     def context(
         self, name: str, config: RunConfig, progress: Progress | None = None
     ) -> StageContext:
+        """`name` or `name/attempt`: attempts of one name share their finished runs."""
+        name, _, attempt = name.partition("/")
         return StageContext(
             config=config,
             run_dir=RunDir(str(self.root)),
-            attempt=str(self.root / "attempts" / name),
+            attempt=str(self.root / "attempts" / name / (attempt or "0")),
             upstream={
                 "tag": record("tag", "manifest", Path("corpus/manifest.json")),
                 "model": record("model", "model", Path("model")),
@@ -92,7 +114,8 @@ class World:
         return run(self.context(name, influence_config(self.root, **influence), progress))
 
     def path(self, name: str, *parts: str) -> Path:
-        return self.root.joinpath("attempts", name, *parts)
+        name, _, attempt = name.partition("/")
+        return self.root.joinpath("attempts", name, attempt or "0", *parts)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +207,31 @@ def test_a_checkpoint_that_was_not_finished_is_trained_again(world, finished):
     np.testing.assert_array_equal(matrix(world, "half").effect_TS, matrix(world, "whole").effect_TS)
 
 
+def test_another_attempt_measures_only_what_is_new(world, finished):
+    """Another analysis: nothing.  One more replication: its runs.  Another rate: everything."""
+    attempts = {
+        "whole/confidence": ({"confidence": 0.9}, 0),
+        "whole/replications": ({"replications": 3}, 4),
+        "whole/rate": ({"learning_rate": 1e-3}, 8),
+    }
+    for name, (changed, expected) in attempts.items():
+        progress = Trainings()
+        world.run(name, progress, **changed)
+        assert progress.finished == expected, name
+    np.testing.assert_array_equal(
+        matrix(world, "whole/confidence").effect_TS, matrix(world, "whole").effect_TS
+    )
+    fresh = world.run("three", replications=3)
+    np.testing.assert_array_equal(
+        matrix(world, "whole/replications").effect_TS, matrix(world, "three").effect_TS
+    )
+    cost = storage.read_json(str(world.path("whole/replications", "summary.json")))["cost"]
+    assert cost["trained_tokens"] == fresh.counts["trained_tokens"]
+    partial = pq.read_table(world.path("three", "partial.parquet"))
+    partial = EffectMatrix.from_table(partial, direction="remove")
+    np.testing.assert_array_equal(partial.effect_TS, matrix(world, "whole").effect_TS)
+
+
 def test_branch_measures_both_directions_from_a_shared_warm_up(world):
     result = world.run(
         "branch", estimator="branch", directions=("add", "remove"), keep_checkpoints=True
@@ -227,3 +275,29 @@ def test_random_design_gives_every_effect_from_every_run(world, monkeypatch):
         whole, resumed = (matrix(world, name, direction) for name in ("design", "design-killed"))
         assert np.isfinite(whole.effect_TS).all() and (whole.effect_se_TS > 0).all()
         assert np.array_equal(whole.effect_TS, resumed.effect_TS)
+
+
+def test_auto_measures_in_rounds_until_the_mix_would_not_change(world):
+    """A third round where two say too little, none where the user asks for less; killed in it."""
+    runs = 2 * enough_runs(len(TASKS))
+    strict = {"regret": 0.0, "max_replications": 3}
+    result = world.run("auto", estimator="auto", auto=strict)
+    assert result.counts["runs"] == 3 * enough_runs(len(TASKS))
+    assert "auto.max_replications 3 reached" in result.lines[0]
+    summary = storage.read_json(str(world.path("auto", "summary.json")))
+    assert [item["replications"] for item in summary["rounds"]["rounds"]] == [2, 3]
+    design = Design.from_json(storage.read_json(str(world.path("auto", "design.json"))), "d")
+    assert len(design.replications) == 3 and len(design.units) == result.counts["runs"]
+
+    with pytest.raises(Killed):
+        world.run("auto-killed", StopsAfter(runs + 2), estimator="auto", auto=strict)
+    world.cluster.close_pool("tuner")
+    world.run("auto-killed", estimator="auto", auto=strict)
+    np.testing.assert_array_equal(
+        matrix(world, "auto").effect_TS, matrix(world, "auto-killed").effect_TS
+    )
+
+    progress = Trainings()
+    easy = world.run("auto/easy", progress, estimator="auto", auto={**strict, "regret": 10.0})
+    assert progress.finished == 0, "its runs are those of the first two rounds"
+    assert easy.counts["runs"] == runs and easy.lines[0].startswith("enough:")

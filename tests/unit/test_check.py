@@ -26,6 +26,7 @@ from system.data.ingest import ingest_local
 from system.data.lengths import SeededLengths, measure_shard, without_unusable
 from system.errors import ConfigError
 from system.influence.cost import InfluenceCost, influence_cost
+from system.influence.heldout_cost import loss_heldout
 from system.models.base import load_tokenizer
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord, fingerprint
@@ -88,11 +89,13 @@ class Run:
 
     def cost(self) -> InfluenceCost:
         corpus = Corpus.open(self.output("tag", "manifest"))
+        lengths = SeededLengths(corpus)
         return influence_cost(
             self.config.influence,
             run_seed=self.config.seed,
             sources=corpus.categories,
-            lengths=SeededLengths(corpus),
+            lengths=lengths,
+            heldout=loss_heldout(self.config, corpus.categories, lengths),
         )
 
     def check(self, *arguments: str) -> int:
@@ -216,8 +219,8 @@ def test_a_budget_of_nothing_is_refused_as_an_argument(tagged: Run, capsys, flag
     assert "above 0" in capsys.readouterr().err
 
 
-def context(run: Run, max_tokens: int | None) -> StageContext:
-    influence = run.config.influence.model_copy(update={"max_tokens": max_tokens})
+def context(run: Run, limit: int | None) -> StageContext:
+    influence = run.config.influence.model_copy(update={"max_token_equivalents": limit})
     config = run.config.model_copy(update={"influence": influence})
     return StageContext(
         config=config,
@@ -233,14 +236,14 @@ def test_run_refuses_a_design_above_its_budget_before_it_trains(tagged: Run) -> 
     needed = int(tagged.cost().token_equivalents) + 1
     check_before_influence(context(tagged, needed))
     check_before_influence(context(tagged, None))
-    with pytest.raises(ConfigError, match=r"influence.max_tokens is .* Nothing was trained"):
+    with pytest.raises(ConfigError, match=r"max_token_equivalents is .* Nothing was trained"):
         check_before_influence(context(tagged, needed - 1))
     assert not ray.is_initialized()
 
 
 def test_check_refuses_what_run_refuses_for_its_budget(tagged: Run, capsys) -> None:
-    assert tagged.check("--no-probe", "--set", "influence.max_tokens=1000") == 2
-    assert "influence.max_tokens is 1,000" in capsys.readouterr().err
+    assert tagged.check("--no-probe", "--set", "influence.max_token_equivalents=1000") == 2
+    assert "influence.max_token_equivalents is 1,000" in capsys.readouterr().err
 
 
 def test_the_budget_is_no_part_of_what_the_matrix_depends_on(tagged: Run) -> None:

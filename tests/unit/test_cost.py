@@ -10,13 +10,21 @@ from influence_corpus import influence_config
 
 from system.config import InfluenceConfig, RunConfig
 from system.data.corpus import Corpus
+from system.data.ingest import ingest_local
 from system.data.lengths import SeededLengths
 from system.errors import ConfigError, DataError
-from system.influence.cost import InfluenceCost, check_max_tokens, influence_cost
+from system.influence.accuracy_targets import draw_accuracy_targets
+from system.influence.cost import (
+    InfluenceCost,
+    check_token_limit,
+    influence_cost,
+    most_replications,
+)
 from system.influence.design import Design
 from system.influence.estimators import ESTIMATORS
 from system.influence.external_targets import read_target
-from system.influence.heldout import draw_targets, external_lengths, seeded_draw
+from system.influence.heldout import draw_targets, seeded_draw
+from system.influence.heldout_cost import stage_heldout
 from system.influence.interventions import (
     Schedule,
     active_rows,
@@ -51,7 +59,7 @@ def schedules_of(root: Path, config: RunConfig, corpus: Corpus) -> list[Schedule
             max_length=config.model.max_length,
             draw=draw,
         )
-        for index in range(config.influence.replications)
+        for index in range(most_replications(config.influence))
     ]
 
 
@@ -101,14 +109,13 @@ def planned(root: Path, config: RunConfig, corpus: Corpus) -> tuple[Design, list
 
 
 def forecast(root: Path, config: RunConfig, corpus: Corpus) -> InfluenceCost:
+    lengths = SeededLengths(corpus)
     return influence_cost(
         config.influence,
         run_seed=config.seed,
         sources=corpus.categories,
-        lengths=SeededLengths(corpus),
-        external=external_lengths(config, load_tokenizer(root / "model"))
-        if config.influence.targets
-        else None,
+        lengths=lengths,
+        heldout=stage_heldout(config, corpus, lengths, lambda: load_tokenizer(root / "model")),
     )
 
 
@@ -168,6 +175,44 @@ def test_rows_of_further_targets_that_are_trained_on_do_not_count(root):
     assert cost.scored_tokens == scored * cost.scorings
 
 
+def test_answers_count_at_their_longest_beside_their_prompts(root):
+    config = config_of(root, metric="accuracy", heldout_rows=10, max_new_tokens=7)
+    source = config.sources[0].model_copy(update={"answer_pattern": "(.+)"})
+    config = config.model_copy(update={"sources": (source, *config.sources[1:])})
+    ingest_local(config, str(root / "answers" / "corpus"))
+    (root / "answers" / "model").symlink_to(root / "model")
+    corpus = tagged(root / "answers", config)
+    cost = forecast(root, config, corpus)
+    questions, targets, _ = draw_accuracy_targets(
+        run_seed=config.seed,
+        corpus=corpus,
+        num_rows=10,
+        max_prompt_tokens=64 - 7,
+        external={},
+        tokenizer=load_tokenizer(root / "model"),
+    )
+    assert [target.name for target in targets] == ["colour"]
+    prompts = sum(len(row) for row in questions["input_ids"].to_pylist())
+    assert cost.heldout_rows == questions.num_rows == 10
+    assert cost.scored_tokens == cost.scorings * (prompts + 10 * 7)
+
+
+def test_auto_is_counted_at_the_most_that_its_limits_let_it_measure(root):
+    rounds = {"estimator": "auto", "auto": {"max_replications": 4}, "replications": 2}
+    config = config_of(root, **rounds)
+    corpus = tagged(root, config)
+    cost = forecast(root, config, corpus)
+    design, tokens, _, _ = planned(root, config, corpus)
+    assert (cost.replications, cost.runs) == (4, len(design.units))
+    assert cost.trained_tokens == sum(tokens)
+    of_three = sum(tokens[: 3 * len(tokens) // 4])
+    for limit, replications in ((of_three, 3), (of_three - 1, 2), (1, 2)):
+        rounds["auto"] = {"max_replications": 4, "max_tokens": limit}
+        capped = forecast(root, config_of(root, **rounds), corpus)
+        assert capped.replications == replications
+    assert capped.trained_tokens == sum(tokens[: len(tokens) // 2])
+
+
 def test_too_few_rows_for_a_dose_are_found_as_the_stage_finds_them(root):
     config = config_of(root, rows_per_category=4000, dose_rows=200)
     with pytest.raises(DataError, match=r"lower influence\.rows_per_category"):
@@ -182,6 +227,7 @@ def test_every_estimator_of_the_configuration_says_its_runs():
 COST = InfluenceCost(
     runs=8,
     scorings=8,
+    replications=2,
     longest_run_tokens=200,
     trained_tokens=1500,
     heldout_rows=30,
@@ -190,9 +236,9 @@ COST = InfluenceCost(
 
 
 def test_a_design_at_the_limit_is_taken_and_one_above_it_is_refused():
-    config = InfluenceConfig(max_tokens=1800)
-    check_max_tokens(config, COST)
-    smaller = config.model_copy(update={"max_tokens": 1799})
-    with pytest.raises(ConfigError, match=r"1,799, but this design takes 1,800 .*replications"):
-        check_max_tokens(smaller, COST)
-    check_max_tokens(InfluenceConfig(), COST)
+    config = InfluenceConfig(max_token_equivalents=1800)
+    check_token_limit(config, COST)
+    smaller = config.model_copy(update={"max_token_equivalents": 1799})
+    with pytest.raises(ConfigError, match=r"1,799, but this design takes 1,800: .*replications"):
+        check_token_limit(smaller, COST)
+    check_token_limit(InfluenceConfig(), COST)

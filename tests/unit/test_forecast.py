@@ -65,7 +65,7 @@ def known() -> Known:
         tokens=LENGTHS,
         response_tokens={"short": 2.0, "long": 6.0},
         lengths=lengths,
-        external=None,
+        heldout=lambda trained: np.repeat([10.0, 40.0], 4),
         left_out="",
         relative_error=0.0,
         questions=3,
@@ -78,6 +78,7 @@ def work_of(settings: RunConfig, mix: Mapping[str, float] | None = None) -> dict
         run_seed=0,
         sources=known().categories,
         lengths=known().lengths,
+        heldout=known().heldout,
     )
     return {item.stage: item for item in workloads(settings, known(), cost, mix)}
 

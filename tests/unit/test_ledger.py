@@ -84,3 +84,18 @@ def test_nothing_left_is_done():
         made, trained=(), scored={u.name for u in made if u.kind != "warm"}, max_checkpoints=1
     )
     assert ledger.is_done and ledger.next_to_train() is None
+
+
+def test_replications_count_as_scored_in_order_and_whole():
+    made = units(replications=3)
+    ledger = Ledger(made, trained=(), scored=(), max_checkpoints=99)
+    assert ledger.num_scored_replications(3) == 0
+    for unit in made:
+        if unit.replication != 1:
+            ledger.scored(unit)
+    assert ledger.num_scored_replications(3) == 1, "a gap ends the count"
+    for unit in made[4:7]:
+        ledger.scored(unit)
+    assert ledger.num_scored_replications(3) == 1
+    ledger.scored(made[7])
+    assert ledger.num_scored_replications(3) == 3 and ledger.num_scored_replications(2) == 2

@@ -9,7 +9,14 @@ import pytest
 
 from system import storage
 from system.errors import DataError, RunBusyError
-from system.rundir import RunDir, StageRecord, describe_change, fingerprint, flatten
+from system.rundir import (
+    RunDir,
+    StageRecord,
+    describe_change,
+    fingerprint,
+    flatten,
+    shared_uri,
+)
 
 
 def record(attempt: str, **changes: object) -> StageRecord:
@@ -57,7 +64,10 @@ def test_an_earlier_finished_attempt_is_found_again(tmp_path: Path) -> None:
 def test_invalidate_forgets_record_and_attempt(tmp_path: Path) -> None:
     run_dir = RunDir(str(tmp_path))
     run_dir.commit("mix", record("aa"))
+    shared = shared_uri(run_dir.attempt_uri("mix", "aa"))
+    storage.write_bytes(f"{shared}/unit.json", b"{}")
     run_dir.invalidate("mix", "aa")
+    assert not storage.exists(shared), "again means again: nothing may be found"
     assert run_dir.read_record("mix") is None
     assert run_dir.read_attempt_record("mix", "aa") is None
 

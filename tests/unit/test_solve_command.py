@@ -263,3 +263,22 @@ def test_help_needs_neither_numpy_nor_highspy():
 def test_text_that_is_no_mix_is_refused():
     with pytest.raises(DataError, match=r"expected the text of a mix\.json"):
         Mix.from_json("{}")
+
+
+def test_the_regret_of_the_worked_example_is_written_on_request(tmp_path):
+    effect, base = WORKED / "effect.csv", WORKED / "base.csv"
+    errors = tmp_path / "stderr.csv"
+    errors.write_text((WORKED / "stderr.csv").read_text().replace("0.0001", "0.002"))
+    found = {}
+    for draws in ("1", "200"):
+        out = tmp_path / f"{draws}.json"
+        solve(
+            "--effect", effect, "--base", base, "--stderr", errors, "--regret", draws, "--out", out
+        )
+        found[draws] = json.loads(out.read_text())["expected_regret"]
+    assert found["200"] > 0 and found["1"] != found["200"]
+    with pytest.raises(InstructMixError, match="standard errors"):
+        solve("--effect", effect, "--base", base, "--regret", "5", "--out", tmp_path / "x.json")
+    with pytest.raises(InstructMixError, match="at least one draw"):
+        solve("--effect", effect, "--base", base, "--regret", "0", "--out", tmp_path / "x.json")
+    assert not (tmp_path / "x.json").exists()

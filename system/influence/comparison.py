@@ -1,0 +1,138 @@
+"""`instructmix compare`: whether two influence stages tell the same story, and what each cost.
+
+For two estimators, two sizes of the proxy model, two doses, two seeds: a cheap estimate is worth
+nothing until it is compared with an expensive one.  Entries are matched by name; only targets and
+sources that both have are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from system import storage
+from system.errors import ConfigError, DataError
+from system.influence.agreement import Agreement, Correlation, compare
+from system.influence.matrix import EffectMatrix
+from system.rundir import RunDir
+from system.stages import STAGE_FOLDERS
+
+LEAST_CATEGORIES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """An influence stage that is done."""
+
+    name: str
+    summary: dict[str, Any]
+    matrices: dict[str, EffectMatrix]
+    """By direction."""
+
+
+def read_measured(run_dir_uri: str) -> Measured:
+    """The influence stage of a run directory.
+
+    Raises:
+        ConfigError: its stage `influence` is not finished.
+    """
+    run_dir = RunDir(run_dir_uri)
+    record = run_dir.read_record(STAGE_FOLDERS["influence"])
+    if record is None:
+        raise ConfigError(
+            f"{run_dir_uri}: expected a run whose stage `influence` is finished, found none; "
+            "finish it with `instructmix run CONFIG --until influence`"
+        )
+    uri = run_dir.output_uri(record, "matrix")
+    table = storage.read_table(uri)
+    summary = storage.read_json(run_dir.output_uri(record, "summary"))
+    directions = summary["directions"]
+    return Measured(
+        name=run_dir_uri,
+        summary=summary,
+        matrices={d: EffectMatrix.from_table(table, direction=d, where=uri) for d in directions},
+    )
+
+
+def describe_comparison(first_uri: str, second_uri: str) -> str:
+    """Agreement by direction, and the costs.
+
+    Raises:
+        ConfigError: a run has no finished influence stage, or they measured no common direction.
+        DataError: they have fewer than three categories in common.
+    """
+    first, second = read_measured(first_uri), read_measured(second_uri)
+    common = [direction for direction in first.matrices if direction in second.matrices]
+    if not common:
+        raise ConfigError(
+            f"expected a direction that both measured, found {list(first.matrices)} in {first_uri} "
+            f"and {list(second.matrices)} in {second_uri}; see influence.directions"
+        )
+    lines = [_described(first), _described(second)]
+    for direction in common:
+        one, other = shared_part(first.matrices[direction], second.matrices[direction])
+        lines += [
+            "",
+            f"{direction}: {len(one.targets)} targets x {len(one.sources)} sources in common",
+            *_agreement_lines(compare(one, other)),
+            f"  worth of the categories (mean effect on all targets): {_worth(one, other):+.2f}",
+            f"  size of effects, second per first: {_scale(one, other):.2f}",
+        ]
+    costs = [item.summary["cost"]["token_equivalents"] for item in (first, second)]
+    lines += ["", f"cost, second per first: {costs[1] / costs[0]:.3f}"]
+    return "\n".join(lines)
+
+
+def shared_part(first: EffectMatrix, second: EffectMatrix) -> tuple[EffectMatrix, EffectMatrix]:
+    """Both matrices, cut to the targets and sources of both, in the order of the first.
+
+    Raises:
+        DataError: fewer than three categories in common.
+    """
+    targets = tuple(name for name in first.targets if name in second.targets)
+    sources = tuple(name for name in first.sources if name in second.sources)
+    if min(len(targets), len(sources)) < LEAST_CATEGORIES:
+        raise DataError(
+            f"expected at least {LEAST_CATEGORIES} targets and sources that both measured, found "
+            f"targets {list(targets)} and sources {list(sources)}; were the categories renamed?"
+        )
+    return first.part(targets, sources), second.part(targets, sources)
+
+
+def _described(measured: Measured) -> str:
+    summary, cost = measured.summary, measured.summary["cost"]
+    return (
+        f"{measured.name}: {summary['estimator']}, {summary['replications']} replications, "
+        f"{cost['runs']} runs, {cost['token_equivalents'] / 1e6:.2f} M forward + backward tokens"
+    )
+
+
+def _agreement_lines(found: Agreement) -> list[str]:
+    return [
+        f"  rank correlation over all pairs: {_interval(found.rank)}",
+        f"  linear correlation: {_interval(found.linear)}",
+        f"  rank correlation within a target, median over targets: {found.target_rank_median:+.2f}",
+        f"  same sign: {found.sign:.0%} of pairs",
+    ]
+
+
+def _interval(correlation: Correlation) -> str:
+    if not np.isfinite(correlation.low):
+        return f"{correlation.value:+.2f}"
+    return f"{correlation.value:+.2f} [{correlation.low:+.2f}, {correlation.high:+.2f}]"
+
+
+def _worth(first: EffectMatrix, second: EffectMatrix) -> float:
+    one_S, other_S = first.effect_TS.mean(axis=0), second.effect_TS.mean(axis=0)
+    if np.ptp(one_S) == 0 or np.ptp(other_S) == 0:
+        return float("nan")
+    return float(stats.spearmanr(one_S, other_S)[0])  # pyright: ignore
+
+
+def _scale(first: EffectMatrix, second: EffectMatrix) -> float:
+    """Ratio of the root mean square effects, own ones included."""
+    size = np.sqrt(np.mean(first.effect_TS**2))
+    return float(np.sqrt(np.mean(second.effect_TS**2)) / size) if size > 0 else float("nan")

@@ -1,0 +1,127 @@
+"""When enough has been measured: `influence.estimator: auto`.
+
+A round adds one replication of the random design.  After each the mix is solved as the solve stage
+would, and its expected regret says what knowing the effects better could still bring.  Measuring
+stops when that is less than the user cares for, or the next round would break a budget.
+
+Why this design and all sources in every round: a run of a weighing design speaks about every effect
+with the variance 4 s^2 / N of N runs, whatever the number of sources (Hotelling 1944, doi
+10.1214/aoms/1177731236), where one dose at a time has 2 s^2 (S + 1) / N.  So it is the cheapest of
+the designs that retrain, from two sources up, and leaving settled sources out of a round would make
+it no more precise about the others.  That doses add up is its assumption; a first-order estimator
+costs less, but only a comparison with trainings says whether it is any good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from system.config import AutoConfig, SolveConfig
+from system.influence.matrix import EffectMatrix
+from system.planning import mix_options, mix_problem
+from system.solve import expected_regret
+
+NUM_DRAWS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What is known after a number of replications."""
+
+    replications: int
+    trained_tokens: int
+    """Of all rounds so far."""
+    tuner_hours: float
+    precision: float
+    """Median standard error of the effect of a dose off the diagonal, nats per response token."""
+    gain: float
+    """Predicted gain of the mix."""
+    regret: float
+    """Expected regret of the mix, nats per response token."""
+    regret_error: float
+    """Its Monte Carlo standard error."""
+    undecided: dict[str, float]
+    """Category -> how far its count may still move, share of the budget; the largest five."""
+
+    @property
+    def line(self) -> str:
+        """For a person."""
+        text = (
+            f"after {self.replications} replications: typical error {self.precision:.4f} nats for "
+            f"a dose; predicted gain {self.gain:+.4f}, expected regret {self.regret:.4f} nats"
+        )
+        names = [f"{name} ({share:.1%})" for name, share in list(self.undecided.items())[:3]]
+        return text + (f"; most open: {', '.join(names)}" if names else "")
+
+
+def judge_round(
+    matrices: Mapping[str, EffectMatrix],
+    solve: SolveConfig,
+    counts: Mapping[str, int],
+    tokens: Mapping[str, float] | None,
+    *,
+    replications: int,
+    trained_tokens: int,
+    tuner_hours: float,
+    seed: int,
+) -> Round:
+    """What the replications so far say about the mix.
+
+    Args:
+        matrices: by direction, of all replications so far.
+        solve: how the mix will be solved.
+        counts: train rows of each category.
+        tokens: mean response tokens of an example, where the budget is in tokens.
+        replications: so far.
+        trained_tokens: so far.
+        tuner_hours: so far.
+        seed: of the draws.
+    """
+    regret = expected_regret(
+        mix_problem(solve, matrices, counts, tokens),
+        mix_options(solve, is_believed=True),
+        num_draws=NUM_DRAWS,
+        seed=seed,
+    )
+    errors = [
+        float(np.median((matrix.effect_se_TS * matrix.dose_S)[~matrix.own_TS]))
+        for matrix in matrices.values()
+    ]
+    undecided = sorted(regret.undecided.items(), key=lambda item: (-item[1], item[0]))
+    return Round(
+        replications=replications,
+        trained_tokens=trained_tokens,
+        tuner_hours=tuner_hours,
+        precision=max(errors),
+        gain=regret.gain,
+        regret=regret.value,
+        regret_error=regret.error,
+        undecided=dict(undecided[:5]),
+    )
+
+
+def why_stop(rounds: list[Round], auto: AutoConfig) -> str | None:
+    """The reason to end after the last round, or None where the next one should begin."""
+    last = rounds[-1]
+    is_precise = auto.precision is None or last.precision <= auto.precision
+    if last.regret <= auto.regret and is_precise:
+        return f"enough: the expected regret is at most auto.regret {auto.regret:g}" + (
+            "" if auto.precision is None else f" and the error at most {auto.precision:g}"
+        )
+    unreached = f"the expected regret is {last.regret:.4f}, auto.regret asks for {auto.regret:g}"
+    if last.regret <= auto.regret:
+        unreached = f"the error is {last.precision:.4f}, auto.precision asks for {auto.precision:g}"
+    share = (last.replications + 1) / last.replications
+    if last.replications >= auto.max_replications:
+        return f"auto.max_replications {auto.max_replications} reached: {unreached}"
+    if auto.max_tokens is not None and last.trained_tokens * share > auto.max_tokens:
+        return f"the next round would exceed auto.max_tokens {auto.max_tokens:,}: {unreached}"
+    if auto.max_tuner_hours is not None and last.tuner_hours * share > auto.max_tuner_hours:
+        return (
+            f"the next round would exceed auto.max_tuner_hours {auto.max_tuner_hours:g}: "
+            f"{unreached}"
+        )
+    return None

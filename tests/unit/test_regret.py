@@ -1,0 +1,73 @@
+"""The expected regret of a mix against a closed form, and where it must vanish."""
+
+import numpy as np
+import pytest
+from mix_reference import problem
+from scipy import stats
+
+from system.errors import ConfigError
+from system.solve import MixOptions, expected_regret
+
+
+def two_categories(difference, error, **fields):
+    """One target; only the difference of the two effects matters, with standard error `error`."""
+    effect_TS = np.array([[difference, 0.0]])
+    se_TS = np.array([[error, 0.0]])
+    return problem(effect_TS, [500.0, 500.0], se_TS=se_TS, importance_T=np.ones(1), **fields)
+
+
+OPTIONS = MixOptions(objective="linear", move=0.1, budget=1000.0)
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-4, 5e-4])
+def test_two_categories_have_the_unit_normal_loss(difference):
+    """100 examples move to the better side: 200 * E[(-d)+] by the normal loss function."""
+    error = 4e-4
+    found = expected_regret(two_categories(difference, error), OPTIONS, num_draws=1500)
+    ratio = difference / error
+    loss = error * (stats.norm.pdf(ratio) - ratio * stats.norm.sf(ratio))
+    # With no difference the tie goes to the base: half of what a wrong side would cost, both ways.
+    expected = 100 * (2 * loss if difference else 2 * error * stats.norm.pdf(0))
+    assert found.value == pytest.approx(expected, abs=4 * found.error)
+    assert 0 < found.error < 0.15 * found.value
+
+
+def test_known_effects_cause_no_regret():
+    found = expected_regret(two_categories(1e-3, 0.0), OPTIONS)
+    assert found.value == pytest.approx(0.0, abs=1e-12)
+    assert found.gain == pytest.approx(100 * 1e-3)
+    assert found.undecided == {}
+
+
+def test_errors_that_cannot_change_the_mix_cause_no_regret():
+    """One category helps far beyond its errors: more precision would buy nothing."""
+    found = expected_regret(two_categories(1e-2, 1e-4), OPTIONS)
+    assert found.value == pytest.approx(0.0, abs=1e-9)
+
+
+def test_undecided_categories_are_named():
+    effect_TS = np.array([[1.0e-3, 1.001e-3, -1e-2, 0.0]])
+    made = problem(
+        effect_TS, [250.0] * 4, se_TS=np.array([[1e-4, 1e-4, 1e-5, 1e-5]]),
+        importance_T=np.ones(1), cap_S=np.array([80.0] * 4),
+    )  # fmt: skip
+    found = expected_regret(made, MixOptions(objective="linear", move=0.08, budget=1000.0))
+    assert set(found.undecided) == {"c0", "c1"}
+
+
+def test_equal_seeds_give_equal_answers_and_two_slopes_are_drawn_apart():
+    rng = np.random.default_rng(0)
+    effect_TS = rng.normal(0, 1e-4, (4, 4))
+    made = problem(
+        effect_TS, [100.0] * 4, se_TS=np.full((4, 4), 1e-4), importance_T=np.full(4, 0.25),
+        effect_remove_TS=effect_TS + 5e-5, se_remove_TS=np.full((4, 4), 1e-4),
+    )  # fmt: skip
+    options = MixOptions(objective="robust", radius=0.5, move=0.2, budget=200.0)
+    first, second = expected_regret(made, options), expected_regret(made, options)
+    assert first == second
+    assert first.value > 0
+
+
+def test_it_needs_standard_errors():
+    with pytest.raises(ConfigError, match="standard errors"):
+        expected_regret(problem(np.eye(2), [10.0, 10.0]), OPTIONS)
