@@ -49,7 +49,7 @@ def describe_plan(config: RunConfig, *, probe: bool = False) -> PlanView:
         lines.append(f"  {stage.name:<11} {state}")
     remarks = _remarks(config, records)
     forecast = make_forecast(config, _found(config, records, run_dir), probe=probe)
-    text = "\n".join([*lines, "", *forecast.lines(), *remarks])
+    text = "\n".join([*lines, "", *forecast.lines(), *remarks]).rstrip()
     return PlanView(text=text, forecast=forecast)
 
 

@@ -153,7 +153,7 @@ def make_forecast(config: RunConfig, found: Found, *, probe: bool) -> Forecast:
         )
         work = tuple(workloads(config, known, cost, found.mix))
     left = [item for item in work if item.stage not in found.done]
-    rates, why_no_rates = None, "everything that is forecast is done"
+    rates, why_no_rates = None, ""
     if left and corpus is not None:
         rates, why_no_rates = _rates(config, found, corpus, probe=probe)
     why_untimed = ""

@@ -1,8 +1,8 @@
 """From tokens and rates to wall time.
 
 A stage takes its actors' start and the longest of: its trainings on the tuners, its scorings on
-the scorers, and, where all actors share this machine's CPUs, all of that on its CPUs.  The final
-training and the arms are taken to be as fast per worker as a tuner.
+the scorers, and, where all actors share this machine's CPUs and a probe measured each alone, all of
+that on its CPUs.  The final training and the arms are taken to be as fast per worker as a tuner.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def stage_seconds(
 
 def _values(rate: Rate) -> tuple[float, float, float]:
     """Middle, fast, slow."""
-    return rate.median, rate.high, rate.low
+    return rate.mean, rate.high, rate.low
 
 
 def _seconds(
@@ -83,7 +83,8 @@ def _seconds(
         train_seconds = _on(cluster.num_tuners, training, work.trainings)
         score_seconds = _on(cluster.num_scorers, scoring, work.models_scored)
         seconds = ACTORS_START_SECONDS + max(train_seconds, score_seconds)
-        if shared_cpus is not None:
+        # Finished units were timed while others ran beside them: that is in their rates.
+        if shared_cpus is not None and rates.is_probe:
             on_cpus = (training + scoring) * _threads(cluster) / shared_cpus
             seconds = max(seconds, ACTORS_START_SECONDS + on_cpus)
         return seconds

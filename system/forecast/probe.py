@@ -100,13 +100,13 @@ def run_probe(
         )
         pilot, _ = _time_steps(model, _plan(rows.slice(0, 2), 1, settings), training)
         mean_tokens = _plan(rows, 1, settings).num_tokens / rows.num_rows
-        affordable = int(_STEP_SECONDS * pilot.high / mean_tokens)
+        affordable = int(_STEP_SECONDS * pilot.mean / mean_tokens)
         step_rows = min(settings.batch_size, rows.num_rows // (_FEWEST + 1), max(1, affordable))
         plan = _plan(rows, step_rows, settings)
         train, run_seconds = _time_steps(model, plan, training)
         move: Any = model.to
         scorer = move("cuda" if settings.scores_on_gpu else "cpu")
-        score = _time_forward(scorer, plan, training, int(_STEP_SECONDS * train.median))
+        score = _time_forward(scorer, plan, training, int(_STEP_SECONDS * train.mean))
         seconds = time.perf_counter() - started
     finally:
         torch.set_num_threads(before)
@@ -136,16 +136,16 @@ def _time_steps(
     model: PreTrainedModel, plan: TrainPlan, settings: TrainSettings
 ) -> tuple[Rate, float]:
     """Rate of the steps but the first; seconds that a training takes before its first step."""
-    rates: list[float] = []
+    pieces: list[tuple[float, float]] = []
     started = time.perf_counter()
     with Training(model, plan, settings) as training:
         entered = time.perf_counter()
         for step in range(plan.num_steps):
             stats = training.step(step)
-            rates.append(stats.num_tokens / stats.seconds)
-            if len(rates) > _FEWEST and time.perf_counter() - entered > _TRAIN_SECONDS:
+            pieces.append((stats.num_tokens, stats.seconds))
+            if len(pieces) > _FEWEST and time.perf_counter() - entered > _TRAIN_SECONDS:
                 break
-    return Rate.of(rates[1:]), entered - started
+    return Rate.of(pieces[1:]), entered - started
 
 
 def _time_forward(
@@ -156,7 +156,7 @@ def _time_forward(
     half = settings.dtype == "bfloat16" and device.type == "cuda"
     objective = Objective(model, torch.bfloat16 if half else torch.float32)
     most = min(settings.micro_batch_tokens, pass_tokens)
-    rates: list[float] = []
+    pieces: list[tuple[float, float]] = []
     started = time.perf_counter()
     with training_layout(objective) as layout, torch.no_grad():
         for rows in _passes(plan, most, is_padded=not layout.is_flat):
@@ -169,10 +169,10 @@ def _time_forward(
                 compute_dtype=objective.compute_dtype,
             )
             objective(batch)[1].cpu()  # waits for the device
-            rates.append(int(plan.lengths(rows).sum()) / (time.perf_counter() - began))
-            if len(rates) > _FEWEST and time.perf_counter() - started > _SCORE_SECONDS:
+            pieces.append((int(plan.lengths(rows).sum()), time.perf_counter() - began))
+            if len(pieces) > _FEWEST and time.perf_counter() - started > _SCORE_SECONDS:
                 break
-    return Rate.of(rates[1:])
+    return Rate.of(pieces[1:])
 
 
 def _passes(plan: TrainPlan, max_tokens: int, *, is_padded: bool) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Tokens per second of one actor, and where the number comes from.
+"""How many tokens a second one actor works off, and where the number comes from.
 
 Units that an influence stage has finished tell more than any probe: they ran where the rest will
 run, beside the actors that the rest will have beside it.
@@ -23,18 +23,22 @@ _LATEST = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """Tokens per second of one actor, with its quartiles."""
+    """Tokens per second of one actor."""
 
-    median: float
+    mean: float
+    """All tokens over all seconds: what a sum of many such pieces of work goes by."""
     low: float
     high: float
+    """Quartiles of single pieces, drawn out to the mean where it lies beyond them."""
     num_samples: int
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Rate:
-        """Median and quartiles of some measurements."""
-        low, median, high = np.percentile(np.asarray(samples, dtype=np.float64), [25, 50, 75])
-        return cls(median=float(median), low=float(low), high=float(high), num_samples=len(samples))
+    def of(cls, samples: Sequence[tuple[float, float]]) -> Rate:
+        """The rate of pieces of work, each (tokens, seconds)."""
+        tokens, seconds = np.asarray(samples, dtype=np.float64).T
+        mean = float(tokens.sum() / seconds.sum())
+        low, high = (float(value) for value in np.percentile(tokens / seconds, [25, 75]))
+        return cls(mean=mean, low=min(low, mean), high=max(high, mean), num_samples=len(samples))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +69,18 @@ def finished_units(attempt_uri: str, answer_tokens: int = 0) -> Rates | None:
         return None
     rows = storage.read_table(heldout_uri).column("input_ids")
     scored_tokens = pc.sum(pc.list_value_length(rows)).as_py() + answer_tokens * len(rows)
-    train, score = [], []
+    train: list[tuple[float, float]] = []
+    score: list[tuple[float, float]] = []
     for name in storage.list_names(storage.join(attempt_uri, "units"))[-_LATEST:]:
         stats = storage.read_json(storage.join(attempt_uri, "units", name))
         if stats["seconds"] > 0 and stats["trained_tokens"]:
-            train.append(stats["trained_tokens"] / stats["seconds"])
+            train.append((stats["trained_tokens"], stats["seconds"]))
     for name in storage.list_names(storage.join(attempt_uri, "scores"))[-_LATEST:]:
         with storage.open_input(storage.join(attempt_uri, "scores", name)) as file:
             metadata = pq.read_schema(file).metadata or {}
         seconds = float(metadata.get(b"instructmix.seconds", b"0"))
         if seconds > 0:
-            score.append(scored_tokens / seconds)
+            score.append((scored_tokens, seconds))
     if not train or not score:
         return None
     return Rates(

@@ -23,7 +23,8 @@ _BASIS = {
 
 def describe(forecast: Forecast) -> list[str]:
     """The plan's cost: work, time, disk."""
-    return [*_plan(forecast), *_work(forecast), "", *_time(forecast), "", *_disk(forecast)]
+    parts = [[*_plan(forecast), *_work(forecast)], [*_time(forecast)], [*_disk(forecast)]]
+    return [line for part in parts if part for line in (*part, "")]
 
 
 def _plan(forecast: Forecast) -> Iterator[str]:
@@ -97,11 +98,16 @@ def _trainings(count: int) -> str:
 def _time(forecast: Forecast) -> Iterator[str]:
     rates = forecast.rates
     if rates is None:
-        if not forecast.why_unknown:
+        if forecast.work and not forecast.left:
+            yield "time: all of these stages are done"
+        elif not forecast.why_unknown:
             yield f"time: no estimate: {forecast.why_no_rates}"
         return
     yield f"time, an estimate from {rates.source}"
-    yield (f"  one tuner {_rate(rates.train)}, one scorer {_rate(rates.score)} (median, quartiles)")
+    yield (
+        f"  one tuner {_rate(rates.train)}, one scorer {_rate(rates.score)} "
+        "(mean, and quartiles of single ones)"
+    )
     for item in forecast.seconds:
         yield (
             f"  {item.stage:<10} {duration(item.middle)} "
@@ -124,7 +130,7 @@ def _disk(forecast: Forecast) -> Iterator[str]:
         yield "disk: known once there is a model"
         return
     peak = forecast.peak_bytes
-    yield f"disk: {size(peak)} at once at most"
+    yield f"disk: {size(peak)} more at once at most" if peak else "disk: nothing is left to write"
     for part in forecast.disk:
         if part.stage not in forecast.done:
             yield f"  {part.stage:<10} {size(part.size_bytes):>10}  {part.name}"
@@ -141,7 +147,7 @@ def _disk(forecast: Forecast) -> Iterator[str]:
 
 
 def _rate(rate: Rate) -> str:
-    return f"{rate.median:,.0f} tokens/s ({rate.low:,.0f} to {rate.high:,.0f})"
+    return f"{rate.mean:,.0f} tokens/s ({rate.low:,.0f} to {rate.high:,.0f})"
 
 
 def duration(seconds: float) -> str:

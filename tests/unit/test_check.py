@@ -246,6 +246,16 @@ def test_check_refuses_what_run_refuses_for_its_budget(tagged: Run, capsys) -> N
     assert "influence.max_token_equivalents is 1,000" in capsys.readouterr().err
 
 
+def test_stages_that_are_done_are_within_any_budget(tagged: Run) -> None:
+    everything = frozenset(stage.name for stage in STAGES)
+    forecast = describe_plan(tagged.config).forecast
+    assert forecast.left and forecast.peak_bytes > 0
+    done = dataclasses.replace(forecast, done=everything, why_no_rates="")
+    done.refuse(max_hours=1e-6, max_tokens=1)
+    assert "all of these stages are done" in "\n".join(done.lines())
+    assert done.peak_bytes == 0
+
+
 def test_the_budget_is_no_part_of_what_the_matrix_depends_on(tagged: Run) -> None:
     stage = next(stage for stage in STAGES if stage.name == "influence")
     plain = stage_inputs(stage, tagged.config, tagged.records)
@@ -272,6 +282,6 @@ def test_finished_runs_tell_the_speed_instead_of_a_probe(run: Run, capsys) -> No
     assert run.check() == 0
     text = capsys.readouterr().out
     assert "3 trainings and 3 scorings that this run directory has" in text
-    assert "one tuner 1,000 tokens/s (750 to 1,500)" in text
-    assert "one scorer 50 tokens/s (38 to 75)" in text
+    assert "one tuner 857 tokens/s (750 to 1,500)" in text
+    assert "one scorer 43 tokens/s (38 to 75)" in text
     assert "probe" not in text

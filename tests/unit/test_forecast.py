@@ -156,7 +156,7 @@ def seeded_tokens(corpus: Corpus, settings: RunConfig, category: str) -> float:
 
 def rates(train: float = 100.0, score: float = 300.0, run_seconds: float = 0.0) -> Rates:
     def rate(middle: float) -> Rate:
-        return Rate(median=middle, low=middle / 2, high=middle * 2, num_samples=3)
+        return Rate(mean=middle, low=middle / 2, high=middle * 2, num_samples=3)
 
     return Rates(
         train=rate(train),
@@ -191,6 +191,13 @@ def test_actors_on_one_machine_cannot_use_more_than_its_cpus():
     settings = config(cluster={"num_tuners": 3, "num_scorers": 3})
     found = seconds_of(settings, shared_cpus=2)["influence"]
     assert found.middle == pytest.approx(ACTORS_START_SECONDS + (2500 / 100 + 1200 / 300) / 2)
+
+
+def test_finished_runs_were_timed_beside_each_other():
+    settings = config(cluster={"num_tuners": 3, "num_scorers": 3})
+    measured = dataclasses.replace(rates(), is_probe=False)
+    found = stage_seconds(settings, [work_of(settings)["influence"]], measured, 1)
+    assert found[0].middle == pytest.approx(ACTORS_START_SECONDS + 2500 / 100 / 3)
 
 
 def test_training_is_shared_by_its_workers():
@@ -273,8 +280,13 @@ def test_numbers_are_written_for_people():
     ]
 
 
-def test_a_rate_is_the_median_with_quartiles():
-    assert Rate.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Rate(median=3, low=2, high=4, num_samples=5)
+def test_a_rate_goes_by_all_tokens_and_all_seconds():
+    even = Rate.of([(40, 10), (10, 10), (20, 10), (30, 10), (50, 10)])
+    assert even == Rate(mean=3, low=2, high=4, num_samples=5)
+    # One piece in ten times the time: it weighs what it takes, and the mean leaves the quartiles.
+    slow = Rate.of([(100, 10), (100, 10), (100, 10), (100, 10), (100, 100)])
+    assert slow.mean == pytest.approx(500 / 140)
+    assert (slow.low, slow.high) == (slow.mean, 10)
 
 
 def test_a_probe_measures_the_model_in_steps_that_the_rows_allow(tmp_path):
@@ -299,8 +311,8 @@ def test_a_probe_measures_the_model_in_steps_that_the_rows_allow(tmp_path):
     assert torch.get_num_threads() == threads
     assert found.is_probe and re.search("steps of [1-8] rows", found.source)
     assert found.train.num_samples >= 3 and found.score.num_samples >= 3
-    assert 0 < found.train.low <= found.train.median <= found.train.high
-    assert 0 < found.score.low <= found.score.median <= found.score.high
+    assert 0 < found.train.low <= found.train.mean <= found.train.high
+    assert 0 < found.score.low <= found.score.mean <= found.score.high
     few = run_probe(tmp_path / "model", rows.slice(0, 10), training, probe)
     assert re.search("steps of [12] rows", few.source) and few.train.num_samples >= 3
     model_dir = tmp_path / "model"
