@@ -90,6 +90,7 @@ class _Evaluation:
             settings=config.curriculum,
             supply=self.corpus.counts("train"),
             max_epochs=config.solve.max_epochs,
+            seed=seed_of(config.seed, "evaluate-random-move"),
         )
         delivered = context.input("train", "model")
         self.models = [

@@ -266,8 +266,8 @@ class TrainConfig(Section):
 
 
 Arm = Literal[
-    "natural", "uniform", "solved", "natural-curriculum", "natural-reversed", "solved-curriculum",
-    "solved-reversed",
+    "natural", "uniform", "random", "solved", "natural-curriculum", "natural-reversed",
+    "solved-curriculum", "solved-reversed",
 ]  # fmt: skip
 
 
@@ -275,7 +275,8 @@ class EvaluateConfig(Section):
     """Stage 8: held-out loss and verifiable accuracy against honest baselines."""
 
     arms: tuple[Arm, ...] = ("natural", "solved", "solved-curriculum")
-    """Trained at equal budget; names without `-curriculum` or `-reversed` are shuffled."""
+    """Trained at equal budget; names without `-curriculum` or `-reversed` are shuffled. `random`
+    moves as much as `solved`, in a direction that no effect speaks for."""
     seeds: Positive = 3
     """Trainings per arm; every seed draws other examples and another order for all arms alike."""
     test_rows: Positive = 200

@@ -1,9 +1,10 @@
 """The arms of an evaluation: which examples, in which order, at equal budget.
 
-An arm's name says both: the mix (`natural`, `uniform`, `solved`) and the order (shuffled unless the
-name ends in `-curriculum` or `-reversed`).  All arms take as many passes as the curriculum and, per
-pass, the budget of the solved mix: `natural` is the base mix that the solver started from,
-`uniform` is as equal as supply allows.  The reversed order is the curriculum's stages, last first.
+An arm's name says both: the mix (`natural`, `uniform`, `random`, `solved`) and the order (shuffled
+unless the name ends in `-curriculum` or `-reversed`).  All arms take as many passes as the
+curriculum and, per pass, the budget of the solved mix: `natural` is the base mix that the solver
+started from, `uniform` is as equal as supply allows, `random` moves as much as `solved` in a random
+direction.  The reversed order is the curriculum's stages, last first.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def plan_arms(
     settings: CurriculumConfig,
     supply: Mapping[str, int],
     max_epochs: float,
+    seed: int,
 ) -> list[ArmPlan]:
     """Mix and order of every arm.
 
@@ -54,18 +56,66 @@ def plan_arms(
         settings: for the curriculum of other mixes.
         supply: train rows of each category.
         max_epochs: how often an example may be used within a pass.
+        seed: of the random move.
     """
     solved = dict(zip(curriculum.levels, curriculum.counts_TS.sum(axis=0).tolist(), strict=True))
     base = {item.category: item.base for item in mix.categories}
     natural = apportion(round(sum(base.values())), base)
     limits = {name: int(rows * max_epochs) for name, rows in supply.items()}
     uniform = stratified_sizes(limits, sum(natural.values()))
+    changes = (solved[name] / curriculum.epochs - count for name, count in natural.items())
+    moved = round(sum(max(change, 0.0) for change in changes))
+    random = random_move(natural, limits, moved, seed)
     mixes = {
         "solved": solved,
         "natural": {name: count * curriculum.epochs for name, count in natural.items()},
         "uniform": {name: count * curriculum.epochs for name, count in uniform.items()},
+        "random": {name: count * curriculum.epochs for name, count in random.items()},
     }
     return [_plan(name, mixes, curriculum, settings) for name in names]
+
+
+def random_move(
+    counts: Mapping[str, int], limits: Mapping[str, int], moved: int, seed: int
+) -> dict[str, int]:
+    """The counts with `moved` examples taken from some categories and given to the others.
+
+    A coin decides each category's side; what it gives or gets is random, in proportion to its size.
+    Less is moved only where the sides cannot hold so much.
+
+    Args:
+        counts: category -> examples.
+        limits: category -> most examples it may have.
+        moved: examples to move.
+        seed: equal seeds give equal moves.
+    """
+    rng = np.random.default_rng(seed)
+    names = sorted(counts)
+    count_C = np.array([counts[name] for name in names])
+    room_C = np.maximum(np.array([limits[name] for name in names]) - count_C, 0)
+    order = rng.permutation(len(names))
+    gets_C = np.zeros(len(names), dtype=bool)
+    gets_C[order[: max(len(names) // 2, 1)]] = True
+    weights_C = rng.uniform(0.2, 1.0, len(names)) * np.maximum(count_C, 1)
+    most_C = np.where(gets_C, room_C, count_C)
+    moved = min(moved, int(most_C[gets_C].sum()), int(most_C[~gets_C].sum()))
+    change_C = np.zeros(len(names), dtype=np.int64)
+    for side_C, sign in ((gets_C, 1), (~gets_C, -1)):
+        change_C[side_C] = sign * _shared_out(moved, weights_C[side_C], most_C[side_C])
+    return {name: int(count_C[c] + change_C[c]) for c, name in enumerate(names)}
+
+
+def _shared_out(total: int, weights_K: np.ndarray, most_K: np.ndarray) -> np.ndarray:
+    """[K] whole numbers in proportion to weights, none above its most, that sum to the total."""
+    given_K = np.zeros(len(weights_K), dtype=np.int64)
+    while (left := total - int(given_K.sum())) > 0:
+        open_K = given_K < most_K
+        share_K = np.where(open_K, weights_K, 0.0)
+        step_K = np.floor(left * share_K / share_K.sum()).astype(np.int64)
+        if not step_K.any():  # the last few, one each to the largest
+            step_K[np.argsort(-share_K, kind="stable")[: min(left, int(open_K.sum()))]] = 1
+        given_K = np.minimum(given_K + step_K, most_K)
+    return given_K
 
 
 def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:

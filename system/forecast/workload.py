@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from system.config import RunConfig
 from system.curriculum.plan import PAPER_PASSES
 from system.data.tag import stratified_sizes
-from system.evaluation.arms import apportion
+from system.evaluation.arms import apportion, random_move
 from system.forecast.known import Known
 from system.influence.cost import LOWERED_BY, SCORED_SHARE, InfluenceCost
 from system.influence.interventions import seed_of
@@ -91,8 +91,8 @@ def pass_counts(
 ) -> dict[str, dict[str, int]]:
     """Examples of each category in one pass: of the mixes that arms are named after.
 
-    `solved` is the base mix until the mix is there; `natural` is the base mix, scaled to the
-    budget as the solver does.
+    `natural` is the base mix, scaled to the budget as the solver does.  `solved` is that too until
+    the mix is there, and `random`, which moves as much, is as well.
     """
     rows = {name: known.rows["train"][name] for name in known.categories}
     weight = dict.fromkeys(rows, 1.0)
@@ -103,9 +103,12 @@ def pass_counts(
     natural = apportion(examples, rows)
     limits = {name: int(count * config.solve.max_epochs) for name, count in rows.items()}
     solved = natural if mix is None else {name: round(count) for name, count in mix.items()}
+    moved = round(sum(max(solved[name] - count, 0.0) for name, count in natural.items()))
+    seed = seed_of(config.seed, "evaluate-random-move")
     return {
         "natural": natural,
         "uniform": stratified_sizes(limits, examples),
+        "random": random_move(natural, limits, moved, seed),
         "solved": solved,
     }
 

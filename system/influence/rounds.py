@@ -5,11 +5,11 @@ would, and its expected regret says what knowing the effects better could still 
 stops when that is less than the user cares for, or the next round would break a budget.
 
 Why this design and all sources in every round: a run of a weighing design speaks about every effect
-with the variance 4 s^2 / N of N runs, whatever the number of sources (Hotelling 1944, doi
-10.1214/aoms/1177731236), where one dose at a time has 2 s^2 (S + 1) / N.  So it is the cheapest of
-the designs that retrain, from two sources up, and leaving settled sources out of a round would make
-it no more precise about the others.  That doses add up is its assumption; a first-order estimator
-costs less, but only a comparison with trainings says whether it is any good.
+with the variance 4 s^2 / N of N runs, whatever the number of sources (Hotelling 1944), where one
+dose at a time has 2 s^2 (S + 1) / N.  So it is the cheapest of the designs that retrain, from two
+sources up, and leaving settled sources out of a round would make it no more precise about the
+others.  That doses add up is its assumption; a first-order estimator costs less, but only a
+comparison with trainings says whether it is any good.
 """
 
 from __future__ import annotations

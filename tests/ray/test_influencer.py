@@ -6,7 +6,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -88,10 +88,16 @@ class Trainings(Progress):
 class World:
     """One corpus and model, one Ray, many attempts."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self,
+        root: Path,
+        build: Callable[[Path], object] = build_inputs,
+        config: Callable[..., RunConfig] = influence_config,
+    ) -> None:
         self.root = root
-        build_inputs(root)
-        self.cluster = Cluster(influence_config(root).cluster)
+        self.config = config
+        build(root)
+        self.cluster = Cluster(config(root).cluster)
 
     def context(
         self, name: str, config: RunConfig, progress: Progress | None = None
@@ -111,7 +117,7 @@ class World:
         )
 
     def run(self, name: str, progress: Progress | None = None, **influence: object) -> StageResult:
-        return run(self.context(name, influence_config(self.root, **influence), progress))
+        return run(self.context(name, self.config(self.root, **influence), progress))
 
     def path(self, name: str, *parts: str) -> Path:
         name, _, attempt = name.partition("/")

@@ -3,10 +3,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from system.config import CurriculumConfig
 from system.curriculum import Curriculum, plan_curriculum
-from system.evaluation.arms import ArmPlan, apportion, plan_arms
+from system.evaluation.arms import ArmPlan, apportion, plan_arms, random_move
 from system.solve import Mix
 from system.solve.mix import CategoryMix, SolverInfo
 
@@ -47,12 +49,14 @@ def plan(names: list[str], **settings: Any) -> dict[str, ArmPlan]:
         settings=config,
         supply=SUPPLY,
         max_epochs=1.0,
+        seed=4,
     )
     return {arm.name: arm for arm in arms}
 
 
 ALL = [
-    "natural", "uniform", "solved", "solved-curriculum", "solved-reversed", "natural-curriculum",
+    "natural", "uniform", "random", "solved", "solved-curriculum", "solved-reversed",
+    "natural-curriculum",
 ]  # fmt: skip
 
 
@@ -105,3 +109,33 @@ def test_whole_numbers_keep_the_total_and_stay_within_one_of_the_exact_share():
         assert sum(counts.values()) == total
         for name, weight in weights.items():
             assert abs(counts[name] - total * weight / 7.1) < 1
+
+
+@given(
+    counts=st.lists(st.integers(0, 400), min_size=2, max_size=9),
+    room=st.lists(st.integers(0, 300), min_size=9, max_size=9),
+    moved=st.integers(0, 500),
+    seed=st.integers(0, 99),
+)
+def test_a_random_move_keeps_total_and_limits_and_moves_what_was_asked(counts, room, moved, seed):
+    names = [f"c{place}" for place in range(len(counts))]
+    before = dict(zip(names, counts, strict=True))
+    limits = {name: before[name] + room[place] for place, name in enumerate(names)}
+    after = random_move(before, limits, moved, seed)
+    assert sum(after.values()) == sum(counts)
+    assert all(0 <= after[name] <= limits[name] for name in names)
+    gained = sum(max(after[name] - before[name], 0) for name in names)
+    assert gained <= moved
+    if all(limits[name] - before[name] >= moved and before[name] >= moved for name in names):
+        assert gained == moved
+    assert after == random_move(before, limits, moved, seed)
+
+
+def test_the_random_arm_moves_as_much_as_the_solved_one():
+    arms = plan(["natural", "solved", "random"])
+    natural, solved = arms["natural"].counts, arms["solved"].counts
+    moved = sum(max(solved[name] - natural[name], 0) for name in natural)
+    random = arms["random"].counts
+    assert sum(random.values()) == sum(natural.values())
+    assert 0 < sum(max(random[name] - natural[name], 0) for name in natural) <= moved
+    assert random != solved

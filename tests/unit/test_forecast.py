@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from influence_corpus import TASKS, build_inputs
 from safetensors.torch import save_file
 
-from system.config import LoraConfig, RunConfig, TagConfig
+from system.config import Arm, LoraConfig, RunConfig, TagConfig
 from system.data.corpus import Corpus
 from system.data.ingest import ingest_local
 from system.data.lengths import DrawnLengths
@@ -112,6 +113,14 @@ def test_evaluation_counts_arms_seeds_and_the_two_models_that_are_there():
     assert item.longest_tokens == 750
     assert item.scored_tokens == 6 * 5 * 50
     assert item.generated_tokens == 6 * 3 * 7
+
+
+def test_every_mix_that_arms_are_named_after_has_its_counts():
+    counts = pass_counts(config(), known(), {"short": 30.0, "long": 0.0})
+    assert set(counts) == {arm.partition("-")[0] for arm in typing.get_args(Arm)}
+    assert {sum(of.values()) for of in counts.values()} == {30}
+    assert counts["random"]["short"] in (10, 30), "as many are moved as in the solved mix"
+    assert pass_counts(config(), known(), None)["random"] == counts["natural"]
 
 
 def test_a_budget_in_tokens_becomes_examples_of_the_base_mix():
