@@ -158,7 +158,7 @@ def make_forecast(config: RunConfig, found: Found, *, probe: bool) -> Forecast:
         rates, why_no_rates = _rates(config, found, corpus, probe=probe)
     why_untimed = ""
     cluster = config.cluster
-    if bool(cluster.train_gpus) != bool(cluster.tuner_gpus):
+    if left and bool(cluster.train_gpus) != bool(cluster.tuner_gpus):
         left = [item for item in left if item.stage == "influence"]
         why_untimed = (
             "train and evaluate train on another kind of device than the tuners "
