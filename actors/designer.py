@@ -9,10 +9,9 @@ import pyarrow as pa
 
 from actors.stage import StageContext
 from system import storage
-from system.config import RunConfig
 from system.data.corpus import Corpus
 from system.errors import ConfigError
-from system.influence.accuracy_targets import draw_accuracy_targets
+from system.influence.accuracy_targets import answer_tokens, draw_accuracy_targets
 from system.influence.design import Design
 from system.influence.external_targets import read_target
 from system.influence.heldout import draw_targets, seeded_draw
@@ -24,11 +23,6 @@ from system.training.plan import write_plan
 def plan_uri(context: StageContext, replication: int, kind: str) -> str:
     """Where a replication's schedule is; kind `main` or `warm`."""
     return storage.join(context.attempt, "plans", f"r{replication:02d}-{kind}.arrow")
-
-
-def answer_tokens(config: RunConfig) -> int:
-    """Tokens of an answer (`accuracy`): as asked, but at most half of the context."""
-    return min(config.influence.max_new_tokens, config.model.max_length // 2)
 
 
 def draw_design(context: StageContext) -> Design:

@@ -34,7 +34,7 @@ from system.influence.design import Design, Unit
 from system.influence.first_order import gradient_task, gradients_table
 from system.influence.gradient import Derivatives
 from system.influence.interventions import active_rows
-from system.influence.ledger import Ledger
+from system.influence.ledger import Ledger, open_checkpoints
 from system.influence.reuse import SharedRuns, heldout_digest, run_key
 from system.influence.summary import METRIC_UNITS, short_unit
 from system.models.base import kind_of
@@ -92,7 +92,7 @@ class Measuring:
             self.design.units,
             trained=trained,
             scored=scored,
-            max_checkpoints=config.cluster.num_tuners + 2 * config.cluster.num_scorers,
+            max_checkpoints=open_checkpoints(config.cluster.num_tuners, config.cluster.num_scorers),
         )
         total = len(self.design.units)
         if not ledger.is_done:

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from actors.pipeline import STAGES, Stage, stage_inputs
 from system import storage
-from system.config import InfluenceConfig, RunConfig
+from system.config import RunConfig
 from system.errors import ConfigError
-from system.influence.random_design import enough_runs
+from system.forecast import Forecast, Found, make_forecast
+from system.models.base import kind_of
 from system.rundir import RunDir, StageRecord, describe_change, fingerprint
+from system.solve import Mix
 from system.stages import STAGE_FOLDERS
 
+_SPEED_FIELDS = (
+    "after.model", "influence.batch_size", "influence.metric", "influence.max_new_tokens",
+)  # fmt: skip
+"""Inputs of the influence stage that decide how fast it is on a given machine."""
 
-def describe_plan(config: RunConfig) -> str:
-    """The plan of a run, stage by stage, and how many trainings it takes; starts nothing.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanView:
+    """What `check` found out."""
+
+    text: str
+    forecast: Forecast
+
+
+def describe_plan(config: RunConfig, *, probe: bool = False) -> PlanView:
+    """The plan of a run, stage by stage, and what it takes; starts nothing, changes nothing.
+
+    Args:
+        config: of the run.
+        probe: measure the proxy's speed for some seconds where no finished run tells it.
 
     Raises:
         InstructMixError: the same input errors that `run` would report before it starts.
@@ -25,7 +47,10 @@ def describe_plan(config: RunConfig) -> str:
     for stage in STAGES:
         state = _state(stage, config, records, run_dir)
         lines.append(f"  {stage.name:<11} {state}")
-    return "\n".join([*lines, "", *_cost(config, records), *_remarks(config, records)])
+    remarks = _remarks(config, records)
+    forecast = make_forecast(config, _found(config, records, run_dir), probe=probe)
+    text = "\n".join([*lines, "", *forecast.lines(), *remarks]).rstrip()
+    return PlanView(text=text, forecast=forecast)
 
 
 def _state(
@@ -40,7 +65,9 @@ def _state(
     if committed is not None and committed.fingerprint == attempt:
         records[stage.name] = committed
         return f"done ({committed.seconds:.0f} s)"
-    if run_dir.read_attempt_record(stage.folder, attempt) is not None:
+    earlier = run_dir.read_attempt_record(stage.folder, attempt)
+    if earlier is not None:
+        records[stage.name] = earlier
         return "done in an earlier attempt with these settings"
     if committed is not None:
         return f"again: {describe_change(committed.inputs, inputs)}"
@@ -49,57 +76,51 @@ def _state(
     return "to do"
 
 
-def _cost(config: RunConfig, records: Mapping[str, StageRecord]) -> list[str]:
-    influence = config.influence
-    categories = _num_categories(records)
-    directions = " and ".join(influence.directions)
-    of_what = {
-        "retrain": "one reference run and one run per category and direction",
-        "branch": "one warm-up, one reference run and one run per category and direction",
-        "random-design": "runs with half of all doses each, for every direction",
-        "gradient": f"one warm-up with {influence.gradient_checkpoints} checkpoints, no run per "
-        "category",
-    }
-    lines = [
-        f"influence: {influence.replications} replications of {of_what[influence.estimator]} "
-        f"({directions})"
-    ]
-    if categories is not None and influence.estimator == "gradient":
-        parts = influence.replications * influence.gradient_checkpoints
-        doses = categories * influence.dose_rows * len(influence.directions)
-        lines.append(
-            f"  {categories} categories: {influence.replications} trainings on up to "
-            f"{categories * influence.warm_rows_per_category:,} rows each; {parts} passes of "
-            f"gradients over {doses:,} dose rows and {categories * influence.heldout_rows:,} "
-            "held-out rows"
-        )
-    elif categories is not None:
-        runs = influence.replications * _runs_per_replication(influence, categories)
-        rows = categories * influence.rows_per_category
-        lines.append(
-            f"  {categories} categories: {runs} trainings on up to {rows:,} rows each, scored on "
-            f"{categories * influence.heldout_rows:,} held-out rows each"
-        )
-    else:
-        lines.append("  (how many categories there are is known after ingest)")
-    select = config.select
-    if select.uses_score and select.score in ("loss", "ifd"):
-        times = "twice, with its prompt and without" if select.score == "ifd" else "once"
-        lines.append(f"select: the base model reads every train row {times}")
-    evaluate = config.evaluate
-    total = config.solve.budget * config.curriculum.epochs
-    lines.append(
-        f"train: 1 run on {total:,} {config.solve.unit}; evaluate: {len(evaluate.arms)} arms x "
-        f"{evaluate.seeds} seeds, the same size each"
+def _found(config: RunConfig, records: Mapping[str, StageRecord], run_dir: RunDir) -> Found:
+    """What the forecast is made from."""
+
+    def output(stage: str, name: str) -> str | None:
+        return run_dir.output_uri(records[stage], name) if stage in records else None
+
+    model_uri = output("model", "model")
+    model_dir = None if model_uri is None else storage.local_path(model_uri)
+    if model_uri is None and kind_of(config.model.path) == "directory":
+        model_dir = Path(config.model.path)
+    mix_uri = output("solve", "mix")
+    mix = None
+    if mix_uri is not None:
+        mix = Mix.from_json(storage.read_bytes(mix_uri).decode()).counts()
+    return Found(
+        tagged_uri=output("tag", "manifest"),
+        ingested_uri=output("ingest", "manifest"),
+        model_dir=model_dir,
+        mix=mix,
+        done=frozenset(records),
+        attempts=tuple(_measured_attempts(config, records, run_dir)),
     )
-    return lines
 
 
-def _runs_per_replication(influence: InfluenceConfig, categories: int) -> int:
-    if influence.estimator == "random-design":
-        return enough_runs(categories) * len(influence.directions)
-    warm_ups = 1 if influence.estimator == "branch" else 0
-    return warm_ups + 1 + categories * len(influence.directions)
+def _measured_attempts(
+    config: RunConfig, records: Mapping[str, StageRecord], run_dir: RunDir
+) -> Iterator[str]:
+    """Influence attempts that tell the speed of this one: same model, batches and adapters."""
+    stage = next(item for item in STAGES if item.name == "influence")
+    if any(name not in records for name in stage.after):
+        return
+    inputs = stage_inputs(stage, config, records)
+    yield run_dir.attempt_uri(stage.folder, fingerprint(inputs))
+    committed = run_dir.read_record(stage.folder)
+    if committed is not None and _speed_inputs(committed.inputs) == _speed_inputs(inputs):
+        yield run_dir.attempt_uri(stage.folder, committed.fingerprint)
+
+
+def _speed_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a stage's inputs, those that decide how fast it is on a given machine."""
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name in _SPEED_FIELDS or name.startswith("influence.lora")
+    }
 
 
 def _remarks(config: RunConfig, records: Mapping[str, StageRecord]) -> list[str]:
@@ -124,11 +145,6 @@ def _remarks(config: RunConfig, records: Mapping[str, StageRecord]) -> list[str]
                 "lower the budget or allow more epochs"
             )
     return [f"note: {remark}" for remark in remarks]
-
-
-def _num_categories(records: Mapping[str, StageRecord]) -> int | None:
-    record = records.get("tag") or records.get("ingest")
-    return None if record is None else record.counts.get("categories")
 
 
 def describe_status(run_dir_uri: str) -> str:

@@ -152,7 +152,7 @@ STAGES: tuple[Stage, ...] = (
 )  # fmt: skip
 _NO_RESULT = {
     "train.log_to", "train.max_failures", "train.keep_checkpoints", "train.resize_seconds",
-    "influence.keep_checkpoints",
+    "influence.keep_checkpoints", "influence.max_token_equivalents",
 }  # fmt: skip
 """Fields of sections that stages read, but which change no result."""
 

@@ -9,8 +9,11 @@ from actors.stage import StageContext, StageResult
 from system import storage
 from system.curriculum import plan_curriculum
 from system.data.corpus import Corpus
-from system.data.lengths import mean_response_tokens
+from system.data.lengths import SeededLengths, mean_response_tokens
+from system.influence.cost import check_token_limit, influence_cost
+from system.influence.heldout_cost import stage_heldout
 from system.influence.matrix import EffectMatrix
+from system.models.base import load_tokenizer
 from system.planning import (
     SWEEP_MOVES,
     check_limits,
@@ -25,15 +28,35 @@ from system.taxonomy import estimate_taxonomy
 
 
 def check_before_influence(context: StageContext) -> None:
-    """Limits that no mix satisfies are found before the expensive stage, not after it.
+    """What would make the money of the expensive stage ill spent is found before it starts.
 
     Raises:
         InfeasibleMixError, ConfigError: see `system.planning.check_limits`.
+        ConfigError: the design takes more than `influence.max_token_equivalents`.
+        DataError: a category has too few rows for a dose.
     """
-    solve = context.config.solve
+    config = context.config
     corpus = Corpus.open(context.input("tag", "manifest"))
-    tokens = mean_response_tokens(corpus) if solve.unit == "tokens" else None
-    check_limits(solve, corpus.counts("train"), tokens)
+    tokens = mean_response_tokens(corpus) if config.solve.unit == "tokens" else None
+    check_limits(config.solve, corpus.counts("train"), tokens)
+    if config.influence.max_token_equivalents is not None:
+        lengths = SeededLengths(corpus)
+        heldout = stage_heldout(config, corpus, lengths, lambda: _tokenizer(context))
+        cost = influence_cost(
+            config.influence,
+            run_seed=config.seed,
+            sources=corpus.categories,
+            lengths=lengths,
+            heldout=heldout,
+        )
+        check_token_limit(config.influence, cost)
+
+
+def _tokenizer(context: StageContext) -> Any:
+    return load_tokenizer(
+        context.input("model", "model"),
+        trust_remote_code=context.config.model.trust_remote_code,
+    )
 
 
 def run_solve(context: StageContext) -> StageResult:

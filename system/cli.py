@@ -106,6 +106,21 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
         "check", help="validate a configuration, show the plan and its cost, start nothing"
     )
     _add_config(check)
+    check.add_argument(
+        "--probe", action=argparse.BooleanOptionalAction, default=True,
+        help="measure for some seconds how fast the model trains and scores here, where no run of "
+        "the run directory tells it (default: yes, once there is a corpus and a model)",
+    )  # fmt: skip
+    check.add_argument(
+        "--max-hours", type=_positive, metavar="H",
+        help="refuse, with exit code 2, a plan whose stages still to run take more hours",
+    )  # fmt: skip
+    check.add_argument(
+        "--max-tokens", type=_positive, metavar="N",
+        help="refuse a plan that takes more token equivalents: trained tokens, and a third of the "
+        "scored and generated ones; `influence.max_token_equivalents` in the configuration does "
+        "the same for the influence stage, and `run` obeys it too",
+    )  # fmt: skip
     check.set_defaults(execute=_check)
 
 
@@ -160,6 +175,13 @@ def _add_tools(commands: argparse._SubParsersAction) -> None:
     solve.set_defaults(execute=_solve)
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+    return value
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from system.load import load_config
 
@@ -203,7 +225,9 @@ def _check(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     from actors.overview import describe_plan
 
-    print(describe_plan(config))
+    plan = describe_plan(config, probe=arguments.probe)
+    print(plan.text)
+    plan.forecast.refuse(max_hours=arguments.max_hours, max_tokens=arguments.max_tokens)
     return 0
 
 

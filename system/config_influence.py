@@ -80,6 +80,10 @@ class InfluenceConfig(Section):
     the mix stays at the base, and says so."""
     keep_checkpoints: bool = False
     """Keep intervention checkpoints after they are scored."""
+    max_token_equivalents: Positive | None = None
+    """Most token equivalents (trained tokens plus a third of the scored ones) that the design may
+    take; a larger one is refused before anything is trained, by `run` and by `check`. Null: no
+    limit. It changes no result, so it may be changed at any time."""
 
     @model_validator(mode="after")
     def _dose_fits(self) -> InfluenceConfig:

@@ -13,8 +13,9 @@ The shards stay as they are: a shard that holds such rows names its lengths in t
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,14 @@ import pyarrow as pa
 
 from system import storage
 from system.data.conversation import SPLITS
-from system.data.corpus import Corpus, Manifest, Shard, make_manifest
+from system.data.corpus import (
+    Corpus,
+    Manifest,
+    Shard,
+    make_manifest,
+    resolve_path,
+    seeded_rank,
+)
 from system.models.chat import encode_rows
 from system.schema import LENGTHS, check_table
 
@@ -46,6 +54,20 @@ class ShardLengths:
     response_tokens: int
     dropped: dict[str, int]
     """Rows without a response, by reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnLengths:
+    """Rows that a seeded draw takes, without their content.  N = rows."""
+
+    ids: list[str]
+    """N; empty where only their number is known."""
+    tokens: np.ndarray
+    """[N] tokens of each row, prompt included; means where the rows are not known."""
+
+
+RowLengths = Callable[[str, str, int, int], DrawnLengths]
+"""(split, category, at most so many rows, seed) -> what `Corpus.sample` would draw."""
 
 
 def measure_shard(
@@ -127,6 +149,38 @@ def mean_response_tokens(corpus: Corpus, split: str = "train") -> dict[str, floa
     """Response tokens of an example of each category, mean over all its rows."""
     sums = corpus.manifest.details["response_tokens"][split]
     return {name: sums[name] / rows for name, rows in corpus.counts(split).items() if rows}
+
+
+class SeededLengths:
+    """The lengths of what is drawn from a tagged corpus, without reading or encoding a row.
+
+    Args:
+        corpus: of the tag stage, whose lengths lie beside its manifest.
+    """
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self._read: dict[tuple[str, str], tuple[list[str], np.ndarray]] = {}
+
+    def __call__(self, split: str, category: str, wanted: int, seed: int) -> DrawnLengths:
+        """The rows whose `sha256(f"{seed}:{id}")` is smallest, in the order of that hash."""
+        if (split, category) not in self._read:
+            self._read[split, category] = self._all(split, category)
+        ids, tokens = self._read[split, category]
+        ranks = ((seeded_rank(seed, name), row) for row, name in enumerate(ids))
+        rows = [row for _, row in heapq.nsmallest(wanted, ranks)]
+        return DrawnLengths(ids=[ids[row] for row in rows], tokens=tokens[rows])
+
+    def _all(self, split: str, category: str) -> tuple[list[str], np.ndarray]:
+        ids: list[str] = []
+        tokens = [np.zeros(0, np.int32)]
+        for shard in self._corpus.shards(split, category):
+            ids += self._corpus.read_shard(shard, ["id"])["id"].to_pylist()
+            uri = resolve_path(self._corpus.base, lengths_path(shard))
+            lengths = storage.read_table(uri)
+            usable = np.asarray(lengths["response_tokens"]) > 0
+            tokens.append(np.asarray(lengths["tokens"])[usable])
+        return ids, np.concatenate(tokens)
 
 
 def _measure(table: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> pa.Table:

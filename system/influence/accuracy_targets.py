@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from system import schema
+from system.config import RunConfig
 from system.data.corpus import Corpus
 from system.errors import DataError
 from system.influence.design import Target
@@ -40,6 +41,11 @@ QUESTIONS = pa.schema(
     ]
 )
 """Held-out questions, ready to be asked."""
+
+
+def answer_tokens(config: RunConfig) -> int:
+    """Tokens of an answer: as asked, but at most half of the context."""
+    return min(config.influence.max_new_tokens, config.model.max_length // 2)
 
 
 def draw_accuracy_targets(

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from system.errors import DataError
+from system.influence.estimators import ESTIMATORS
 
 FORMAT = 1
-WARMED = ("branch", "gradient")
-"""Estimators that start from a warm-up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,41 +97,24 @@ class Design:
     @property
     def units(self) -> tuple[Unit, ...]:
         """All work, in the order in which it is best started: a replication at a time."""
-        found = []
-        for replication in range(len(self.replications)):
-            if self.estimator in WARMED:
-                found.append(Unit(replication=replication, kind="warm", source=-1))
-            if self.estimator == "gradient":
-                found += [
-                    Unit(replication=replication, kind="gradient", source=checkpoint)
-                    for checkpoint in range(self.gradient_checkpoints)
-                ]
-            else:
-                found += self._runs(replication)
-        return tuple(found)
+        runs = ESTIMATORS[self.estimator].units(
+            len(self.sources), self.directions, self.gradient_checkpoints
+        )
+        return tuple(
+            Unit(replication=replication, kind=kind, source=source)
+            for replication in range(len(self.replications))
+            for kind, source in runs
+        )
 
     @property
     def runs(self) -> tuple[Unit, ...]:
         """All runs that have held-out losses: trained and scored, or (`gradient`) predicted."""
+        runs = ESTIMATORS[self.estimator].runs(len(self.sources), self.directions)
         return tuple(
-            run for replication in range(len(self.replications)) for run in self._runs(replication)
+            Unit(replication=replication, kind=kind, source=source)
+            for replication in range(len(self.replications))
+            for kind, source in runs
         )
-
-    def _runs(self, replication: int) -> list[Unit]:
-        if self.estimator == "random-design":
-            return [
-                Unit(replication=replication, kind=f"mix-{direction}", source=run)
-                for direction, runs in self.replications[replication].patterns.items()
-                for run in range(len(runs))
-            ]
-        return [
-            Unit(replication=replication, kind="reference", source=-1),
-            *(
-                Unit(replication=replication, kind=direction, source=source)
-                for direction in self.directions
-                for source in range(len(self.sources))
-            ),
-        ]
 
     def first(self, replications: int) -> Design:
         """The same design with its first replications only."""

@@ -85,9 +85,9 @@ def draw_targets(
     dropped: dict[str, int] = {}
     for name in (*sources, *external):
         if name in external:
-            rows = in_seeded_order(external[name], seed).slice(0, 2 * num_rows)
-            tokens, lost = encode_table(_named(rows, name), tokenizer, max_length)
-            tokens = tokens.slice(0, num_rows)
+            tokens, lost = encode_external(
+                external[name], name, num_rows, seed, tokenizer, max_length
+            )
         else:
             tokens, lost = draw("estimate", name, num_rows, seed)
         _check_enough(name, tokens.num_rows, num_rows)
@@ -103,6 +103,20 @@ def draw_targets(
             )
         )
     return pa.concat_tables(parts), tuple(targets), dropped
+
+
+def encode_external(
+    rows: pa.Table,
+    name: str,
+    num_rows: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> tuple[pa.Table, dict[str, int]]:
+    """The rows of a target that no source owns, as TOKENS, and rows left out by reason."""
+    first = in_seeded_order(rows, seed).slice(0, 2 * num_rows)
+    tokens, lost = encode_table(_named(first, name), tokenizer, max_length)
+    return tokens.slice(0, num_rows), lost
 
 
 def _named(rows: pa.Table, name: str) -> pa.Table:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,8 @@ import pyarrow as pa
 
 from system.config import InfluenceConfig
 from system.errors import DataError
-from system.influence.design import WARMED, CategoryRows, Design, Replication, Target, Unit
+from system.influence.design import CategoryRows, Design, Replication, Target, Unit
+from system.influence.estimators import ESTIMATORS
 from system.influence.random_design import dose_patterns, enough_runs
 from system.training.plan import TrainPlan, build_plan
 
@@ -65,7 +66,7 @@ def asked_rows(config: InfluenceConfig) -> dict[str, int]:
         "base": config.rows_per_category,
         "dose": config.dose_rows,
         "extra": config.dose_rows if "add" in config.directions else 0,
-        "warm": config.warm_rows_per_category if config.estimator in WARMED else 0,
+        "warm": config.warm_rows_per_category if ESTIMATORS[config.estimator].is_warmed else 0,
         "heldout": config.heldout_rows,
     }
 
@@ -145,7 +146,7 @@ def plan_replication(
         warm_parts += [fresh, tokens.slice(0, share.warm_reused)]
     plan = _shuffled_plan(parts, roles, (seed, "order"), config, max_length)
     warm = None
-    if config.estimator in WARMED:
+    if ESTIMATORS[config.estimator].is_warmed:
         warm = _shuffled_plan(warm_parts, None, (seed, "warm"), config, max_length)
     replication = Replication(
         index=index,
@@ -155,12 +156,21 @@ def plan_replication(
         num_steps=plan.num_steps,
         rows=rows,
         dose_tokens=dose_tokens,
-        patterns=_patterns(seed, config, len(sources)),
+        patterns=draw_patterns(seed, config, len(sources)),
     )
     return Schedule(replication=replication, plan=plan, warm=warm, dropped=dict(dropped))
 
 
-def _patterns(seed: int, config: InfluenceConfig, num_sources: int) -> dict[str, list[list[bool]]]:
+def draw_patterns(
+    seed: int, config: InfluenceConfig, num_sources: int
+) -> dict[str, list[list[bool]]]:
+    """`random-design`, `auto`: direction -> run -> source -> whether its dose is in the run.
+
+    Args:
+        seed: of the replication.
+        config: estimator and directions.
+        num_sources: categories.
+    """
     if config.estimator not in ("random-design", "auto"):
         return {}
     runs = enough_runs(num_sources)
@@ -196,21 +206,38 @@ def active_rows(plan: TrainPlan, unit: Unit, design: Design) -> np.ndarray:
     if unit.kind == "warm":
         return np.ones(role.size, dtype=bool)
     active = role != EXTRA
-    if unit.kind == "reference":
-        return active
-    direction = unit.kind.removeprefix("mix-")
-    if unit.kind == direction:
-        switched = {design.sources[unit.source]}
-    else:
-        pattern = design.replications[unit.replication].patterns[direction][unit.source]
-        # A pattern says whose dose is in the run: switched on where adding, off where removing.
-        pairs = zip(design.sources, pattern, strict=True)
-        switched = {name for name, is_in in pairs if is_in == (direction == "add")}
+    direction, switched = switched_sources(
+        unit.kind,
+        unit.source,
+        design.sources,
+        design.replications[unit.replication].patterns,
+    )
     category = plan.table.column("category").to_pylist()
     of_switched = np.array([name in switched for name in category], dtype=bool)
     if direction == "add":
         return active | (of_switched & (role == EXTRA))
     return active & ~(of_switched & (role == DOSE))
+
+
+def switched_sources(
+    kind: str, source: int, sources: Sequence[str], patterns: Mapping[str, Sequence[Sequence[bool]]]
+) -> tuple[str, set[str]]:
+    """What a run does to the base schedule: the direction, and the sources whose doses move.
+
+    Args:
+        kind: of the run, but no warm-up.
+        source: its source or pattern.
+        sources: all categories.
+        patterns: of the replication (`random-design`).
+    """
+    if kind == "reference":
+        return "remove", set()
+    direction = kind.removeprefix("mix-")
+    if kind == direction:
+        return direction, {sources[source]}
+    # A pattern says whose dose is in the run: switched on where adding, off where removing.
+    pairs = zip(sources, patterns[direction][source], strict=True)
+    return direction, {name for name, is_in in pairs if is_in == (direction == "add")}
 
 
 def response_tokens(tokens: pa.Table) -> int:

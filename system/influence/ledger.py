@@ -16,6 +16,11 @@ from collections.abc import Collection, Iterable
 from system.influence.design import Unit
 
 
+def open_checkpoints(num_tuners: int, num_scorers: int) -> int:
+    """Checkpoints that may exist at once: one in every tuner's hands, two for every scorer."""
+    return num_tuners + 2 * num_scorers
+
+
 class Ledger:
     """The state of all units of a stage.
 

@@ -49,6 +49,15 @@ def enough_runs(num_sources: int) -> int:
     return runs
 
 
+def design_runs(num_sources: int, directions: tuple[str, ...]) -> list[tuple[str, int]]:
+    """Kind and pattern of every run of a replication (see `system.influence.estimators`)."""
+    return [
+        (f"mix-{direction}", run)
+        for direction in directions
+        for run in range(enough_runs(num_sources))
+    ]
+
+
 def effect_weights(pattern_NS: np.ndarray) -> np.ndarray:
     """[S, N] weights W with which the runs' losses give the change of loss that a dose makes.
 

@@ -217,7 +217,7 @@ def _strongest(matrix: EffectMatrix) -> dict[str, Any]:
 
 
 def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """Three to six plain lines for a person."""
+    """Three to seven plain lines for a person."""
     lines = []
     short = short_unit(summary["unit"])
     verb = {"add": "adding", "remove": "removing"}

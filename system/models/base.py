@@ -240,6 +240,21 @@ def _download(config: ModelConfig, target: Path) -> None:
 
 def _check_template(config: ModelConfig, target: Path) -> None:
     tokenizer = load_tokenizer(target, trust_remote_code=config.trust_remote_code)
+    template = template_of(config, tokenizer)
+    if template != tokenizer.chat_template:
+        tokenizer.chat_template = template
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            for file in Path(folder).iterdir():
+                storage.write_bytes(str(target / file.name), file.read_bytes())
+
+
+def template_of(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The chat template that a run uses: `model.chat_template`, the tokenizer's own, or ChatML.
+
+    Raises:
+        ModelError: the configured file is not there.
+    """
     template = tokenizer.chat_template
     if config.chat_template is not None:
         file = Path(config.chat_template)
@@ -249,14 +264,7 @@ def _check_template(config: ModelConfig, target: Path) -> None:
                 "template, found nothing there"
             )
         template = file.read_text(encoding="utf-8")
-    if not template:
-        template = CHATML
-    if template != tokenizer.chat_template:
-        tokenizer.chat_template = template
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            for file in Path(folder).iterdir():
-                storage.write_bytes(str(target / file.name), file.read_bytes())
+    return template or CHATML
 
 
 def _quiet() -> None:

@@ -1,0 +1,166 @@
+"""A forecast as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from system.forecast.hours import LEFT_OUT
+from system.forecast.rates import Rate
+from system.forecast.workload import Workload, num_passes
+from system.influence.cost import most_replications
+from system.influence.estimators import ESTIMATORS
+
+if TYPE_CHECKING:
+    from system.forecast.forecast import Forecast
+
+_BASIS = {
+    "exact": "tokens of influence and of test rows are exact",
+    "means": "the corpus is large: tokens are rows times the exact mean of their category",
+    "sample": "tokens are estimated from a sample of the rows",
+}
+
+
+def describe(forecast: Forecast) -> list[str]:
+    """The plan's cost: work, time, disk."""
+    parts = [[*_plan(forecast), *_work(forecast)], [*_time(forecast)], [*_disk(forecast)]]
+    return [line for part in parts if part for line in (*part, "")]
+
+
+def _plan(forecast: Forecast) -> Iterator[str]:
+    config = forecast.config
+    influence, evaluate, solve = config.influence, config.evaluate, config.solve
+    count = f"{influence.replications}"
+    if influence.estimator == "auto":
+        most = most_replications(influence) if forecast.cost is None else forecast.cost.replications
+        count = f"{influence.replications} to {most}"
+    yield (
+        f"influence: {influence.estimator}, {count} replications of "
+        f"{ESTIMATORS[influence.estimator].in_words} ({' and '.join(influence.directions)})"
+    )
+    yield f"train: {num_passes(config)} x {solve.budget:,} {solve.unit}"
+    yield (f"evaluate: {len(evaluate.arms)} arms x {evaluate.seeds} seeds, the same budget each")
+    if forecast.why_unknown:
+        yield f"  {forecast.why_unknown}"
+
+
+def _work(forecast: Forecast) -> Iterator[str]:
+    known = forecast.known
+    if known is None:
+        return
+    is_exact = forecast.is_exact
+    yield ""
+    for item in forecast.work:
+        about = "" if is_exact and item.stage == "influence" else "about "
+        if item.stage == "influence" and forecast.config.influence.estimator == "auto":
+            about = f"at most {about}"
+        yield from _stage(item, about, is_done=item.stage in forecast.done)
+    left = forecast.left
+    if left:
+        which = "in all" if len(left) == len(forecast.work) else "still to run"
+        trained = sum(item.trained_tokens for item in left)
+        others = sum(item.scored_tokens + item.generated_tokens for item in left)
+        total = sum(item.token_equivalents for item in left)
+        yield (
+            f"  {which}: {trained:,} tokens trained, {others:,} scored or generated: "
+            f"{total:,.0f} token equivalents (these count a third)"
+        )
+    basis = _BASIS[known.basis]
+    if known.relative_error:
+        basis += f", +- {1.96 * known.relative_error:.0%}"
+    if known.left_out:
+        basis += f"; {known.left_out}"
+    mix = "" if "solve" in forecast.done else "; train and arms are counted at the base mix"
+    yield f"  {len(known.categories)} categories; {basis}{mix}"
+
+
+def _stage(item: Workload, about: str, *, is_done: bool) -> Iterator[str]:
+    done = " (done)" if is_done else ""
+    yield (
+        f"  {item.stage:<10} {_trainings(item.trainings)} on up to {item.trained_rows:,} rows: "
+        f"{about}{item.trained_tokens:,} tokens trained{done}"
+    )
+    if item.models_scored:
+        yield (
+            f"  {'':<10} {item.models_scored:,} models scored on {item.scored_rows:,} held-out "
+            f"rows: {about}{item.scored_tokens:,} tokens scored"
+        )
+    if item.generated_tokens:
+        yield (
+            f"  {'':<10} answers for accuracy: at most {item.generated_tokens:,} tokens generated"
+        )
+
+
+def _trainings(count: int) -> str:
+    return "1 training" if count == 1 else f"{count:,} trainings"
+
+
+def _time(forecast: Forecast) -> Iterator[str]:
+    rates = forecast.rates
+    if rates is None:
+        if forecast.work and not forecast.left:
+            yield "time: all of these stages are done"
+        elif not forecast.why_unknown:
+            yield f"time: no estimate: {forecast.why_no_rates}"
+        return
+    yield f"time, an estimate from {rates.source}"
+    yield (
+        f"  one tuner {_rate(rates.train)}, one scorer {_rate(rates.score)} "
+        "(mean, and quartiles of single ones)"
+    )
+    for item in forecast.seconds:
+        yield (
+            f"  {item.stage:<10} {duration(item.middle)} "
+            f"({duration(item.low)} to {duration(item.high)})"
+        )
+    total = sum(item.middle for item in forecast.seconds)
+    yield f"  {'together':<10} {duration(total)}"
+    if rates.is_probe:
+        yield (
+            "  scoring was timed as a forward pass, not through vLLM; generated tokens count as "
+            "scored ones, which is the least they take"
+        )
+    if forecast.why_untimed:
+        yield f"  without time: {forecast.why_untimed}"
+    yield f"  {LEFT_OUT}"
+
+
+def _disk(forecast: Forecast) -> Iterator[str]:
+    if not forecast.disk:
+        yield "disk: known once there is a model"
+        return
+    peak = forecast.peak_bytes
+    yield f"disk: {size(peak)} more at once at most" if peak else "disk: nothing is left to write"
+    for part in forecast.disk:
+        if part.stage not in forecast.done:
+            yield f"  {part.stage:<10} {size(part.size_bytes):>10}  {part.name}"
+    if forecast.corpus_bytes is not None:
+        yield f"  (the corpus takes {size(forecast.corpus_bytes)} and is there)"
+    free = forecast.free_bytes
+    if free is not None:
+        yield f"  {size(free)} are free where the run directory is"
+        if peak > free:
+            yield (
+                "note: this will not fit: free some space, use another run_dir, or lower "
+                "evaluate.arms, evaluate.seeds, train.keep_checkpoints or cluster.num_scorers"
+            )
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.mean:,.0f} tokens/s ({rate.low:,.0f} to {rate.high:,.0f})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as fits."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"

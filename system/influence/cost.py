@@ -1,0 +1,231 @@
+"""What an influence stage is going to train and score, before anything runs.
+
+The trainings are masks on schedules whose rows a seeded draw decides, so their tokens are known as
+soon as every row's length is: nothing has to be drawn, encoded or planned.  Where lengths are not
+known yet, means in their place give an estimate by the same way.
+
+A scored token counts as a third of a trained one: a backward pass costs two forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from system.config import InfluenceConfig
+from system.data.lengths import RowLengths
+from system.errors import ConfigError
+from system.influence.design import CategoryRows
+from system.influence.estimators import ESTIMATORS, GRADIENT, UNSCORED, WARM, Run
+from system.influence.interventions import (
+    allocate_rows,
+    asked_rows,
+    draw_patterns,
+    seed_of,
+    switched_sources,
+)
+
+SCORED_SHARE = 1.0 / 3.0
+"""Trained tokens that a scored one is worth."""
+LOWERED_BY = (
+    "influence.replications (influence.auto.max_replications), influence.rows_per_category, "
+    "influence.directions and, for scoring, influence.heldout_rows lower it"
+)
+
+HeldoutLengths = Callable[[Collection[str]], np.ndarray]
+"""(ids of rows that are trained on) -> [rows] tokens that scoring each held-out row takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleTokens:
+    """Tokens of one category's rows in one replication, by what runs do with them."""
+
+    base: float
+    dose: float
+    """Part of the base rows."""
+    extra: float
+    warm: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InfluenceCost:
+    """The tokens and runs of a stage."""
+
+    runs: int
+    """Trainings, warm-ups and gradients included."""
+    scorings: int
+    replications: int
+    """At most, where `auto` decides."""
+    longest_run_tokens: int
+    trained_tokens: int
+    """Forward and backward, prompts included; those of gradients too."""
+    heldout_rows: int
+    """Of all targets; each scoring scores all of them."""
+    scored_tokens: int
+    """Forward only, prompts included."""
+
+    @property
+    def token_equivalents(self) -> float:
+        """Trained tokens plus a third of the scored ones."""
+        return self.trained_tokens + SCORED_SHARE * self.scored_tokens
+
+
+def influence_cost(
+    config: InfluenceConfig,
+    *,
+    run_seed: int,
+    sources: Sequence[str],
+    lengths: RowLengths,
+    heldout: HeldoutLengths,
+) -> InfluenceCost:
+    """The cost of all replications; of `auto`, of as many as its limits let it make.
+
+    Args:
+        config: of the stage.
+        run_seed: seed of the run.
+        sources: categories, in the corpus' order.
+        lengths: exact ones (`system.data.lengths.SeededLengths`) give the exact cost.
+        heldout: of the rows that are scored (`system.influence.heldout_cost`).
+
+    Raises:
+        DataError: a category has too few rows for a dose.
+    """
+    runs = _units(config, len(sources))
+    trained: set[str] = set()
+    replications = [
+        _replication(index, config, run_seed, sources, lengths, trained)
+        for index in range(most_replications(config))
+    ]
+    count = _within_budget(config, [sum(tokens) for tokens in replications])
+    per_run = [tokens for replication in replications[:count] for tokens in replication]
+    rows = heldout(trained)
+    # A gradient takes a pass forward and backward over the doses and over the held-out rows.
+    differentiated = count * sum(kind == GRADIENT for kind, _ in runs)
+    scorings = count * sum(kind not in UNSCORED for kind, _ in runs)
+    return InfluenceCost(
+        runs=len(per_run),
+        scorings=scorings,
+        replications=count,
+        longest_run_tokens=round(max(per_run)),
+        trained_tokens=round(sum(per_run) + float(rows.sum()) * differentiated),
+        heldout_rows=len(rows),
+        scored_tokens=round(float(rows.sum()) * scorings),
+    )
+
+
+def most_replications(config: InfluenceConfig) -> int:
+    """Replications that the stage draws."""
+    return config.auto.max_replications if config.estimator == "auto" else config.replications
+
+
+def _replication(
+    index: int,
+    config: InfluenceConfig,
+    run_seed: int,
+    sources: Sequence[str],
+    lengths: RowLengths,
+    trained: set[str],
+) -> list[float]:
+    """Tokens of each run of a replication; adds the rows that it trains on."""
+    asked = asked_rows(config)
+    wanted = asked["base"] + asked["extra"] + asked["warm"]
+    seed = seed_of(run_seed, "influence", index)
+    tokens: dict[str, RoleTokens] = {}
+    for category in sources:
+        drawn = lengths("train", category, wanted, seed)
+        share = allocate_rows(category, len(drawn.tokens), asked)
+        tokens[category] = role_tokens(drawn.tokens, share)
+        trained.update(drawn.ids)
+    patterns = draw_patterns(seed, config, len(sources))
+    return [
+        run_tokens(kind, source, tokens, patterns, config.directions)
+        for kind, source in _units(config, len(sources))
+    ]
+
+
+def _units(config: InfluenceConfig, num_sources: int) -> list[Run]:
+    return ESTIMATORS[config.estimator].units(
+        num_sources, config.directions, config.gradient_checkpoints
+    )
+
+
+def _within_budget(config: InfluenceConfig, tokens: Sequence[float]) -> int:
+    """How many replications `auto` may make; the first round is always made."""
+    limit = config.auto.max_tokens if config.estimator == "auto" else None
+    if limit is None:
+        return len(tokens)
+    totals = np.cumsum(tokens)
+    return max(config.replications, int(np.searchsorted(totals, limit, side="right")))
+
+
+def role_tokens(lengths: np.ndarray, share: CategoryRows) -> RoleTokens:
+    """Tokens of a category's drawn rows, cut as `interventions.plan_replication` cuts them.
+
+    Args:
+        lengths: [rows] tokens in the order drawn.
+        share: how the rows are shared out.
+    """
+    split = share.base + share.extra
+    fresh = lengths[split : split + share.warm - share.warm_reused]
+    return RoleTokens(
+        base=float(lengths[: share.base].sum()),
+        dose=float(lengths[: share.dose].sum()),
+        extra=float(lengths[share.base : split].sum()),
+        warm=float(fresh.sum() + lengths[: share.warm_reused].sum()),
+    )
+
+
+def run_tokens(
+    kind: str,
+    source: int,
+    tokens: Mapping[str, RoleTokens],
+    patterns: Mapping[str, Sequence[Sequence[bool]]],
+    directions: Sequence[str],
+) -> float:
+    """Tokens that one run trains on: those of the rows that its mask leaves on.
+
+    Args:
+        kind: of the run.
+        source: its source or pattern.
+        tokens: by category, in the order of the sources.
+        patterns: of the replication (`random-design`).
+        directions: whose doses a gradient is taken of.
+    """
+    if kind == WARM:
+        return sum(part.warm for part in tokens.values())
+    if kind == GRADIENT:
+        roles = ["extra" if direction == "add" else "dose" for direction in directions]
+        return sum(getattr(part, role) for part in tokens.values() for role in roles)
+    base = sum(part.base for part in tokens.values())
+    direction, switched = switched_sources(kind, source, list(tokens), patterns)
+    if direction == "add":
+        return base + sum(tokens[name].extra for name in switched)
+    return base - sum(tokens[name].dose for name in switched)
+
+
+def check_token_limit(
+    config: InfluenceConfig, cost: InfluenceCost, *, is_exact: bool = True
+) -> None:
+    """Refuses a design above `influence.max_token_equivalents`.
+
+    Args:
+        config: of the stage.
+        cost: of its design.
+        is_exact: whether the cost follows from the lengths of all rows.
+
+    Raises:
+        ConfigError: names both numbers and what lowers the design's.
+    """
+    limit = config.max_token_equivalents
+    if limit is None or cost.token_equivalents <= limit:
+        return
+    about = "" if is_exact else "about "
+    raise ConfigError(
+        f"influence.max_token_equivalents is {limit:,}, but this design takes "
+        f"{about}{cost.token_equivalents:,.0f}: {cost.trained_tokens:,} tokens trained in "
+        f"{cost.runs} runs, and a third of {cost.scored_tokens:,} scored ones "
+        f"({config.estimator}, {cost.replications} replications). {LOWERED_BY}; or raise "
+        "influence.max_token_equivalents. Nothing was trained."
+    )

@@ -1,0 +1,119 @@
+"""Tokens that scoring one run takes: of all held-out rows of all targets.
+
+For losses they follow from row lengths and, for targets that no source owns, from their files.  For
+answers (`influence.metric: accuracy`) the questions are drawn as the stage draws them; an answer
+counts at its longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from system.config import RunConfig
+from system.data.corpus import Corpus
+from system.data.lengths import RowLengths
+from system.influence.accuracy_targets import answer_tokens, draw_accuracy_targets
+from system.influence.cost import HeldoutLengths
+from system.influence.external_targets import read_target
+from system.influence.heldout import encode_external
+from system.influence.interventions import seed_of
+
+
+def stage_heldout(
+    config: RunConfig, corpus: Corpus, lengths: RowLengths, tokenizer: Callable[[], Any]
+) -> HeldoutLengths:
+    """What the stage will score.
+
+    Args:
+        config: of the run.
+        corpus: of stage `tag`.
+        lengths: of its rows.
+        tokenizer: loads it; called where rows have to be encoded.
+    """
+    if config.influence.metric == "accuracy":
+        return _questions(config, corpus, tokenizer())
+    if not config.influence.targets:
+        return loss_heldout(config, corpus.categories, lengths)
+    return loss_heldout(config, corpus.categories, lengths, _external(config, tokenizer()))
+
+
+def loss_heldout(
+    config: RunConfig,
+    sources: Sequence[str],
+    lengths: RowLengths,
+    external: HeldoutLengths | None = None,
+) -> HeldoutLengths:
+    """Rows of every source's estimate split, and of further targets.
+
+    Args:
+        config: of the run.
+        sources: categories.
+        lengths: of their rows.
+        external: of the rows of `influence.targets`.
+    """
+    seed = seed_of(config.seed, "influence", "heldout")
+
+    def heldout(trained: Collection[str]) -> np.ndarray:
+        parts = [
+            lengths("estimate", category, config.influence.heldout_rows, seed).tokens
+            for category in sources
+        ]
+        if external is not None:
+            parts.append(external(trained))
+        return np.concatenate([np.asarray(part, dtype=np.float64) for part in parts])
+
+    return heldout
+
+
+def _external(config: RunConfig, tokenizer: Any) -> HeldoutLengths:
+    seed = seed_of(config.seed, "influence", "heldout")
+
+    def heldout(trained: Collection[str]) -> np.ndarray:
+        found: list[int] = []
+        for name, rows in _targets(config, trained).items():
+            tokens, _ = encode_external(
+                rows,
+                name,
+                config.influence.heldout_rows,
+                seed,
+                tokenizer,
+                config.model.max_length,
+            )
+            found += _row_lengths(tokens)
+        return np.array(found, dtype=np.float64)
+
+    return heldout
+
+
+def _questions(config: RunConfig, corpus: Corpus, tokenizer: Any) -> HeldoutLengths:
+    longest = answer_tokens(config)
+
+    def heldout(trained: Collection[str]) -> np.ndarray:
+        questions, _, _ = draw_accuracy_targets(
+            run_seed=config.seed,
+            corpus=corpus,
+            num_rows=config.influence.heldout_rows,
+            max_prompt_tokens=config.model.max_length - longest,
+            external=_targets(config, trained),
+            tokenizer=tokenizer,
+        )
+        return np.array(_row_lengths(questions), dtype=np.float64) + longest
+
+    return heldout
+
+
+def _targets(config: RunConfig, trained: Collection[str]) -> dict[str, pa.Table]:
+    return {
+        name: read_target(
+            name, path, data_dir=config.data_dir, ingest=config.ingest, exclude=trained
+        )[0]
+        for name, path in config.influence.targets.items()
+    }
+
+
+def _row_lengths(table: pa.Table) -> list[int]:
+    return [len(row) for row in table.column("input_ids").to_pylist()]

@@ -1,0 +1,287 @@
+"""`instructmix check`: the plan and its cost at every point of a run, without Ray."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray
+from forecast_corpus import build_varied_inputs
+from influence_corpus import influence_config
+
+from actors.cluster import Cluster
+from actors.overview import describe_plan
+from actors.pipeline import STAGES, stage_inputs
+from actors.planner import check_before_influence
+from actors.stage import StageContext
+from system import storage
+from system.cli import main
+from system.config import RunConfig
+from system.data.corpus import Corpus, make_manifest, moved_shards, write_manifest
+from system.data.ingest import ingest_local
+from system.data.lengths import SeededLengths, measure_shard, without_unusable
+from system.errors import ConfigError
+from system.influence.cost import InfluenceCost, influence_cost
+from system.influence.heldout_cost import loss_heldout
+from system.models.base import load_tokenizer
+from system.progress import Progress
+from system.rundir import RunDir, StageRecord, fingerprint
+
+
+class Run:
+    """A run directory whose first stages are done, as `run` leaves them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        build_varied_inputs(root)
+        self.config = influence_config(root)
+        self.records: dict[str, StageRecord] = {}
+
+    def commit(self, name: str, outputs: dict[str, str], fill: Callable[[str], None]) -> None:
+        stage = next(stage for stage in STAGES if stage.name == name)
+        inputs = stage_inputs(stage, self.config, self.records)
+        attempt = fingerprint(inputs)
+        run_dir = RunDir(self.config.run_dir)
+        uri = run_dir.attempt_uri(stage.folder, attempt)
+        Path(uri).mkdir(parents=True)
+        fill(uri)
+        self.records[name] = StageRecord(
+            stage=name, fingerprint=attempt, inputs=inputs, counts={}, lines=(), seconds=1.0,
+            outputs={key: f"{stage.folder}/{attempt}/{path}" for key, path in outputs.items()},
+            finished="", versions={},
+        )  # fmt: skip
+        run_dir.commit(stage.folder, self.records[name])
+
+    def ingest(self) -> None:
+        def fill(uri: str) -> None:
+            ingest_local(self.config, uri)
+
+        self.commit("ingest", {"manifest": "manifest.json"}, fill)
+
+    def model(self) -> None:
+        def fill(uri: str) -> None:
+            shutil.copytree(self.root / "model", Path(uri) / "model")
+
+        self.commit("model", {"model": "model"}, fill)
+
+    def tag(self) -> None:
+        corpus = Corpus.open(self.output("ingest", "manifest"))
+        tokenizer = load_tokenizer(self.output("model", "model"))
+
+        def fill(uri: str) -> None:
+            found = [
+                measure_shard(corpus, shard, uri, tokenizer, self.config.model.max_length)
+                for shard in corpus.manifest.shards
+            ]
+            manifest = make_manifest(
+                moved_shards(corpus, uri), read=corpus.manifest.read, kept=corpus.manifest.kept
+            )
+            write_manifest(storage.join(uri, "manifest.json"), without_unusable(manifest, found))
+
+        self.commit("tag", {"manifest": "manifest.json"}, fill)
+
+    def output(self, stage: str, name: str) -> str:
+        return RunDir(self.config.run_dir).output_uri(self.records[stage], name)
+
+    def cost(self) -> InfluenceCost:
+        corpus = Corpus.open(self.output("tag", "manifest"))
+        lengths = SeededLengths(corpus)
+        return influence_cost(
+            self.config.influence,
+            run_seed=self.config.seed,
+            sources=corpus.categories,
+            lengths=lengths,
+            heldout=loss_heldout(self.config, corpus.categories, lengths),
+        )
+
+    def check(self, *arguments: str) -> int:
+        path = self.root / "config.json"
+        path.write_text(json.dumps(self.config.model_dump(mode="json")))
+        return main(["check", str(path), *arguments])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("tagged"))
+    run.ingest()
+    run.model()
+    run.tag()
+    return run
+
+
+def digest(folder: Path) -> str:
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        found.update(f"{path.relative_to(folder)} {path.lstat().st_mtime_ns}\n".encode())
+        if path.is_file():
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def test_before_ingest_it_says_what_is_not_known_yet(run: Run, capsys) -> None:
+    assert run.check() == 0
+    text = capsys.readouterr().out
+    assert "one reference run and one run per category and direction" in text
+    assert "known after ingest" in text
+    assert not (run.root / "run").exists(), "check writes nothing"
+
+
+@pytest.mark.parametrize("flag", ["--max-tokens", "--max-hours"])
+def test_a_budget_that_nothing_is_known_for_is_no_silent_pass(run: Run, capsys, flag) -> None:
+    assert run.check(flag, "1e12") == 2
+    error = capsys.readouterr().err
+    assert f"{flag} was given" in error and "known after ingest" in error
+
+
+def test_after_ingest_a_sample_comes_near_what_is_known_after_tagging(run: Run, capsys) -> None:
+    run.ingest()
+    assert run.check("--no-probe") == 0
+    text = capsys.readouterr().out
+    assert "estimated from a sample of the rows, +-" in text
+    sampled = trained_tokens(text)
+    run.model()
+    run.tag()
+    assert run.check("--no-probe") == 0
+    text = capsys.readouterr().out
+    assert trained_tokens(text) == run.cost().trained_tokens
+    assert sampled == pytest.approx(run.cost().trained_tokens, rel=0.1)
+
+
+def trained_tokens(text: str) -> int:
+    (line,) = [line for line in text.splitlines() if line.startswith("  influence") and ":" in line]
+    return int(line.split(":")[1].split("tokens trained")[0].replace("about", "").replace(",", ""))
+
+
+def test_the_probe_gives_hours_and_leaves_the_run_directory_as_it_was(tagged: Run, capsys) -> None:
+    before = digest(tagged.root / "run")
+    assert tagged.check("--max-hours", "9") == 0
+    text = capsys.readouterr().out
+    assert f"{tagged.cost().trained_tokens:,} tokens trained" in text
+    assert "an estimate from a probe" in text and "Left out:" in text
+    assert text.count("tokens/s") == 2
+    assert digest(tagged.root / "run") == before
+    assert not ray.is_initialized()
+
+
+def test_too_many_hours_are_refused_with_what_lowers_them(tagged: Run, capsys) -> None:
+    assert tagged.check("--max-hours", "0.001") == 2
+    out, error = capsys.readouterr()
+    assert "tokens trained" in out, "the plan is shown before it is refused"
+    assert "--max-hours allows 0.00 hours" in error and "evaluate.seeds" in error
+
+
+def test_hours_need_a_probe_or_finished_runs(tagged: Run, capsys) -> None:
+    assert tagged.check("--max-hours", "9", "--no-probe") == 2
+    assert "--no-probe" in capsys.readouterr().err
+
+
+def test_a_device_that_was_not_measured_gets_no_hours(tagged: Run, capsys) -> None:
+    assert tagged.check("--max-hours", "9", "--set", "cluster.train_gpus=1") == 2
+    out, error = capsys.readouterr()
+    assert "without time: train and evaluate" in out
+    assert "cluster.train_gpus" in error
+
+
+def test_a_disk_that_is_too_small_is_noted(tagged: Run) -> None:
+    forecast = describe_plan(tagged.config).forecast
+    assert "will not fit" not in "\n".join(forecast.lines())
+    full = dataclasses.replace(forecast, free_bytes=forecast.peak_bytes - 1)
+    assert "note: this will not fit" in "\n".join(full.lines())
+
+
+def test_a_plan_at_the_budget_passes_and_one_token_less_is_refused(tagged: Run, capsys) -> None:
+    assert tagged.check("--no-probe") == 0
+    line = next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("  in all")
+    )
+    total = int(line.split(":")[2].split("token equivalents")[0].replace(",", ""))
+    assert total > tagged.cost().token_equivalents, "train and evaluate are in it"
+    assert tagged.check("--no-probe", "--max-tokens", str(total + 1)) == 0
+    assert tagged.check("--no-probe", "--max-tokens", str(total - 1)) == 2
+    error = capsys.readouterr().err
+    assert "The largest parts: " in error and "influence.replications" in error
+
+
+@pytest.mark.parametrize("flag", ["--max-tokens", "--max-hours"])
+def test_a_budget_of_nothing_is_refused_as_an_argument(tagged: Run, capsys, flag) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tagged.check(flag, "0")
+    assert ended.value.code == 2
+    assert "above 0" in capsys.readouterr().err
+
+
+def context(run: Run, limit: int | None) -> StageContext:
+    influence = run.config.influence.model_copy(update={"max_token_equivalents": limit})
+    config = run.config.model_copy(update={"influence": influence})
+    return StageContext(
+        config=config,
+        run_dir=RunDir(config.run_dir),
+        attempt=str(run.root / "attempt"),
+        upstream=run.records,
+        progress=Progress(is_terminal=False),
+        cluster=Cluster(config.cluster),
+    )
+
+
+def test_run_refuses_a_design_above_its_budget_before_it_trains(tagged: Run) -> None:
+    needed = int(tagged.cost().token_equivalents) + 1
+    check_before_influence(context(tagged, needed))
+    check_before_influence(context(tagged, None))
+    with pytest.raises(ConfigError, match=r"max_token_equivalents is .* Nothing was trained"):
+        check_before_influence(context(tagged, needed - 1))
+    assert not ray.is_initialized()
+
+
+def test_check_refuses_what_run_refuses_for_its_budget(tagged: Run, capsys) -> None:
+    assert tagged.check("--no-probe", "--set", "influence.max_token_equivalents=1000") == 2
+    assert "influence.max_token_equivalents is 1,000" in capsys.readouterr().err
+
+
+def test_stages_that_are_done_are_within_any_budget(tagged: Run) -> None:
+    everything = frozenset(stage.name for stage in STAGES)
+    forecast = describe_plan(tagged.config).forecast
+    assert forecast.left and forecast.peak_bytes > 0
+    done = dataclasses.replace(forecast, done=everything, why_no_rates="")
+    done.refuse(max_hours=1e-6, max_tokens=1)
+    assert "all of these stages are done" in "\n".join(done.lines())
+    assert done.peak_bytes == 0
+
+
+def test_the_budget_is_no_part_of_what_the_matrix_depends_on(tagged: Run) -> None:
+    stage = next(stage for stage in STAGES if stage.name == "influence")
+    plain = stage_inputs(stage, tagged.config, tagged.records)
+    assert stage_inputs(stage, context(tagged, 5).config, tagged.records) == plain
+
+
+def test_finished_runs_tell_the_speed_instead_of_a_probe(run: Run, capsys) -> None:
+    run.ingest()
+    run.model()
+    run.tag()
+    stage = next(stage for stage in STAGES if stage.name == "influence")
+    attempt = RunDir(run.config.run_dir).attempt_uri(
+        stage.folder, fingerprint(stage_inputs(stage, run.config, run.records))
+    )
+    assert isinstance(run.config, RunConfig)
+    heldout = pa.table({"input_ids": [list(range(30)), list(range(70))]})
+    storage.write_table(storage.join(attempt, "heldout.arrow"), heldout)
+    for number, seconds in enumerate((1.0, 2.0, 4.0)):
+        unit = {"trained_tokens": 2000, "seconds": seconds}
+        storage.write_json(storage.join(attempt, "units", f"r00-remove-{number:03d}.json"), unit)
+        scores = pa.table({"nll": [1.0]}, metadata={"instructmix.seconds": str(seconds)})
+        uri = storage.join(attempt, "scores", f"r00-remove-{number:03d}.parquet")
+        storage.write_table(uri, scores)
+    assert run.check() == 0
+    text = capsys.readouterr().out
+    assert "3 trainings and 3 scorings that this run directory has" in text
+    assert "one tuner 857 tokens/s (750 to 1,500)" in text
+    assert "one scorer 43 tokens/s (38 to 75)" in text
+    assert "probe" not in text
