@@ -128,11 +128,19 @@ def _verdict(found: dict[str, Any]) -> str:
         f"Asked: a cheap estimator with a median rank correlation of at least {BAR} at "
         f"{BAR_COST:.0%} or less of the reference's token equivalents."
     )
+    ceiling = ""
+    if found["ceiling"]:
+        size, values = max(found["ceiling"].items(), key=lambda item: int(item[0]))
+        ceiling = (
+            f" `retrain` with itself reaches {_interval(values)} with {size} replications a side."
+        )
+        if values[0] < BAR:
+            ceiling += " The bar lies above that: here it asks for more than the truth is known."
     if not cheap:
-        return f"{asked} **Not judged**: no estimate was measured at that cost."
+        return f"{asked} **Not judged**: no estimate was measured at that cost.{ceiling}"
     best = max(cheap, key=lambda row: row["target_rank_median"])
     name = f"`{best['setting']}` with {best['replications']} replication(s)"
     text = f"{_rank(best)} at {best['cost']:.1%} of the cost"
     if best["target_rank_median"] >= BAR:
-        return f"{asked} **Reached** by {name}: {text}."
-    return f"{asked} **Not reached**: the best is {name}, {text}."
+        return f"{asked} **Reached** by {name}: {text}.{ceiling}"
+    return f"{asked} **Not reached**: the best is {name}, {text}.{ceiling}"
