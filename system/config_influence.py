@@ -56,7 +56,7 @@ class InfluenceConfig(Section):
     warm_rows_per_category: Positive = 192
     """`branch` and `gradient`: rows of each category in the shared warm-up."""
     gradient_checkpoints: Positive = 2
-    """`gradient`: checkpoints of the warm-up, each standing for an equal part of the schedule."""
+    """`gradient`: checkpoints of the warm-up's second half at which gradients are taken."""
     projection_dim: Positive = 1 << 22
     """`gradient`: gradients with more numbers than this are projected to so many (seeded count
     sketch); below, inner products are exact. Memory: 4 bytes x this x categories x directions."""

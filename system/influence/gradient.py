@@ -7,28 +7,33 @@ over the following steps, so the row moves the weights by
     - rate * clip / denominator * grad nll(z) / (sqrt(v) + epsilon)
 
 and, to first order, lowers the loss of held-out example h by the product of that with grad loss(h).
-Rows of a dose lie anywhere in the schedule, so its K equal parts are each stood for by a checkpoint
-of a short warm-up training on the base mix, taken in the middle of its k-th part:
+Averaged over K checkpoints of a warm-up training on the base mix that is
 
-    decrease[h, j] = sum over k of  share_k rate_k clip_k / denominator
+    decrease[h, j] = sum over k of  rate / K * clip_k / denominator
                      * < grad loss(h; k),  grad nll(j; k) / (sqrt(v_k) + epsilon) >
 
 in nats per response token of h, per row of j: the unit of `retrain`'s effects.
 
     nll, loss     summed over, and averaged over, the response tokens of a row (nats);
                   nll(j): mean over the rows of j's dose
-    rate_k        mean learning rate of the k-th part of the *schedule* (not of the warm-up)
-    share_k       1 / K: the share of the schedule's steps that part k has
-    clip_k        mean factor of gradient clipping in the warm-up's k-th part
+    rate          mean learning rate of the schedule that the dose enters
+    clip_k        mean factor of gradient clipping before the checkpoint
     v_k           second moments of the warm-up at its checkpoint, bias corrected
     denominator   mean response tokens of a step of the schedule
+
+The checkpoints lie in the second half of the warm-up, the last one at its end.  Early in a training
+all categories teach the same (format, common words): there all effects look alike and large, and
+what an early row changes in those directions later rows would have changed anyway.  Near the end
+of the base mix what is left is what the base mix does not teach, which is what a dose is worth.
+(Measured: `tests/benchmarks/influence.md`.)
 
 Source: LESS (Xia et al. 2024, arXiv 2402.04333, section 2 and definition 3.1), which is TracIn
 (Pruthi et al. 2020, arXiv 2002.08484) with Adam's step on the train side and the plain gradient on
 the validation side.  Differences, each because effects are asked for and not a ranking of rows: no
 normalisation to cosines, so that units stay nats; the row's own share of the step only (LESS' Adam
-step carries the momentum, which is the same for all rows); rows are averaged before the product,
-so that exact inner products cost less than projecting every row would.
+step carries the momentum, which is the same for all rows); equal weights of late checkpoints in
+place of each one's learning rate, which is zero at the end of an annealed warm-up; rows are
+averaged before the product, so that exact inner products cost less than projecting every row.
 
 What first order leaves out: what later steps do to the change (curvature, forgetting), and that
 returns diminish within a dose, so large effects are overstated; their order is what to trust.
@@ -75,7 +80,7 @@ class GradientTask:
     """[D] plan rows of each dose."""
     part: int
     num_parts: int
-    """K: which of how many equal parts of the schedule the checkpoint stands for."""
+    """K: which of how many checkpoints."""
     dimension: int
     """At most so many numbers enter an inner product; longer vectors are projected."""
     seed: int
@@ -97,27 +102,24 @@ class Derivatives:
 
 
 def checkpoint_steps(num_steps: int, num_checkpoints: int) -> list[int]:
-    """Steps made at each checkpoint: the middles of equal parts of a schedule.
+    """Steps made at each checkpoint: the ends of equal parts of a schedule's second half.
 
     Raises:
-        DataError: more checkpoints than steps.
+        DataError: more checkpoints than steps in that half.
     """
-    if num_checkpoints > num_steps:
+    half = num_steps / 2.0
+    if num_checkpoints > half:
         raise DataError(
-            f"influence.gradient_checkpoints is {num_checkpoints}, but the warm-up has {num_steps} "
-            "steps: lower it, or raise influence.warm_rows_per_category"
+            f"influence.gradient_checkpoints is {num_checkpoints}, but the second half of the "
+            f"warm-up has {int(half)} steps: lower it, or raise influence.warm_rows_per_category"
         )
-    return [math.ceil((k + 0.5) * num_steps / num_checkpoints) for k in range(num_checkpoints)]
+    return [math.ceil(half + (k + 1) * half / num_checkpoints) for k in range(num_checkpoints)]
 
 
-def part_rate(plan: TrainPlan, settings: TrainSettings, part: int, num_parts: int) -> float:
-    """share_k rate_k: a part's mean learning rate times its share of the schedule's steps."""
-    start, stop = (edge * plan.num_steps / num_parts for edge in (part, part + 1))
-    total = 0.0
-    for step in range(plan.num_steps):
-        inside = min(stop, step + 1.0) - max(start, float(step))  # the step may straddle an edge
-        total += max(0.0, inside) * learning_rate(step, plan.num_steps, settings)
-    return total / plan.num_steps
+def mean_rate(plan: TrainPlan, settings: TrainSettings) -> float:
+    """Mean learning rate of a schedule: a dose's rows may lie anywhere in it."""
+    rates = [learning_rate(step, plan.num_steps, settings) for step in range(plan.num_steps)]
+    return sum(rates) / plan.num_steps
 
 
 def checkpoint_path(folder: Path, part: int) -> Path:
@@ -132,7 +134,7 @@ def warm_up(
     num_checkpoints: int,
     folder: Path,
 ) -> TuneStats:
-    """Trains up to the last checkpoint and writes all of them: trainable weights and moments.
+    """Trains and writes the checkpoints: trainable weights and second moments.
 
     Args:
         model: with the base weights; changed in place.
@@ -204,8 +206,7 @@ def differentiate(
     with Training(model, plan, settings) as training:
         scale_P = _load_steps(training, settings, checkpoint)
         model.eval()  # dropout would be noise here
-        rate = part_rate(plan, settings, task.part, task.num_parts)
-        scale_P *= rate / float(plan.denominators.mean())
+        scale_P *= mean_rate(plan, settings) / task.num_parts / float(plan.denominators.mean())
         project = Projection(scale_P.numel(), task.dimension, task.seed, scale_P.device)
         directions_DK = torch.stack(
             [project(_dose_gradient(training, rows).mul_(scale_P)) for rows in task.doses]

@@ -13,65 +13,72 @@ SETTINGS_TEXT = """\
 | setting | what it is |
 |---|---|
 | retrain | one run per dose from the base model |
-| branch | the same from one checkpoint of a warm-up on 40 rows a category |
+| branch | the same from one checkpoint of a short warm-up |
 | random-design | half of all doses in every run |
-| gradient | two checkpoints of a warm-up on 40 rows a category, exact inner products |
+| gradient | two checkpoints of a warm-up as long as a base run, exact inner products |
 | gradient-1, gradient-4 | one, four checkpoints |
 | gradient-8192 | as `gradient`, projected to 8192 numbers (LESS' default) |
-| gradient-40-rows | as `gradient`, with 40 of the 120 dose rows |
+| gradient-third-dose | as `gradient`, with a third of the dose rows |
+| gradient-short | as `gradient`, with a warm-up of a quarter to a third of a base run |
 """
 
 
-def write_report(path: Path, found: dict[str, Any]) -> None:
+def write_report(path: Path, conditions: dict[str, str], worlds: list[dict[str, Any]]) -> None:
     """Writes the page, and beside it the numbers."""
-    path.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-    reference = found["reference_replications"]
+    numbers = {**conditions, "worlds": worlds}
+    path.with_suffix(".json").write_text(json.dumps(numbers, indent=2) + "\n")
     lines = [
-        "# Influence estimators on planted truth: recovery against cost",
+        "# Influence estimators: recovery against cost",
         "",
-        "Written by `bench_influence.py`; numbers in `influence.json`. Nine planted categories, a",
-        "Llama of a million parameters, 160 base rows and a dose of 120 a category, 64 held-out",
-        f"rows a target, direction `remove`. Reference: {reference} replications of `retrain` on",
-        f"schedules of its own, {found['reference_equivalents']:,.0f} token equivalents (forward +",
-        f"backward = 1, forward = 1/3), {found['reference_seconds']:.0f} s.",
+        "Written by `bench_influence.py`; numbers in `influence.json`. Direction `remove`.",
+        "Reference of each world: replications of `retrain` on schedules of their own. Token",
+        "equivalents: forward + backward = 1, forward = 1/3, warm-ups and scoring included.",
         "",
-        f"commit: {found['commit']}.  machine: {found['machine']}, one thread.  versions: "
-        + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-        + ".",
+        "  ".join(f"{name}: {value}." for name, value in conditions.items()),
         "",
         SETTINGS_TEXT,
-        "## Noise ceiling",
+        "*cost*: share of the reference's token equivalents (in brackets: of one replication of",
+        "`retrain`). *rank*: rank correlation with the reference over a target's other sources,",
+        "median over targets, 95 % bootstrap interval over targets. *linear*: correlation over all",
+        "pairs off the diagonal. *signs*: pairs with the reference's sign. *planted*: signs that",
+        "the construction fixes. *zeros*: unrelated pairs whose interval covers zero. *scale*:",
+        "own effects as a multiple of the reference's, median.",
+    ]
+    for world in worlds:
+        lines += _world(world)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _world(found: dict[str, Any]) -> list[str]:
+    reference = found["reference_replications"]
+    header = ("setting", "replications", "cost", "seconds", "rank", "linear", "signs", "planted",
+              "zeros", "scale")  # fmt: skip
+    return [
         "",
-        "Rank correlation of `retrain` with itself: replications against as many others; median",
-        "over targets of the correlation over a target's eight other sources, 95 % bootstrap",
-        "interval over targets.",
+        f"## {found['world'].capitalize()}",
         "",
-        "| replications a side | median rank correlation |",
+        f"{found['text'].capitalize()}; a Llama of {found['parameters'] / 1e6:.2f} M parameters.",
+        f"Reference: {reference} replications, {found['reference_equivalents']:,.0f} token",
+        f"equivalents, {found['reference_seconds']:.0f} s.",
+        "",
+        "Noise ceiling, `retrain` with itself:",
+        "",
+        "| replications against as many others | rank |",
         "|---|---|",
         *(f"| {size} | {_interval(values)} |" for size, values in found["ceiling"].items()),
         "",
-        "## Recovery and cost",
-        "",
-        "*cost*: share of the reference's token equivalents (in brackets: of one replication of",
-        "`retrain`). *rank*: as above, with the reference. *signs*: off-diagonal entries with the",
-        "reference's sign. *planted*: signs that the construction fixes. *zeros*: unrelated pairs",
-        "whose interval covers zero. *scale*: own effects as a multiple of the reference's.",
-        "",
-        "| setting | replications | cost | seconds | rank | signs | planted | zeros | scale |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(header) + " |",
+        "|---" * len(header) + "|",
         *(_row(row, reference) for row in found["rows"]),
         "",
-        "## Rank correlation against cost",
+        "Rank correlation against cost, the bar marked:",
         "",
         "```",
         *_curve(found["rows"]),
         "```",
         "",
-        "## The bar",
-        "",
         _verdict(found),
     ]
-    path.write_text("\n".join(lines) + "\n")
 
 
 def _interval(values: Any) -> str:
@@ -90,9 +97,10 @@ def _row(row: dict[str, Any], reference: int) -> str:
         f"{row['cost']:.3f} ({row['cost'] * reference:.2f})",
         f"{row['seconds']:.0f}",
         _rank(row),
+        f"{row['linear']:.2f}",
         f"{row['sign_agreement_with_reference']:.2f}",
-        row["planted_signs_right"],
-        f"{row['unrelated_pairs_covering_zero']:.2f}",
+        row.get("planted_signs_right", "-"),
+        f"{row['unrelated_pairs_covering_zero']:.2f}" if "planted_signs_right" in row else "-",
         f"{row['own_scale']:.2f}",
     ]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
@@ -120,11 +128,19 @@ def _verdict(found: dict[str, Any]) -> str:
         f"Asked: a cheap estimator with a median rank correlation of at least {BAR} at "
         f"{BAR_COST:.0%} or less of the reference's token equivalents."
     )
+    ceiling = ""
+    if found["ceiling"]:
+        size, values = max(found["ceiling"].items(), key=lambda item: int(item[0]))
+        ceiling = (
+            f" `retrain` with itself reaches {_interval(values)} with {size} replications a side."
+        )
+        if values[0] < BAR:
+            ceiling += " The bar lies above that: here it asks for more than the truth is known."
     if not cheap:
-        return f"{asked} **Not judged**: no estimate was measured at that cost."
+        return f"{asked} **Not judged**: no estimate was measured at that cost.{ceiling}"
     best = max(cheap, key=lambda row: row["target_rank_median"])
     name = f"`{best['setting']}` with {best['replications']} replication(s)"
     text = f"{_rank(best)} at {best['cost']:.1%} of the cost"
     if best["target_rank_median"] >= BAR:
-        return f"{asked} **Reached** by {name}: {text}."
-    return f"{asked} **Not reached**: the best is {name}, {text}."
+        return f"{asked} **Reached** by {name}: {text}.{ceiling}"
+    return f"{asked} **Not reached**: the best is {name}, {text}.{ceiling}"

@@ -13,6 +13,7 @@ from system.influence.matrix import EffectMatrix, estimate_effects
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from bench_influence import Bench, Measured
+from influence_worlds import planted
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -21,7 +22,8 @@ TASKS = ("colour", "colour-reworded", "colour-contradicted", "weather")
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("planted"), 0, TASKS)
+    folder = tmp_path_factory.mktemp("planted")
+    return Bench(folder, planted(folder, 0, TASKS))
 
 
 def entry(values_TS: np.ndarray, matrix: EffectMatrix, target: str, source: str) -> float:

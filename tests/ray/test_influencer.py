@@ -353,7 +353,7 @@ def test_gradient_leaves_the_files_of_a_measured_matrix_without_a_scorer(world, 
     assert cost["runs"] == 2 and cost["scored_tokens"] == 0
     assert 0 < cost["trained_tokens"] < cost["gradient_tokens"]
     assert cost["token_equivalents"] == cost["trained_tokens"] + cost["gradient_tokens"]
-    assert 3 <= len(by_gradient.lines) <= 7 and "differentiated" in by_gradient.lines[-1]
+    assert "differentiated" in by_gradient.lines[-1]
     assert not world.path("gradient", "checkpoints").exists()
 
 
