@@ -42,6 +42,7 @@ from trainer_world import (
 )
 
 from actors.cluster import Cluster
+from actors.stage import StageContext
 from actors.trainer import run
 from system.errors import ClusterError, StageError
 from system.models.base import load_model
@@ -106,23 +107,25 @@ def undisturbed(world: Path, raylets: Raylets) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def meanwhile(action: Callable[[], None]) -> Iterator[None]:
-    """Runs the action in a thread beside the block; its error is the test's."""
+def training(context: StageContext) -> Iterator[None]:
+    """Runs the stage in a thread beside the block, and waits for it; its error is the block's.
+
+    Not the other way round: nodes join a cluster, and signals are handled, in the main thread.
+    """
     errors: list[BaseException] = []
 
-    def act() -> None:
+    def train() -> None:
         try:
-            action()
+            run(context)
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=act)
+    thread = threading.Thread(target=train, daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-    assert not errors, errors
+    yield
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def processes_called(name: str) -> list[psutil.Process]:
@@ -154,20 +157,14 @@ def test_killed_controller_and_torn_snapshots_change_nothing(world, context, und
     attempt = world / "train/controller"
     (attempt / "ray-train" / "fit-left-by-a-killed-driver").mkdir(parents=True)
     tear_snapshots(attempt)
-    seen: dict[str, int] = {}
-
-    def kill() -> None:
+    with training(context("train/controller")):
         wait_for_checkpoint(attempt, 20)
         (controller,) = processes_called("ray::TrainController")
-        seen["snapshots"] = tear_snapshots(attempt)
+        assert tear_snapshots(attempt) == 2
         controller.kill()
-        seen["committed"] = newest_commit(attempt)
-
-    with meanwhile(kill):
-        run(context("train/controller"))
-    assert seen["snapshots"] == 2
+        committed = newest_commit(attempt)
     (resumed,) = resumed_steps(world, "train/controller")
-    assert resumed % INTERVAL == 0 and resumed >= seen["committed"]
+    assert resumed % INTERVAL == 0 and resumed >= committed
     assert steps_logged(world, "train/controller") == list(range(LONG_STEPS))
     assert difference(weights(world, "train/controller"), undisturbed) == 0.0
 
@@ -191,36 +188,27 @@ def test_controller_that_keeps_dying_is_an_error_that_says_so(world, context):
     build = context("train/dying", max_failures=0)
     before = set(processes_called("ray::TrainController"))
 
-    def kill() -> None:
+    with pytest.raises(ClusterError, match=r"max_failures = 0 .*run again"), training(build):
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            for controller in set(processes_called("ray::TrainController")) - before:
-                controller.kill()
-                return
+        while not (found := set(processes_called("ray::TrainController")) - before):
+            assert time.monotonic() < deadline, "no controller was started"
             time.sleep(0.05)
-        raise AssertionError("no controller was started")
-
-    with meanwhile(kill), pytest.raises(ClusterError, match=r"max_failures = 0 .*run again"):
-        run(build)
+        for controller in found:
+            controller.kill()
     assert not (attempt / "done.json").exists()
 
 
 def test_killed_raylet_changes_nothing(world, raylets, context, undisturbed):
     attempt = world / "train/raylet"
-    seen: dict[str, int] = {}
-
-    def kill() -> None:
+    with training(context("train/raylet")):
         wait_for_checkpoint(attempt, 20)
         node = next(iter(raylets.worker_nodes))
-        seen["committed"] = newest_commit(attempt)
+        committed = newest_commit(attempt)
         kill_raylet(node)
         raylets.remove_node(node, allow_graceful=False)
         raylets.add_node(**NODE)
-
-    with meanwhile(kill):
-        run(context("train/raylet"))
     resumed = resumed_steps(world, "train/raylet")
-    assert resumed and resumed[0] >= seen["committed"]
+    assert resumed and resumed[0] >= committed
     assert all(step % INTERVAL == 0 for step in resumed)
     assert steps_logged(world, "train/raylet") == list(range(LONG_STEPS))
     assert difference(weights(world, "train/raylet"), undisturbed) == 0.0
@@ -277,17 +265,6 @@ def test_elastic_group_shrinks_and_grows_with_its_cluster(tmp_path, raylets, con
                 found.add(json.loads(commit.read_text())["world_size"])
         return found
 
-    def lose_and_gain() -> None:
-        wait_for_checkpoint(attempt, 20)
-        node = next(iter(raylets.worker_nodes))
-        kill_raylet(node)
-        raylets.remove_node(node, allow_graceful=False)
-        deadline = time.monotonic() + 120
-        while sizes() != {1}:
-            assert time.monotonic() < deadline, "the group did not go on with one worker"
-            time.sleep(0.05)
-        raylets.add_node(**NODE)
-
     joined = context("none").cluster
     elastic = build_context(
         tmp_path,
@@ -301,8 +278,16 @@ def test_elastic_group_shrinks_and_grows_with_its_cluster(tmp_path, raylets, con
         checkpoint_every=20,
         learning_rate=3e-4,
     )
-    with meanwhile(lose_and_gain):
-        run(elastic)
+    with training(elastic):
+        wait_for_checkpoint(attempt, 20)
+        node = next(iter(raylets.worker_nodes))
+        kill_raylet(node)
+        raylets.remove_node(node, allow_graceful=False)
+        deadline = time.monotonic() + 120
+        while sizes() != {1}:
+            assert time.monotonic() < deadline, "the group did not go on with one worker"
+            time.sleep(0.05)
+        raylets.add_node(**NODE)
     lines = records(tmp_path, "train/elastic")
     assert [line["step"] for line in lines] == list(range(2 * LONG_STEPS))
     changes = [lines[0]["world_size"]] + [
