@@ -32,7 +32,7 @@ quickstart: $(READY)
 
 test: $(READY)
 	@echo "== running the tests"
-	$(BIN)/python -m pytest -m "not slow and not real_model and not long"
+	$(BIN)/python -m pytest -m "not slow and not real_model"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest

@@ -67,7 +67,6 @@ def wait_for_dashboard(url: str, head: subprocess.Popen[bytes], log: Path) -> No
             time.sleep(0.5)
 
 
-@pytest.mark.long
 def test_a_submitted_job_ends_like_a_local_one(address: str, tmp_path: Path) -> None:
     config = job_config(tmp_path)
     result = run_job("submit", str(config), "--address", address, timeout=600)

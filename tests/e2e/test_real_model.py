@@ -183,7 +183,6 @@ def write_rows(path: Path, rows_per_category: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.long
 def test_a_small_run_with_lora_goes_through_all_stages_and_learns(gguf: Path, tmp_path: Path):
     write_rows(tmp_path / "rows.jsonl", 60)
     lora = {"rank": 8, "alpha": 16.0}

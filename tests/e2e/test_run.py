@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 from small_job import job_config, run_job
 
-from system.evaluation.ablation import ARMS as ABLATION_ARMS
 from system.load import load_config
 from system.rundir import RunDir
 from system.stages import STAGE_FOLDERS
@@ -141,21 +140,3 @@ def test_exports_keep_the_order(run_dir: Path, tmp_path: Path, trainer: str) -> 
 
 def test_the_resolved_configuration_runs_again_as_it_is(config: Path, run_dir: Path) -> None:
     assert load_config(str(run_dir / "config.json")) == load_config(str(config))
-
-
-@pytest.mark.slow
-def test_an_ablation_trains_only_its_arms_and_prints_paired_differences(
-    config: Path, run_dir: Path
-) -> None:
-    """Two mixes in three orders over two seeds, on the finished stages of the run."""
-    result = run_job("ablate", str(config), "--seeds", "2")
-    assert result.returncode == 0, result.stderr
-    for stage in ("influence", "solve", "select", "train"):
-        assert f"{stage}: done before" in result.stderr
-    for arm in ABLATION_ARMS:
-        assert arm in result.stdout
-    assert "What made it" in result.stdout and "2 seeds" in result.stdout
-    summary = json.loads((run_dir / "eval/summary.json").read_text())
-    assert {arm["name"] for arm in summary["arms"]} >= set(ABLATION_ARMS)
-    pairs = {(row["arm"], row["reference"]) for row in summary["comparisons"]}
-    assert {(arm, "natural") for arm in ABLATION_ARMS if arm != "natural"} <= pairs
