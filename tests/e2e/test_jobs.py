@@ -34,6 +34,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         RAY, "start", "--head", "--block", "--num-cpus=3", f"--port={free_port()}",
         "--include-dashboard=true", f"--dashboard-port={dashboard}",
         f"--ray-client-server-port={free_port()}", "--disable-usage-stats",
+        # Its default port may be another Ray's, and without an agent no job is taken.
+        f"--dashboard-agent-listen-port={free_port()}",
         "--temp-dir=/tmp/instructmix-test-head",
     ]  # fmt: skip
     with log.open("w") as file:
