@@ -143,7 +143,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def clusters() -> Iterator[list[Cluster]]:
     """Two drivers' views of one Ray, so that one can have more actors than the other."""
-    found = [Cluster(ClusterConfig(address="local", num_cpus=3)), Cluster(ClusterConfig())]
+    # Room for the scorers of both, and a selector beside them.
+    found = [Cluster(ClusterConfig(address="local", num_cpus=6)), Cluster(ClusterConfig())]
     for cluster in found:
         cluster.connect()
     yield found
