@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from bench_influence import Bench, Measured
 from influence_worlds import planted
 
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 TASKS = ("colour", "colour-reworded", "colour-contradicted", "weather")
 
