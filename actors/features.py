@@ -23,6 +23,7 @@ from actors.stage import StageContext
 from system import storage
 from system.config import ModelConfig, SelectConfig
 from system.data.corpus import Corpus, Shard, make_manifest
+from system.functions import UserFunction
 from system.models.base import load_model, load_tokenizer
 from system.selection import embed, scores
 from system.selection.scores import Block
@@ -57,10 +58,8 @@ class Featurer:
             self._tokenizer = load_tokenizer(uri, trust_remote_code=trust)
             self._max_length = config.max_length
 
-    def score(self, block: Block) -> None:
-        """Commits a block's scores by the user's function."""
-        function = scores.score_function(self._settings)
-        assert function is not None, "only asked where the scores come from a function"
+    def score(self, block: Block, function: UserFunction) -> None:
+        """Commits a block's scores by the user's function, found where the driver found it."""
         found = scores.score_with(function, self._corpus, block)
         scores.write_scores(self._attempt, block, found)
 
@@ -106,9 +105,10 @@ def _score(context: StageContext, corpus: Corpus) -> None:
     if not left:
         return
     units: dict[Hashable, tuple[Any, ...]]
-    if scores.score_function(settings) is not None:
+    function = scores.score_function(settings)
+    if function is not None:
         pool = _pool(context, corpus)
-        units = {path: (block,) for path, block in left.items()}
+        units = {path: (block, function) for path, block in left.items()}
         answers = pool.map(units, "score")
     else:
         pool = scorer.scorer_pool(context)
