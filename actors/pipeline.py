@@ -122,7 +122,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="solve", module="actors.planner", function="run_solve",
-        reads=("solve",), after=("tag", "model", "influence"), revision=3,
+        reads=("solve",), after=("tag", "model", "influence"), revision=4,
     ),
     Stage(
         name="curriculum", module="actors.planner", function="run_curriculum",

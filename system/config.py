@@ -52,7 +52,8 @@ class SolveConfig(Section):
     guard_nats: float | None = Field(default=None, ge=0)
     """The same limit in nats; give one of the two."""
     importance: Literal["base", "uniform"] | dict[str, float] = "base"
-    """Weight of each target: its base share, equal, or given by name."""
+    """Weight of each target: its base share, equal, or given by name (scaled to sum to one; targets
+    left out have none)."""
     lower: dict[str, float] = Field(default_factory=dict)
     upper: dict[str, float] = Field(default_factory=dict)
     groups: dict[str, GroupLimit] = Field(default_factory=dict)

@@ -233,7 +233,9 @@ def _importance(solve: SolveConfig, targets: tuple[str, ...]) -> np.ndarray | No
     if solve.importance == "uniform":
         return np.full(len(targets), 1.0 / len(targets))
     _check_names("solve.importance", solve.importance, targets)
-    return _per_category(solve.importance, targets, 0.0)
+    weight_T = _per_category(solve.importance, targets, 0.0)
+    # A gain is a mean over targets, whatever numbers the weights were given in.
+    return weight_T / weight_T.sum() if weight_T.sum() > 0 else weight_T
 
 
 def _per_category(

@@ -1,9 +1,13 @@
 """What a run says about a mix that leaves what was measured."""
 
 import numpy as np
+import pytest
+from influence_world import World
 from mix_reference import problem
 
-from system.planning import EXTRAPOLATES, extrapolation_notes
+from system.config import SolveConfig
+from system.influence.matrix import estimate_effects
+from system.planning import EXTRAPOLATES, extrapolation_notes, mix_options, mix_problem
 from system.solve import MixOptions, solve_mix
 
 MIX = solve_mix(
@@ -29,3 +33,19 @@ def test_a_move_beyond_the_dose_is_named_with_its_category():
 def test_a_budget_beyond_the_runs_is_said():
     (note,) = extrapolation_notes(MIX, doses(100.0), 30.0)
     assert note.startswith("the mix has 10.0 times the rows")
+
+
+@pytest.mark.parametrize("weight", [1.0, 6.0])
+def test_a_gain_is_a_mean_over_the_targets_whatever_numbers_weigh_them(weight):
+    matrix = estimate_effects(World().measure(3)).matrix
+    counts = dict.fromkeys(matrix.sources, 200)
+    named = SolveConfig(budget=1000, importance=dict.fromkeys(matrix.targets, weight))
+    even = SolveConfig(budget=1000, importance="uniform")
+    gains = [
+        solve_mix(
+            mix_problem(solve, {"remove": matrix}, counts, None),
+            mix_options(solve, is_believed=True),
+        ).expected_gain
+        for solve in (named, even)
+    ]
+    assert gains[0] == pytest.approx(gains[1])
