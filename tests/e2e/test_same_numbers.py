@@ -25,6 +25,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_driver_killed_in_every_stage_ends_in_the_same_bytes(calm: Path, tmp_path: Path) -> None:
     rough = job_config(tmp_path)
     killed = [stage for stage in KILLED_STAGES if kill_driver_in(stage, rough, 1.5)]
