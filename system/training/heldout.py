@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from system.errors import StageError
 from system.training.plan import TrainPlan
@@ -39,6 +40,11 @@ def held_out_loss(training: Training, plan: TrainPlan) -> float:
                         totals += float(total), len(nll_M)
     finally:
         training.model.train()
+        # Without a backward pass nothing shards the outermost parameters again, and whoever saves
+        # next would find whole ones that the optimiser does not know.
+        for module in training.objective.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     summed = torch.from_numpy(totals)
     if training.group is not None:
         summed = summed.to(training.device)
