@@ -279,7 +279,9 @@ def _signed(value: float | None) -> str:
     return "nothing (all are worth the same)" if value is None else f"{value:+.2f}"
 
 
-def _interval(value: float, low: float | None, high: float | None, digits: int) -> str:
+def _interval(value: float | None, low: float | None, high: float | None, digits: int) -> str:
+    if value is None:
+        return "nothing (all are alike)"
     if low is None or high is None:
         return f"{value:+.{digits}f}"
     return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"

@@ -132,10 +132,13 @@ def compiled_layers(model: torch.nn.Module) -> Iterator[None]:
     layers = decoder_layers(model)
     # Its buckets differ from pass to pass: traced, they would be compiled anew each time.
     attention.register(torch.compiler.disable(attention.segment_attention))
-    for layer in layers:
-        layer.compile(dynamic=True)
     try:
-        yield
+        # An eager vLLM engine switches dynamo off for its whole process; layers would then be
+        # "compiled" to themselves, without a word.
+        with torch._dynamo.config.patch(disable=False):
+            for layer in layers:
+                layer.compile(dynamic=True)
+            yield
     finally:
         for layer in layers:
             layer._compiled_call_impl = None

@@ -212,7 +212,7 @@ def test_choices_that_share_a_cached_prompt_are_exact_at_every_block_border(
 
 def test_generation_is_the_greedy_continuation_of_transformers(engine, model_dirs):
     model = load_model(model_dirs[0])
-    tokenizer = engine._load_tokenizer()
+    tokenizer = engine.tokenizer
     texts = ["what is two plus three", "name the capital", "plus"]
     prompts = [
         encode_prompt(tokenizer, [{"role": "user", "content": text}], CONTEXT) for text in texts
@@ -231,11 +231,11 @@ def test_generation_is_the_greedy_continuation_of_transformers(engine, model_dir
 
 
 def test_generation_stops_at_the_ids_it_is_given(engine):
-    prompt = engine._load_tokenizer()("name the capital")["input_ids"]
+    prompt = engine.tokenizer("name the capital")["input_ids"]
     longest = engine.generate([prompt], 12)[0]
-    ids = engine._load_tokenizer()(longest)["input_ids"]
+    ids = engine.tokenizer(longest)["input_ids"]
     assert len(longest) > 0
-    first = next(i for i in range(VOCABULARY) if engine._load_tokenizer().decode([i]) == longest[0])
+    first = next(i for i in range(VOCABULARY) if engine.tokenizer.decode([i]) == longest[0])
     assert engine.generate([prompt], 12, [first, ids[0]])[0] in ("", longest[0])
 
 

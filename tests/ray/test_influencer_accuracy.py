@@ -71,13 +71,16 @@ def config(root: Path, **influence: object) -> RunConfig:
 
 def test_answers_that_are_learnt_move_their_own_category(world):
     """Without its rows a category's answers are wrong; all of them are right with them."""
-    result = world.run("learnt", dose_rows=48, learning_rate=5e-3)
+    dose = 96
+    result = world.run(
+        "learnt", rows_per_category=dose, dose_rows=dose, learning_rate=3e-3, batch_size=4
+    )
     table = pq.read_table(world.path("learnt", "matrix.parquet"))
     matrix = EffectMatrix.from_table(table, direction="remove")
     assert set(matrix.targets) == {"approve", "refuse"} and len(matrix.sources) == 3
     for target in matrix.targets:
         row = matrix.targets.index(target)
-        own = matrix.effect_TS[row, matrix.sources.index(target)] * 48
+        own = matrix.effect_TS[row, matrix.sources.index(target)] * dose
         assert 0.5 < own <= 1.0 + 1e-9, f"the share of right answers that {target} owes to itself"
     summary = storage.read_json(str(world.path("learnt", "summary.json")))
     assert summary["unit"] == "share of right answers"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,10 +6,17 @@ import pytest
 from influence_world import World
 
 from system.config import InfluenceConfig
+from system.influence.agreement import split_half
 from system.influence.design import CategoryRows, Design, Replication, Target
 from system.influence.matrix import estimate_effects
 from system.influence.measurements import Losses
-from system.influence.summary import Cost, replicates_table, result_lines, summarise
+from system.influence.summary import (
+    Cost,
+    _split_half_json,
+    replicates_table,
+    result_lines,
+    summarise,
+)
 
 COST = Cost(
     runs=18, trained_tokens=90_000, scored_tokens=30_000, train_seconds=60.0, score_seconds=9.0
@@ -72,6 +80,20 @@ def test_one_schedule_is_labelled_held_out_only_and_not_believed():
     found = summary(World(), 1)
     assert found["errors"] == "held-out only" and not found["is_believed"]
     assert "one schedule only" in " ".join(result_lines(found))
+
+
+def test_interactions_that_are_all_alike_agree_on_nothing():
+    """Right answers can be all or none: every effect off the diagonal is then exactly zero."""
+    measured = World().measure(2)
+    alike = dataclasses.replace(
+        measured, differences=tuple(np.zeros_like(row) for row in measured.differences)
+    )
+    halves = _split_half_json(split_half(alike))
+    assert halves is not None and halves["rank"]["value"] is None and halves["worth"] is None
+    found = summary(World(), 2)
+    found["directions"]["remove"]["agreement"] = halves
+    lines = " ".join(result_lines(found))
+    assert "order of the interactions by nothing (all are alike)" in lines
 
 
 def test_agreement_below_the_limit_is_said():

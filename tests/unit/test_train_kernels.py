@@ -43,12 +43,16 @@ def test_compiled_layers_train_the_same_model(lora, packing):
 
 @needs_compiler
 @pytest.mark.slow
-def test_layers_really_run_compiled_and_lengths_share_what_was_compiled():
+@pytest.mark.parametrize("switched_off", [False, True], ids=["alone", "beside-an-eager-engine"])
+def test_layers_really_run_compiled_and_lengths_share_what_was_compiled(switched_off):
+    import torch._dynamo
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    trained(build_small_plan(), compile=True, micro_batch_tokens=60)
+    with torch._dynamo.config.patch(disable=switched_off):
+        trained(build_small_plan(), compile=True, micro_batch_tokens=60)
+        assert torch._dynamo.config.disable == switched_off, "the setting of others is left"
     captured = counters["stats"]["unique_graphs"]
     assert 0 < captured <= 12, "two equal layers and many lengths need a few graphs, not hundreds"
 
