@@ -29,6 +29,7 @@ from ray.train.torch import TorchTrainer
 from trainer_world import (
     LONG,
     LONG_STEPS,
+    SAME_LOSS,
     SAME_WAY,
     build_context,
     newest_commit,
@@ -47,9 +48,6 @@ from system.errors import ClusterError, StageError
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 INTERVAL = LONG["checkpoint_every"]
-SAME_LOSS = 1e-3
-"""Nats by which the loss of a step may differ where the number of workers changed: sums in another
-order."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 SLOW_TO_START = ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_METRICS_ENABLED")
 """Processes of Ray Train that no test here is about."""
