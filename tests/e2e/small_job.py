@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
+
+from system.stages import STAGE_FOLDERS
 
 ROOT = Path(__file__).parents[2]
 ROWS = 160
@@ -165,6 +168,18 @@ class WholeRun:
     def run_dir(self) -> Path:
         """Its run directory."""
         return self.config.parent / "run"
+
+    def begin_another(self, folder: Path, *stages: str) -> Path:
+        """The configuration of the same job in another folder, where these stages are done."""
+        shutil.copytree(self.config.parent / "data", folder / "data")
+        for stage in stages:
+            done = STAGE_FOLDERS[stage]
+            shutil.copytree(self.run_dir / done, folder / "run" / done, symlinks=True)
+        value = yaml.safe_load(self.config.read_text())
+        places = {"run_dir": str(folder / "run"), "data_dir": str(folder / "data")}
+        path = folder / "job.yaml"
+        path.write_text(yaml.safe_dump(value | places))
+        return path
 
     def assert_same(self, run_dir: Path) -> None:
         """Another run has the same results, as far as it went."""

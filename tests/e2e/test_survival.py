@@ -17,12 +17,13 @@ def test_a_killed_driver_and_killed_actors_change_no_number(
     whole_run: WholeRun, tmp_path: Path
 ) -> None:
     """The short one: the influence stage alone, driver and both kinds of actors killed in it."""
-    rough = job_config(tmp_path)
+    rough = whole_run.begin_another(tmp_path, "ingest", "model", "tag")
     units = tmp_path / "run/influence"
     with started("run", str(rough), "--until", "curriculum") as (process, log):
         assert wait_until(lambda: any(units.glob("*/scores/*.parquet")), process, log)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+    assert "tag: done before" in log.read_text()
     done = len(list(units.glob("*/scores/*.parquet")))
     assert 0 < done < 10, "the driver must die while there is work left"
     with started("run", str(rough), "--until", "curriculum") as (process, log):
