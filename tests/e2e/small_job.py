@@ -170,15 +170,14 @@ class WholeRun:
         return self.config.parent / "run"
 
     def begin_another(self, folder: Path, *stages: str) -> Path:
-        """The configuration of the same job in another folder, where these stages are done."""
-        shutil.copytree(self.config.parent / "data", folder / "data")
+        """The configuration of the same job on the same data with a run directory below another
+        folder, where these stages are done."""
         for stage in stages:
             done = STAGE_FOLDERS[stage]
             shutil.copytree(self.run_dir / done, folder / "run" / done, symlinks=True)
         value = yaml.safe_load(self.config.read_text())
-        places = {"run_dir": str(folder / "run"), "data_dir": str(folder / "data")}
         path = folder / "job.yaml"
-        path.write_text(yaml.safe_dump(value | places))
+        path.write_text(yaml.safe_dump(value | {"run_dir": str(folder / "run")}))
         return path
 
     def assert_same(self, run_dir: Path) -> None:
