@@ -13,9 +13,8 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import torch
-import torch.distributed as dist
+from plain_ranks import run_by_plain_ranks
 from safetensors.torch import load_file
-from torch import multiprocessing
 
 from actors.cluster import Cluster
 from actors.stage import StageContext
@@ -25,7 +24,6 @@ from system.config import RunConfig
 from system.data.corpus import make_manifest, shard_directory, write_manifest, write_shard
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord
-from system.training.job import Ranks, TrainJob, run_job
 from system.training.plan import write_plan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -186,21 +184,8 @@ def train_without_ray(root: Path, attempt: str, **train) -> Path:
     plan_uri = storage.join(context.attempt, "plan.arrow")
     write_plan(plan_uri, plan)
     job = make_job("train", plan_uri, context.attempt, context, seed=context.config.seed)
-    multiprocessing.spawn(_run_rank, args=(2, job), nprocs=2)
+    run_by_plain_ranks(job, world_size=2)
     return Path(context.attempt)
-
-
-def _run_rank(rank: int, world_size: int, job: TrainJob) -> None:
-    torch.set_num_threads(1)  # as many as a training worker has: equal bits need that
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{job.output_uri}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-    )
-    ranks = Ranks(dist.group.WORLD, dist.new_group(backend="gloo"))
-    run_job(job, ranks, torch.device("cpu"))
-    dist.destroy_process_group()
 
 
 def weights(root: Path, attempt: str) -> dict[str, torch.Tensor]:
