@@ -183,7 +183,7 @@ def test_an_actor_that_dies_in_the_middle_changes_nothing(world, finished):
 
     def kill_busy_actors() -> None:
         while not stop.is_set() and len(killed) < 2:
-            time.sleep(0.05)
+            time.sleep(0.005)  # a scoring is over soon
             for name, pool in list(world.cluster._pools.items()):
                 if name in killed or not list(world.path("killed", "units").glob("*.json")):
                     continue
