@@ -91,7 +91,7 @@ def _fit(jobs: Sequence[TrainJob], context: StageContext) -> Sequence[TrainedMod
     except ControllerError as error:
         raise ClusterError(
             f"{_request(context)} could not be started in several attempts of up to "
-            f"{START_TIMEOUT_SECONDS} s: {error.controller_failure}. Free resources or ask for "
+            f"{_start_seconds(context)} s: {error.controller_failure}. Free resources or ask for "
             "less (train.num_workers, cluster.actor_cpus, cluster.train_gpus); run again to "
             "continue from the newest checkpoint."
         ) from error
@@ -144,13 +144,15 @@ def _train_environment(context: StageContext) -> dict[str, str]:
     """Settings of Ray Train that are environment variables."""
     values = {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(
-            ELASTIC_START_SECONDS if _is_elastic(context) else START_TIMEOUT_SECONDS
-        ),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_start_seconds(context)),
     }
     if _is_local(context):  # one machine is never preempted in part: two processes less to start
         values |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
     return values
+
+
+def _start_seconds(context: StageContext) -> int:
+    return ELASTIC_START_SECONDS if _is_elastic(context) else START_TIMEOUT_SECONDS
 
 
 def _is_local(context: StageContext) -> bool:

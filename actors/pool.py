@@ -20,6 +20,13 @@ import ray.exceptions
 
 from system.errors import ClusterError
 
+_DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.OutOfMemoryError,  # Ray ends actors on a node that runs out of memory
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Done:
@@ -157,12 +164,7 @@ class ActorPool:
         except ray.exceptions.RayTaskError as error:
             self._idle.append(actor)
             raise _cause(error) from error
-        except (
-            ray.exceptions.RayActorError,
-            ray.exceptions.WorkerCrashedError,
-            ray.exceptions.NodeDiedError,
-            ray.exceptions.ObjectLostError,
-        ) as error:
+        except (*_DEATHS, ray.exceptions.ObjectLostError) as error:
             self._replace(unit, actor, error)
             return []
         self._idle.append(actor)
@@ -173,7 +175,7 @@ class ActorPool:
         actor = self._starting.pop(reference)
         try:
             ray.get(reference)
-        except (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError) as error:
+        except _DEATHS as error:
             self._failed_starts += 1
             self._bury(actor, error)
             if self._failed_starts >= self.spec.max_attempts:

@@ -3,9 +3,9 @@
     driver (trainer.fit) ── jobs ──> controller ──> worker 0 .. n-1   gloo or NCCL between them
            <── models | error ──────────────────── worker 0
 
-An error that is the input's, or that a repetition would meet again (a diverged loss), is the
-answer: raising it would only make Ray Train start the workers over.  Everything else (a lost node,
-memory, a full disk) is raised, and the restarted workers go on from the newest checkpoint.
+An error that is the input's, or that a repetition would meet again (a diverged loss, a full disk),
+is the answer: raising it would only make Ray Train start the workers over.  Everything else (a lost
+node, memory) is raised, and the restarted workers go on from the newest checkpoint.
 """
 
 from __future__ import annotations

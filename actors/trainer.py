@@ -190,8 +190,7 @@ def make_job(
         "keep_checkpoints": config.train.keep_checkpoints,
         "trust_remote_code": config.model.trust_remote_code,
         "log_to": config.train.log_to,
-        "hashes": hashes
-        | {"fingerprint of the configuration": fingerprint(config.model_dump(mode="json"))},
+        "hashes": hashes,
     }
     return TrainJob(**(values | changes))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -261,14 +262,21 @@ def upload_directory(local: Path, uri: str) -> None:
 
 
 def download_directory(uri: str, cache: Path) -> Path:
-    """A local directory with the content of the URI: itself where it is local, else a copy."""
+    """A local directory with the content of the URI: itself where it is local, else a copy.
+
+    Processes of one machine may share the cache: one fetches, the others wait for it, and a file
+    that a killed process has half fetched is fetched again.
+    """
     path = local_path(uri)
     if path is not None:
         return path
     filesystem, key = _filesystem(uri)
-    for found in filesystem.find(key):
-        target = cache / found[len(key) :].lstrip("/")
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            filesystem.get_file(found, str(target))
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process that holds it
+        for found, info in filesystem.find(key, detail=True).items():
+            target = cache / found[len(key) :].lstrip("/")
+            if not target.exists() or target.stat().st_size != info["size"]:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                filesystem.get_file(found, str(target))
     return cache

@@ -11,7 +11,7 @@ vectors and one window of candidates.  Scores and ids are streamed shard by shar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -98,16 +98,7 @@ def _choose_ranked(
     tally = Tally(category)
     held = Candidates(num_rows, seed)
     _stream(corpus, category, settings, attempt, held, tally)
-    best = held.best()
-    return Chosen(
-        category=category,
-        supply=corpus.num_rows("train", category),
-        ids=best.ids,
-        shard=best.shard,
-        row=best.row,
-        quarantined=tally.table(),
-        notes=tally.notes(),
-    )
+    return _chosen(corpus, held.best(), tally)
 
 
 def _choose_diverse(
@@ -135,16 +126,7 @@ def _choose_diverse(
         if len(rows.row) < window:
             break
         after = rows.key(-1)
-    found = Rows.joined(parts)
-    return Chosen(
-        category=category,
-        supply=corpus.num_rows("train", category),
-        ids=found.ids,
-        shard=found.shard,
-        row=found.row,
-        quarantined=tally.table(),
-        notes={**tally.notes(), TOO_SIMILAR: num_similar},
-    )
+    return _chosen(corpus, Rows.joined(parts), tally, {TOO_SIMILAR: num_similar})
 
 
 def cover_units(
@@ -179,28 +161,20 @@ def merge_ranked(
         text = part.ids.tobytes().hex()
         names = [text[start : start + 32] for start in range(0, len(text), 32)]
         held.add_ids(names, -part.key, part.shard, part.row)
-    best = held.best()
     tally = Tally(category)
     for shard in corpus.shards("train", category):
         if count_vectors(attempt, shard) < shard.rows:
             _, has_vector = read_vectors(attempt, shard)
             ids = corpus.read_shard(shard, ["id"])["id"].filter(pa.array(~has_vector))
             tally.quarantine(ids.to_pylist(), NO_VECTOR)
-    return Chosen(
-        category=category,
-        supply=corpus.num_rows("train", category),
-        ids=best.ids,
-        shard=best.shard,
-        row=best.row,
-        quarantined=tally.table(),
-    )
+    return _chosen(corpus, held.best(), tally)
 
 
 class Tally:
-    """Rows that cannot be ranked, and why."""
+    """Rows of a category that cannot be ranked, and why."""
 
     def __init__(self, category: str) -> None:
-        self._category = category
+        self.category = category
         self._ids: list[str] = []
         self._reasons: list[str] = []
         self._notes: Counter[str] = Counter()
@@ -226,7 +200,7 @@ class Tally:
         order = sorted(range(len(self._ids)), key=lambda place: self._ids[place])
         columns = {
             "id": [self._ids[place] for place in order],
-            "category": [self._category] * len(order),
+            "category": [self.category] * len(order),
             "reason": [self._reasons[place] for place in order],
         }
         return pa.table(columns, schema=QUARANTINED)
@@ -234,6 +208,20 @@ class Tally:
     def notes(self) -> dict[str, int]:
         """Reason -> rows that come behind all others."""
         return dict(sorted(self._notes.items()))
+
+
+def _chosen(
+    corpus: Corpus, rows: Rows, tally: Tally, more_notes: Mapping[str, int] | None = None
+) -> Chosen:
+    return Chosen(
+        category=tally.category,
+        supply=corpus.num_rows("train", tally.category),
+        ids=rows.ids,
+        shard=rows.shard,
+        row=rows.row,
+        quarantined=tally.table(),
+        notes={**tally.notes(), **(more_notes or {})},
+    )
 
 
 def _stream(

@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from system.errors import ModelError
-from system.models.chat import Encoded, encode_rows, template_profile
+from system.models.chat import encode_rows
+from system.models.template import Encoded, template_profile
 from system.schema import SELECTION_SCORES, TOKENS
 from system.scoring.score import score_tokens
 from system.selection.scores import judge

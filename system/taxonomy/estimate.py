@@ -86,14 +86,7 @@ def estimate_taxonomy(
         DataError: arrays that do not fit the categories, or usable entries that are not finite.
         ConfigError: a setting out of range.
     """
-    if not 0 < false_discovery_rate < 1:
-        raise ConfigError(
-            f"false_discovery_rate must lie between 0 and 1; got {false_discovery_rate!r}."
-        )
-    if asymmetry_unit not in ("nats", "gamma"):
-        raise ConfigError(f"asymmetry_unit must be nats or gamma; got {asymmetry_unit!r}.")
-    if num_bootstrap < 0:
-        raise ConfigError(f"num_bootstrap must be 0 or more; got {num_bootstrap!r}.")
+    _check_settings(false_discovery_rate, asymmetry_unit, num_bootstrap)
     table = read_table(
         categories, effect_TS, effect_se_TS, effect_RTS, degrees_of_freedom, identifiable
     )
@@ -137,6 +130,17 @@ def estimate_taxonomy(
         num_bootstrap=num_bootstrap,
         seed=seed,
     )
+
+
+def _check_settings(false_discovery_rate: float, asymmetry_unit: str, num_bootstrap: int) -> None:
+    if not 0 < false_discovery_rate < 1:
+        raise ConfigError(
+            f"false_discovery_rate must lie between 0 and 1; got {false_discovery_rate!r}."
+        )
+    if asymmetry_unit not in ("nats", "gamma"):
+        raise ConfigError(f"asymmetry_unit must be nats or gamma; got {asymmetry_unit!r}.")
+    if num_bootstrap < 0:
+        raise ConfigError(f"num_bootstrap must be 0 or more; got {num_bootstrap!r}.")
 
 
 def _read_edges(

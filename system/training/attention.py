@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from system.errors import ModelError
+
 NAME = "instructmix_segments"
 _MIN_FILL = 0.8
 """A row joins a bucket when it is at least this share of the bucket's longest."""
@@ -120,8 +122,17 @@ def segment_attention(
 
     Returns:
         [1, N, H, D] and no weights.
+
+    Raises:
+        ModelError: dropout where FlashAttention is used, which has none.
     """
     if not segments.buckets:
+        if dropout:
+            raise ModelError(
+                f"the model's configuration asks for attention dropout ({dropout:g}), which "
+                "variable-length FlashAttention does not have: set attention_dropout to 0 in its "
+                "config.json, or train in float32 (model.dtype)"
+            )
         return _varlen(query, key, value, segments, scaling), None
     parts = [_bucket(query, key, value, bucket, scaling, dropout) for bucket in segments.buckets]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None

@@ -18,6 +18,7 @@ Randomness needs no state here: every step is seeded by (seed, step, rank).
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from system import storage
 from system.errors import DataError, StageError
@@ -105,18 +107,24 @@ def load_checkpoint(
         group: process group of all ranks, on CPU.
 
     Raises:
-        StageError: its files cannot be read; it is taken out of the way, so that the next attempt
+        StageError: its files are damaged; it is taken out of the way, so that the next attempt
             resumes from the one before.
+        DataError: it holds other tensors than this training has.
+        OSError, MemoryError, RuntimeError: the storage cannot be reached, or memory is short: that
+            says nothing about the checkpoint, which stays.
     """
     state = training.state()
+    reader = _reader(checkpoint.uri)
     try:
+        _check_tensors(checkpoint.uri, reader.read_metadata(), state)
         state_dict_loader.load(
-            state,
-            storage_reader=_reader(checkpoint.uri),
-            process_group=group,
-            no_dist=group is None,
+            state, storage_reader=reader, process_group=group, no_dist=group is None
         )
+    except DataError:
+        raise
     except (Exception, CheckpointException) as error:  # whatever a damaged file may raise
+        if (cause := _elsewhere(error, checkpoint.uri)) is not None:
+            raise cause from error
         if group is None or dist.get_rank(group) == 0:
             storage.delete(storage.join(checkpoint.uri, _COMMIT))
         raise StageError(
@@ -124,6 +132,45 @@ def load_checkpoint(
             "way; run again to resume from the one before."
         ) from error
     training.set_steps_made(checkpoint.step)
+
+
+def _check_tensors(uri: str, metadata: Metadata, state: Mapping[str, torch.Tensor]) -> None:
+    """What a checkpoint of the same plan, settings and model holds depends on library versions."""
+    theirs = {
+        name: tuple(entry.size)
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    differing = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+    if differing:
+        name = differing[0]
+        raise DataError(
+            f"{uri}: the checkpoint does not hold the tensors of this training; {len(differing)} "
+            f"differ, the first is {name!r}: {theirs.get(name, 'none')} there, "
+            f"{ours.get(name, 'none')} here. The usual cause is another version of transformers, "
+            "peft or torch: go on with the versions that wrote it, or delete it to start over."
+        )
+
+
+def _elsewhere(error: BaseException, uri: str) -> BaseException | None:
+    """The cause of a failed load where it lies with memory or storage, not with the files."""
+    failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
+    for cause, _ in failures.values():
+        if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+            return cause
+        if isinstance(cause, RuntimeError) and "can't allocate memory" in str(cause):
+            return cause
+        # A missing file or a bad sector is damage; object stores give whatever they do not know
+        # the number of the latter.
+        is_damage = isinstance(cause, FileNotFoundError) or (
+            isinstance(cause, OSError)
+            and cause.errno == errno.EIO
+            and storage.local_path(uri) is not None
+        )
+        if isinstance(cause, OSError) and not is_damage:
+            return cause
+    return None
 
 
 class CheckpointWriter:
@@ -239,13 +286,28 @@ class CheckpointWriter:
         if self._is_first and self._error is None:  # its save returns after all ranks have written
             self._try(lambda: self._commit(uri, commit), _named(commit), uri)
 
-    def _commit(self, uri: str, commit: Mapping[str, Any]) -> None:
+    def check_current(self) -> None:
+        """Makes sure, before anything final is written, that no other attempt goes on in its place.
+
+        All ranks call it.
+
+        Raises:
+            StageError: another attempt has taken over.
+        """
+        if self._is_first:
+            self._try(self._check_attempt, "the checkpoints")
+        self._raise_together()
+
+    def _check_attempt(self) -> None:
         attempt = storage.read_json(storage.join(self._root, _ATTEMPT))
         if attempt != {"attempt": self.attempt}:
             raise StageError(
                 f"{self._root}: another attempt at this training has taken over "
                 f"({attempt}, this is {self.attempt}); this one stops without committing"
             )
+
+    def _commit(self, uri: str, commit: Mapping[str, Any]) -> None:
+        self._check_attempt()
         storage.write_json(storage.join(uri, _COMMIT), {**commit, "files": _sizes(uri)})
         self._prune(uri, commit["best_step"])
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -41,9 +41,6 @@ from system.training.log import TrainLog, TrainTotals
 from system.training.plan import TrainPlan, read_plan
 from system.training.settings import TrainSettings
 from system.training.train import Training
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +227,7 @@ def _train(
         log = _open_log(job, training, start, writer.attempt, device) if ranks.is_first else None
         steps = range(start, plan.num_steps)
         _make_steps(job, training, steps, heldout, writer, totals, log, ranks, on_checkpoint)
+        writer.check_current()
         if job.export == "best" and totals.best_step != plan.num_steps:
             _load_best(checkpoints_uri, identity, totals.best_step, training, ranks)
         is_whole = job.settings.lora is None and job.settings.parallel == "ddp"

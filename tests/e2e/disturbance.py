@@ -1,8 +1,7 @@
-"""Runs in the background, kills at chosen moments, and the numbers that must not depend on them."""
+"""Runs in the background, and kills at chosen moments."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import pyarrow.parquet as pq
 from small_job import ROOT, command, environment
 
 
@@ -32,7 +30,7 @@ def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
             process.wait()
 
 
-def wait_until(condition, process: subprocess.Popen[str], log: Path, seconds: float = 300) -> bool:
+def wait_until(condition, process: subprocess.Popen[str], log: Path, seconds: float = 900) -> bool:
     """True once the condition holds; false when the run ended before it did."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -63,22 +61,4 @@ def actors_of(process: subprocess.Popen[str], name: str) -> list[psutil.Process]
                 found.append(child)
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
-    return found
-
-
-def results(run_dir: Path) -> dict[str, object]:
-    """What must not depend on accidents: bytes of data and weights, numbers of scores."""
-    mix = json.loads((run_dir / "mix/mix.json").read_text())
-    del mix["solver"]["seconds"]
-    found: dict[str, object] = {
-        "mix": mix,
-        "matrix": pq.read_table(run_dir / "influence/matrix.parquet").to_pylist(),
-        "curriculum": json.loads((run_dir / "curriculum/curriculum.json").read_text()),
-    }
-    if (run_dir / "train/record.json").exists():
-        found["weights"] = (run_dir / "train/model/model.safetensors").read_bytes()
-        found["selection"] = [
-            file.read_bytes() for file in sorted((run_dir / "selection/parts").glob("*"))
-        ]
-        found["losses"] = pq.read_table(run_dir / "eval/losses.parquet").to_pylist()
     return found

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
+
+from system.stages import STAGE_FOLDERS
 
 ROOT = Path(__file__).parents[2]
 ROWS = 160
@@ -94,7 +99,7 @@ def job_config(folder: Path, **changes: Mapping[str, Any]) -> Path:
         "solve": {"budget": 200, "importance": "uniform", "move": 0.2},
         "curriculum": {"num_stages": 2, "bootstrap": 20},
         "train": {"batch_size": 16, "learning_rate": 2.0e-3, "checkpoint_every": 4},
-        "evaluate": {"test_rows": 12, "accuracy_rows": 4, "max_new_tokens": 8},
+        "evaluate": {"seeds": 2, "test_rows": 12, "accuracy_rows": 4, "max_new_tokens": 8},
         "cluster": {"num_cpus": 3, "num_tuners": 2, "engine_memory_gib": 0.25},
     }
     for section, fields in changes.items():
@@ -114,7 +119,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "RAY_worker_niceness": "0", "PYTHONPATH": str(ROOT)}
 
 
-def run_job(*arguments: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+def run_job(*arguments: str, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
     """Runs instructmix to its end."""
     return subprocess.run(
         command(*arguments),
@@ -125,3 +130,57 @@ def run_job(*arguments: str, timeout: float = 500) -> subprocess.CompletedProces
         cwd=ROOT,
         check=False,
     )
+
+
+def results(run_dir: Path) -> dict[str, Any]:
+    """What must not depend on accidents, of the stages that are done: every number."""
+    mix = json.loads((run_dir / "mix/mix.json").read_text())
+    del mix["solver"]["seconds"]
+    found: dict[str, Any] = {
+        "mix": mix,
+        "matrix": pq.read_table(run_dir / "influence/matrix.parquet").to_pylist(),
+        "curriculum": json.loads((run_dir / "curriculum/curriculum.json").read_text()),
+    }
+    if (run_dir / "selection/record.json").exists():
+        found["selection"] = pq.read_table(run_dir / "selection/parts").to_pylist()
+    if (run_dir / "train/record.json").exists():
+        found["weights"] = (run_dir / "train/model/model.safetensors").read_bytes()
+        found["losses"] = pq.read_table(run_dir / "eval/losses.parquet").to_pylist()
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeRun:
+    """A run from raw files to the report."""
+
+    config: Path
+    output: subprocess.CompletedProcess[str]
+    results: dict[str, Any]
+    """As they were then: tests go on in the same directory."""
+
+    @classmethod
+    def of(cls, config: Path, output: subprocess.CompletedProcess[str]) -> WholeRun:
+        """The run that a command has just made."""
+        assert output.returncode == 0, output.stdout + output.stderr
+        return cls(config=config, output=output, results=results(config.parent / "run"))
+
+    @property
+    def run_dir(self) -> Path:
+        """Its run directory."""
+        return self.config.parent / "run"
+
+    def begin_another(self, folder: Path, *stages: str) -> Path:
+        """The configuration of the same job on the same data with a run directory below another
+        folder, where these stages are done."""
+        for stage in stages:
+            done = STAGE_FOLDERS[stage]
+            shutil.copytree(self.run_dir / done, folder / "run" / done, symlinks=True)
+        value = yaml.safe_load(self.config.read_text())
+        path = folder / "job.yaml"
+        path.write_text(yaml.safe_dump(value | {"run_dir": str(folder / "run")}))
+        return path
+
+    def assert_same(self, run_dir: Path) -> None:
+        """Another run has the same results, as far as it went."""
+        other = results(run_dir)
+        assert {name: self.results[name] for name in other} == other

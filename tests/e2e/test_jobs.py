@@ -1,5 +1,10 @@
-"""The same job through Ray Jobs, on a cluster of its own with a dashboard."""
+"""The whole job through Ray Jobs, on a cluster of its own with a dashboard, and what follows.
 
+The submitted run is the calm one here: a local run with other numbers of everything gives its
+numbers, and an ablation starts from the stages that it has finished.
+"""
+
+import json
 import os
 import signal
 import socket
@@ -11,11 +16,14 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from small_job import ROOT, environment, job_config, run_job
+from small_job import ROOT, WholeRun, environment, job_config, run_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+from system.evaluation.ablation import ARMS as ABLATION_ARMS
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -47,15 +55,15 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         wait_for_dashboard(url, head, log)
         yield url
     finally:
+        started = psutil.Process(head.pid).children(recursive=True)
         os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
+        psutil.wait_procs(started, timeout=30)
+        os.killpg(head.pid, signal.SIGKILL)  # it goes on when what it has started is told to end
+        head.wait()
 
 
 def wait_for_dashboard(url: str, head: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while True:
         try:
             urllib.request.urlopen(f"{url}/api/version", timeout=2).close()
@@ -69,12 +77,16 @@ def wait_for_dashboard(url: str, head: subprocess.Popen[bytes], log: Path) -> No
             time.sleep(0.5)
 
 
-def test_a_submitted_job_ends_like_a_local_one(address: str, tmp_path: Path) -> None:
-    config = job_config(tmp_path)
-    result = run_job("submit", str(config), "--address", address, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "evaluate: done" in result.stdout, "the job's log must be followed"
-    assert (tmp_path / "run/report.html").exists()
+@pytest.fixture(scope="module")
+def submitted(address: str, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    config = job_config(tmp_path_factory.mktemp("submitted"))
+    return WholeRun.of(config, run_job("submit", str(config), "--address", address))
+
+
+def test_a_submitted_job_ends_like_a_local_one(submitted: WholeRun) -> None:
+    assert "evaluate: done" in submitted.output.stdout, "the job's log must be followed"
+    assert (submitted.run_dir / "report.html").exists()
+    assert submitted.results.keys() >= {"matrix", "mix", "curriculum", "selection", "weights"}
 
 
 def test_the_exit_code_of_a_refused_job_comes_back(address: str, tmp_path: Path) -> None:
@@ -94,7 +106,7 @@ def test_plain_ray_job_submit_works(address: str, tmp_path: Path) -> None:
         [RAY, "job", "submit", "--address", address, "--", sys.executable, "-m", "system.cli",
          "run", str(config), "--until", "ingest"],
         capture_output=True, text=True, env=environment() | mode,
-        cwd=ROOT, timeout=300, check=False,
+        cwd=ROOT, timeout=1200, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "run/corpus/manifest.json").exists()
@@ -106,3 +118,33 @@ def test_no_dashboard_is_a_clear_error(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert url in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_shards_actors_and_workers_change_no_number(submitted: WholeRun, tmp_path: Path) -> None:
+    """Other numbers of everything: the same matrix, mix, curriculum and selection."""
+    other = job_config(tmp_path, cluster={"num_tuners": 1, "num_ingestors": 1, "num_cpus": 2})
+    result = run_job(
+        "run", str(other), "--until", "select",
+        "--set", "ingest.chunk_bytes=3000", "--set", "ingest.shard_rows=50",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    submitted.assert_same(tmp_path / "run")
+
+
+def test_an_ablation_trains_only_its_arms_and_prints_paired_differences(
+    submitted: WholeRun,
+) -> None:
+    """Two mixes in three orders over two seeds, on the finished stages of the run."""
+    result = run_job(
+        "ablate", str(submitted.config), "--seeds", "2", "--set", "evaluate.accuracy_rows=0"
+    )
+    assert result.returncode == 0, result.stderr
+    for stage in ("influence", "solve", "select", "train"):
+        assert f"{stage}: done before" in result.stderr
+    for arm in ABLATION_ARMS:
+        assert arm in result.stdout
+    assert "What made it" in result.stdout and "2 seeds" in result.stdout
+    summary = json.loads((submitted.run_dir / "eval/summary.json").read_text())
+    assert {arm["name"] for arm in summary["arms"]} >= set(ABLATION_ARMS)
+    pairs = {(row["arm"], row["reference"]) for row in summary["comparisons"]}
+    assert {(arm, "natural") for arm in ABLATION_ARMS if arm != "natural"} <= pairs

@@ -183,7 +183,8 @@ def write_rows(path: Path, rows_per_category: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_small_run_with_lora_goes_through_all_stages_and_learns(gguf: Path, tmp_path: Path):
+def test_a_small_run_with_lora_goes_through_all_stages_and_learns(model_dir: str, tmp_path: Path):
+    """As little of everything as shows it: each set of weights is half a gigabyte."""
     write_rows(tmp_path / "rows.jsonl", 60)
     lora = {"rank": 8, "alpha": 16.0}
     config: dict[str, Any] = {
@@ -195,17 +196,17 @@ def test_a_small_run_with_lora_goes_through_all_stages_and_learns(gguf: Path, tm
         "ingest": {
             "estimate_share": 0.2, "test_share": 0.2, "min_train_rows": 16, "min_heldout_rows": 4,
         },
-        "model": {"path": str(gguf), "max_length": 64},
-        "tag": {"accuracy_rows": 12},
+        "model": {"path": model_dir, "max_length": 64},
+        "tag": {"accuracy_rows": 6},
         "influence": {
-            "rows_per_category": 8, "dose_rows": 8, "heldout_rows": 4, "replications": 2,
+            "rows_per_category": 8, "dose_rows": 8, "heldout_rows": 4, "replications": 1,
             "batch_size": 8, "learning_rate": 1.0e-3, "lora": lora,
         },
         "solve": {"budget": 36, "importance": "uniform", "move": 0.2},
         "curriculum": {"num_stages": 2, "bootstrap": 20},
         "train": {"batch_size": 6, "learning_rate": 2.0e-3, "lora": lora, "checkpoint_every": 4},
         "evaluate": {
-            "arms": ["natural", "solved-curriculum"], "seeds": 1, "test_rows": 6,
+            "arms": ["natural"], "seeds": 1, "test_rows": 6,
             "accuracy_rows": 3, "max_new_tokens": 10,
         },
         "cluster": {"num_cpus": 2, "engine_memory_gib": 0.5},
@@ -220,7 +221,7 @@ def test_a_small_run_with_lora_goes_through_all_stages_and_learns(gguf: Path, tm
         for row in summary["comparisons"]
         if row["reference"] == "base" and row["weighting"] == "uniform" and row["metric"] == "loss"
     }
-    assert set(gains) == {"natural", "solved-curriculum", "delivered"}
+    assert set(gains) == {"natural", "delivered"}
     for arm, row in gains.items():
         assert row["value"] > 0.5, f"{arm} should have learned the form of the answers: {row}"
     assert load_model(tmp_path / "run/train/model").num_parameters() > 1e8

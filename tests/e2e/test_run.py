@@ -6,25 +6,23 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from small_job import job_config, run_job
+from small_job import WholeRun, run_job
 
 from system.load import load_config
 from system.rundir import RunDir
 from system.stages import STAGE_FOLDERS
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return job_config(tmp_path_factory.mktemp("job"))
+@pytest.fixture
+def config(whole_run: WholeRun) -> Path:
+    return whole_run.config
 
 
-@pytest.fixture(scope="module")
-def run_dir(config: Path) -> Path:
-    result = run_job("run", str(config))
-    assert result.returncode == 0, result.stderr
-    return config.parent / "run"
+@pytest.fixture
+def run_dir(whole_run: WholeRun) -> Path:
+    return whole_run.run_dir
 
 
 def test_every_stage_left_its_record(run_dir: Path) -> None:

@@ -21,6 +21,7 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster as RayCluster
 
 import actors.ingestor
+import system.data.ingest_plan
 from actors import selector
 from actors.cluster import Cluster
 from actors.stage import StageContext
@@ -184,16 +185,16 @@ def test_a_bad_input_keeps_its_error_through_an_actor(config, cluster, tmp_path)
 
 
 @pytest.mark.parametrize("phase", ["chunks", "buckets"])
-def test_a_killed_driver_goes_on_where_it_was(config, reference, tmp_path, phase):
+def test_a_killed_driver_goes_on_where_it_was(config, reference, tmp_path, phase, monkeypatch):
     config_path = tmp_path / "config.json"
     config_path.write_text(config.model_dump_json())
     attempt = tmp_path / "attempt"
     # Many buckets make the second phase long enough to be hit; they change where shards end.
-    bucket_bytes = "15000"
-    command = [sys.executable, "-c", DRIVER, str(config_path), str(attempt), bucket_bytes]
+    bucket_bytes = 15_000
+    command = [sys.executable, "-c", DRIVER, str(config_path), str(attempt), str(bucket_bytes)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     done = attempt / "work" / phase
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while len(list(done.glob("*.json"))) < 3:
         assert driver.poll() is None, "the driver ended before it could be killed"
         assert time.monotonic() < deadline
@@ -205,9 +206,9 @@ def test_a_killed_driver_goes_on_where_it_was(config, reference, tmp_path, phase
     assert finished
     answer = subprocess.run(command, check=True, capture_output=True, text=True)
     assert json.loads(answer.stdout.splitlines()[-1])["read"] == NUM_ROWS
-    whole = tmp_path / "whole"
-    subprocess.run([*command[:4], str(whole), bucket_bytes], check=True, capture_output=True)
-    assert files(attempt) == files(whole)
+    monkeypatch.setattr(system.data.ingest_plan, "BUCKET_BYTES", bucket_bytes)
+    ingest_local(config, str(tmp_path / "whole"))
+    assert files(attempt) == files(tmp_path / "whole")
     one = Corpus.open(str(attempt / "manifest.json"))
     other = Corpus.open(str(reference / "manifest.json"))
     for category in other.categories:

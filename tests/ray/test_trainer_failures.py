@@ -2,7 +2,7 @@
 
 One cluster of two raylets, one CPU each: the driver and the controller live on the first.  Every
 training repeats at most one checkpoint interval and ends in the bits of the undisturbed one, or,
-where the number of workers changed, with the losses of one process.
+where the number of workers changed, so near to them that no step can be missing.
 """
 
 from __future__ import annotations
@@ -23,39 +23,31 @@ import psutil
 import pytest
 import ray
 import ray.exceptions
-import torch
 from ray.cluster_utils import Cluster as Raylets
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from trainer_world import (
     LONG,
     LONG_STEPS,
+    SAME_LOSS,
+    SAME_WAY,
     build_context,
-    build_world,
-    difference,
     newest_commit,
     records,
     resumed_steps,
     steps_logged,
+    strayed,
     wait_for_checkpoint,
-    weights,
 )
 
 from actors.cluster import Cluster
 from actors.stage import StageContext
 from actors.trainer import run
 from system.errors import ClusterError, StageError
-from system.models.base import load_model
-from system.training.plan import read_plan
-from system.training.settings import TrainSettings
-from system.training.train import train_on_plan
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 INTERVAL = LONG["checkpoint_every"]
-TOLERANCE = 1e-3
-"""Nats by which the loss of a step may differ where the number of workers changed: sums in another
-order.  A step left out or made twice shows at once."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 SLOW_TO_START = ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_METRICS_ENABLED")
 """Processes of Ray Train that no test here is about."""
@@ -79,31 +71,19 @@ def raylets() -> Iterator[Raylets]:
         cluster.shutdown()
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("long")
-    build_world(root, num_rows=4 * LONG_STEPS, hidden_size=192)
-    return root
-
-
 @pytest.fixture
-def context(world: Path, raylets: Raylets) -> Callable[..., object]:
+def context(long_world: Path, raylets: Raylets) -> Callable[..., StageContext]:
     """Builds the context of a training on the two raylets."""
     raylets.wait_for_nodes()
-    cluster = Cluster(build_context(world, "none", address=raylets.address).config.cluster)
+    cluster = Cluster(build_context(long_world, "none", address=raylets.address).config.cluster)
     cluster.connect()
 
-    def build(attempt: str, **train):
-        return build_context(world, attempt, cluster, address=raylets.address, **(LONG | train))
+    def build(attempt: str, **train) -> StageContext:
+        return build_context(
+            long_world, attempt, cluster, address=raylets.address, **(LONG | train)
+        )
 
     return build
-
-
-@pytest.fixture(scope="module")
-def undisturbed(world: Path, raylets: Raylets) -> dict[str, torch.Tensor]:
-    cluster = Cluster(build_context(world, "none", address=raylets.address).config.cluster)
-    run(build_context(world, "train/undisturbed", cluster, address=raylets.address, **LONG))
-    return weights(world, "train/undisturbed")
 
 
 @contextmanager
@@ -153,8 +133,8 @@ def tear_snapshots(attempt: Path) -> int:
     return len(folders)
 
 
-def test_killed_controller_and_torn_snapshots_change_nothing(world, context, undisturbed):
-    attempt = world / "train/controller"
+def test_killed_controller_and_torn_snapshots_change_nothing(long_world, context, undisturbed):
+    attempt = long_world / "train/controller"
     (attempt / "ray-train" / "fit-left-by-a-killed-driver").mkdir(parents=True)
     tear_snapshots(attempt)
     build = context("train/controller")
@@ -165,10 +145,10 @@ def test_killed_controller_and_torn_snapshots_change_nothing(world, context, und
         assert tear_snapshots(attempt) == 2
         controller.kill()
         committed = newest_commit(attempt)
-    (resumed,) = resumed_steps(world, "train/controller")
+    (resumed,) = resumed_steps(long_world, "train/controller")
     assert resumed % INTERVAL == 0 and resumed >= committed
-    assert steps_logged(world, "train/controller") == list(range(LONG_STEPS))
-    assert difference(weights(world, "train/controller"), undisturbed) == 0.0
+    assert steps_logged(long_world, "train/controller") == list(range(LONG_STEPS))
+    assert strayed(long_world, "train/controller", undisturbed) == 0.0
 
 
 def test_a_torn_snapshot_is_one_that_ray_train_itself_dies_of(tmp_path, context):
@@ -185,13 +165,13 @@ def test_a_torn_snapshot_is_one_that_ray_train_itself_dies_of(tmp_path, context)
         trainer.fit()
 
 
-def test_controller_that_keeps_dying_is_an_error_that_says_so(world, context):
-    attempt = world / "train/dying"
+def test_controller_that_keeps_dying_is_an_error_that_says_so(long_world, context):
+    attempt = long_world / "train/dying"
     build = context("train/dying", max_failures=0)
     before = set(processes_called("ray::TrainController"))
 
     with pytest.raises(ClusterError, match=r"max_failures = 0 .*run again"), training(build):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (found := set(processes_called("ray::TrainController")) - before):
             assert time.monotonic() < deadline, "no controller was started"
             time.sleep(0.05)
@@ -200,8 +180,8 @@ def test_controller_that_keeps_dying_is_an_error_that_says_so(world, context):
     assert not (attempt / "done.json").exists()
 
 
-def test_killed_raylet_changes_nothing(world, raylets, context, undisturbed):
-    attempt = world / "train/raylet"
+def test_killed_raylet_changes_nothing(long_world, raylets, context, undisturbed):
+    attempt = long_world / "train/raylet"
     with training(context("train/raylet")):
         wait_for_checkpoint(attempt, 20)
         node = next(iter(raylets.worker_nodes))
@@ -209,11 +189,11 @@ def test_killed_raylet_changes_nothing(world, raylets, context, undisturbed):
         kill_raylet(node)
         raylets.remove_node(node, allow_graceful=False)
         raylets.add_node(**NODE)
-    resumed = resumed_steps(world, "train/raylet")
+    resumed = resumed_steps(long_world, "train/raylet")
     assert resumed and resumed[0] >= committed
     assert all(step % INTERVAL == 0 for step in resumed)
-    assert steps_logged(world, "train/raylet") == list(range(LONG_STEPS))
-    assert difference(weights(world, "train/raylet"), undisturbed) == 0.0
+    assert steps_logged(long_world, "train/raylet") == list(range(LONG_STEPS))
+    assert strayed(long_world, "train/raylet", undisturbed) == 0.0
 
 
 @contextmanager
@@ -231,11 +211,10 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
-def test_full_disk_is_told_and_a_rerun_ends_in_the_same_bits(world, context, undisturbed):
-    attempt = world / "train/full"
+def test_full_disk_is_told_and_a_rerun_ends_in_the_same_bits(long_world, context, undisturbed):
+    attempt = long_world / "train/full"
     size = sum(
-        file.stat().st_size
-        for file in next((world / "train/undisturbed/checkpoints").glob("step-*")).iterdir()
+        file.stat().st_size for file in next((undisturbed / "checkpoints").glob("step-*")).iterdir()
     )
     with small_disk(attempt, round(1.7 * size / 2**20) + 1):  # room for one checkpoint, not two
         with pytest.raises(StageError, match=r"room for the checkpoint before step 20.*run again"):
@@ -245,68 +224,61 @@ def test_full_disk_is_told_and_a_rerun_ends_in_the_same_bits(world, context, und
         grow = ["mount", "-o", f"remount,size={round(20 * size / 2**20)}m", str(attempt)]
         subprocess.run(grow, check=True)
         run(context("train/full"))
-        assert resumed_steps(world, "train/full") == [INTERVAL]
-        assert steps_logged(world, "train/full") == list(range(LONG_STEPS))
-        assert difference(weights(world, "train/full"), undisturbed) == 0.0
+        assert resumed_steps(long_world, "train/full") == [INTERVAL]
+        assert steps_logged(long_world, "train/full") == list(range(LONG_STEPS))
+        assert strayed(long_world, "train/full", undisturbed) == 0.0
 
 
-@pytest.mark.timeout(400)
-def test_elastic_group_shrinks_and_grows_with_its_cluster(tmp_path, raylets, context, monkeypatch):
+def hold_back(pid: int, seconds: float = 400.0) -> None:
+    """Lets a process run a hundredth of the time until somebody ends it.
+
+    So a training lasts as long as what is waited for, on a machine of any speed.
+    """
+    deadline = time.monotonic() + seconds
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"nobody ended process {pid} in {seconds} s"
+            process.suspend()
+            time.sleep(2.0)
+            process.resume()
+            time.sleep(0.02)
+
+
+def sizes_committed(attempt: Path) -> set[int]:
+    """Numbers of workers that wrote the checkpoints that are there."""
+    found = set()
+    for commit in attempt.glob("checkpoints/*/COMMIT.json"):
+        with suppress(FileNotFoundError):  # deleted as we look
+            found.add(json.loads(commit.read_text())["world_size"])
+    return found
+
+
+def test_elastic_group_shrinks_and_grows_with_its_cluster(
+    long_world, raylets, context, undisturbed, monkeypatch
+):
     """World size 2 -> 1 -> 2 within one run: a raylet is lost, later another one joins.
 
-    Ray looks for new nodes every 20 seconds, so the training must be a longer one.
+    Ray looks for new nodes every 20 seconds: until then the one worker that is left is held back.
     """
-    build_world(tmp_path, num_rows=8 * 2 * LONG_STEPS, hidden_size=384)
     monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", raising=False)
-    attempt = tmp_path / "train/elastic"
-
-    def sizes() -> set[int]:
-        found = set()
-        for commit in attempt.glob("checkpoints/*/COMMIT.json"):
-            with suppress(FileNotFoundError):  # deleted as we look
-                found.add(json.loads(commit.read_text())["world_size"])
-        return found
-
-    joined = context("none").cluster
-    elastic = build_context(
-        tmp_path,
-        "train/elastic",
-        joined,
-        address=raylets.address,
-        num_workers=[1, 2],
-        resize_seconds=2,
-        batch_size=8,
-        packing=False,
-        checkpoint_every=20,
-        learning_rate=3e-4,
-    )
-    with training(elastic):
+    name, attempt = "train/elastic", long_world / "train/elastic"
+    with training(context(name, num_workers=[1, 2], resize_seconds=2)):
         wait_for_checkpoint(attempt, 20)
         node = next(iter(raylets.worker_nodes))
         kill_raylet(node)
         raylets.remove_node(node, allow_graceful=False)
-        deadline = time.monotonic() + 120
-        while sizes() != {1}:
+        deadline = time.monotonic() + 300
+        while 1 not in sizes_committed(attempt):
             assert time.monotonic() < deadline, "the group did not go on with one worker"
-            time.sleep(0.05)
+            time.sleep(0.02)
         raylets.add_node(**NODE)
-    lines = records(tmp_path, "train/elastic")
-    assert [line["step"] for line in lines] == list(range(2 * LONG_STEPS))
-    changes = [lines[0]["world_size"]] + [
-        after["world_size"]
-        for before, after in itertools.pairwise(lines)
-        if after["world_size"] != before["world_size"]
-    ]
+        hold_back(json.loads((attempt / "progress.json").read_text())["pid"])
+    lines, expected = records(long_world, name), records(long_world, "train/undisturbed")
+    assert [line["step"] for line in lines] == list(range(LONG_STEPS))
+    changes = [size for size, _ in itertools.groupby(line["world_size"] for line in lines)]
     assert changes == [2, 1, 2]
-    assert all(step % 20 == 0 for step in resumed_steps(tmp_path, "train/elastic"))
-    alone = load_model(tmp_path / "model/m/model")
-    settings = TrainSettings.from_train(elastic.config.train, elastic.config.model, seed=0)
-    result = train_on_plan(alone, read_plan(str(attempt / "plan.arrow")), settings)
-    differences = [
-        abs(line["loss"] - loss) for line, loss in zip(lines, result.losses, strict=True)
-    ]
-    assert max(differences[:25]) < TOLERANCE  # the first change of size is among them
-    # From there rounding grows by a third a step: this model starts from large random weights.
-    tenth = LONG_STEPS // 5
-    last = sum(line["loss"] for line in lines[-tenth:]) / tenth
-    assert abs(last - result.losses[-tenth:].mean()) < 0.05
+    assert all(step % INTERVAL == 0 for step in resumed_steps(long_world, name))
+    apart = [abs(line["loss"] - other["loss"]) for line, other in zip(lines, expected, strict=True)]
+    assert max(apart) < SAME_LOSS
+    assert strayed(long_world, name, undisturbed) < SAME_WAY

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import torch
+from plain_ranks import run_by_plain_ranks
 from safetensors.torch import load_file
 
 from actors.cluster import Cluster
 from actors.stage import StageContext
+from actors.trainer import make_job, plan_selection
 from system import schema, storage
 from system.config import RunConfig
 from system.data.corpus import make_manifest, shard_directory, write_manifest, write_shard
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord
+from system.training.plan import write_plan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-import itertools
 
 from training_builders import CHATML, build_model, build_tokenizer
 
@@ -31,10 +34,17 @@ WORDS = (
     "Which city is the capital of France Paris Italy Rome add return answer poem sea".split()  # noqa: SIM905
 )
 
-
 LONG = {"batch_size": 4, "checkpoint_every": 10, "learning_rate": 3e-4}
 LONG_STEPS = 300
 """Steps of the long world: enough time to be killed in, also on a fast machine."""
+SAME_WAY = 1e-4
+"""Most that a training of the long world may stray (see `strayed`) where its number of workers
+changes.  Measured: another order of the sums strays 5e-7; a step left out half-way 1e-2; moments of
+the optimiser that are lost ten steps before the end, where the learning rate is all but zero,
+1.6e-4."""
+SAME_LOSS = 1e-5
+"""Nats by which the loss of any of its steps may differ then.  Measured: 2e-7, and 4e-4 where the
+moments are lost."""
 
 
 def build_selection(num_rows: int) -> pa.Table:
@@ -83,13 +93,15 @@ def write_corpus(root: Path, num_rows: int = 12) -> None:
     write_manifest(str(root / "tags" / "t" / "manifest.json"), make_manifest(shards))
 
 
-def build_world(root: Path, *, num_rows: int = 64, hidden_size: int = 32) -> None:
-    """Writes the model, the selection, and what the model card names."""
+def build_world(
+    root: Path, *, num_rows: int = 64, hidden_size: int = 32, spread: float = 0.2
+) -> None:
+    """Writes the model (random weights of that spread), the selection, what the card names."""
     write_corpus(root)
     storage.write_json(str(root / "mix" / "m" / "mix.json"), {"status": "optimal"})
     storage.write_json(str(root / "curriculum" / "c" / "curriculum.json"), {"stages": []})
     tokenizer = build_tokenizer(CHATML)
-    model = build_model(vocab_size=len(tokenizer), hidden_size=hidden_size)
+    model = build_model(vocab_size=len(tokenizer), hidden_size=hidden_size, spread=spread)
     model.save_pretrained(root / "model" / "m" / "model")
     tokenizer.save_pretrained(root / "model" / "m" / "model")
     table = build_selection(num_rows)
@@ -162,6 +174,20 @@ def build_context(
     )
 
 
+def train_without_ray(root: Path, attempt: str, **train) -> Path:
+    """What stage `train` trains on two workers, by two plain processes; returns its directory."""
+    context = build_context(root, attempt, **train)
+    manifest = storage.read_json(context.input("select", "manifest"))
+    folder = context.input("select", "selection")
+    tables = [storage.read_table(storage.join(folder, file["path"])) for file in manifest["files"]]
+    plan, _ = plan_selection(tables, context.input("model", "model"), context)
+    plan_uri = storage.join(context.attempt, "plan.arrow")
+    write_plan(plan_uri, plan)
+    job = make_job("train", plan_uri, context.attempt, context, seed=context.config.seed)
+    run_by_plain_ranks(job, world_size=2)
+    return Path(context.attempt)
+
+
 def weights(root: Path, attempt: str) -> dict[str, torch.Tensor]:
     return load_file(root / attempt / "model" / "model.safetensors")
 
@@ -176,7 +202,32 @@ def difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) ->
     return max(float((left[name] - right[name]).detach().abs().max()) for name in left)
 
 
-def wait_for_checkpoint(attempt: Path, step: int, seconds: float = 200.0) -> dict:
+def strayed(root: Path, attempt: str, reference: Path) -> float:
+    """How far a training ended from the reference, as a share of the way that this one went.
+
+    Source of the measure: the usual relative error, with the update in the denominator, since most
+    of what the weights are was there before the training.
+    """
+    start = load_file(root / "model/m/model/model.safetensors")
+    end = load_file(reference / "model/model.safetensors")
+    found = weights(root, attempt)
+    assert start.keys() == end.keys() == found.keys()
+    apart = sum(float((found[name] - end[name]).double().square().sum()) for name in end)
+    way = sum(float((end[name] - start[name]).double().square().sum()) for name in end)
+    return (apart / way) ** 0.5
+
+
+def wait_until_gone(pid: int, seconds: float = 300.0) -> None:
+    """Waits for the end of a process; one that nobody collects counts as ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        deadline = time.monotonic() + seconds
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"process {pid} did not end in {seconds} s"
+            time.sleep(0.05)
+
+
+def wait_for_checkpoint(attempt: Path, step: int, seconds: float = 400.0) -> dict:
     """The progress of a training that has committed a checkpoint of a step or later."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -15,7 +15,8 @@ from training_builders import (
 
 from system import schema
 from system.errors import DataError, ModelError
-from system.models.chat import encode, encode_prompt, encode_table, template_profile
+from system.models.chat import encode, encode_prompt, encode_table
+from system.models.template import template_profile
 
 SINGLE = [
     {"role": "user", "content": "What is 2 + 2?"},

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from training_builders import (
     build_model,
     build_settings,
@@ -18,6 +19,7 @@ from system import storage
 from system.config import LoraConfig
 from system.errors import DataError, StageError
 from system.training.checkpoint import (
+    Checkpoint,
     CheckpointWriter,
     find_checkpoints,
     load_checkpoint,
@@ -33,7 +35,7 @@ def plan_of_six_steps():
     return build_small_plan(build_tokens(48), batch_size=8)
 
 
-def run_all(root: Path | None, *, keep: int = 2, is_async: bool = False, **changes):
+def run_all(root: Path | str | None, *, keep: int = 2, is_async: bool = False, **changes):
     """Six steps without a break, saving after steps 2 and 4."""
     model = build_model()
     with Training(model, plan_of_six_steps(), build_settings(**changes)) as training:
@@ -66,6 +68,11 @@ def resume(root: Path, **changes):
         for step in range(newest.step, 6):
             training.step(step)
     return weights_of(model), newest
+
+
+def load_into(model, checkpoint: Checkpoint) -> None:
+    with Training(model, plan_of_six_steps(), build_settings()) as training:
+        load_checkpoint(checkpoint, training)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -108,6 +115,50 @@ def test_unreadable_checkpoint_of_the_right_size_is_taken_out_of_the_way(tmp_pat
     with pytest.raises(StageError, match="taken out of the way"):
         resume(tmp_path)
     assert resume(tmp_path)[1].step == 2
+
+
+def test_an_unreachable_storage_costs_no_checkpoint(tmp_path, monkeypatch):
+    """Else an outage during a resume would throw one checkpoint after the other away."""
+    root = f"memory://outage/{tmp_path.name}"
+    run_all(root)
+    newest = find_checkpoints(root, IDENTITY)[0]
+
+    def unreachable(self, path, mode="rb", **_):
+        raise ConnectionError("the object store does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "_open", unreachable)
+        with pytest.raises(ConnectionError, match="does not answer"):
+            load_into(build_model(), newest)
+    assert [c.step for c in find_checkpoints(root, IDENTITY)] == [4, 2]
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), torch.OutOfMemoryError("none left")])
+def test_too_little_memory_to_load_costs_no_checkpoint(tmp_path, monkeypatch, error):
+    run_all(tmp_path)
+
+    def no_memory(self, *_, **__):
+        raise error
+
+    newest = find_checkpoints(str(tmp_path), IDENTITY)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.distributed.checkpoint.FileSystemReader.read_data", no_memory)
+        with pytest.raises(type(error), match="none left"):
+            load_into(build_model(), newest)
+    assert find_checkpoints(str(tmp_path), IDENTITY)[0] == newest
+
+
+def test_checkpoint_with_other_tensors_is_refused_and_stays(tmp_path):
+    """The same plan, settings and model by their hashes, but other libraries make other names."""
+    run_all(tmp_path)
+    newest = find_checkpoints(str(tmp_path), IDENTITY)[0]
+    with pytest.raises(
+        DataError, match=r"the first is 'exp_avg\..*\(200, 32\) there, \(200, 64\) here"
+    ):
+        load_into(build_model(hidden_size=64), newest)
+    with pytest.raises(DataError, match=r"'exp_avg\.lm_head\.weight': none there"):
+        load_into(build_model(tied=False), newest)
+    assert find_checkpoints(str(tmp_path), IDENTITY)[0] == newest
 
 
 @pytest.mark.parametrize("field", ["plan", "settings", "model"])

@@ -15,7 +15,7 @@ from system.config import RunConfig, SelectConfig
 from system.errors import ConfigError, DataError
 from system.functions import UserFunction
 from system.load import parse_config
-from system.models.chat import Encoded
+from system.models.template import Encoded
 from system.rundir import StageRecord
 from system.selection import scores
 from system.selection.choose import choose_rows

@@ -1,7 +1,10 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from system import storage
 from system.errors import DataError
@@ -84,6 +87,40 @@ def test_directories_travel_to_a_store_and_back(tmp_path: Path) -> None:
     back = storage.download_directory("memory://travel/model", tmp_path / "back")
     assert (back / "b/x").read_text() == "x"
     assert (back / "y").read_text() == "y"
+
+
+def test_a_file_that_a_killed_process_has_half_fetched_is_fetched_again(tmp_path: Path) -> None:
+    storage.write_bytes("memory://half-fetched/model/weights", b"0123456789")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy/weights").write_bytes(b"01234")
+    storage.download_directory("memory://half-fetched/model", tmp_path / "copy")
+    assert (tmp_path / "copy/weights").read_bytes() == b"0123456789"
+
+
+def test_readers_that_share_a_cache_wait_for_the_one_that_fetches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the workers of one machine do, which all start at once."""
+    storage.write_bytes("memory://shared-cache/model/weights", b"0123456789")
+    fetched = []
+
+    def slowly(self: MemoryFileSystem, source: str, target: str) -> None:
+        fetched.append(source)
+        with open(target, "wb") as file:
+            for byte in self.cat_file(source):
+                file.write(bytes([byte]))
+                file.flush()
+                time.sleep(0.01)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", slowly)
+
+    def read(_: int) -> bytes:
+        folder = storage.download_directory("memory://shared-cache/model", tmp_path / "copy")
+        return (folder / "weights").read_bytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(read, range(4))) == {b"0123456789"}
+    assert len(fetched) == 1
 
 
 def test_unknown_protocol_says_what_to_install() -> None:

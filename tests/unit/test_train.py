@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from system.config import LoraConfig
 from system.errors import ModelError, StageError
+from system.training.attention import build_segments, segment_attention
 from system.training.loss import head_loss
 from system.training.microbatch import build_microbatch
 from system.training.objective import Layout, Objective, training_layout
@@ -171,6 +173,19 @@ def test_contaminating_attention_is_noticed_and_not_used(monkeypatch):
         assert not layout.is_flat
     monkeypatch.undo()
     attention.register()
+
+
+def test_attention_dropout_that_flash_attention_lacks_is_refused():
+    lengths = np.array([3, 2])
+    segments = build_segments(lengths, torch.device("cpu"), torch.float32)
+    flash = replace(segments, buckets=())  # as on a GPU in bfloat16
+    states = torch.ones(1, 2, 5, 8)
+    with pytest.raises(ModelError, match="attention_dropout to 0"):
+        segment_attention(torch.nn.Identity(), *[states] * 3, None, segments=flash, dropout=0.1)
+    out, _ = segment_attention(
+        torch.nn.Identity(), *[states] * 3, None, segments=segments, dropout=0.1
+    )
+    assert out.shape == (1, 5, 2, 8)
 
 
 def test_lora_trains_only_adapters_and_merges_them():

@@ -130,6 +130,21 @@ def test_killed_job_on_an_object_store_ends_as_if_nothing_had_happened(tmp_path,
     assert without_times(steps) == without_times(metrics(whole))
 
 
+def test_an_attempt_that_was_taken_over_delivers_nothing(tmp_path, base):
+    """Workers that outlive their driver within the last interval of the training."""
+    job = build_job(tmp_path, base)
+    attempt = Path(job.output_uri) / "checkpoints" / "attempt.json"
+
+    def take_over(report: dict) -> None:
+        if report["step"] == 4:  # the last checkpoint of six steps
+            attempt.write_text('{"attempt": "another"}')
+
+    with pytest.raises(StageError, match="taken over"):
+        run_job(job, Ranks(), CPU, take_over)
+    assert not (Path(job.output_uri) / "model").exists()
+    assert not (Path(job.output_uri) / "done.json").exists()
+
+
 def test_finished_job_is_not_trained_again(tmp_path, base):
     job = build_job(tmp_path, base)
     first = run_job(job, Ranks(), CPU)

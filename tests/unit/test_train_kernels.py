@@ -25,8 +25,11 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, targets=("q_proj", "up_proj"))])
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("lora", "packing"),
+    [(None, True), (LoraConfig(rank=2, targets=("q_proj", "up_proj")), False)],
+    ids=["full", "adapters"],
+)
 def test_compiled_layers_train_the_same_model(lora, packing):
     plan = build_small_plan(packing=packing)
     if lora is None:

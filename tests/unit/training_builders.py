@@ -78,9 +78,18 @@ def build_tokenizer(template: str | None, *, metaspace: bool = False) -> PreTrai
 
 
 def build_model(
-    *, vocab_size: int = 200, seed: int = 0, hidden_size: int = 32, tied: bool = True
+    *,
+    vocab_size: int = 200,
+    seed: int = 0,
+    hidden_size: int = 32,
+    tied: bool = True,
+    spread: float = 0.2,
 ) -> LlamaForCausalLM:
-    """A tiny Llama with random weights; more key-value sharing than a toy needs, on purpose."""
+    """A tiny Llama with random weights; more key-value sharing than a toy needs, on purpose.
+
+    `spread` is the standard deviation of the weights: large by default, so that every part of the
+    network shows in the loss.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -91,7 +100,7 @@ def build_model(
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
-        initializer_range=0.2,
+        initializer_range=spread,
     )
     return LlamaForCausalLM(config).eval()
 
