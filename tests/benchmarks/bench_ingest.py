@@ -1,7 +1,7 @@
 """Ingest against what people use today, on real rows, side by side in one run.
 
     python tests/benchmarks/bench_ingest.py --data-dir DIR --work-dir /tmp/bench --out ingest.json \
-        --processes 1 2 [--data-juicer-python /other/venv/bin/python]
+        --processes 1 2 [--only ... data-juicer --data-juicer-python /other/venv/bin/python]
     python tests/benchmarks/bench_ingest.py --out ingest.json --report ingest.md
 
 `DIR` holds the five files of `configs/real_cpu.yaml`.  Each contender (`ingest_contenders.py`) runs
@@ -11,23 +11,25 @@ disk.  The seconds are those of the whole process.  Every contender also reads a
 
     rows/s = (rows - few) / (seconds for all - seconds for few)
 
-is what it does once it runs.  The contenders take turns in every round.  A run adds its rounds to
-those that are in `--out` already, where rows and commit are the same.
+is what it does once it runs; the same with processor time (user and system, all processes) says
+more on a machine that others use too.  (Ray's workers do not show in it, so it is left out there.)
+The contenders take turns in every round.  A run adds its rounds to those that are in `--out`
+already, where rows and commit are the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from conditions import ROOT, commit, hardware, last_json, run_contender, versions
-from ingest_contenders import CONTENDERS
+from ingest_contenders import CONTENDERS, uses_ray
+from ingest_data_juicer import used
 from ingest_rows import DUPLICATE_SHARE, write_rows
 
 DATA_JUICER = "data-juicer"
@@ -38,11 +40,7 @@ def run_child(arguments: argparse.Namespace) -> None:
     """One contender; prints what it says of itself as JSON."""
     files = sorted(arguments.input.glob("*.jsonl"))
     rows = CONTENDERS[arguments.child](files, arguments.work_dir, arguments.processes[0])
-    own, children = (
-        resource.getrusage(who).ru_maxrss / 1024
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    print(json.dumps({"rows": rows, "peak_mib": own, "largest_child_mib": children}))
+    print(json.dumps({"rows": rows, **used()}))
 
 
 def measure(
@@ -67,33 +65,32 @@ def measure(
     return {**last_json(printed), "seconds": seconds}
 
 
-def measure_round(arguments: argparse.Namespace, folders: dict[int, Path]) -> list[dict[str, Any]]:
+def measure_round(
+    arguments: argparse.Namespace, folders: dict[int, Path]
+) -> Iterator[dict[str, Any]]:
     """Every contender once, with each number of processes, on few and on all rows."""
-    names = list(arguments.only)
-    if arguments.data_juicer_python:
-        names.append(DATA_JUICER)
-    found = []
     for processes in arguments.processes:
-        for name in names:
+        for name in arguments.only:
             few, full = (measure(name, processes, folders[rows], arguments) for rows in folders)
             for rows, run in zip(folders, (few, full), strict=True):
                 if run["rows"] != rows:
                     raise SystemExit(f"{name}: expected {rows} rows, found {run['rows']}")
-            steady = (full["rows"] - few["rows"]) / (full["seconds"] - few["seconds"])
-            run = {
+            num_rows = full["rows"] - few["rows"]
+            found = {
                 "contender": name,
                 "processes": processes,
                 "start_seconds": round(few["seconds"], 2),
                 "seconds": round(full["seconds"], 2),
-                "rows_per_second": round(steady),
+                "rows_per_second": round(num_rows / (full["seconds"] - few["seconds"])),
                 "peak_mib": round(full["peak_mib"]),
-                "largest_child_mib": round(full["largest_child_mib"]),
                 "load": hardware()["load"][0],
-                **{key: full[key] for key in full if key == "version"},
             }
-            print(run, flush=True)
-            found.append(run)
-    return found
+            if not uses_ray(name, processes):
+                cpu_seconds = full["cpu_seconds"] - few["cpu_seconds"]
+                found["rows_per_cpu_second"] = round(num_rows / cpu_seconds)
+            found |= {key: full[key] for key in full if key == "version"}
+            print(found, flush=True)
+            yield found
 
 
 def inputs(arguments: argparse.Namespace) -> dict[int, Path]:
@@ -143,7 +140,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS))
+    names = [*CONTENDERS, DATA_JUICER]
+    parser.add_argument("--only", nargs="+", choices=names, default=list(CONTENDERS))
     parser.add_argument("--data-juicer-python", type=Path)
     parser.add_argument("--report", type=Path, help="write the table of --out, measure nothing")
     parser.add_argument("--child", choices=list(CONTENDERS))
@@ -161,10 +159,10 @@ def main() -> None:
     folders = inputs(arguments)
     record = summary(arguments, folders[arguments.rows])
     for _ in range(arguments.rounds):
-        record["runs"] += measure_round(arguments, folders)
-        if arguments.out:
-            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-    sys.stdout.flush()
+        for run in measure_round(arguments, folders):
+            record["runs"].append(run)
+            if arguments.out:
+                arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

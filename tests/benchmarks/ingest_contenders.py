@@ -138,3 +138,8 @@ CONTENDERS: dict[str, Contender] = {
     "datasets-batched": datasets_batched,
     "ray-data": ray_data,
 }
+
+
+def uses_ray(name: str, processes: int) -> bool:
+    """Whether the contender's work is done in processes that are not its children."""
+    return name == "ray-data" or (name.startswith("instructmix") and processes > 1)
