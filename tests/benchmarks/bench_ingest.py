@@ -134,7 +134,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=300_000)
-    parser.add_argument("--few", type=int, default=2_000)
+    parser.add_argument("--few", type=int, default=5_000)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--work-dir", type=Path)
     parser.add_argument("--out", type=Path)
