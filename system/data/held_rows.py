@@ -55,33 +55,24 @@ class HeldRows:
         self.num_bytes += batch.num_bytes
         self.num_bytes += 4 * sum(len(vector) for vector in labels.embedding if vector)
 
-    def take(self, by_bucket: bool) -> tuple[pa.Table, np.ndarray]:
-        """All rows as a SPILL table with each row's bucket; nothing is held afterwards.
-
-        With `by_bucket` the rows come bucket by bucket: cheaper here than in a finished table.
-        """
+    def take(self) -> tuple[pa.Table, np.ndarray]:
+        """All rows as a SPILL table with each row's bucket; nothing is held afterwards."""
         if not self._ids:
             return SPILL.empty_table(), np.zeros(0, np.int64)
         digests = np.frombuffer(b"".join(self._ids), np.uint8).reshape(-1, 16)
         heads = np.ascontiguousarray(digests[:, :4]).view(">u4")[:, 0]
         buckets = bucket_of_heads(heads, self._num_buckets)
         places = np.concatenate(self._places)
-        labels: list[list[Any]] = list(self._labels)
-        if by_bucket and (buckets[1:] < buckets[:-1]).any():
-            order = np.argsort(buckets, kind="stable")
-            digests, buckets, places = digests[order], buckets[order], places[order]
-            rows = order.tolist()
-            labels = [[column[row] for row in rows] for column in labels]
-            self._order_turns(order)
+        labels = self._labels
         columns = {
             "id": _hex_strings(digests),
-            "category": pa.array(labels[0], pa.string()),
+            "category": pa.array(labels.category, pa.string()),
             "source": pa.repeat(pa.scalar(self._source, pa.string()), len(digests)),
             "messages": self._messages(),
-            "answer": pa.array(labels[1], pa.string()),
-            "answer_pattern": pa.array(labels[2], pa.string()),
-            "score": pa.array(labels[3], pa.float64()),
-            "embedding": pa.array(labels[4], EMBEDDING),
+            "answer": pa.array(labels.answer, pa.string()),
+            "answer_pattern": pa.array(labels.answer_pattern, pa.string()),
+            "score": pa.array(labels.score, pa.float64()),
+            "embedding": pa.array(labels.embedding, EMBEDDING),
             "split": pa.array(places[:, 0].astype(np.int8)),
             "file": pa.array(places[:, 1].astype(np.int32)),
             "start": pa.array(np.ascontiguousarray(places[:, 2])),
@@ -89,17 +80,6 @@ class HeldRows:
         }
         self._clear()
         return pa.table(columns, schema=SPILL), buckets
-
-    def _order_turns(self, order: np.ndarray) -> None:
-        """Brings turns into the order of the rows; `order` lists rows by their old numbers."""
-        num_turns = np.array(self._num_turns, np.int64)
-        starts = np.cumsum(num_turns) - num_turns
-        moved = num_turns[order]
-        within = np.arange(len(self._texts)) - np.repeat(np.cumsum(moved) - moved, moved)
-        turns = np.repeat(starts[order], moved) + within
-        self._num_turns = moved.tolist()
-        self._roles = bytearray(np.frombuffer(self._roles, np.uint8)[turns].tobytes())
-        self._texts = [self._texts[turn] for turn in turns.tolist()]
 
     def _messages(self) -> pa.Array:
         codes = pa.array(np.frombuffer(self._roles, np.uint8).astype(np.int32))

@@ -213,7 +213,7 @@ class _ChunkWorker:
 
     def _flush(self) -> None:
         """Writes the rows held, without those that a filter rejects."""
-        rows, buckets = self._held.take(by_bucket=not self._filters)
+        rows, buckets = self._held.take()
         if self._filters and rows.num_rows:
             kept = np.ones(rows.num_rows, bool)
             for place, reason, name in run_filters(self._filters, rows):
