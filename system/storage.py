@@ -14,7 +14,9 @@ import os
 import re
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -148,6 +150,37 @@ def atomic_output(uri: str) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+class Writers:
+    """Writes files beside the work that makes them, some at a time.
+
+    Waiting for a disk to have the bytes, or for an object store's answer, costs no processor time,
+    and several such waits at once take little longer than one.  When the block ends well, all files
+    are there; the first error is raised, at the latest then.
+    """
+
+    def __init__(self, num_threads: int = 4) -> None:
+        self._threads = ThreadPoolExecutor(num_threads)
+        self._limit = 2 * num_threads
+        self._under_way: deque[Future[None]] = deque()
+
+    def write(self, uri: str, data: Any) -> None:
+        """Writes the bytes (any buffer), atomically; may wait for files before it."""
+        while len(self._under_way) >= self._limit:
+            self._under_way.popleft().result()
+        self._under_way.append(self._threads.submit(write_bytes, uri, data))
+
+    def __enter__(self) -> Writers:
+        """Nothing is under way."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for all files; after an error, only for those that are being written."""
+        self._threads.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            for file in self._under_way:
+                file.result()
 
 
 def full_disk(error: BaseException) -> OSError | None:

@@ -83,36 +83,57 @@ def split_lines(blocks: Iterator[bytes], start: int, end: int | None) -> Iterato
     A line belongs to the range [start, end) of the file in which its first byte lies.  With a
     start above 0 the blocks begin at the byte before it, which tells whether a line begins there.
     """
+    for run in split_runs(blocks, start, end):
+        if run is None:
+            yield None
+        else:
+            yield from run.split(b"\n")
+
+
+def split_runs(blocks: Iterator[bytes], start: int, end: int | None) -> Iterator[bytes | None]:
+    """The same lines, as many at a time as a block holds: joined by LF, without the last one's."""
     position = start - 1 if start else 0
     is_first = start > 0
-    for line, size in _raw_lines(blocks):
+    for run, size in _raw_runs(blocks):
+        begin, position = position, position + size + 1
         if is_first:
+            # What stands before the first LF belongs to the range before this one.
             is_first = False
-        elif end is not None and position >= end:
+            cut = -1 if run is None else run.find(b"\n")
+            if run is None or cut < 0:
+                continue
+            run, begin = run[cut + 1 :], begin + cut + 1
+        if end is not None and begin >= end:
             return
-        else:
-            yield line
-        position += size + 1
+        if end is not None and run is not None and begin + len(run) >= end:
+            cut = run.find(b"\n", max(end - 1 - begin, 0))
+            if cut >= 0:
+                yield run[:cut]
+                return
+        yield run
 
 
-def _raw_lines(blocks: Iterator[bytes]) -> Iterator[tuple[bytes | None, int]]:
+def _raw_runs(blocks: Iterator[bytes]) -> Iterator[tuple[bytes | None, int]]:
+    """Whole lines with their size together; None: one line that is too long."""
     held: list[bytes] = []
     size = 0
     for block in blocks:
-        head, newline, rest = block.partition(b"\n")
-        size += len(head)
-        if size <= MAX_ROW_BYTES:
-            held.append(head)
-        else:
+        first, last = block.find(b"\n"), block.rfind(b"\n")
+        size += len(block) if first < 0 else first
+        is_too_long = size > MAX_ROW_BYTES
+        if is_too_long:
             held.clear()
-        if not newline:
+        if first < 0:
+            if not is_too_long:
+                held.append(block)
             continue
-        yield (b"".join(held) if size <= MAX_ROW_BYTES else None), size
-        lines = rest.split(b"\n")
-        last = lines.pop()
-        for line in lines:
-            yield line, len(line)
-        held, size = [last], len(last)
+        if is_too_long:
+            yield None, size
+            if last > first:
+                yield block[first + 1 : last], last - first - 1
+        else:
+            yield b"".join([*held, block[:last]]), size + last - first
+        held, size = [block[last + 1 :]], len(block) - last - 1
     if size:
         yield (b"".join(held) if size <= MAX_ROW_BYTES else None), size
 

@@ -30,7 +30,7 @@ NORMALISATION_VERSION = 1
 
 _CONTROL_BYTES = bytes([*range(0x09), *range(0x0E, 0x20), 0x7F])
 _CONTROL_CHARS = _CONTROL_BYTES.decode("latin-1")
-_LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c]")
+_LINE_ENDS = ("\r\n", "\r", "\x0b", "\x0c")  # the first one before the second
 _FOLLOWS = {
     "start": {"system", "user"},
     "system": {"user"},
@@ -68,7 +68,8 @@ class Conversation(NamedTuple):
 def normalise_text(text: str) -> str:
     """The text with LF line ends, in NFC, without surrounding blank lines and trailing space."""
     if "\r" in text or "\x0c" in text or "\x0b" in text:
-        text = _LINE_ENDS.sub("\n", text)
+        for line_end in _LINE_ENDS:
+            text = text.replace(line_end, "\n")
     if not text.isascii() and not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
     return text.rstrip().lstrip("\n")

@@ -20,12 +20,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
 from system import storage
+from system.data.canonical import canonical_table
 from system.data.conversation import SPLITS
 from system.errors import DataError
 from system.schema import CORPUS, check_table
@@ -141,14 +141,22 @@ def write_shard(
 
     The bytes depend on the rows alone, not on how the table came about.
     """
+    shard, data = shard_of(path, table, split, category)
+    with storage.atomic_output(storage.join(base_uri, path)) as file:
+        file.write(memoryview(data))
+    return shard
+
+
+def shard_of(
+    path: str, table: pa.Table, split: str, category: str | None
+) -> tuple[Shard, pa.Buffer]:
+    """The shard that `write_shard` writes, and its bytes."""
     table = canonical_table(check_table(table, CORPUS, path))
     sink = pa.BufferOutputStream()
     with pyarrow.ipc.new_file(sink, CORPUS) as writer:
         writer.write_table(table, max_chunksize=_BATCH_ROWS)
     data = sink.getvalue()
-    with storage.atomic_output(storage.join(base_uri, path)) as file:
-        file.write(memoryview(data))
-    return Shard(
+    shard = Shard(
         path=path,
         split=split,
         category=category,
@@ -157,44 +165,7 @@ def write_shard(
         last_id=table["id"][-1].as_py(),
         sha256=hashlib.sha256(data).hexdigest(),
     )
-
-
-def canonical_table(table: pa.Table) -> pa.Table:
-    """The same rows in buffers that depend on nothing but the rows.
-
-    Offsets start at 0, a validity bitmap exists only where there are nulls, and what lies under a
-    null is zero.
-    """
-    columns = [_canonical_array(table.column(name).combine_chunks()) for name in table.column_names]
-    return pa.table(columns, schema=table.schema)
-
-
-def _canonical_array(array: pa.Array | pa.ChunkedArray) -> pa.Array:
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    mask = array.is_null() if array.null_count else None
-    kind = array.type
-    if pa.types.is_list(kind):
-        lengths = pc.fill_null(pc.list_value_length(array), 0)
-        offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths))]).astype(np.int32)
-        values = _canonical_array(array.flatten())
-        return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind, mask=mask)
-    if pa.types.is_struct(kind):
-        children = [_canonical_array(child) for child in array.flatten()]
-        return pa.StructArray.from_arrays(children, fields=list(kind), mask=mask)
-    if mask is None:
-        if array.offset == 0 and array.buffers()[0] is None and _starts_at_zero(array):
-            return array
-        return pc.take(array, pa.array(np.arange(len(array))))
-    zero = "" if pa.types.is_string(kind) else 0
-    filled = pc.fill_null(array, pa.scalar(zero, kind))
-    return pc.if_else(mask, pa.scalar(None, kind), filled)
-
-
-def _starts_at_zero(array: pa.Array) -> bool:
-    if not pa.types.is_string(array.type) or not len(array):
-        return not pa.types.is_string(array.type)
-    return int(np.frombuffer(array.buffers()[1], np.int32, 1)[0]) == 0
+    return shard, data
 
 
 class Corpus:

@@ -131,7 +131,10 @@ def _alpaca(row: Row) -> list[Turn]:
 
 
 def _prompt_completion(row: Row) -> list[Turn]:
-    prompt = row.get("prompt")
+    prompt, completion = row.get("prompt"), row.get("completion")
+    is_plain = row.keys().isdisjoint(_BESIDE)
+    if is_plain and type(prompt) is str and type(completion) is str and completion:
+        return [("user", prompt), ("assistant", completion)]
     answer_key = _first_key(row, _COMPLETIONS)
     turns = _system_turns(row, "system", "system_prompt")
     turns += _chat(prompt) if isinstance(prompt, list) else [("user", _text(row, "prompt"))]

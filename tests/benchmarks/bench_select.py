@@ -23,132 +23,20 @@ to be written.  Memory: `anon` is what a process holds itself (peak of RssAnon, 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.ipc
+from conditions import commit, hardware, last_json, run_contender, versions
+from select_corpus import NUM_CATEGORIES, ingest_real, real_lengths, write_corpus
 
-NUM_CATEGORIES = 14
-SHARD_ROWS = 50_000
-TEXT_BYTES = 64 * 2**20
 OURS = ("random", "quality", "quality+diversity", "facility-location")
 THEIRS = ("datasets-random", "datasets-quality")
-
-
-def real_lengths(data_dir: Path, work: Path) -> np.ndarray:
-    """[N, 2] characters of prompt (all turns but the last) and response of the real rows."""
-    from system.data.corpus import Corpus
-    from system.data.ingest import ingest_local
-    from system.load import load_config
-
-    kept = work / "lengths.npy"
-    if not kept.exists():
-        example = str(Path(__file__).parents[2] / "configs" / "real_cpu.yaml")
-        config = load_config(example, [f"data_dir={data_dir}", f"run_dir={work / 'real'}"])
-        ingest_local(config, str(work / "real"))
-        corpus = Corpus.open(str(work / "real" / "manifest.json"))
-        rows = [
-            (sum(len(turn["content"]) for turn in turns[:-1]), len(turns[-1]["content"]))
-            for category in corpus.categories
-            for table in corpus.iter_tables("train", category, ["messages"])
-            for turns in table["messages"].to_pylist()
-        ]
-        np.save(kept, np.array(rows, np.int64))
-        shutil.rmtree(work / "real")
-    return np.load(kept)
-
-
-def random_text(seed: int) -> np.ndarray:
-    """[TEXT_BYTES] uint8: random words of 2 to 9 letters."""
-    draw = np.random.default_rng(seed)
-    letters = np.frombuffer(b"etaoinshrdlcumwfgypbvk", np.uint8)
-    text = letters[draw.integers(0, len(letters), TEXT_BYTES)]
-    text[np.cumsum(draw.integers(3, 11, TEXT_BYTES // 10))] = ord(" ")
-    return text
-
-
-def random_ids(draw: np.random.Generator, count: int, low: float, high: float) -> pa.Array:
-    """Ordered random content ids, from a range of all."""
-    heads = np.sort(draw.integers(int(low * 2**62), int(high * 2**62), count)).astype(np.uint64)
-    raw = np.empty((count, 2), ">u8")
-    raw[:, 0], raw[:, 1] = heads << np.uint64(2), draw.integers(0, 2**63, count)
-    text = raw.tobytes().hex()
-    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * 32)
-    return pa.StringArray.from_buffers(count, offsets.buffers()[1], pa.py_buffer(text.encode()))
-
-
-def messages_of(draw: np.random.Generator, lengths: np.ndarray, text: np.ndarray) -> pa.Array:
-    """Conversations of one question and one answer."""
-    from system.schema import MESSAGES
-
-    count = len(lengths)
-    ends = np.concatenate([[0], np.cumsum(lengths.reshape(-1))])
-    start = int(draw.integers(0, len(text)))
-    bytes_ = np.take(text, np.arange(start, start + ends[-1]), mode="wrap")
-    offsets = pa.array(ends.astype(np.int32))
-    contents = pa.StringArray.from_buffers(2 * count, offsets.buffers()[1], pa.py_buffer(bytes_))
-    roles = pa.array(["user", "assistant"]).take(pa.array(np.tile([0, 1], count)))
-    turns = pa.StructArray.from_arrays([roles, contents], fields=list(MESSAGES.value_type))
-    places = pa.array(np.arange(0, 2 * count + 1, 2, dtype=np.int32))
-    return pa.ListArray.from_arrays(places, turns, type=MESSAGES)
-
-
-def write_corpus(folder: Path, num_rows: int, lengths: np.ndarray, is_index: bool) -> None:
-    """Shards and manifest; with `is_index` only the columns that choosing reads."""
-    from system.data.corpus import Shard, make_manifest, write_manifest
-    from system.schema import CORPUS
-
-    draw = np.random.default_rng(num_rows)
-    text = random_text(0)
-    shards = []
-    for category in range(NUM_CATEGORIES):
-        total = num_rows // NUM_CATEGORIES + (category < num_rows % NUM_CATEGORIES)
-        cuts = -(-total // SHARD_ROWS)
-        for cut in range(cuts):
-            count = total * (cut + 1) // cuts - total * cut // cuts
-            columns: dict[str, Any] = {
-                "id": random_ids(draw, count, cut / cuts, (cut + 1) / cuts),
-                "score": pa.array(draw.normal(size=count)),
-            }
-            if not is_index:
-                sizes = lengths[draw.integers(0, len(lengths), count)]
-                name = pa.scalar(f"category_{category:02d}", pa.string())
-                columns |= {
-                    "category": pa.repeat(name, count),
-                    "source": pa.repeat(pa.scalar("generated"), count),
-                    "messages": messages_of(draw, sizes, text),
-                    "answer": pa.nulls(count, pa.string()),
-                    "answer_pattern": pa.nulls(count, pa.string()),
-                    "embedding": pa.nulls(count, CORPUS.field("embedding").type),
-                }
-            table = pa.table(columns)
-            if not is_index:
-                table = table.select(CORPUS.names).cast(CORPUS)
-            path = f"category_{category:02d}/{cut:05d}.arrow"
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            with pyarrow.ipc.new_file(str(folder / path), table.schema) as writer:
-                writer.write_table(table, max_chunksize=8192)
-            shards.append(
-                Shard(
-                    path=path, split="train", category=f"category_{category:02d}", rows=count,
-                    first_id=table["id"][0].as_py(), last_id=table["id"][-1].as_py(),
-                    sha256=hashlib.sha256(path.encode()).hexdigest(),
-                )
-            )  # fmt: skip
-    write_manifest(str(folder / "manifest.json"), make_manifest(shards))
 
 
 def quotas_of(take: int) -> dict[str, int]:
@@ -287,37 +175,26 @@ def measure(name: str, corpus: Path, arguments: argparse.Namespace) -> dict[str,
     out = arguments.work_dir / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    command = [sys.executable, __file__, "--child", name, "--corpus", str(corpus), "--out-dir",
-               str(out), "--take", str(arguments.take)]  # fmt: skip
+    command = [__file__, "--child", name, "--corpus", str(corpus), "--out-dir", str(out),
+               "--take", str(arguments.take)]  # fmt: skip
     command += ["--index"] if arguments.index else []
-    answer = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    shutil.rmtree(out, ignore_errors=True)
-    if answer.returncode:
-        raise SystemExit(f"{name} failed:\n{answer.stderr[-3000:]}")
-    return json.loads(answer.stdout.splitlines()[-1])
+    try:
+        printed = run_contender(name, command, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    return last_json(printed)
 
 
 def coverage_on_real_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Mean similarity of a category's rows to the nearest of the 5 % chosen, by size of block."""
     from system.config import SelectConfig
-    from system.data.corpus import Corpus
-    from system.data.ingest import ingest_local
-    from system.load import load_config
     from system.selection import embed
     from system.selection.choose import choose_rows
     from system.selection.coverage import coverage
 
     work = arguments.work_dir / "real"
     shutil.rmtree(work, ignore_errors=True)
-    example = str(Path(__file__).parents[2] / "configs" / "real_cpu.yaml")
-    config = load_config(example, [f"data_dir={arguments.data_dir}", f"run_dir={work}"])
-    ingest_local(config, str(work))
-    corpus = Corpus.open(str(work / "manifest.json"))
+    corpus = ingest_real(arguments.data_dir, work)
     shards = [s for name in corpus.categories for s in corpus.shards("train", name)]
     counted = [embed.count_words(corpus, s, sum(t.rows for t in shards)) for s in shards]
     counts = np.sum([found for found, _ in counted], axis=0)
@@ -342,18 +219,6 @@ def coverage_on_real_rows(arguments: argparse.Namespace) -> Iterator[dict[str, A
             found[f"{num_blocks} blocks" if num_blocks else "random"] = round(value, 4)
         yield found
     shutil.rmtree(work)
-
-
-def hardware() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return {
-        "cpu": next(names, platform.processor()),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "load": [round(value, 1) for value in os.getloadavg()],
-    }
 
 
 def run_size(num_rows: int, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -410,17 +275,14 @@ def main() -> None:
     for item in coverage_on_real_rows(arguments) if arguments.coverage else sizes:
         print(json.dumps(item), flush=True)
         results.append(item)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     summary = {
         "benchmark": "select",
         "take": arguments.take,
         "index": arguments.index,
         "results": results,
         "hardware": hardware(),
-        "versions": {name: version(name) for name in ("datasets", "numpy", "pyarrow")},
-        "commit": commit,
+        "versions": versions("datasets", "numpy", "pyarrow"),
+        "commit": commit(),
     }
     if arguments.out:
         arguments.out.write_text(json.dumps(summary, indent=2) + "\n")

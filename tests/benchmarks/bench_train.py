@@ -21,9 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from conditions import commit, hardware, last_json, run_contender, versions
 
 TRAINERS = ("instructmix", "trl-packed", "trl", "trainer")
 MAX_LENGTH = 512
@@ -84,18 +83,13 @@ def labelled(row: dict[str, Any]) -> list[int]:
     return [-100] * row["prompt"] + row["input_ids"][row["prompt"] :]
 
 
-def run_instructmix(model_dir: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """This project's loop."""
+def build_packed_plan(rows: list[dict[str, Any]]) -> Any:
+    """This project's plan for the rows."""
     import pyarrow as pa
-    import torch
 
     from system import schema
-    from system.models.base import load_model
     from system.training.plan import build_plan
-    from system.training.settings import TrainSettings
-    from system.training.train import train_on_plan
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = pa.table(
         {
             "id": [row["id"] for row in rows],
@@ -106,9 +100,20 @@ def run_instructmix(model_dir: str, rows: list[dict[str, Any]]) -> dict[str, Any
             ],
         }
     ).cast(schema.TOKENS)
-    plan = build_plan(
+    return build_plan(
         tokens, ["all"] * len(rows), batch_size=BATCH_ROWS, max_length=MAX_LENGTH, packing=True
     )
+
+
+def run_instructmix(model_dir: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """This project's loop."""
+    import torch
+
+    from system.models.base import load_model
+    from system.training.settings import TrainSettings
+    from system.training.train import train_on_plan
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = TrainSettings(
         learning_rate=1e-4,
         lr_schedule="linear",
@@ -116,6 +121,7 @@ def run_instructmix(model_dir: str, rows: list[dict[str, Any]]) -> dict[str, Any
         micro_batch_tokens=MICRO_BATCH_TOKENS,
         dtype="bfloat16" if device == "cuda" else "float32",
     )
+    plan = build_packed_plan(rows)
     model = load_model(model_dir, device=device)
     start, cpu_start = time.perf_counter(), time.process_time()
     result = train_on_plan(model, plan, settings)
@@ -305,26 +311,15 @@ def main() -> None:
 
 def run_process(name: str, model_dir: str, args: argparse.Namespace) -> dict[str, Any]:
     """One trainer in a fresh process."""
-    command = [
-        sys.executable, __file__, "--one", name, "--model", model_dir, "--rows", str(args.rows),
-    ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(args.threads),
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    command = [__file__, "--one", name, "--model", model_dir, "--rows", str(args.rows)]
+    environment = {"OMP_NUM_THREADS": str(args.threads), "TRANSFORMERS_VERBOSITY": "error"}
+    return last_json(run_contender(name, command, environment))
 
 
 def report(
     runs: dict[str, list[dict[str, Any]]], model_dir: str, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Medians over rounds, ratios, machine, versions, commit."""
-    from importlib.metadata import version
-
     from transformers import AutoConfig
 
     rows = build_rows(args.rows, AutoConfig.from_pretrained(model_dir).vocab_size)
@@ -346,11 +341,9 @@ def report(
     record = {
         "benchmark": "train",
         "config": {**vars(args), "max_length": MAX_LENGTH, "batch_rows": BATCH_ROWS},
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "machine": hardware(),
+        "versions": versions("torch", "transformers", "trl"),
+        "commit": commit(),
         "matmul_peak_gflops": peak / 1e9,
         "results": summary,
         "speedup": {

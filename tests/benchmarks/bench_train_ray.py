@@ -12,11 +12,9 @@ alone does to the number.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,11 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import itertools
-
-from bench_train import BATCH_ROWS, MAX_LENGTH, build_model, build_rows
+from bench_train import BATCH_ROWS, build_model, build_packed_plan, build_rows
+from conditions import ROOT, commit, hardware, run_contender, versions
 
 CHECKPOINT_EVERY = 20
 WAYS = ("bare", "ray")
@@ -36,33 +31,18 @@ WAYS = ("bare", "ray")
 
 def build_job(root: Path, model: str, num_rows: int) -> Any:
     """The plan and the base model on disk, and a job without an output directory."""
-    import pyarrow as pa
     from transformers import AutoConfig
 
-    from system import schema
     from system.training.job import TrainJob
-    from system.training.plan import build_plan, write_plan
+    from system.training.plan import write_plan
     from system.training.settings import TrainSettings
 
     if not (root / "model").exists():
         build_model(root / "model", model)
     rows = build_rows(num_rows, AutoConfig.from_pretrained(root / "model").vocab_size)
-    tokens = pa.table(
-        {
-            "id": [row["id"] for row in rows],
-            "category": ["all"] * len(rows),
-            "input_ids": [row["input_ids"] for row in rows],
-            "response_mask": [
-                [place >= row["prompt"] for place in range(len(row["input_ids"]))] for row in rows
-            ],
-        }
-    ).cast(schema.TOKENS)
-    plan = build_plan(
-        tokens, ["all"] * len(rows), batch_size=BATCH_ROWS, max_length=MAX_LENGTH, packing=True
-    )
     plan_uri = str(root / "plan.arrow")
     if not Path(plan_uri).exists():
-        write_plan(plan_uri, plan)
+        write_plan(plan_uri, build_packed_plan(rows))
     return TrainJob(
         name="bench",
         plan_uri=plan_uri,
@@ -194,15 +174,10 @@ def main() -> None:
         for way in WAYS if number % 2 == 0 else WAYS[::-1]:
             output = root / f"{way}-{number}"
             command = [
-                sys.executable, __file__, "--one", way, "--root", str(root), "--model", args.model,
+                __file__, "--one", way, "--root", str(root), "--model", args.model,
                 "--rows", str(args.rows), "--output", str(output),
             ]  # fmt: skip
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
+            run_contender(way, command, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
             runs[way].append(steady(output))
             print(way, runs[way][-1], file=sys.stderr, flush=True)
     record = report(runs, args)
@@ -213,7 +188,6 @@ def main() -> None:
 
 def report(runs: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> dict[str, Any]:
     """Overhead by round and its median, beside what two bare runs differ by."""
-    from importlib.metadata import version
 
     def overheads(name: str) -> list[float]:
         pairs = zip(runs["ray"], runs["bare"], strict=True)
@@ -224,11 +198,9 @@ def report(runs: dict[str, list[dict[str, float]]], args: argparse.Namespace) ->
     return {
         "benchmark": "train-ray",
         "config": {**vars(args), "checkpoint_every": CHECKPOINT_EVERY, "batch_rows": BATCH_ROWS},
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("torch", "transformers", "ray")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "machine": hardware(),
+        "versions": versions("torch", "transformers", "ray"),
+        "commit": commit(),
         "runs": runs,
         "overhead_of_the_median_step": {
             "by_round": medians, "median": statistics.median(medians)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,16 @@ from system.data.corpus import Corpus
 from system.data.ingest import ingest_local
 
 LENIENT = {"min_train_rows": 1, "min_heldout_rows": 1, "max_rejected_share": 1.0}
+
+BROKEN = [
+    (b'{"prompt": "q", "completion": ', "bad-json"),
+    (b'{"prompt": "\xff", "completion": "a"}', "bad-utf8"),
+    (b'{"prompt": "\\ud800", "completion": "a"}', "bad-utf8"),
+    ({"prompt": "q"}, "missing-field"),
+    ({"prompt": "q", "completion": "  "}, "empty-turn"),
+    ({"prompt": "q\x07", "completion": "a"}, "control-characters"),
+    ({"prompt": "q" * 5000, "completion": "a"}, "too-long"),
+]
 
 
 def run_config(data_dir: Path, *sources: SourceConfig, **ingest: Any) -> RunConfig:
@@ -39,6 +50,23 @@ def numbered(count: int, start: int = 0) -> list[dict[str, str]]:
         {"prompt": f"What is {k} plus {k}?", "completion": f"It is {2 * k}."}
         for k in range(start, start + count)
     ]
+
+
+def messy_rows(seed: int, count: int = 400) -> list:
+    """Good rows, repeats, broken rows and blank lines in random order."""
+    draw = random.Random(seed)
+    rows: list = []
+    for k in range(count):
+        kind = draw.random()
+        if kind < 0.7 or not rows:
+            rows.append({**numbered(1, k)[0], "task": draw.choice("ab")})
+        elif kind < 0.85:
+            rows.append(draw.choice(rows))
+        elif kind < 0.95:
+            rows.append(draw.choice(BROKEN)[0])
+        else:
+            rows.append(b"")
+    return rows
 
 
 class Ingested:

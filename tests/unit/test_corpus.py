@@ -8,10 +8,10 @@ import pytest
 from ingest_builders import ingest, numbered, write_lines
 
 from system.config import SourceConfig
+from system.data.canonical import canonical_table
 from system.data.conversation import content_id
 from system.data.corpus import (
     Corpus,
-    canonical_table,
     make_manifest,
     moved_shards,
     read_manifest,

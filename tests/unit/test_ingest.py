@@ -1,24 +1,26 @@
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import random
-import resource
-import subprocess
-import sys
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ingest_builders import Ingested, ingest, numbered, run_config, write_lines
+from ingest_builders import (
+    BROKEN,
+    Ingested,
+    ingest,
+    messy_rows,
+    numbered,
+    run_config,
+    write_lines,
+)
 
 from system import storage
 from system.config import SourceConfig
 from system.data.conversation import SPLITS
 from system.data.ingest import (
-    STEPS,
     bucket_inputs,
     check_rejected,
     finish_ingest,
@@ -29,38 +31,12 @@ from system.data.ingest import (
     reduce_bucket,
     source_fingerprint,
 )
-from system.errors import DataError, StageError
+from system.errors import DataError
 
-BROKEN = [
-    (b'{"prompt": "q", "completion": ', "bad-json"),
-    (b'{"prompt": "\xff", "completion": "a"}', "bad-utf8"),
-    (b'{"prompt": "\\ud800", "completion": "a"}', "bad-utf8"),
-    ({"prompt": "q"}, "missing-field"),
-    ({"prompt": "q", "completion": "  "}, "empty-turn"),
-    ({"prompt": "q\x07", "completion": "a"}, "control-characters"),
-    ({"prompt": "q" * 5000, "completion": "a"}, "too-long"),
-]
 BROKEN_MESSAGES = [
     ({"messages": [{"role": "user", "content": "q"}]}, "no-assistant-turn"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "wrong-role-order"),
 ]
-
-
-def messy_rows(seed: int, count: int = 400) -> list:
-    """Good rows, repeats, broken rows and blank lines in random order."""
-    draw = random.Random(seed)
-    rows: list = []
-    for k in range(count):
-        kind = draw.random()
-        if kind < 0.7 or not rows:
-            rows.append({**numbered(1, k)[0], "task": draw.choice("ab")})
-        elif kind < 0.85:
-            rows.append(draw.choice(rows))
-        elif kind < 0.95:
-            rows.append(draw.choice(BROKEN)[0])
-        else:
-            rows.append(b"")
-    return rows
 
 
 @pytest.mark.parametrize(("row", "reason"), BROKEN)
@@ -318,107 +294,6 @@ def test_the_fingerprint_changes_with_the_files(tmp_path):
     assert list(before) == [str(path), str(tmp_path / "bench.jsonl")]
     os.utime(path, ns=(1, 1))
     assert source_fingerprint(config)[str(path)] != before[str(path)]
-
-
-def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", numbered(30))
-    plan = plan_ingest(run_config(tmp_path), str(tmp_path / "attempt"))
-    with path.open("ab") as file:
-        file.write(b'{"prompt": "late", "completion": "row"}\n')
-    with pytest.raises(DataError, match="changed while it was read"):
-        ingest_chunk(plan, 0)
-    assert read_outcome(plan, 0) is None
-
-
-def test_a_truncated_archive_leaves_no_manifest(tmp_path):
-    whole = write_lines(tmp_path / "plain.jsonl", numbered(3000)).read_bytes()
-    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(whole)[:-2000])
-    with pytest.raises(DataError, match="cut off"):
-        ingest(tmp_path, SourceConfig(path="rows.jsonl.gz"))
-    assert not list((tmp_path / "attempt").rglob("*.json"))
-
-
-@pytest.mark.parametrize("deduplicate", ["exact", "near"])
-def test_an_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
-    tmp_path, monkeypatch, deduplicate
-):
-    write_lines(tmp_path / "rows.jsonl", messy_rows(7))
-    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 8000)
-    config = run_config(tmp_path, max_chars=1000, chunk_bytes=2000, deduplicate=deduplicate)
-    whole = Ingested(config, tmp_path / "whole").files()
-    plan = plan_ingest(config, "")
-    units = {"read": len(plan.chunks), "reduce": plan.num_buckets}
-    if deduplicate == "near":
-        units |= {"sign": plan.num_buckets, "match": plan.num_buckets}
-    assert min(units.values()) > 3
-    calls = dict.fromkeys(units, 0)
-
-    def interrupted(step):
-        def do(*args):
-            calls[step.name] += 1
-            if calls[step.name] == 3:
-                raise KeyboardInterrupt
-            return step.do(*args)
-
-        return replace(step, do=do)
-
-    for name in units:
-        monkeypatch.setitem(STEPS, name, interrupted(STEPS[name]))
-    for _ in units:
-        with pytest.raises(KeyboardInterrupt):
-            ingest_local(config, str(tmp_path / "again"))
-    ingest_local(config, str(tmp_path / "again"))
-    assert calls == {name: count + 1 for name, count in units.items()}
-    found = {
-        str(path.relative_to(tmp_path / "again")): path.read_bytes()
-        for path in sorted((tmp_path / "again").rglob("*"))
-        if path.is_file()
-    }
-    assert found == whole
-
-
-def test_lost_spill_rows_fail_the_stage_instead_of_the_counts(tmp_path):
-    write_lines(tmp_path / "rows.jsonl", numbered(20))
-    plan = plan_ingest(run_config(tmp_path), str(tmp_path / "attempt"))
-    outcome = ingest_chunk(plan, 0)
-    storage.write_bytes(str(tmp_path / "attempt" / "work" / "keep"), b"")
-    with pytest.raises(StageError, match="20 rows were read"):
-        finish_ingest(plan, [outcome], [])
-
-
-def test_an_unwritable_place_is_an_error_and_leaves_nothing(tmp_path):
-    write_lines(tmp_path / "rows.jsonl", numbered(3))
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError):
-        ingest_local(run_config(tmp_path), str(tmp_path / "file" / "attempt"))
-
-
-def test_a_full_disk_leaves_no_manifest_and_a_rerun_completes(tmp_path):
-    """The file-size limit stands for the disk: a write fails in the middle of a file."""
-    write_lines(tmp_path / "rows.jsonl", numbered(3000))
-    config = run_config(tmp_path, chunk_bytes=30_000)
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    program = (
-        "import sys, pathlib; from system.config import RunConfig; "
-        "from system.data.ingest import ingest_local; "
-        "ingest_local(RunConfig.model_validate_json(pathlib.Path(sys.argv[1]).read_text()), "
-        "sys.argv[2])"
-    )
-    attempt = tmp_path / "full"
-    full = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "config.json"), str(attempt)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000)),
-        capture_output=True,
-        text=True,
-    )
-    assert full.returncode != 0
-    assert "File too large" in full.stderr
-    assert not (attempt / "manifest.json").exists()
-    assert not [path for path in attempt.rglob(".*") if path.is_file()]
-    ingest_local(config, str(attempt))
-    whole = Ingested(config, tmp_path / "whole")
-    found = {name: (attempt / name).read_bytes() for name in whole.files()}
-    assert found == whole.files()
 
 
 def test_a_corpus_can_lie_on_remote_storage(tmp_path):

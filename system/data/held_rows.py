@@ -1,0 +1,108 @@
+"""Normalised rows, column by column, until there are enough to write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from system.data.ingest_plan import SPILL, bucket_of_heads
+from system.data.labels import LabelColumns
+from system.data.normal_batch import ROLES, NormalBatch
+from system.schema import EMBEDDING, MESSAGES
+
+
+class HeldRows:
+    """Rows of one source on their way to a SPILL table."""
+
+    def __init__(self, source: str, num_buckets: int) -> None:
+        self._source = source
+        self._num_buckets = num_buckets
+        self._clear()
+
+    def _clear(self) -> None:
+        # Flat columns: a container for each row would keep the garbage collector busy.
+        self.num_bytes = 0
+        self._ids: list[bytes] = []
+        self._num_turns: list[int] = []
+        self._roles = bytearray()
+        self._texts: list[bytes] = []
+        self._labels = LabelColumns([], [], [], [], [])
+        self._places: list[np.ndarray] = []
+
+    @property
+    def num_rows(self) -> int:
+        """Rows held."""
+        return len(self._ids)
+
+    def add(self, batch: NormalBatch, labels: LabelColumns, places: np.ndarray) -> None:
+        """Takes the rows of a batch.
+
+        Args:
+            batch: its rows, `rejected` is not looked at.
+            labels: of the same rows.
+            places: [rows, 4] int64: split, file, start of the piece, row within it.
+        """
+        self._ids += batch.ids
+        self._num_turns += batch.num_turns
+        self._roles += batch.roles
+        self._texts += batch.texts
+        column: list[Any]
+        for column, values in zip(self._labels, labels, strict=True):
+            column.extend(values)
+        self._places.append(places)
+        self.num_bytes += batch.num_bytes
+        self.num_bytes += 4 * sum(len(vector) for vector in labels.embedding if vector)
+
+    def take(self) -> tuple[pa.Table, np.ndarray]:
+        """All rows as a SPILL table with each row's bucket; nothing is held afterwards."""
+        if not self._ids:
+            return SPILL.empty_table(), np.zeros(0, np.int64)
+        digests = np.frombuffer(b"".join(self._ids), np.uint8).reshape(-1, 16)
+        heads = np.ascontiguousarray(digests[:, :4]).view(">u4")[:, 0]
+        buckets = bucket_of_heads(heads, self._num_buckets)
+        places = np.concatenate(self._places)
+        labels = self._labels
+        columns = {
+            "id": _hex_strings(digests),
+            "category": pa.array(labels.category, pa.string()),
+            "source": pa.repeat(pa.scalar(self._source, pa.string()), len(digests)),
+            "messages": self._messages(),
+            "answer": pa.array(labels.answer, pa.string()),
+            "answer_pattern": pa.array(labels.answer_pattern, pa.string()),
+            "score": pa.array(labels.score, pa.float64()),
+            "embedding": pa.array(labels.embedding, EMBEDDING),
+            "split": pa.array(places[:, 0].astype(np.int8)),
+            "file": pa.array(places[:, 1].astype(np.int32)),
+            "start": pa.array(np.ascontiguousarray(places[:, 2])),
+            "place": pa.array(np.ascontiguousarray(places[:, 3])),
+        }
+        self._clear()
+        return pa.table(columns, schema=SPILL), buckets
+
+    def _messages(self) -> pa.Array:
+        codes = pa.array(np.frombuffer(self._roles, np.uint8).astype(np.int32))
+        roles = pa.array(ROLES, pa.string()).take(codes)
+        turns = pa.StructArray.from_arrays(
+            [roles, _strings(self._texts)], fields=list(MESSAGES.value_type)
+        )
+        ends = np.cumsum([0, *self._num_turns]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(ends), turns, type=MESSAGES)
+
+
+def _strings(texts: list[bytes]) -> pa.Array:
+    """The texts, which are UTF-8 for certain."""
+    ends = np.cumsum([0, *map(len, texts)])
+    assert ends[-1] < 2**31, "rows are taken before they fill what 32-bit offsets can reach"
+    ends = ends.astype(np.int32)
+    return pa.StringArray.from_buffers(
+        len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(texts))
+    )
+
+
+def _hex_strings(digests: np.ndarray) -> pa.Array:
+    """[rows, 16] uint8 as 32 hex digits each."""
+    text = digests.tobytes().hex().encode()
+    ends = np.arange(0, len(text) + 1, 32, dtype=np.int32)
+    return pa.StringArray.from_buffers(len(digests), pa.py_buffer(ends), pa.py_buffer(text))

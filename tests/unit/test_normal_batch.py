@@ -1,0 +1,138 @@
+"""Rows normalised a batch at a time are those normalised one by one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from system.data.conversation import RowRejected, normalise, normalise_text, split_of
+from system.data.normal_batch import INERT, ROLES, normalise_batch, splits_of
+from system.data.readers import Defect
+
+PIECES = [
+    "a", "word ", " ", "\t", "\n", "\r", "\r\n", "\x0b", "\x0c", "\x07", "\x1c", "\x7f", "\x85",
+    "\xa0", "\u00e9", "e\u0301", "\u0301", "\u1100\u1161", "\uac00\u11a8", "\u2013", "\u2126",
+    "\u4e2d\u6587" * 9, "\u3099", "\U0001f600", "\U0001d15e", "\u2028", "\u180e", "\ud800", "",
+]  # fmt: skip
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(max_size=20)
+ROW_TURNS = st.lists(st.tuples(st.sampled_from(ROLES), TEXTS), max_size=5)
+PAIRS = st.tuples(TEXTS, TEXTS).map(lambda pair: [("user", pair[0]), ("assistant", pair[1])])
+VALUES = st.one_of(
+    PAIRS.map(lambda turns: {"turns": turns}),
+    PAIRS.map(lambda turns: {"turns": turns}),
+    ROW_TURNS.map(lambda turns: {"turns": turns}),
+    st.none(),
+    st.just(Defect("bad-json", "broken")),
+    st.just({}),
+)
+MAX_CHARS = 40
+
+
+def turns_of(row: dict) -> list[tuple[str, str]]:
+    if "turns" not in row:
+        raise RowRejected("missing-field", "no turns")
+    return row["turns"]
+
+
+def one_by_one(values: list) -> tuple[list, dict]:
+    kept, rejected = [], {}
+    for place, value in enumerate(values):
+        if value is None:
+            continue
+        try:
+            if isinstance(value, Defect):
+                raise RowRejected(*value)
+            row = normalise(turns_of(value), MAX_CHARS)
+            kept.append((place, row.id, row.roles, row.contents, row.prompt_hash))
+        except RowRejected as why:
+            rejected[place] = why.args
+    return kept, rejected
+
+
+def at_once(values: list) -> tuple[list, dict]:
+    batch = normalise_batch(values, turns_of, MAX_CHARS)
+    kept, turn = [], 0
+    for row, place in enumerate(batch.places):
+        end = turn + batch.num_turns[row]
+        roles = [ROLES[code] for code in batch.roles[turn:end]]
+        contents = [text.decode() for text in batch.texts[turn:end]]
+        assert batch.turns_of(row) == batch.texts[turn:end]
+        assert batch.responses()[row] == batch.texts[end - 1]
+        prompt_hash = int.from_bytes(batch.prompts[row], "big")
+        kept.append((place, batch.ids[row].hex(), roles, contents, prompt_hash))
+        turn = end
+    assert turn == len(batch.texts) == len(batch.roles)
+    assert len(batch.rejected) == len(dict(batch.rejected))
+    return kept, {place: why.args for place, why in batch.rejected}
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(VALUES, max_size=12))
+@example([])
+@example([{"turns": [("user", "\x1cq"), ("assistant", "a")]}])
+@example([{"turns": [("user", "q\r\n\r"), ("assistant", "\n\ra")]}] * 3)
+@example([{"turns": [("user", "q" * 39 + "\r\n"), ("assistant", "a")]}])
+@example([{"turns": [("user", "e"), ("assistant", "\u0301")]}])
+def test_a_batch_is_its_rows_one_by_one(values):
+    assert at_once(values) == one_by_one(values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(VALUES, max_size=8), st.data())
+def test_kept_rows_are_those_asked_for(values, data):
+    batch = normalise_batch(values, turns_of, MAX_CHARS)
+    whole = list(range(len(batch.places)))
+    rows = data.draw(st.lists(st.sampled_from(whole), unique=True)) if whole else []
+    some = batch.keep(rows)
+    assert some.ids == [batch.ids[row] for row in rows]
+    assert [some.turns_of(k) for k in range(len(rows))] == [batch.turns_of(row) for row in rows]
+    assert len(some.roles) == len(some.texts) == sum(some.num_turns)
+
+
+def test_characters_called_inert_are_touched_by_no_composition():
+    """A text of characters that stand alone and follow nothing is in NFC, whatever their order."""
+    follows = {*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)}  # Korean vowels, final consonants
+    for code in range(0x110000):
+        parts = unicodedata.decomposition(chr(code)).split()
+        if parts and not parts[0].startswith("<"):
+            follows |= {int(part, 16) for part in parts[1:]}
+    bounds = [bound for pair in INERT for bound in pair]
+    assert bounds == sorted(bounds)
+    for code in (code for low, high in INERT for code in range(low, high)):
+        assert not unicodedata.combining(chr(code)), hex(code)
+        assert unicodedata.is_normalized("NFC", chr(code)), hex(code)
+        assert code not in follows, hex(code)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS)
+def test_line_ends_become_line_feeds_from_left_to_right(text):
+    wanted = unicodedata.normalize("NFC", re.sub("\r\n|[\r\x0b\x0c]", "\n", text))
+    assert normalise_text(text) == wanted.rstrip().lstrip("\n")
+
+
+SHARES = st.floats(0, 0.45)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1)), SHARES, SHARES)
+@example([0, 2**64 - 1, 2**63, 2**63 - 1, 2**53 + 1], 0.25, 0.5)
+def test_splits_of_many_are_those_of_each(hashes, estimate_share, test_share):
+    found = splits_of([value.to_bytes(8, "big") for value in hashes], estimate_share, test_share)
+    assert found.dtype == np.int8
+    wanted = [split_of(value, estimate_share, test_share) for value in hashes]
+    assert found.tolist() == wanted
+
+
+@pytest.mark.parametrize("texts", [("q", "a"), ("caf\u00e9 \u2013 \u4e2d", "line\n\tline")])
+def test_ids_are_the_documented_hash(texts):
+    batch = normalise_batch(
+        [{"turns": [("user", texts[0]), ("assistant", texts[1])]}], turns_of, MAX_CHARS
+    )
+    whole = f"user\x1f{texts[0]}\x1eassistant\x1f{texts[1]}".encode()
+    assert batch.ids == [hashlib.sha256(whole).digest()[:16]]
