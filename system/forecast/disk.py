@@ -19,6 +19,7 @@ from system import storage
 from system.config import LoraConfig, RunConfig
 from system.data.corpus import Corpus
 from system.influence.cost import most_replications
+from system.influence.doses import with_doses
 from system.influence.estimators import ESTIMATORS, UNSCORED
 from system.influence.ledger import open_checkpoints
 
@@ -96,14 +97,16 @@ def disk_parts(
     state = 3 * trained * _FLOAT32
     at_once = open_checkpoints(cluster.num_tuners, cluster.num_scorers)
     estimator = ESTIMATORS[influence.estimator]
-    runs = estimator.units(
-        num_categories or 0, influence.directions, influence.gradient_checkpoints
+    runs = with_doses(
+        estimator.units(num_categories or 0, influence.directions, influence.gradient_checkpoints),
+        influence.doses,
+        lambda *_: influence.largest_dose,
     )
     replications = most_replications(influence)
     # First order keeps Adam's second moments beside the weights, at every checkpoint.
     states = 2 * influence.gradient_checkpoints if estimator.is_first_order else 1
     warm = replications * states * estimator.is_warmed
-    scored = replications * sum(kind not in UNSCORED for kind, _ in runs)
+    scored = replications * sum(kind not in UNSCORED for kind, *_ in runs)
     if num_categories is not None:
         at_once = scored if influence.keep_checkpoints else min(at_once, scored)
     arms = len(evaluate.arms) * evaluate.seeds

@@ -24,6 +24,7 @@ import pyarrow as pa
 from scipy import stats
 
 from system.errors import DataError
+from system.influence.doses import at_level
 from system.influence.fieller import fieller_interval
 from system.influence.measurements import Measurements, own_mask
 from system.influence.noise import ErrorModel, fit_errors
@@ -135,9 +136,23 @@ class EffectMatrix:
 
     @classmethod
     def from_table(
-        cls, table: pa.Table, *, direction: str, unit: Unit = "examples", where: str = "matrix"
+        cls,
+        table: pa.Table,
+        *,
+        direction: str,
+        unit: Unit = "examples",
+        where: str = "matrix",
+        level: int = -1,
     ) -> EffectMatrix:
-        """The matrix of one direction and unit.
+        """The matrix of one direction and unit, at one dose.
+
+        Args:
+            table: schema `MATRIX_FILE`.
+            direction: `add` or `remove`.
+            unit: what doses are counted in.
+            where: name of the table for errors.
+            level: which of several doses: 0 the smallest, -1 the largest, whose errors are the
+                smallest beside its effects; a source with fewer doses gives its largest.
 
         Raises:
             DataError: that direction or unit is not there, or an entry is missing or twice there.
@@ -154,6 +169,7 @@ class EffectMatrix:
                 f"{where}: expected rows with direction {direction!r} and unit {unit!r}, found "
                 f"{found}. Add the direction to influence.directions and run that stage again."
             )
+        rows = at_level(rows, level)
         targets = tuple(dict.fromkeys(row["target"] for row in rows))
         sources = tuple(dict.fromkeys(row["source"] for row in rows))
         if len(rows) != len(targets) * len(sources):
