@@ -16,6 +16,7 @@ from system.config import SolveConfig
 from system.errors import ConfigError
 from system.influence.matrix import EffectMatrix
 from system.solve import GroupLimit, Mix, MixOptions, MixProblem, solve_mix
+from system.solve.model import build_model
 
 EXTRAPOLATES = 1.5
 """A move or a budget this many times what was measured is called an extrapolation."""
@@ -71,13 +72,44 @@ def check_limits(
         InfeasibleMixError: names the limits that conflict and the smallest relaxation.
         ConfigError: a limit names no category.
     """
+    solve_mix(*_without_effects(solve, counts, tokens))
+
+
+def largest_moves(
+    solve: SolveConfig, counts: Mapping[str, int], tokens: Mapping[str, float] | None
+) -> dict[str, np.ndarray]:
+    """Direction -> [S] most examples by which the limits let each category move from the base.
+
+    Groups and guards, which bind several categories at once, are left out.
+
+    Args:
+        solve: the limits.
+        counts: train rows of each category: base mix and supply.
+        tokens: mean response tokens of an example of each category, where the budget is in tokens.
+
+    Raises:
+        InfeasibleMixError: the budget does not fit between the limits.
+        ConfigError: a limit names no category.
+    """
+    model = build_model(*_without_effects(solve, counts, tokens))
+    moved_S = model.move_budget / model.length_S
+    return {
+        "add": np.minimum(model.up_S, moved_S),
+        "remove": np.minimum(model.down_S, moved_S),
+    }
+
+
+def _without_effects(
+    solve: SolveConfig, counts: Mapping[str, int], tokens: Mapping[str, float] | None
+) -> tuple[MixProblem, MixOptions]:
+    """The question as far as it is known before anything is measured; without guards."""
     categories = tuple(counts)
     nothing = np.zeros((len(categories), len(categories)))
     problem = _problem(solve, categories, categories, counts, tokens, nothing, nothing)
     unguarded = solve.model_copy(
         update={"objective": "linear", "guard": None, "guard_nats": None, "importance": "uniform"}
     )
-    solve_mix(problem, mix_options(unguarded, is_believed=True))
+    return problem, mix_options(unguarded, is_believed=True)
 
 
 def mix_options(solve: SolveConfig, *, is_believed: bool) -> MixOptions:
@@ -148,7 +180,7 @@ def extrapolation_notes(
 
     Args:
         mix: the solved mix.
-        dose_S: category -> rows of its dose (the largest of the directions).
+        dose_S: category -> rows of its dose (the largest of the doses and directions).
         measured_rows: rows that a reference run of the influence stage trains on.
     """
     beyond = {
@@ -160,8 +192,8 @@ def extrapolation_notes(
     if beyond:
         farthest = max(beyond, key=lambda name: (beyond[name], name))
         notes.append(
-            f"{len(beyond)} of {len(mix.categories)} categories move farther than the dose at "
-            f"which their effects were measured, {farthest!r} {beyond[farthest]:.1f} times as "
+            f"{len(beyond)} of {len(mix.categories)} categories move farther than the largest dose "
+            f"at which their effects were measured, {farthest!r} {beyond[farthest]:.1f} times as "
             "far: there the predicted gain extrapolates and is likely to promise too much (raise "
             "influence.dose_rows and influence.rows_per_category, or lower solve.move)"
         )

@@ -20,6 +20,7 @@ from system.report.blocks import (
     text_column,
     waiting,
 )
+from system.report.dose_section import dose_blocks
 from system.report.formatting import count, decimals, fixed, interval, percent, plural, signed
 from system.report.heatmap import (
     WIDEST_BESIDE,
@@ -81,6 +82,7 @@ def influence_section(view: RunView) -> Section:
         ]
         if len(sources) <= _LARGEST_TABLE:
             blocks.append(_whole_table(grid, direction))
+    blocks += dose_blocks(influence.summary, sources)
     return Section(name="effects", title=TITLE, short="Effects", blocks=blocks)
 
 
