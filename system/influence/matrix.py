@@ -169,9 +169,9 @@ class EffectMatrix:
                 f"{where}: expected rows with direction {direction!r} and unit {unit!r}, found "
                 f"{found}. Add the direction to influence.directions and run that stage again."
             )
-        rows = at_level(rows, level)
         targets = tuple(dict.fromkeys(row["target"] for row in rows))
         sources = tuple(dict.fromkeys(row["source"] for row in rows))
+        rows = at_level(rows, level)
         if len(rows) != len(targets) * len(sources):
             raise DataError(
                 f"{where}: expected one row for each of {len(targets)} targets x {len(sources)} "
