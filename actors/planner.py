@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,11 @@ def run_solve(context: StageContext) -> StageResult:
     corpus = Corpus.open(context.input("tag", "manifest"))
     tokens = mean_response_tokens(corpus) if solve.unit == "tokens" else None
     counts = corpus.counts("train")
-    matrices, deciding = _deciding_matrices(context, counts, tokens)
-    problem = mix_problem(solve, matrices, counts, tokens)
+    levels = _levels(context)
+    matrices, deciding = _deciding_matrices(context, levels, counts, tokens)
+    problem = mix_problem(solve, matrices, counts, tokens, levels)
+    if problem.curve_add is not None and solve.max_categories is None:
+        deciding = ()  # all doses do, and the mix says so
     doubt = why_not_believed(summary)
     options = mix_options(solve, is_believed=not doubt)
     mix = solve_mix(problem, options)
@@ -144,16 +147,24 @@ def run_curriculum(context: StageContext) -> StageResult:
     )
 
 
-def _deciding_matrices(
-    context: StageContext, counts: Mapping[str, int], tokens: Mapping[str, float] | None
-) -> tuple[dict[str, EffectMatrix], tuple[str, ...]]:
-    """The effects that decide the mix, by direction, and where there are several doses, which."""
-    uri, solve = context.input("influence", "matrix"), context.config.solve
+def _levels(context: StageContext) -> dict[str, list[EffectMatrix]]:
+    """Direction -> effects at each measured dose, ascending."""
+    uri = context.input("influence", "matrix")
     table = storage.read_table(uri)
-    levels = {
+    return {
         direction: read_levels(table, direction=direction, where=uri)
         for direction in context.config.influence.directions
     }
+
+
+def _deciding_matrices(
+    context: StageContext,
+    levels: Mapping[str, Sequence[EffectMatrix]],
+    counts: Mapping[str, int],
+    tokens: Mapping[str, float] | None,
+) -> tuple[dict[str, EffectMatrix], tuple[str, ...]]:
+    """The effects that decide the mix, by direction, and where there are several doses, which."""
+    solve = context.config.solve
     if all(len(found) == 1 for found in levels.values()):
         return {direction: found[0] for direction, found in levels.items()}, ()
     moves = largest_moves(solve, counts, tokens)

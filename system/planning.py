@@ -7,7 +7,7 @@ stage, raw or shrunken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from system.errors import ConfigError
 from system.influence.matrix import EffectMatrix
 from system.solve import GroupLimit, Mix, MixOptions, MixProblem, solve_mix
 from system.solve.model import build_model
+from system.solve.problem import DoseCurve
 
 EXTRAPOLATES = 1.5
 """A move or a budget this many times what was measured is called an extrapolation."""
@@ -29,6 +30,7 @@ def mix_problem(
     matrices: Mapping[str, EffectMatrix],
     counts: Mapping[str, int],
     tokens: Mapping[str, float] | None,
+    levels: Mapping[str, Sequence[EffectMatrix]] | None = None,
 ) -> MixProblem:
     """The optimiser's question.
 
@@ -37,6 +39,7 @@ def mix_problem(
         matrices: by direction (`add`, `remove`); with one, it serves both.
         counts: train rows of each category: base mix and supply.
         tokens: mean response tokens of an example of each category, where the budget is in tokens.
+        levels: several doses, by direction and ascending: break points of objective `concave`.
 
     Raises:
         ConfigError: a limit or a weight names no category or target.
@@ -58,6 +61,34 @@ def mix_problem(
         se_remove_TS=se_remove_TS,
         identifiable_TS=_usable(add, remove, solve),
         importance_T=_importance(solve, add.targets),
+        **_curves(solve, levels or {}),
+    )
+
+
+def _curves(
+    solve: SolveConfig, levels: Mapping[str, Sequence[EffectMatrix]]
+) -> dict[str, DoseCurve]:
+    """The curves of objective `concave`; none for one dose, or for gamma, which is no slope.
+
+    Where one direction was measured, the other side goes on with the slope next to the base, that
+    of the smallest dose.
+    """
+    is_curved = any(len(found) > 1 for found in levels.values())
+    if solve.objective != "concave" or solve.matrix == "gamma" or not is_curved:
+        return {}
+    either = next(iter(levels.values()))
+    return {
+        f"curve_{direction}": _curve(levels.get(direction, either[:1]), solve)
+        for direction in ("add", "remove")
+    }
+
+
+def _curve(levels: Sequence[EffectMatrix], solve: SolveConfig) -> DoseCurve:
+    values = [_values(matrix, solve) for matrix in levels]
+    return DoseCurve(
+        dose_KS=np.stack([matrix.dose_S for matrix in levels]),
+        effect_KTS=np.stack([effect_TS for effect_TS, _ in values]),
+        se_KTS=np.stack([se_TS for _, se_TS in values]),
     )
 
 
