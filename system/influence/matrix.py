@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -158,25 +158,7 @@ class EffectMatrix:
             DataError: that direction or unit is not there, or an entry is missing or twice there.
         """
         table = check_table(table, MATRIX_FILE, where)
-        rows = [
-            row
-            for row in table.to_pylist()
-            if row["direction"] == direction and row["unit"] == unit
-        ]
-        if not rows:
-            found = sorted({(r["direction"], r["unit"]) for r in table.to_pylist()})
-            raise DataError(
-                f"{where}: expected rows with direction {direction!r} and unit {unit!r}, found "
-                f"{found}. Add the direction to influence.directions and run that stage again."
-            )
-        targets = tuple(dict.fromkeys(row["target"] for row in rows))
-        sources = tuple(dict.fromkeys(row["source"] for row in rows))
-        rows = at_level(rows, level)
-        if len(rows) != len(targets) * len(sources):
-            raise DataError(
-                f"{where}: expected one row for each of {len(targets)} targets x {len(sources)} "
-                f"sources ({direction}, {unit}), found {len(rows)} rows"
-            )
+        targets, sources, rows = _entries(table.to_pylist(), direction, unit, level, where)
         entry = {(row["target"], row["source"]): row for row in rows}
 
         def grid(name: str) -> np.ndarray:
@@ -277,6 +259,28 @@ def estimate_effects(
         replicate_effects_RTS=replicate_RTS,
     )
     return Estimate(matrix=matrix, errors=errors, shrunken=shrunken)
+
+
+def _entries(
+    table: list[dict[str, Any]], direction: str, unit: Unit, level: int, where: str
+) -> tuple[tuple[str, ...], tuple[str, ...], list[dict[str, Any]]]:
+    """Targets, sources and the one row of each pair at a dose; see `EffectMatrix.from_table`."""
+    rows = [row for row in table if row["direction"] == direction and row["unit"] == unit]
+    if not rows:
+        found = sorted({(row["direction"], row["unit"]) for row in table})
+        raise DataError(
+            f"{where}: expected rows with direction {direction!r} and unit {unit!r}, found "
+            f"{found}. Add the direction to influence.directions and run that stage again."
+        )
+    targets = tuple(dict.fromkeys(row["target"] for row in rows))
+    sources = tuple(dict.fromkeys(row["source"] for row in rows))
+    rows = at_level(rows, level)
+    if len(rows) != len(targets) * len(sources):
+        raise DataError(
+            f"{where}: expected one row for each of {len(targets)} targets x {len(sources)} "
+            f"sources ({direction}, {unit}), found {len(rows)} rows"
+        )
+    return targets, sources, rows
 
 
 def _check_finite(measured: Measurements) -> None:

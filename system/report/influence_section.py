@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from system.influence.doses import in_words
 from system.influence.summary import short_unit
 from system.report.blocks import (
     Block,
@@ -105,6 +106,11 @@ def _belief(influence: Influence) -> list[str]:
         items.append(
             "Effects are first-order predictions of gradients, not runs: order and signs are what "
             "to read, large sizes are overstated."
+        )
+    if "doses" in summary:
+        items.append(
+            f"Measured at {in_words(summary['doses']['asked'])}: maps and tables show the largest; "
+            "how returns change with the dose is below them."
         )
     for direction, part in summary["directions"].items():
         noise = part["noise"]

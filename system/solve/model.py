@@ -123,10 +123,7 @@ def build_model(problem: MixProblem, options: MixOptions) -> Model:
     base_S = make_base(
         problem, lower_S=lower_S, ceiling_S=ceiling_S, length_S=length_S, budget=budget
     )
-    curve = build_curve(problem, options)
-    effects = Effects(problem, options)
-    if curve is not None:
-        effects = CurvedEffects(problem, options, curve)
+    curve, effects = _effects(problem, options)
     base_effect_T = effects.base_effect(base_S)
     score_add_S, score_remove_S = effects.score(problem.importance_T)
     # A bound that never binds (no mix holds twice the budget of one category) keeps every column
@@ -156,6 +153,13 @@ def build_model(problem: MixProblem, options: MixOptions) -> Model:
         must_remove_S=np.zeros(len(base_S)),
         curve=curve,
     )
+
+
+def _effects(problem: MixProblem, options: MixOptions) -> tuple[Curve | None, Effects]:
+    curve = build_curve(problem, options)
+    if curve is None:
+        return None, Effects(problem, options)
+    return curve, CurvedEffects(problem, options, curve)
 
 
 def new_program(

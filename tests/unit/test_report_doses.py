@@ -34,4 +34,4 @@ def test_the_page_has_the_doses_of_a_run_that_measured_several(tmp_path):
     for direction in ("adding", "removing"):
         found = f"Effect on itself by dose, measured by {direction}" in page
         assert found == (("add" if direction == "adding" else "remove") in builder.directions)
-    assert "32 rows" in page and "128 rows" in page
+    assert "Measured at doses of 32 and 128 rows: maps and tables show the largest" in page
