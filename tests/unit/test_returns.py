@@ -93,6 +93,21 @@ def test_sources_without_a_second_dose_are_left_out():
     assert change is not None
     assert len(change.sources) == 7 and "c2" not in change.sources
     assert estimate_change(levels[0], levels[0]) is None
+    only_S = np.where(np.arange(8) == 5, levels[-1].dose_S, levels[0].dose_S)
+    change = estimate_change(levels[0], dataclasses.replace(levels[-1], dose_S=only_S))
+    assert change is not None and change.sources == ("c5",)
+    assert change.effect_TS.value.shape == (8, 1) and np.isfinite(change.worth_S.se).all()
+
+
+def test_runs_that_are_all_alike_change_nothing():
+    """Right answers can be all or none: every difference is then exactly zero."""
+    alike = [
+        dataclasses.replace(item, differences=tuple(np.zeros_like(row) for row in item.differences))
+        for item in CurvedWorld().measure(2)
+    ]
+    part = summarise_doses((16, 32, 64), [{"add": item} for item in alike], 0.95)
+    assert json.loads(json.dumps(part, allow_nan=False)) == part
+    assert part["directions"]["add"]["own"] == {"sources": 8, "diminish": 0, "grow": 0}
 
 
 def summary_of(world, replications=4, direction="add"):
