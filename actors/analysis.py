@@ -5,6 +5,7 @@ scores/*.parquet ──> losses ──> paired differences ──> estimates, by
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from actors.stage import StageContext
 from system import storage
 from system.influence.accuracy_targets import check_some_vary
 from system.influence.design import Design
+from system.influence.dose_views import design_at, levels_table, losses_at
 from system.influence.first_order import predicted_scores
 from system.influence.matrix import EffectMatrix, Estimate, estimate_effects
 from system.influence.matrix import Unit as DataUnit
@@ -23,6 +25,18 @@ from system.influence.measurements import (
     paired_differences,
 )
 
+_UNITS: tuple[DataUnit, ...] = ("examples", "tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """What the runs of one dose say."""
+
+    measured: dict[str, Measurements]
+    """By direction."""
+    estimates: dict[str, dict[str, Estimate]]
+    """By unit of data, then by direction."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Analysis:
@@ -30,14 +44,25 @@ class Analysis:
 
     scores: dict[str, pa.Table]
     losses: Losses
-    measured: dict[str, Measurements]
-    """By direction."""
-    estimates: dict[str, dict[str, Estimate]]
-    """By unit of data, then by direction."""
+    levels: tuple[Level, ...]
+    """By ascending dose; one where one dose is measured."""
+
+    @property
+    def largest(self) -> Level:
+        """The largest dose's."""
+        return self.levels[-1]
+
+    def matrix_table(self) -> pa.Table:
+        """`matrix.parquet`: directions outermost, then units, then doses."""
+        return pa.concat_tables(
+            levels_table([level.estimates[unit][direction].matrix for level in self.levels])
+            for direction in self.largest.measured
+            for unit in _UNITS
+        )
 
 
 def analyse(context: StageContext, design: Design) -> Analysis:
-    """Reads the scores of all runs of a design and estimates its effects."""
+    """Reads the scores of all runs of a design and estimates its effects at every dose."""
     config = context.config.influence
     scores = {
         unit.name: storage.read_table(
@@ -50,8 +75,14 @@ def analyse(context: StageContext, design: Design) -> Analysis:
     losses = collect_losses(design, predicted_scores(design, scores) if by_gradient else scores)
     if config.metric == "accuracy":
         check_some_vary(losses.loss)
+    views = [(design_at(design, dose), losses_at(design, losses, dose)) for dose in design.doses]
+    levels = tuple(_level(context, *view) for view in views or [(design, losses)])
+    return Analysis(scores=scores, losses=losses, levels=levels)
+
+
+def _level(context: StageContext, design: Design, losses: Losses) -> Level:
+    config = context.config.influence
     measured = {name: paired_differences(design, losses, name) for name in design.directions}
-    units: tuple[DataUnit, ...] = ("examples", "tokens")
     estimates = {
         unit: {
             direction: estimate_effects(
@@ -63,12 +94,17 @@ def analyse(context: StageContext, design: Design) -> Analysis:
             )
             for direction, measurements in measured.items()
         }
-        for unit in units
+        for unit in _UNITS
     }
-    return Analysis(scores=scores, losses=losses, measured=measured, estimates=dict(estimates))
+    return Level(measured=measured, estimates=dict(estimates))
 
 
 def matrices_of(context: StageContext, design: Design) -> dict[str, EffectMatrix]:
-    """The effects of a design per example, by direction."""
-    found = analyse(context, design).estimates["examples"]
+    """The effects of a design per example, by direction; of several doses, of the largest."""
+    return largest_matrices(analyse(context, design))
+
+
+def largest_matrices(analysis: Analysis) -> dict[str, EffectMatrix]:
+    """The effects of the largest dose per example, by direction."""
+    found: Mapping[str, Estimate] = analysis.largest.estimates["examples"]
     return {direction: estimate.matrix for direction, estimate in found.items()}

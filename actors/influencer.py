@@ -20,10 +20,11 @@ from actors.rounds import measure_in_rounds
 from actors.stage import StageContext, StageResult
 from system import storage
 from system.influence.design import Design
+from system.influence.dose_summary import dose_lines, summarise_doses
+from system.influence.dose_views import levels_replicates
 from system.influence.rounds import Round
 from system.influence.summary import (
     Cost,
-    replicates_table,
     result_lines,
     summarise,
 )
@@ -58,17 +59,23 @@ def _estimate(
     config = context.config.influence
     storage.write_json(_uri(context, "design.json"), design.to_json())
     analysis = analyse(context, design)
-    scores, losses, measured = analysis.scores, analysis.losses, analysis.measured
-    estimates = analysis.estimates["examples"]
-    tables = [
-        analysis.estimates[unit][direction].matrix.to_table()
-        for direction in design.directions
-        for unit in analysis.estimates
-    ]
-    storage.write_table(_uri(context, "matrix.parquet"), pa.concat_tables(tables))
-    storage.write_table(_uri(context, "replicates.parquet"), replicates_table(estimates))
-    cost, rejected = _cost(context, design, scores)
-    summary = summarise(design, config, measured, estimates, losses, cost, rejected)
+    storage.write_table(_uri(context, "matrix.parquet"), analysis.matrix_table())
+    by_example = [level.estimates["examples"] for level in analysis.levels]
+    storage.write_table(_uri(context, "replicates.parquet"), levels_replicates(by_example))
+    cost, rejected = _cost(context, design, analysis.scores)
+    summary = summarise(
+        design,
+        config,
+        analysis.largest.measured,
+        by_example[-1],
+        analysis.losses,
+        cost,
+        rejected,
+    )
+    if design.doses:
+        summary["doses"] = summarise_doses(
+            design.doses, [level.measured for level in analysis.levels], config.confidence
+        )
     if rounds:
         summary["rounds"] = {"stopped": reason, "rounds": [asdict(item) for item in rounds]}
     storage.write_json(_uri(context, "summary.json"), summary)
@@ -88,7 +95,7 @@ def _estimate(
             "rows dropped": design.dropped,
             "rows rejected by the scorer": len(rejected),
         },
-        lines=(*([reason] if reason else []), *result_lines(summary)),
+        lines=(*([reason] if reason else []), *result_lines(summary), *dose_lines(summary)),
     )
 
 

@@ -20,10 +20,9 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 import ray
 
-from actors.analysis import matrices_of
+from actors.analysis import analyse, largest_matrices
 from actors.designer import answer_tokens, plan_uri
 from actors.pool import ActorPool, ActorSpec, wait_any
 from actors.scorer import scorer_pool
@@ -270,11 +269,10 @@ class Measuring:
         if not self.shown < count < total:
             return
         self.shown = count
-        matrices = matrices_of(self.context, self.design.first(count))
+        analysis = analyse(self.context, self.design.first(count))
         uri = storage.join(self.context.attempt, "partial.parquet")
-        storage.write_table(
-            uri, pa.concat_tables(matrix.to_table() for matrix in matrices.values())
-        )
+        storage.write_table(uri, analysis.matrix_table())
+        matrices = largest_matrices(analysis)
         errors = ", ".join(
             f"{np.median((matrix.effect_se_TS * matrix.dose_S)[~matrix.own_TS]):.4f} ({direction})"
             for direction, matrix in matrices.items()

@@ -191,7 +191,8 @@ def stage_inputs(
         for part in name.split("."):
             value = value[part]
         inputs |= flatten(name, value)
-    for name in _NO_RESULT | config.select.unread_fields:
+    unread = set() if len(config.influence.doses) > 1 else {"solve.dose"}
+    for name in _NO_RESULT | config.select.unread_fields | unread:
         inputs.pop(name, None)
     inputs |= flatten("file", stage.identity(config))
     return inputs | {f"after.{name}": records[name].fingerprint for name in stage.after}

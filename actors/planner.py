@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from actors.stage import StageContext, StageResult
 from system import storage
@@ -11,6 +14,8 @@ from system.curriculum import plan_curriculum
 from system.data.corpus import Corpus
 from system.data.lengths import SeededLengths, mean_response_tokens
 from system.influence.cost import check_token_limit, influence_cost
+from system.influence.deciding_dose import choose_doses, deciding_note
+from system.influence.dose_views import read_levels
 from system.influence.heldout_cost import stage_heldout
 from system.influence.matrix import EffectMatrix
 from system.models.base import load_tokenizer
@@ -19,6 +24,7 @@ from system.planning import (
     check_limits,
     dependency_effects,
     extrapolation_notes,
+    largest_moves,
     mix_options,
     mix_problem,
     why_not_believed,
@@ -65,7 +71,12 @@ def run_solve(context: StageContext) -> StageResult:
     summary = storage.read_json(context.input("influence", "summary"))
     corpus = Corpus.open(context.input("tag", "manifest"))
     tokens = mean_response_tokens(corpus) if solve.unit == "tokens" else None
-    problem = mix_problem(solve, _matrices(context), corpus.counts("train"), tokens)
+    counts = corpus.counts("train")
+    levels = _levels(context)
+    matrices, deciding = _deciding_matrices(context, levels, counts, tokens)
+    problem = mix_problem(solve, matrices, counts, tokens, levels)
+    if problem.curve_add is not None and solve.max_categories is None:
+        deciding = ()  # all doses do, and the mix says so
     doubt = why_not_believed(summary)
     options = mix_options(solve, is_believed=not doubt)
     mix = solve_mix(problem, options)
@@ -78,7 +89,7 @@ def run_solve(context: StageContext) -> StageResult:
     mix = dataclasses.replace(
         mix,
         effect_unit=summary["unit"],
-        notes=(*mix.notes, *_extrapolation(mix, summary)),
+        notes=(*mix.notes, *deciding, *_extrapolation(mix, summary)),
     )
     storage.write_bytes(storage.join(context.attempt, "mix.json"), mix.to_json().encode())
     moves = sorted({*SWEEP_MOVES, solve.move})
@@ -136,7 +147,39 @@ def run_curriculum(context: StageContext) -> StageResult:
     )
 
 
+def _levels(context: StageContext) -> dict[str, list[EffectMatrix]]:
+    """Direction -> effects at each measured dose, ascending."""
+    uri = context.input("influence", "matrix")
+    table = storage.read_table(uri)
+    return {
+        direction: read_levels(table, direction=direction, where=uri)
+        for direction in context.config.influence.directions
+    }
+
+
+def _deciding_matrices(
+    context: StageContext,
+    levels: Mapping[str, Sequence[EffectMatrix]],
+    counts: Mapping[str, int],
+    tokens: Mapping[str, float] | None,
+) -> tuple[dict[str, EffectMatrix], tuple[str, ...]]:
+    """The effects that decide the mix, by direction, and where there are several doses, which."""
+    solve = context.config.solve
+    if all(len(found) == 1 for found in levels.values()):
+        return {direction: found[0] for direction, found in levels.items()}, ()
+    moves = largest_moves(solve, counts, tokens)
+    if len(levels) == 1:  # one matrix serves both ways
+        moves = dict.fromkeys(moves, np.maximum(moves["add"], moves["remove"]))
+    place_S = [list(counts).index(name) for name in next(iter(levels.values()))[0].sources]
+    chosen = {
+        direction: choose_doses(found, solve.dose, moves[direction][place_S])
+        for direction, found in levels.items()
+    }
+    return chosen, (deciding_note(chosen, solve.dose),)
+
+
 def _matrices(context: StageContext) -> dict[str, EffectMatrix]:
+    """By direction, of the largest dose: dependencies are judged by significance."""
     uri = context.input("influence", "matrix")
     table = storage.read_table(uri)
     return {

@@ -65,6 +65,10 @@ class SolveConfig(Section):
     """`robust`: how many sources may be off at once; null: all of them (a box)."""
     shrinkage: bool = True
     """Solve with empirical-Bayes shrunken effects instead of the raw ones."""
+    dose: Literal["nearest", "largest", "smallest"] | Positive = "nearest"
+    """Several `influence.dose_rows`: whose effects decide the mix. `nearest`: for each category
+    the dose nearest to the largest move that the limits let it make; a number: the dose nearest to
+    so many rows. With one dose it is not read."""
 
     @model_validator(mode="after")
     def _one_guard(self) -> SolveConfig:

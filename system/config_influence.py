@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from system.config_data import Positive, Section, Share
 from system.config_model import LoraConfig
+
+_ROWS = TypeAdapter(Positive)
+_ONE_DOSE = {
+    "gradient": "is the same per row at every dose, being first order: give one number, or measure "
+    "several doses with estimator retrain or branch",
+    "random-design": "takes one dose per category, half of all in every run: give one number, or "
+    "measure several doses with estimator retrain or branch",
+    "auto": "measures by random-design, which takes one dose per category: give one number, or "
+    "measure several doses with estimator retrain or branch",
+}
+"""Estimators that know one dose, and what to do instead."""
 
 
 class AutoConfig(Section):
@@ -40,8 +51,10 @@ class InfluenceConfig(Section):
     """Which way a category's dose moves; both are kept apart in the matrix."""
     rows_per_category: Positive = 192
     """Rows of each category in the base schedule of every run."""
-    dose_rows: Positive = 128
-    """Rows added or masked in an intervention; at most rows_per_category."""
+    dose_rows: Positive | tuple[Positive, ...] = 128
+    """Rows added or masked in an intervention; at most rows_per_category. A list, such as
+    [16, 32, 64], measures every one of these doses (`retrain` and `branch`), the smaller ones as
+    parts of the larger, so that the matrix says how returns change with the dose."""
     heldout_rows: Positive = 96
     """Rows of each category's estimate split on which every run is scored."""
     replications: Positive = 2
@@ -85,13 +98,41 @@ class InfluenceConfig(Section):
     take; a larger one is refused before anything is trained, by `run` and by `check`. Null: no
     limit. It changes no result, so it may be changed at any time."""
 
+    @property
+    def doses(self) -> tuple[int, ...]:
+        """The doses in rows, ascending."""
+        return self.dose_rows if isinstance(self.dose_rows, tuple) else (self.dose_rows,)
+
+    @property
+    def largest_dose(self) -> int:
+        """Rows of the largest dose."""
+        return self.doses[-1]
+
+    @field_validator("dose_rows", mode="before")
+    @classmethod
+    def _doses_ascend(cls, doses: Any) -> int | tuple[int, ...]:
+        """Ascending, so that their order changes no fingerprint; one alone is that number."""
+        given = doses if isinstance(doses, list | tuple) else [doses]
+        try:
+            rows = sorted(_ROWS.validate_python(dose) for dose in given)
+        except ValidationError as error:
+            raise ValueError(
+                "expected a whole number of rows above 0, or a list of them"
+            ) from error
+        if not rows or len(set(rows)) != len(rows):
+            raise ValueError(f"expected one number of rows or different ones, found {list(given)}")
+        return tuple(rows) if len(rows) > 1 else rows[0]
+
     @model_validator(mode="after")
     def _dose_fits(self) -> InfluenceConfig:
-        if self.dose_rows > self.rows_per_category:
+        if self.largest_dose > self.rows_per_category:
             raise ValueError(
-                f"dose_rows {self.dose_rows} is more than rows_per_category "
+                f"dose_rows {self.largest_dose} is more than rows_per_category "
                 f"{self.rows_per_category}: a dose cannot be removed that is not there"
             )
+        if len(self.doses) > 1 and self.estimator in _ONE_DOSE:
+            why = _ONE_DOSE[self.estimator]
+            raise ValueError(f"dose_rows {list(self.doses)}: estimator {self.estimator} {why}")
         if self.estimator == "gradient" and self.metric == "accuracy":
             raise ValueError(
                 "estimator gradient differentiates losses, and answers have no derivative: use "

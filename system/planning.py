@@ -7,7 +7,7 @@ stage, raw or shrunken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from system.config import SolveConfig
 from system.errors import ConfigError
 from system.influence.matrix import EffectMatrix
 from system.solve import GroupLimit, Mix, MixOptions, MixProblem, solve_mix
+from system.solve.model import build_model
+from system.solve.problem import DoseCurve
 
 EXTRAPOLATES = 1.5
 """A move or a budget this many times what was measured is called an extrapolation."""
@@ -28,6 +30,7 @@ def mix_problem(
     matrices: Mapping[str, EffectMatrix],
     counts: Mapping[str, int],
     tokens: Mapping[str, float] | None,
+    levels: Mapping[str, Sequence[EffectMatrix]] | None = None,
 ) -> MixProblem:
     """The optimiser's question.
 
@@ -36,6 +39,7 @@ def mix_problem(
         matrices: by direction (`add`, `remove`); with one, it serves both.
         counts: train rows of each category: base mix and supply.
         tokens: mean response tokens of an example of each category, where the budget is in tokens.
+        levels: several doses, by direction and ascending: break points of objective `concave`.
 
     Raises:
         ConfigError: a limit or a weight names no category or target.
@@ -57,6 +61,34 @@ def mix_problem(
         se_remove_TS=se_remove_TS,
         identifiable_TS=_usable(add, remove, solve),
         importance_T=_importance(solve, add.targets),
+        **_curves(solve, levels or {}),
+    )
+
+
+def _curves(
+    solve: SolveConfig, levels: Mapping[str, Sequence[EffectMatrix]]
+) -> dict[str, DoseCurve]:
+    """The curves of objective `concave`; none for one dose, or for gamma, which is no slope.
+
+    Where one direction was measured, the other side goes on with the slope next to the base, that
+    of the smallest dose.
+    """
+    is_curved = any(len(found) > 1 for found in levels.values())
+    if solve.objective != "concave" or solve.matrix == "gamma" or not is_curved:
+        return {}
+    either = next(iter(levels.values()))
+    return {
+        f"curve_{direction}": _curve(levels.get(direction, either[:1]), solve)
+        for direction in ("add", "remove")
+    }
+
+
+def _curve(levels: Sequence[EffectMatrix], solve: SolveConfig) -> DoseCurve:
+    values = [_values(matrix, solve) for matrix in levels]
+    return DoseCurve(
+        dose_KS=np.stack([matrix.dose_S for matrix in levels]),
+        effect_KTS=np.stack([effect_TS for effect_TS, _ in values]),
+        se_KTS=np.stack([se_TS for _, se_TS in values]),
     )
 
 
@@ -71,13 +103,44 @@ def check_limits(
         InfeasibleMixError: names the limits that conflict and the smallest relaxation.
         ConfigError: a limit names no category.
     """
+    solve_mix(*_without_effects(solve, counts, tokens))
+
+
+def largest_moves(
+    solve: SolveConfig, counts: Mapping[str, int], tokens: Mapping[str, float] | None
+) -> dict[str, np.ndarray]:
+    """Direction -> [S] most examples by which the limits let each category move from the base.
+
+    Groups and guards, which bind several categories at once, are left out.
+
+    Args:
+        solve: the limits.
+        counts: train rows of each category: base mix and supply.
+        tokens: mean response tokens of an example of each category, where the budget is in tokens.
+
+    Raises:
+        InfeasibleMixError: the budget does not fit between the limits.
+        ConfigError: a limit names no category.
+    """
+    model = build_model(*_without_effects(solve, counts, tokens))
+    moved_S = model.move_budget / model.length_S
+    return {
+        "add": np.minimum(model.up_S, moved_S),
+        "remove": np.minimum(model.down_S, moved_S),
+    }
+
+
+def _without_effects(
+    solve: SolveConfig, counts: Mapping[str, int], tokens: Mapping[str, float] | None
+) -> tuple[MixProblem, MixOptions]:
+    """The question as far as it is known before anything is measured; without guards."""
     categories = tuple(counts)
     nothing = np.zeros((len(categories), len(categories)))
     problem = _problem(solve, categories, categories, counts, tokens, nothing, nothing)
     unguarded = solve.model_copy(
         update={"objective": "linear", "guard": None, "guard_nats": None, "importance": "uniform"}
     )
-    solve_mix(problem, mix_options(unguarded, is_believed=True))
+    return problem, mix_options(unguarded, is_believed=True)
 
 
 def mix_options(solve: SolveConfig, *, is_believed: bool) -> MixOptions:
@@ -148,7 +211,7 @@ def extrapolation_notes(
 
     Args:
         mix: the solved mix.
-        dose_S: category -> rows of its dose (the largest of the directions).
+        dose_S: category -> rows of its dose (the largest of the doses and directions).
         measured_rows: rows that a reference run of the influence stage trains on.
     """
     beyond = {
@@ -160,8 +223,8 @@ def extrapolation_notes(
     if beyond:
         farthest = max(beyond, key=lambda name: (beyond[name], name))
         notes.append(
-            f"{len(beyond)} of {len(mix.categories)} categories move farther than the dose at "
-            f"which their effects were measured, {farthest!r} {beyond[farthest]:.1f} times as "
+            f"{len(beyond)} of {len(mix.categories)} categories move farther than the largest dose "
+            f"at which their effects were measured, {farthest!r} {beyond[farthest]:.1f} times as "
             "far: there the predicted gain extrapolates and is likely to promise too much (raise "
             "influence.dose_rows and influence.rows_per_category, or lower solve.move)"
         )

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from system import storage
-from system.config import LoraConfig, RunConfig
+from system.config import InfluenceConfig, LoraConfig, RunConfig
 from system.data.corpus import Corpus
 from system.influence.cost import most_replications
+from system.influence.doses import with_doses
 from system.influence.estimators import ESTIMATORS, UNSCORED
 from system.influence.ledger import open_checkpoints
 
@@ -96,14 +97,11 @@ def disk_parts(
     state = 3 * trained * _FLOAT32
     at_once = open_checkpoints(cluster.num_tuners, cluster.num_scorers)
     estimator = ESTIMATORS[influence.estimator]
-    runs = estimator.units(
-        num_categories or 0, influence.directions, influence.gradient_checkpoints
-    )
     replications = most_replications(influence)
     # First order keeps Adam's second moments beside the weights, at every checkpoint.
     states = 2 * influence.gradient_checkpoints if estimator.is_first_order else 1
     warm = replications * states * estimator.is_warmed
-    scored = replications * sum(kind not in UNSCORED for kind, _ in runs)
+    scored = replications * _num_scored(influence, num_categories or 0)
     if num_categories is not None:
         at_once = scored if influence.keep_checkpoints else min(at_once, scored)
     arms = len(evaluate.arms) * evaluate.seeds
@@ -137,6 +135,15 @@ def disk_parts(
             )
         )  # fmt: skip
     return parts
+
+
+def _num_scored(influence: InfluenceConfig, num_categories: int) -> int:
+    """Checkpoints of a replication that are scored, at all doses."""
+    runs = ESTIMATORS[influence.estimator].units(
+        num_categories, influence.directions, influence.gradient_checkpoints
+    )
+    at_doses = with_doses(runs, influence.doses, lambda *_: influence.largest_dose)
+    return sum(kind not in UNSCORED for kind, _, _ in at_doses)
 
 
 def peak_bytes(parts: Sequence[DiskPart], done: Collection[str]) -> int:

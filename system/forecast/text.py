@@ -9,6 +9,7 @@ from system.forecast.hours import LEFT_OUT
 from system.forecast.rates import Rate
 from system.forecast.workload import Workload, num_passes
 from system.influence.cost import most_replications
+from system.influence.doses import in_words
 from system.influence.estimators import ESTIMATORS
 
 if TYPE_CHECKING:
@@ -34,9 +35,11 @@ def _plan(forecast: Forecast) -> Iterator[str]:
     if influence.estimator == "auto":
         most = most_replications(influence) if forecast.cost is None else forecast.cost.replications
         count = f"{influence.replications} to {most}"
+    doses = in_words(influence.doses)
     yield (
         f"influence: {influence.estimator}, {count} replications of "
         f"{ESTIMATORS[influence.estimator].in_words} ({' and '.join(influence.directions)})"
+        f"{f', at {doses}' if doses else ''}"
     )
     yield f"train: {num_passes(config)} x {solve.budget:,} {solve.unit}"
     yield (f"evaluate: {len(evaluate.arms)} arms x {evaluate.seeds} seeds, the same budget each")

@@ -119,7 +119,7 @@ def _tokens(counts: Mapping[str, int], known: Known) -> int:
 
 def _influence(config: RunConfig, known: Known, cost: InfluenceCost) -> Workload:
     influence = config.influence
-    extra = influence.dose_rows if "add" in influence.directions else 0
+    extra = influence.largest_dose if "add" in influence.directions else 0
     return Workload(
         stage="influence",
         trainings=cost.runs,

@@ -16,6 +16,7 @@ from scipy import stats
 from system import storage
 from system.errors import ConfigError, DataError
 from system.influence.agreement import Agreement, Correlation, compare
+from system.influence.doses import in_words
 from system.influence.matrix import EffectMatrix
 from system.rundir import RunDir
 from system.stages import STAGE_FOLDERS
@@ -30,7 +31,7 @@ class Measured:
     name: str
     summary: dict[str, Any]
     matrices: dict[str, EffectMatrix]
-    """By direction."""
+    """By direction; of several doses, the largest."""
 
 
 def read_measured(run_dir_uri: str) -> Measured:
@@ -104,9 +105,11 @@ def shared_part(first: EffectMatrix, second: EffectMatrix) -> tuple[EffectMatrix
 
 def _described(measured: Measured) -> str:
     summary, cost = measured.summary, measured.summary["cost"]
+    doses = in_words(summary.get("doses", {}).get("asked", ()))
     return (
         f"{measured.name}: {summary['estimator']}, {summary['replications']} replications, "
         f"{cost['runs']} runs, {cost['token_equivalents'] / 1e6:.2f} M forward + backward tokens"
+        f"{f'; {doses}, compared at the largest' if doses else ''}"
     )
 
 

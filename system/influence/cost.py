@@ -10,7 +10,7 @@ A scored token counts as a third of a trained one: a backward pass costs two for
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from system.config import InfluenceConfig
 from system.data.lengths import RowLengths
 from system.errors import ConfigError
 from system.influence.design import CategoryRows
+from system.influence.doses import with_doses
 from system.influence.estimators import ESTIMATORS, GRADIENT, UNSCORED, WARM, Run
 from system.influence.interventions import (
     allocate_rows,
@@ -31,7 +32,8 @@ SCORED_SHARE = 1.0 / 3.0
 """Trained tokens that a scored one is worth."""
 LOWERED_BY = (
     "influence.replications (influence.auto.max_replications), influence.rows_per_category, "
-    "influence.directions and, for scoring, influence.heldout_rows lower it"
+    "influence.directions, fewer doses in influence.dose_rows and, for scoring, "
+    "influence.heldout_rows lower it"
 )
 
 HeldoutLengths = Callable[[Collection[str]], np.ndarray]
@@ -47,6 +49,10 @@ class RoleTokens:
     """Part of the base rows."""
     extra: float
     warm: float
+    parts: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    """Several doses: rows asked -> tokens of that part of the dose and of the extra rows."""
+    held: tuple[int, int] = (0, 0)
+    """Rows that the largest dose and the extra rows came to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,18 +98,18 @@ def influence_cost(
     Raises:
         DataError: a category has too few rows for a dose.
     """
-    runs = _units(config, len(sources))
     trained: set[str] = set()
     replications = [
         _replication(index, config, run_seed, sources, lengths, trained)
         for index in range(most_replications(config))
     ]
-    count = _within_budget(config, [sum(tokens) for tokens in replications])
-    per_run = [tokens for replication in replications[:count] for tokens in replication]
+    count = _within_budget(config, [sum(tokens for _, tokens in runs) for runs in replications])
+    kinds = [kind for runs in replications[:count] for kind, _ in runs]
+    per_run = [tokens for runs in replications[:count] for _, tokens in runs]
     rows = heldout(trained)
     # A gradient takes a pass forward and backward over the doses and over the held-out rows.
-    differentiated = count * sum(kind == GRADIENT for kind, _ in runs)
-    scorings = count * sum(kind not in UNSCORED for kind, _ in runs)
+    differentiated = sum(kind == GRADIENT for kind in kinds)
+    scorings = sum(kind not in UNSCORED for kind in kinds)
     return InfluenceCost(
         runs=len(per_run),
         scorings=scorings,
@@ -127,8 +133,8 @@ def _replication(
     sources: Sequence[str],
     lengths: RowLengths,
     trained: set[str],
-) -> list[float]:
-    """Tokens of each run of a replication; adds the rows that it trains on."""
+) -> list[tuple[str, float]]:
+    """Kind and tokens of each run of a replication; adds the rows that it trains on."""
     asked = asked_rows(config)
     wanted = asked["base"] + asked["extra"] + asked["warm"]
     seed = seed_of(run_seed, "influence", index)
@@ -136,12 +142,17 @@ def _replication(
     for category in sources:
         drawn = lengths("train", category, wanted, seed)
         share = allocate_rows(category, len(drawn.tokens), asked)
-        tokens[category] = role_tokens(drawn.tokens, share)
+        tokens[category] = role_tokens(drawn.tokens, share, config.doses)
         trained.update(drawn.ids)
     patterns = draw_patterns(seed, config, len(sources))
+    held = [tokens[category].held for category in sources]
     return [
-        run_tokens(kind, source, tokens, patterns, config.directions)
-        for kind, source in _units(config, len(sources))
+        (kind, run_tokens(kind, source, tokens, patterns, config.directions, dose))
+        for kind, source, dose in with_doses(
+            _units(config, len(sources)),
+            config.doses,
+            lambda direction, source: held[source][direction == "add"],
+        )
     ]
 
 
@@ -160,20 +171,27 @@ def _within_budget(config: InfluenceConfig, tokens: Sequence[float]) -> int:
     return max(config.replications, int(np.searchsorted(totals, limit, side="right")))
 
 
-def role_tokens(lengths: np.ndarray, share: CategoryRows) -> RoleTokens:
+def role_tokens(lengths: np.ndarray, share: CategoryRows, doses: Sequence[int] = ()) -> RoleTokens:
     """Tokens of a category's drawn rows, cut as `interventions.plan_replication` cuts them.
 
     Args:
         lengths: [rows] tokens in the order drawn.
         share: how the rows are shared out.
+        doses: rows asked of each dose, ascending; needed where there are several.
     """
     split = share.base + share.extra
+    extra = lengths[share.base : split]
     fresh = lengths[split : split + share.warm - share.warm_reused]
     return RoleTokens(
         base=float(lengths[: share.base].sum()),
         dose=float(lengths[: share.dose].sum()),
-        extra=float(lengths[share.base : split].sum()),
+        extra=float(extra.sum()),
         warm=float(fresh.sum() + lengths[: share.warm_reused].sum()),
+        parts={
+            dose: (float(lengths[: min(dose, share.dose)].sum()), float(extra[:dose].sum()))
+            for dose in doses
+        },
+        held=(share.dose, share.extra),
     )
 
 
@@ -183,6 +201,7 @@ def run_tokens(
     tokens: Mapping[str, RoleTokens],
     patterns: Mapping[str, Sequence[Sequence[bool]]],
     directions: Sequence[str],
+    dose: int = 0,
 ) -> float:
     """Tokens that one run trains on: those of the rows that its mask leaves on.
 
@@ -192,6 +211,7 @@ def run_tokens(
         tokens: by category, in the order of the sources.
         patterns: of the replication (`random-design`).
         directions: whose doses a gradient is taken of.
+        dose: rows asked of the dose, where there are several.
     """
     if kind == WARM:
         return sum(part.warm for part in tokens.values())
@@ -200,9 +220,13 @@ def run_tokens(
         return sum(getattr(part, role) for part in tokens.values() for role in roles)
     base = sum(part.base for part in tokens.values())
     direction, switched = switched_sources(kind, source, list(tokens), patterns)
+    doses = [
+        tokens[name].parts[dose] if dose else (tokens[name].dose, tokens[name].extra)
+        for name in switched
+    ]
     if direction == "add":
-        return base + sum(tokens[name].extra for name in switched)
-    return base - sum(tokens[name].dose for name in switched)
+        return base + sum(extra for _, extra in doses)
+    return base - sum(removed for removed, _ in doses)
 
 
 def check_token_limit(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from system.errors import DataError
-from system.influence.estimators import ESTIMATORS
+from system.influence.doses import with_doses
+from system.influence.estimators import ESTIMATORS, Run
 
 FORMAT = 1
 
@@ -22,9 +24,9 @@ class CategoryRows:
     """Usable rows that were drawn; fewer than asked only where the category has no more."""
     base: int
     dose: int
-    """Of the base rows, those that `remove` masks."""
+    """Of the base rows, those that `remove` masks; of several doses, those of the largest."""
     extra: int
-    """Rows that only `add` trains on; 0 where that direction is not asked."""
+    """Rows that only `add` trains on, likewise; 0 where that direction is not asked."""
     warm: int
     """Rows of the shared warm-up (`branch`)."""
     warm_reused: int
@@ -41,11 +43,14 @@ class Unit:
     source: int
     """Index of the source category, of the pattern of a mix, or of the warm-up's checkpoint that a
     gradient is taken at; -1 where the run has none."""
+    dose: int = 0
+    """Rows asked of the source's dose where several are measured; 0: the only dose, or none."""
 
     @property
     def name(self) -> str:
         """Name of its files."""
         suffix = f"-{self.source:03d}" if self.source >= 0 else ""
+        suffix += f"-dose{self.dose}" if self.dose else ""
         return f"r{self.replication:02d}-{self.kind}{suffix}"
 
 
@@ -56,6 +61,7 @@ class Replication:
     index: int
     seed: int
     plan_sha256: str
+    """Of the schedule, whatever doses its rows are marked with."""
     warm_sha256: str | None
     num_steps: int
     rows: dict[str, CategoryRows]
@@ -63,6 +69,8 @@ class Replication:
     """Direction -> source -> response tokens of the dose."""
     patterns: dict[str, list[list[bool]]] = field(default_factory=dict)
     """`random-design`: direction -> run -> source -> whether its dose is in the run."""
+    smaller_tokens: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """Several doses: direction -> source -> response tokens of all but the largest, ascending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +101,8 @@ class Design:
     """Rows drawn that cannot be trained or scored on, by reason."""
     gradient_checkpoints: int = 0
     """Checkpoints of each replication's warm-up (`gradient`)."""
+    doses: tuple[int, ...] = ()
+    """Rows asked of each dose, ascending, where several are measured; empty with one."""
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -100,28 +110,33 @@ class Design:
         runs = ESTIMATORS[self.estimator].units(
             len(self.sources), self.directions, self.gradient_checkpoints
         )
-        return tuple(
-            Unit(replication=replication, kind=kind, source=source)
-            for replication in range(len(self.replications))
-            for kind, source in runs
-        )
+        return self._units(runs)
 
     @property
     def runs(self) -> tuple[Unit, ...]:
         """All runs that have held-out losses: trained and scored, or (`gradient`) predicted."""
         runs = ESTIMATORS[self.estimator].runs(len(self.sources), self.directions)
+        return self._units(runs)
+
+    def _units(self, runs: Sequence[Run]) -> tuple[Unit, ...]:
+        """The given runs of every replication, at every dose that differs there."""
         return tuple(
-            Unit(replication=replication, kind=kind, source=source)
+            Unit(replication=replication, kind=kind, source=source, dose=dose)
             for replication in range(len(self.replications))
-            for kind, source in runs
+            for kind, source, dose in with_doses(runs, self.doses, partial(self.held, replication))
         )
+
+    def held(self, replication: int, direction: str, source: int) -> int:
+        """Rows of a source's largest dose in a replication."""
+        rows = self.replications[replication].rows[self.sources[source]]
+        return rows.extra if direction == "add" else rows.dose
 
     def first(self, replications: int) -> Design:
         """The same design with its first replications only."""
         return replace(self, replications=self.replications[:replications])
 
     def dose_rows(self, direction: str) -> np.ndarray:
-        """[R, S] rows of the dose."""
+        """[R, S] rows of the dose; of several, of the largest."""
         name = "extra" if direction == "add" else "dose"
         return np.array(
             [[getattr(rep.rows[s], name) for s in self.sources] for rep in self.replications],
@@ -129,7 +144,7 @@ class Design:
         )
 
     def dose_tokens(self, direction: str) -> np.ndarray:
-        """[R, S] response tokens of the dose."""
+        """[R, S] response tokens of the dose; of several, of the largest."""
         return np.array(
             [[rep.dose_tokens[direction][s] for s in self.sources] for rep in self.replications],
             dtype=float,
@@ -137,7 +152,12 @@ class Design:
 
     def to_json(self) -> dict[str, Any]:
         """What `design.json` holds."""
-        return {"format": FORMAT, **asdict(self), "units": [unit.name for unit in self.units]}
+        value = asdict(self)
+        if not self.doses:  # the file of a design with one dose says nothing of several
+            del value["doses"]
+            for replication in value["replications"]:
+                del replication["smaller_tokens"]
+        return {"format": FORMAT, **value, "units": [unit.name for unit in self.units]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Design:
@@ -170,4 +190,5 @@ class Design:
             asked=dict(value["asked"]),
             dropped=dict(value["dropped"]),
             gradient_checkpoints=value.get("gradient_checkpoints", 0),
+            doses=tuple(value.get("doses", ())),
         )

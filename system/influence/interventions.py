@@ -9,7 +9,8 @@ A run is a mask; steps, batches, their order, denominators and learning rates ar
 of the replication (common random numbers), so that a difference between two runs is what the rows
 did and not what another shuffle did.  Replications differ in rows and in order.  `base`, `dose`
 and `extra` are the plan's stage names: dose rows are the part of a category's base rows that
-`remove` masks, extra rows those that only `add` trains on.
+`remove` masks, extra rows those that only `add` trains on.  With several doses a row's name says
+the smallest dose that it is part of (`system.influence.doses`).
 
 `branch` trains each replication's base mix once on rows of its own (the warm-up) and starts all its
 runs from there.  `gradient` takes gradients along the warm-up, of dose and extra rows, and predicts
@@ -33,6 +34,7 @@ import pyarrow as pa
 from system.config import InfluenceConfig
 from system.errors import DataError
 from system.influence.design import CategoryRows, Design, Replication, Target, Unit
+from system.influence.doses import dose_labels, is_in_dose, smaller_tokens, without_doses
 from system.influence.estimators import ESTIMATORS
 from system.influence.random_design import dose_patterns, enough_runs
 from system.training.plan import TrainPlan, build_plan
@@ -64,8 +66,8 @@ def asked_rows(config: InfluenceConfig) -> dict[str, int]:
     """Rows a category that the configuration asks for."""
     return {
         "base": config.rows_per_category,
-        "dose": config.dose_rows,
-        "extra": config.dose_rows if "add" in config.directions else 0,
+        "dose": config.largest_dose,
+        "extra": config.largest_dose if "add" in config.directions else 0,
         "warm": config.warm_rows_per_category if ESTIMATORS[config.estimator].is_warmed else 0,
         "heldout": config.heldout_rows,
     }
@@ -130,6 +132,7 @@ def plan_replication(
     roles: list[str] = []
     warm_parts: list[pa.Table] = []
     dose_tokens: dict[str, dict[str, int]] = {name: {} for name in config.directions}
+    part_tokens: dict[str, dict[str, list[int]]] = {name: {} for name in config.directions}
     dropped: Counter[str] = Counter()
     for category in sources:
         tokens, lost = draw("train", category, wanted, seed)
@@ -137,11 +140,14 @@ def plan_replication(
         share = rows[category] = allocate_rows(category, tokens.num_rows, asked)
         split = share.base + share.extra
         parts.append(tokens.slice(0, split))
-        roles += [DOSE] * share.dose + [BASE] * (share.base - share.dose) + [EXTRA] * share.extra
+        roles += dose_labels(DOSE, share.dose, config.doses)
+        roles += [BASE] * (share.base - share.dose)
+        roles += dose_labels(EXTRA, share.extra, config.doses)
         for direction in config.directions:
             start = share.base if direction == "add" else 0
             part = tokens.slice(start, share.extra if direction == "add" else share.dose)
             dose_tokens[direction][category] = response_tokens(part)
+            part_tokens[direction][category] = smaller_tokens(part, config.doses, response_tokens)
         fresh = tokens.slice(split, share.warm - share.warm_reused)
         warm_parts += [fresh, tokens.slice(0, share.warm_reused)]
     plan = _shuffled_plan(parts, roles, (seed, "order"), config, max_length)
@@ -151,12 +157,13 @@ def plan_replication(
     replication = Replication(
         index=index,
         seed=seed,
-        plan_sha256=plan.sha256,
+        plan_sha256=without_doses(plan).sha256,
         warm_sha256=None if warm is None else warm.sha256,
         num_steps=plan.num_steps,
         rows=rows,
         dose_tokens=dose_tokens,
         patterns=draw_patterns(seed, config, len(sources)),
+        smaller_tokens=part_tokens if len(config.doses) > 1 else {},
     )
     return Schedule(replication=replication, plan=plan, warm=warm, dropped=dict(dropped))
 
@@ -202,10 +209,10 @@ def _shuffled_plan(
 
 def active_rows(plan: TrainPlan, unit: Unit, design: Design) -> np.ndarray:
     """[plan rows] bool: the mask of a run on its replication's common schedule."""
-    role = np.asarray(plan.table.column("stage").to_pylist())
+    labels = plan.table.column("stage").to_pylist()
     if unit.kind == "warm":
-        return np.ones(role.size, dtype=bool)
-    active = role != EXTRA
+        return np.ones(len(labels), dtype=bool)
+    active = ~is_in_dose(labels, EXTRA)
     direction, switched = switched_sources(
         unit.kind,
         unit.source,
@@ -215,8 +222,8 @@ def active_rows(plan: TrainPlan, unit: Unit, design: Design) -> np.ndarray:
     category = plan.table.column("category").to_pylist()
     of_switched = np.array([name in switched for name in category], dtype=bool)
     if direction == "add":
-        return active | (of_switched & (role == EXTRA))
-    return active & ~(of_switched & (role == DOSE))
+        return active | (of_switched & is_in_dose(labels, EXTRA, unit.dose))
+    return active & ~(of_switched & is_in_dose(labels, DOSE, unit.dose))
 
 
 def switched_sources(
@@ -278,4 +285,5 @@ def assemble_design(
         asked=asked_rows(config),
         dropped=dict(dropped),
         gradient_checkpoints=(config.gradient_checkpoints if config.estimator == "gradient" else 0),
+        doses=config.doses if len(config.doses) > 1 else (),
     )

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from scipy import stats
 
 from system.errors import DataError
+from system.influence.doses import at_level
 from system.influence.fieller import fieller_interval
 from system.influence.measurements import Measurements, own_mask
 from system.influence.noise import ErrorModel, fit_errors
@@ -135,32 +136,29 @@ class EffectMatrix:
 
     @classmethod
     def from_table(
-        cls, table: pa.Table, *, direction: str, unit: Unit = "examples", where: str = "matrix"
+        cls,
+        table: pa.Table,
+        *,
+        direction: str,
+        unit: Unit = "examples",
+        where: str = "matrix",
+        level: int = -1,
     ) -> EffectMatrix:
-        """The matrix of one direction and unit.
+        """The matrix of one direction and unit, at one dose.
+
+        Args:
+            table: schema `MATRIX_FILE`.
+            direction: `add` or `remove`.
+            unit: what doses are counted in.
+            where: name of the table for errors.
+            level: which of several doses: 0 the smallest, -1 the largest, whose errors are the
+                smallest beside its effects; a source with fewer doses gives its largest.
 
         Raises:
             DataError: that direction or unit is not there, or an entry is missing or twice there.
         """
         table = check_table(table, MATRIX_FILE, where)
-        rows = [
-            row
-            for row in table.to_pylist()
-            if row["direction"] == direction and row["unit"] == unit
-        ]
-        if not rows:
-            found = sorted({(r["direction"], r["unit"]) for r in table.to_pylist()})
-            raise DataError(
-                f"{where}: expected rows with direction {direction!r} and unit {unit!r}, found "
-                f"{found}. Add the direction to influence.directions and run that stage again."
-            )
-        targets = tuple(dict.fromkeys(row["target"] for row in rows))
-        sources = tuple(dict.fromkeys(row["source"] for row in rows))
-        if len(rows) != len(targets) * len(sources):
-            raise DataError(
-                f"{where}: expected one row for each of {len(targets)} targets x {len(sources)} "
-                f"sources ({direction}, {unit}), found {len(rows)} rows"
-            )
+        targets, sources, rows = _entries(table.to_pylist(), direction, unit, level, where)
         entry = {(row["target"], row["source"]): row for row in rows}
 
         def grid(name: str) -> np.ndarray:
@@ -261,6 +259,28 @@ def estimate_effects(
         replicate_effects_RTS=replicate_RTS,
     )
     return Estimate(matrix=matrix, errors=errors, shrunken=shrunken)
+
+
+def _entries(
+    table: list[dict[str, Any]], direction: str, unit: Unit, level: int, where: str
+) -> tuple[tuple[str, ...], tuple[str, ...], list[dict[str, Any]]]:
+    """Targets, sources and the one row of each pair at a dose; see `EffectMatrix.from_table`."""
+    rows = [row for row in table if row["direction"] == direction and row["unit"] == unit]
+    if not rows:
+        found = sorted({(row["direction"], row["unit"]) for row in table})
+        raise DataError(
+            f"{where}: expected rows with direction {direction!r} and unit {unit!r}, found "
+            f"{found}. Add the direction to influence.directions and run that stage again."
+        )
+    targets = tuple(dict.fromkeys(row["target"] for row in rows))
+    sources = tuple(dict.fromkeys(row["source"] for row in rows))
+    rows = at_level(rows, level)
+    if len(rows) != len(targets) * len(sources):
+        raise DataError(
+            f"{where}: expected one row for each of {len(targets)} targets x {len(sources)} "
+            f"sources ({direction}, {unit}), found {len(rows)} rows"
+        )
+    return targets, sources, rows
 
 
 def _check_finite(measured: Measurements) -> None:

@@ -30,6 +30,7 @@ REPLICATES = pa.schema(
         pa.field("target", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("direction", pa.string(), nullable=False),
+        pa.field("dose", pa.float64(), nullable=False),  # examples, mean over replications
         pa.field("effect", pa.float64(), nullable=False),  # nats/response token per example
     ]
 )
@@ -83,6 +84,7 @@ def replicates_table(estimates: Mapping[str, Estimate]) -> pa.Table:
                     "target": [matrix.targets[row] for row in index[1]],
                     "source": [matrix.sources[column] for column in index[2]],
                     "direction": [direction] * index.shape[1],
+                    "dose": matrix.dose_S[index[2]],
                     "effect": effect_RTS.ravel(),
                 },
                 schema=REPLICATES,

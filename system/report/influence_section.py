@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from system.influence.doses import in_words
 from system.influence.summary import short_unit
 from system.report.blocks import (
     Block,
@@ -20,6 +21,7 @@ from system.report.blocks import (
     text_column,
     waiting,
 )
+from system.report.dose_section import dose_blocks
 from system.report.formatting import count, decimals, fixed, interval, percent, plural, signed
 from system.report.heatmap import (
     WIDEST_BESIDE,
@@ -81,6 +83,7 @@ def influence_section(view: RunView) -> Section:
         ]
         if len(sources) <= _LARGEST_TABLE:
             blocks.append(_whole_table(grid, direction))
+    blocks += dose_blocks(influence.summary, sources)
     return Section(name="effects", title=TITLE, short="Effects", blocks=blocks)
 
 
@@ -103,6 +106,11 @@ def _belief(influence: Influence) -> list[str]:
         items.append(
             "Effects are first-order predictions of gradients, not runs: order and signs are what "
             "to read, large sizes are overstated."
+        )
+    if "doses" in summary:
+        items.append(
+            f"Measured at {in_words(summary['doses']['asked'])}: maps and tables show the largest; "
+            "how returns change with the dose is below them."
         )
     for direction, part in summary["directions"].items():
         noise = part["noise"]

@@ -24,7 +24,7 @@ class Influence:
     """Results of the influence stage."""
 
     matrices: dict[str, EffectMatrix]
-    """Direction (`add`, `remove`) -> effects per example."""
+    """Direction (`add`, `remove`) -> effects per example; of several doses, of the largest."""
     summary: dict[str, Any]
 
 

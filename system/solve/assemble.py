@@ -239,6 +239,8 @@ def _notes(model: Model, u_S: np.ndarray) -> tuple[str, ...]:
             "the effects of adding and of removing were pooled into one matrix, since the linear "
             "objective knows one; objective 'concave' uses both"
         )
+    if model.curve is not None:
+        notes.append(model.curve.note)
     if model.effects.num_projected:
         notes.append(
             f"{model.effects.num_projected} effects had adding above removing and were set to "

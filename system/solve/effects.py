@@ -6,6 +6,7 @@ A move is ``u`` examples added and ``v`` removed. Each objective is the same lin
 - one matrix: ``add = remove = E``;
 - ``linear`` with two matrices: their pooled value (precision weights where errors are known),
   since the paper's objective knows one matrix;
+- ``concave`` with several doses: polylines (``curves.py``), these slopes for their base effects;
 - two matrices otherwise: entries with ``add > remove`` are projected onto ``add = remove`` (with
   the same weights), so that doing and undoing a move never pays;
 - ``robust`` with a box: ``add = E - r se``, ``remove = E + r se``; a move pays for its errors and

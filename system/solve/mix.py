@@ -23,7 +23,8 @@ class CategoryMix:
     """Of the mix: of its examples, or of its tokens when the budget is in tokens."""
     reduced_cost: float | None
     """Objective per example if the count were pushed up by one from where it is (all else
-    re-optimised); 0 where it is free, >= 0 at an upper limit, <= 0 at a lower one."""
+    re-optimised); 0 where it is free (<= 0 at a measured dose, where a curve bends), >= 0 at an
+    upper limit, <= 0 at a lower one."""
     supply_price: float | None
     """Gain of one more example in the supply, >= 0."""
     at: At

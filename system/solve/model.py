@@ -11,6 +11,7 @@ import numpy as np
 
 from system.errors import ConfigError, DataError
 from system.solve.basemix import integer_base, scaled_base
+from system.solve.curves import Curve, CurvedEffects, build_curve
 from system.solve.effects import Effects
 from system.solve.problem import MixOptions, MixProblem
 from system.solve.program import Program
@@ -65,6 +66,8 @@ class Model:
     """Budget units that may stay unspent: less than the longest example, for whole examples."""
     must_remove_S: np.ndarray
     """[S] lower bound of v: all of a category that was closed."""
+    curve: Curve | None = None
+    """Several doses (``concave``): solved segment by segment (``segments.py``)."""
 
     @property
     def num_sources(self) -> int:
@@ -120,7 +123,7 @@ def build_model(problem: MixProblem, options: MixOptions) -> Model:
     base_S = make_base(
         problem, lower_S=lower_S, ceiling_S=ceiling_S, length_S=length_S, budget=budget
     )
-    effects = Effects(problem, options)
+    curve, effects = _effects(problem, options)
     base_effect_T = effects.base_effect(base_S)
     score_add_S, score_remove_S = effects.score(problem.importance_T)
     # A bound that never binds (no mix holds twice the budget of one category) keeps every column
@@ -148,7 +151,15 @@ def build_model(problem: MixProblem, options: MixOptions) -> Model:
         # Whole examples rarely add up to a token budget.
         unspent=float(length_S.max()) * (1.0 - 1e-6) if options.integer else 0.0,
         must_remove_S=np.zeros(len(base_S)),
+        curve=curve,
     )
+
+
+def _effects(problem: MixProblem, options: MixOptions) -> tuple[Curve | None, Effects]:
+    curve = build_curve(problem, options)
+    if curve is None:
+        return None, Effects(problem, options)
+    return curve, CurvedEffects(problem, options, curve)
 
 
 def new_program(

@@ -16,6 +16,38 @@ OBJECTIVES: tuple[Objective, ...] = ("linear", "max-min", "concave", "robust")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DoseCurve:
+    """What several doses of every source do, in one direction.  K doses, ascending.
+
+    Raises:
+        DataError: shapes that do not fit, a dose that is not positive, doses that fall.
+    """
+
+    dose_KS: np.ndarray
+    """[K, S] rows; a source with fewer doses repeats its largest."""
+    effect_KTS: np.ndarray
+    """[K, T, S] effect per example, mean over the dose."""
+    se_KTS: np.ndarray
+    """[K, T, S] its standard errors, >= 0."""
+
+    def __post_init__(self) -> None:
+        """Check what the optimiser relies on."""
+        count, size = self.dose_KS.shape
+        fits = self.effect_KTS.shape == self.se_KTS.shape and self.effect_KTS.shape[::2] == (
+            count,
+            size,
+        )
+        numbers = (self.dose_KS, self.effect_KTS, self.se_KTS)
+        if not fits or not all(np.isfinite(values).all() for values in numbers):
+            raise DataError(
+                f"a dose curve needs finite effects and errors [doses, targets, sources], found "
+                f"{self.effect_KTS.shape} and {self.se_KTS.shape} for doses {self.dose_KS.shape}"
+            )
+        if (self.dose_KS[0] <= 0).any() or (np.diff(self.dose_KS, axis=0) < 0).any():
+            raise DataError("the doses of a dose curve must be positive and ascend")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MixProblem:
     """The categories, what there is of them, and what they were measured to do to every target.
 
@@ -66,6 +98,9 @@ class MixProblem:
     """[S] name of the group that each category belongs to."""
     guard_T: np.ndarray | None = None
     """[T] nats that each target may lose at most; inf: unguarded. Adds to the options' guard."""
+    curve_add: DoseCurve | None = None
+    """Several doses, for ``concave``: with ``curve_remove`` it takes the place of both slopes."""
+    curve_remove: DoseCurve | None = None
 
     def __post_init__(self) -> None:
         """Convert, check, and fill the default importance."""

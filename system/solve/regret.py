@@ -18,7 +18,7 @@ import numpy as np
 from system.errors import ConfigError
 from system.solve.mix import Mix
 from system.solve.model import build_model
-from system.solve.problem import MixOptions, MixProblem
+from system.solve.problem import DoseCurve, MixOptions, MixProblem
 from system.solve.solve import solve_mix
 
 
@@ -58,7 +58,8 @@ def expected_regret(
         raise ConfigError("the expected regret needs standard errors of the effects (--stderr)")
     options = replace(options, integer=False)
     chosen = solve_mix(problem, options)
-    known = replace(options, objective="concave" if _is_two_sided(problem) else "linear")
+    is_concave = _is_two_sided(problem) or problem.curve_add is not None
+    known = replace(options, objective="concave" if is_concave else "linear")
     counts_S, base_S = _counts(chosen)
     regrets, distance_S = [], np.zeros(len(counts_S))
     rng = np.random.default_rng(seed)
@@ -95,6 +96,12 @@ def _is_two_sided(problem: MixProblem) -> bool:
 def _draw(problem: MixProblem, rng: np.random.Generator) -> MixProblem:
     """The problem with effects that could be the true ones."""
     assert problem.se_TS is not None
+    if problem.curve_add is not None and problem.curve_remove is not None:
+        return replace(
+            problem,
+            curve_add=_drawn_curve(problem.curve_add, rng),
+            curve_remove=_drawn_curve(problem.curve_remove, rng),
+        )
     shape = problem.effect_add_TS.shape
     add_TS = problem.effect_add_TS + problem.se_TS * rng.standard_normal(shape)
     if not _is_two_sided(problem):
@@ -103,6 +110,11 @@ def _draw(problem: MixProblem, rng: np.random.Generator) -> MixProblem:
     se_TS = problem.se_TS if problem.se_remove_TS is None else problem.se_remove_TS
     remove_TS = problem.effect_remove_TS + se_TS * rng.standard_normal(shape)
     return replace(problem, effect_add_TS=add_TS, effect_remove_TS=remove_TS)
+
+
+def _drawn_curve(curve: DoseCurve, rng: np.random.Generator) -> DoseCurve:
+    noise_KTS = curve.se_KTS * rng.standard_normal(curve.se_KTS.shape)
+    return replace(curve, effect_KTS=curve.effect_KTS + noise_KTS)
 
 
 def _counts(mix: Mix) -> tuple[np.ndarray, np.ndarray]:

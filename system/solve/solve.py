@@ -20,6 +20,7 @@ from system.solve.objectives import (
 )
 from system.solve.problem import MixOptions, MixProblem
 from system.solve.program import Program
+from system.solve.segments import solve_curved
 from system.solve.whole import solve_whole
 
 
@@ -47,7 +48,7 @@ class MixSession:
         start = time.perf_counter()
         self._model = build_model(problem, options)
         self._program: Program | None = None
-        if _is_scored(options):
+        if _is_scored(options) and self._model.curve is None:
             self._program = score_program(self._model)
         self.mix = self._solve(self._model, start)
 
@@ -105,6 +106,8 @@ class MixSession:
         return assemble_mix(model, outcome, start=start)
 
     def _outcome(self, model: Model) -> Outcome:
+        if model.curve is not None:
+            return solve_curved(model)
         if model.options.integer or model.options.max_categories is not None:
             return solve_whole(model)
         if self._program is not None:

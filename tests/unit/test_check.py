@@ -135,6 +135,14 @@ def test_before_ingest_it_says_what_is_not_known_yet(run: Run, capsys) -> None:
     assert not (run.root / "run").exists(), "check writes nothing"
 
 
+def test_several_doses_are_part_of_the_plan(run: Run, capsys) -> None:
+    assert run.check("--set", "influence.dose_rows=[32, 8, 16]") == 0
+    shown = capsys.readouterr().out
+    assert "one run per category and direction (remove), at doses of 8, 16 and 32 rows" in shown
+    assert run.check("--set", "influence.dose_rows=[8, 49]") == 2
+    assert "dose_rows 49 is more than rows_per_category 48" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--max-tokens", "--max-hours"])
 def test_a_budget_that_nothing_is_known_for_is_no_silent_pass(run: Run, capsys, flag) -> None:
     assert run.check(flag, "1e12") == 2

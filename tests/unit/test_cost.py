@@ -170,6 +170,28 @@ def test_it_does_where_a_category_has_too_few_rows_for_what_was_asked(root):
     assert cost.trained_tokens == sum(tokens)
 
 
+@pytest.mark.parametrize("estimator", ["retrain", "branch"])
+@pytest.mark.parametrize("most", [20, 100], ids=["rows for all", "rows for fewer"])
+def test_the_runs_of_all_doses_are_counted(root, estimator, most):
+    config = config_of(
+        root,
+        estimator=estimator,
+        directions=("add", "remove"),
+        rows_per_category=most,
+        dose_rows=[9, most // 2, most - 1, most],
+    )
+    corpus = tagged(root, config)
+    cost = forecast(root, config, corpus)
+    design, tokens, _, scored = planned(root, config, corpus)
+    whole = 2 * (1 + (estimator == "branch") + 2 * 4 * len(design.sources))
+    assert cost.runs == len(design.units) == len(tokens)
+    assert (cost.runs == whole) == (most == 20), "doses that come to the same rows are one run"
+    assert cost.trained_tokens == sum(tokens)
+    assert cost.longest_run_tokens == max(tokens)
+    assert cost.scored_tokens == scored * cost.scorings
+    assert cost.scorings == sum(unit.kind != "warm" for unit in design.units)
+
+
 def test_rows_of_further_targets_that_are_trained_on_do_not_count(root):
     corpus = tagged(root, config_of(root))
     path = write_benchmark(root, corpus)
