@@ -5,14 +5,17 @@ scores/*.parquet ──> losses ──> paired differences ──> estimates, by
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from actors.stage import StageContext
 from system import storage
+from system.config import InfluenceConfig
 from system.influence.accuracy_targets import check_some_vary
+from system.influence.append import flag_appended, overlay
 from system.influence.design import Design
+from system.influence.earlier import Earlier
 from system.influence.first_order import predicted_scores
 from system.influence.matrix import EffectMatrix, Estimate, estimate_effects
 from system.influence.matrix import Unit as DataUnit
@@ -37,12 +40,41 @@ class Analysis:
 
 
 def analyse(context: StageContext, design: Design) -> Analysis:
-    """Reads the scores of all runs of a design and estimates its effects."""
+    """Reads the scores of all runs of a design and estimates its effects.
+
+    What an appended design was told before stays as it was told (`system.influence.append`).
+    """
     config = context.config.influence
+    found = _estimated(config, context.attempt, design)
+    if context.appends_to is None:
+        return found
+    attempts = context.attempt.rsplit("/", 1)[0]
+    return _on_earlier(config, found, design, Earlier(attempts, context.appends_to))
+
+
+def _on_earlier(
+    config: InfluenceConfig, found: Analysis, design: Design, earlier: Earlier
+) -> Analysis:
+    known = _estimated(config, earlier.uri, earlier.design)
+    if earlier.before is not None:
+        known = _on_earlier(config, known, earlier.design, earlier.before)
+    estimates = {
+        unit: {
+            direction: replace(
+                estimate,
+                matrix=overlay(design, estimate.matrix, known.estimates[unit][direction].matrix),
+            )
+            for direction, estimate in by_direction.items()
+        }
+        for unit, by_direction in found.estimates.items()
+    }
+    return replace(found, estimates=estimates)
+
+
+def _estimated(config: InfluenceConfig, attempt: str, design: Design) -> Analysis:
+    """The estimates from the scores of one attempt alone."""
     scores = {
-        unit.name: storage.read_table(
-            storage.join(context.attempt, "scores", f"{unit.name}.parquet")
-        )
+        unit.name: storage.read_table(storage.join(attempt, "scores", f"{unit.name}.parquet"))
         for unit in design.units
         if unit.kind != "warm"
     }
@@ -70,5 +102,6 @@ def analyse(context: StageContext, design: Design) -> Analysis:
 
 def matrices_of(context: StageContext, design: Design) -> dict[str, EffectMatrix]:
     """The effects of a design per example, by direction."""
-    found = analyse(context, design).estimates["examples"]
-    return {direction: estimate.matrix for direction, estimate in found.items()}
+    config = context.config.influence
+    found = _estimated(config, context.attempt, design).estimates["examples"]
+    return {name: flag_appended(design, estimate.matrix) for name, estimate in found.items()}

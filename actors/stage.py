@@ -24,6 +24,8 @@ class StageContext:
     """Records of the stages before it, by stage name."""
     progress: Progress
     cluster: Cluster
+    appends_to: str | None = None
+    """Name of the finished attempt that this one adds to (`influence.append`)."""
 
     @property
     def shared_uri(self) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from system.errors import DataError
-from system.influence.estimators import ESTIMATORS
+from system.influence.estimators import APPEND, ESTIMATORS, Run
 
 FORMAT = 1
 
@@ -37,7 +37,7 @@ class Unit:
 
     replication: int
     kind: str
-    """`warm`, `reference`, `add`, `remove`, `mix-add`, `mix-remove` or `gradient`."""
+    """`warm`, `reference`, `add`, `remove`, `append`, `mix-add`, `mix-remove` or `gradient`."""
     source: int
     """Index of the source category, of the pattern of a mix, or of the warm-up's checkpoint that a
     gradient is taken at; -1 where the run has none."""
@@ -63,6 +63,14 @@ class Replication:
     """Direction -> source -> response tokens of the dose."""
     patterns: dict[str, list[list[bool]]] = field(default_factory=dict)
     """`random-design`: direction -> run -> source -> whether its dose is in the run."""
+    append_sha256: str | None = None
+    """Of the schedule with the rows of appended categories."""
+    foreign_rows: int = 0
+    """Base rows of categories whose measurements no longer hold."""
+
+    def plan_of(self, kind: str) -> str | None:
+        """Hash of the schedule that a run of this kind trains on."""
+        return {"warm": self.warm_sha256, "append": self.append_sha256}.get(kind, self.plan_sha256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +83,20 @@ class Target:
     """Response tokens."""
     is_external: bool
     """Given by `influence.targets`, owned by no source."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Append:
+    """What was added to an earlier, finished design."""
+
+    earlier: str
+    """Name of its attempt."""
+    sources: tuple[str, ...]
+    """Categories that the base has no rows of, those of earlier appends included."""
+    new: tuple[str, ...]
+    """Those of them that this design adds."""
+    stale: dict[str, str]
+    """Categories of the earlier design whose measurements no longer hold -> why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +115,7 @@ class Design:
     """Rows drawn that cannot be trained or scored on, by reason."""
     gradient_checkpoints: int = 0
     """Checkpoints of each replication's warm-up (`gradient`)."""
+    append: Append | None = None
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -100,21 +123,28 @@ class Design:
         runs = ESTIMATORS[self.estimator].units(
             len(self.sources), self.directions, self.gradient_checkpoints
         )
-        return tuple(
-            Unit(replication=replication, kind=kind, source=source)
-            for replication in range(len(self.replications))
-            for kind, source in runs
-        )
+        return self._in_all_replications(runs)
 
     @property
     def runs(self) -> tuple[Unit, ...]:
         """All runs that have held-out losses: trained and scored, or (`gradient`) predicted."""
         runs = ESTIMATORS[self.estimator].runs(len(self.sources), self.directions)
+        return self._in_all_replications(runs)
+
+    def _in_all_replications(self, runs: Sequence[Run]) -> tuple[Unit, ...]:
+        """The runs of every replication; an appended category has one run, in any direction."""
+        names = () if self.append is None else self.append.sources
+        places = [place for place, name in enumerate(self.sources) if name in names]
+        single = [run for run in runs if run[1] not in places]
         return tuple(
             Unit(replication=replication, kind=kind, source=source)
             for replication in range(len(self.replications))
-            for kind, source in runs
+            for kind, source in [*single, *((APPEND, place) for place in places)]
         )
+
+    def is_appended(self, name: str) -> bool:
+        """Whether the base has no rows of the category."""
+        return self.append is not None and name in self.append.sources
 
     def first(self, replications: int) -> Design:
         """The same design with its first replications only."""
@@ -170,4 +200,12 @@ class Design:
             asked=dict(value["asked"]),
             dropped=dict(value["dropped"]),
             gradient_checkpoints=value.get("gradient_checkpoints", 0),
+            append=_append_from(value.get("append")),
         )
+
+
+def _append_from(value: Mapping[str, Any] | None) -> Append | None:
+    if value is None:
+        return None
+    names = {name: tuple(value[name]) for name in ("sources", "new")}
+    return Append(earlier=value["earlier"], stale=dict(value["stale"]), **names)

@@ -33,9 +33,9 @@ import pyarrow as pa
 from system.config import InfluenceConfig
 from system.errors import DataError
 from system.influence.design import CategoryRows, Design, Replication, Target, Unit
-from system.influence.estimators import ESTIMATORS
+from system.influence.estimators import APPEND, ESTIMATORS
 from system.influence.random_design import dose_patterns, enough_runs
-from system.training.plan import TrainPlan, build_plan
+from system.training.plan import APPENDED, TrainPlan, build_plan
 
 BASE, DOSE, EXTRA = "base", "dose", "extra"
 _LEAST_DOSE = 8
@@ -71,6 +71,11 @@ def asked_rows(config: InfluenceConfig) -> dict[str, int]:
     }
 
 
+def least_dose(asked: Mapping[str, int]) -> int:
+    """Rows below which a dose says nothing."""
+    return min(_LEAST_DOSE, asked["dose"])
+
+
 def allocate_rows(category: str, available: int, asked: Mapping[str, int]) -> CategoryRows:
     """How a category's rows are shared out when there may be too few of them.
 
@@ -87,7 +92,7 @@ def allocate_rows(category: str, available: int, asked: Mapping[str, int]) -> Ca
         extra = int(extra * share)
         base = available - extra
         dose = extra if asked["extra"] == asked["dose"] else int(dose * share)
-    least = min(_LEAST_DOSE, asked["dose"])
+    least = least_dose(asked)
     if dose < least:
         needed = -(-least * (asked["base"] + asked["extra"]) // asked["dose"])
         raise DataError(
@@ -205,7 +210,7 @@ def active_rows(plan: TrainPlan, unit: Unit, design: Design) -> np.ndarray:
     role = np.asarray(plan.table.column("stage").to_pylist())
     if unit.kind == "warm":
         return np.ones(role.size, dtype=bool)
-    active = role != EXTRA
+    active = (role != EXTRA) & (role != APPENDED)
     direction, switched = switched_sources(
         unit.kind,
         unit.source,
@@ -216,6 +221,8 @@ def active_rows(plan: TrainPlan, unit: Unit, design: Design) -> np.ndarray:
     of_switched = np.array([name in switched for name in category], dtype=bool)
     if direction == "add":
         return active | (of_switched & (role == EXTRA))
+    if direction == APPEND:
+        return active | (of_switched & (role == APPENDED))
     return active & ~(of_switched & (role == DOSE))
 
 
