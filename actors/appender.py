@@ -30,9 +30,7 @@ from system.influence.append import (
     dose_size,
     earlier_unit,
     extend_plan,
-    measured_ids,
     undrawn,
-    what_holds,
 )
 from system.influence.design import CategoryRows, Design, Replication, Target, Unit
 from system.influence.earlier import Earlier
@@ -66,14 +64,13 @@ def draw_appended(context: StageContext) -> Design:
     )
     draw = seeded_draw(corpus, tokenizer, config.model.max_length)
     before = earlier.heldout()
-    plans = [earlier.plans(place) for place in range(len(earlier.design.replications))]
-    measured = measured_ids(earlier.design, [p for item in plans for p in item.values()], before)
-    holding = what_holds(earlier.design, measured, corpus)
+    holding = earlier.holding(corpus)
     heldout, targets, dropped = _new_targets(context, holding, corpus, draw, tokenizer)
     seen = set(before.column("id").to_pylist())
     replications = []
-    for found, known in zip(earlier.design.replications, plans, strict=True):
-        replication, lost = _extend(context, earlier.design, found, known, holding, seen, draw)
+    for found in earlier.design.replications:
+        plans = earlier.plans(found.index)
+        replication, lost = _extend(context, earlier.design, found, plans, holding, seen, draw)
         replications.append(replication)
         dropped = {key: dropped.get(key, 0) + lost.get(key, 0) for key in {*dropped, *lost}}
     design = append_design(

@@ -38,6 +38,8 @@ def _plan(forecast: Forecast) -> Iterator[str]:
         f"influence: {influence.estimator}, {count} replications of "
         f"{ESTIMATORS[influence.estimator].in_words} ({' and '.join(influence.directions)})"
     )
+    if forecast.appending:
+        yield f"  {forecast.appending}"
     yield f"train: {num_passes(config)} x {solve.budget:,} {solve.unit}"
     yield (f"evaluate: {len(evaluate.arms)} arms x {evaluate.seeds} seeds, the same budget each")
     if forecast.why_unknown:

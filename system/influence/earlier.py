@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from system import storage
 from system.config import InfluenceConfig
+from system.data.corpus import Corpus
 from system.errors import ConfigError
-from system.influence.append import earlier_unit
+from system.influence.append import Holding, earlier_unit, measured_ids, what_holds
 from system.influence.design import Design, Unit
 from system.rundir import RunDir, StageRecord, describe_change, fingerprint, flatten
 from system.stages import STAGE_FOLDERS
@@ -109,6 +110,7 @@ class Earlier:
 
     def __init__(self, attempts_uri: str, name: str) -> None:
         self._attempts_uri = attempts_uri
+        self.name = name
         self.uri = storage.join(attempts_uri, name)
         uri = storage.join(self.uri, "design.json")
         if not storage.exists(uri):
@@ -138,6 +140,19 @@ class Earlier:
             for kind, is_there in kinds.items()
             if is_there
         }
+
+    def holding(self, corpus: Corpus) -> Holding:
+        """What of it still holds for a corpus.
+
+        Raises:
+            DataError: nothing does.
+        """
+        plans = [
+            plan
+            for replication in self.design.replications
+            for plan in self.plans(replication.index).values()
+        ]
+        return what_holds(self.design, measured_ids(self.design, plans, self.heldout()), corpus)
 
     def scores(self, unit: Unit) -> pa.Table:
         """The scores of one of its runs."""
