@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from test_influencer import Killed, StopsAfter, Trainings, World, matrix, record
 
@@ -41,7 +42,7 @@ GRIDS = ("effect", "effect_se", "effect_df", "shrunk", "gamma", "gamma_low", "id
 
 
 class Growing(World):
-    """A world whose corpus has further states: `corpus-four`, `corpus-five`, `corpus-split`."""
+    """A world whose corpus has further states: `corpus-four` and `corpus-five`."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -49,20 +50,11 @@ class Growing(World):
         for name in (FOURTH, "place"):
             rows = planted_world(0).rows(tasks[name], 160)
             write_lines(root / "data" / f"{name}.jsonl", rows)
-        size = list(planted_world(0).rows(tasks["size"], 160))
-        write_lines(root / "data" / "size-left.jsonl", size[:70])
-        write_lines(root / "data" / "size-split.jsonl", size[70:])
-        whole = {name: name for name in TASKS}
-        self.ingest("four", {**whole, FOURTH: FOURTH})
-        self.ingest("five", {**whole, FOURTH: FOURTH, "place": "place"})
-        split = {name: name for name in TASKS if name != "size"}
-        self.ingest("split", {**split, "size": "size-left", "size-two": "size-split"})
+        self.ingest("four", *TASKS, FOURTH)
+        self.ingest("five", *TASKS, FOURTH, "place")
 
-    def ingest(self, name: str, files: dict[str, str]) -> None:
-        sources = tuple(
-            SourceConfig(path=f"{file}.jsonl", category=category)
-            for category, file in files.items()
-        )
+    def ingest(self, name: str, *categories: str) -> None:
+        sources = tuple(SourceConfig(path=f"{c}.jsonl", category=c) for c in categories)
         config = influence_config(self.root).model_copy(update={"sources": sources})
         ingest_local(config, str(self.root / f"corpus-{name}"))
 
@@ -112,10 +104,21 @@ def kept(world: Growing) -> StageResult:
 
 @pytest.fixture(scope="module")
 def forgotten(world: Growing, kept: StageResult) -> StageResult:
-    """The same, with the checkpoints of the first measurement gone."""
+    """The same, killed once, with the checkpoints of the first measurement gone."""
     shutil.copytree(world.path("kept"), world.path("gone"))
     shutil.rmtree(world.path("gone", "checkpoints"))
-    return world.append("gone/four", "four")
+    with pytest.raises(Killed):
+        world.append("gone/four", "four", progress=StopsAfter(4))
+    world.cluster.close_pool("tuner")
+    files = list(world.path("gone/four", "scores").glob("*"))
+    before = {path.name: path.stat().st_mtime_ns for path in files}
+    assert 4 <= len(before) < 10
+    progress = Trainings()
+    result = world.append("gone/four", "four", progress=progress)
+    assert progress.finished == 10 - len(before)
+    for name, stamp in before.items():
+        assert world.path("gone/four", "scores", name).stat().st_mtime_ns == stamp
+    return result
 
 
 def check_same(first: EffectMatrix, second: EffectMatrix, names: list[str]) -> None:
@@ -194,16 +197,15 @@ def test_the_dose_is_trained_on_the_old_schedule_and_nothing_else(world, kept):
     ):
         proxy.tune(plan, active, settings)
         expected = score_reference(proxy._model, heldout).table
-        check_scores(world, unit, expected)
+        check_scores(world, "kept/four", unit, expected)
     weights = load_model(world.path("kept", "checkpoints", "r00-remove-001"))
     name = OLD[1]
-    check_scores(
-        world, f"r00-remove-{ALL.index(name):03d}", score_reference(weights, heldout).table
-    )
+    expected = score_reference(weights, heldout).table
+    check_scores(world, "kept/four", f"r00-remove-{ALL.index(name):03d}", expected)
 
 
-def check_scores(world: Growing, unit: str, expected) -> None:
-    found = storage.read_table(str(world.path("kept/four", "scores", f"{unit}.parquet")))
+def check_scores(world: Growing, name: str, unit: str, expected: pa.Table) -> None:
+    found = storage.read_table(str(world.path(name, "scores", f"{unit}.parquet")))
     by_id = {row["id"]: row["nll"] / row["num_tokens"] for row in found.to_pylist()}
     assert len(by_id) == expected.num_rows
     for row in expected.to_pylist():
@@ -211,28 +213,13 @@ def check_scores(world: Growing, unit: str, expected) -> None:
 
 
 def test_runs_without_a_checkpoint_are_repeated_bit_for_bit(world, kept, forgotten):
+    """Also where the driver was killed half-way: what was scored stays, the rest follows."""
     append = world.summary("gone/four")["append"]
     assert (append["trainings"], append["repeated"]) == (2 * 5, 2 * 4)
     assert append["repeated_otherwise"] == 0
     check_same(matrix(world, "kept/four"), matrix(world, "gone/four"), ALL)
     assert not world.path("gone/four", "checkpoints").exists()
     assert any("earlier runs once more" in line for line in forgotten.lines)
-
-
-def test_an_append_killed_half_way_continues_with_the_same_numbers(world, forgotten):
-    shutil.copytree(world.path("gone"), world.path("stopped"))
-    with pytest.raises(Killed):
-        world.append("stopped/four", "four", progress=StopsAfter(4))
-    world.cluster.close_pool("tuner")
-    files = list(world.path("stopped/four", "scores").glob("*"))
-    before = {path.name: path.stat().st_mtime_ns for path in files}
-    assert 4 <= len(before) < 10
-    progress = Trainings()
-    world.append("stopped/four", "four", progress=progress)
-    assert progress.finished == 10 - len(before)
-    for name, stamp in before.items():
-        assert world.path("stopped/four", "scores", name).stat().st_mtime_ns == stamp
-    check_same(matrix(world, "gone/four"), matrix(world, "stopped/four"), ALL)
 
 
 def test_another_append_goes_on_from_the_first(world, kept):
@@ -247,35 +234,29 @@ def test_another_append_goes_on_from_the_first(world, kept):
     np.testing.assert_array_equal(five.appended_TS, flagged[:, None] | flagged[None, :])
 
 
-def test_a_split_category_is_stale_and_measured_anew(world, kept):
-    result = world.append("kept/split", "split")
-    append = world.summary("kept/split")["append"]
-    assert append["new"] == ["size", "size-two"] and list(append["stale"]) == ["size"]
-    assert "rows trained" in append["stale"]["size"]
-    assert any("stale, left out: size: " in line for line in result.lines)
-    left = sorted(set(TASKS) - {"size"})
-    check_same(matrix(world, "kept"), matrix(world, "kept/split"), left)
-    design = world.design("kept/split")
-    assert [item.foreign_rows for item in design.replications] == [48, 48]
-    plan = read_plan(str(world.path("kept/split", "plans", "r00-append.arrow")))
-    ids = plan.table.column("id").to_pylist()
-    assert len(set(ids)) == len(ids), "no dose repeats a row that the base has already"
-
-
-def test_both_directions_and_a_warm_up_share_one_run_of_a_new_category(world):
-    settings: dict = {"estimator": "branch", "directions": ("add", "remove")}
+def test_a_new_run_of_a_branch_starts_from_the_repeated_warm_up(world):
+    settings: dict = {"estimator": "branch", "replications": 1}
     world.run("branch", **settings)
     world.append("branch/four", "four", **settings)
     append = world.summary("branch/four")["append"]
-    assert append["repeated"] == 2 * (1 + 1 + 2 * 3) and append["trainings"] == 2 * 9
+    assert (append["trainings"], append["repeated"]) == (1 + 5, 1 + 4)
     assert append["repeated_otherwise"] == 0
-    place = ALL.index(FOURTH)
-    columns = []
-    for direction in ("add", "remove"):
-        whole = matrix(world, "branch/four", direction)
-        check_same(matrix(world, "branch", direction), whole, OLD)
-        columns.append(whole.effect_TS[:, place])
-    np.testing.assert_array_equal(columns[0], columns[1])
+    whole = matrix(world, "branch/four")
+    check_same(matrix(world, "branch"), whole, OLD)
+    assert np.isfinite(whole.effect_TS).all()
+    plans = [world.path("branch/four", "plans", f"r00-{kind}.arrow") for kind in ("warm", "append")]
+    warm, plan = map(read_plan, map(str, plans))
+    config = influence_config(world.root, **settings)
+    seed = world.design("branch/four").replications[0].seed
+    tuning = TrainSettings.from_influence(config.influence, config.model, seed)
+    proxy = ProxyModel(str(world.root / "model"), device="cpu", trust_remote_code=False)
+    start = str(world.path("branch", "warm-again"))
+    proxy.tune(warm, np.ones(warm.table.num_rows, dtype=bool), tuning)
+    proxy.save(start)
+    proxy.tune(plan, np.ones(plan.table.num_rows, dtype=bool), tuning, start)
+    heldout = storage.read_table(str(world.path("branch/four", "heldout.arrow")))
+    unit = f"r00-append-{ALL.index(FOURTH):03d}"
+    check_scores(world, "branch/four", unit, score_reference(proxy._model, heldout).table)
 
 
 def test_another_analysis_of_an_append_trains_nothing(world, forgotten):
