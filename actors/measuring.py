@@ -37,19 +37,10 @@ from system.influence.interventions import active_rows
 from system.influence.ledger import Ledger, open_checkpoints
 from system.influence.reuse import SharedRuns, heldout_digest, run_key
 from system.influence.summary import METRIC_UNITS, short_unit
-from system.models.base import kind_of
 from system.training.plan import TrainPlan, read_plan
 from system.training.settings import TrainSettings
 
 TUNERS = "tuner"
-
-
-def _model_identity(context: StageContext) -> dict[str, Any]:
-    """What decides the base model's weights; the corpus only where the model is built from it."""
-    record = context.upstream["model"]
-    if kind_of(context.config.model.path) == "builtin":
-        return {"fingerprint": record.fingerprint}
-    return {name: value for name, value in record.inputs.items() if not name.startswith("after.")}
 
 
 def _how_measured(context: StageContext, design: Design) -> dict[str, Any]:
@@ -75,7 +66,7 @@ class Measuring:
         self.plans: dict[str, TrainPlan] = {}
         self.started: dict[str, float] = {}
         self.shared = SharedRuns(context.shared_uri)
-        self.model = _model_identity(context)
+        self.model = context.model_identity
         self.how = _how_measured(context, design)
         self.digests: dict[int, str] = {}
         self.references: dict[int, ray.ObjectRef] = {}

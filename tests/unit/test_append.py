@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from influence_corpus import TASKS, build_inputs, influence_config
 from ingest_builders import write_lines
 from pydantic import ValidationError
@@ -20,15 +21,16 @@ from actors.analysis import analyse
 from actors.appender import Appending, draw_appended
 from actors.cluster import Cluster
 from actors.designer import draw_design
+from actors.measurer import measured_manifest
 from actors.overview import describe_plan
 from actors.pipeline import STAGES, stage_inputs
 from actors.planner import check_before_influence
 from actors.stage import StageContext
 from system import storage
 from system.config import InfluenceConfig, SourceConfig
-from system.data.corpus import Corpus
+from system.data.corpus import Corpus, Manifest, make_manifest, moved_shards
 from system.data.ingest import ingest_local
-from system.data.lengths import SeededLengths
+from system.data.lengths import SeededLengths, copy_lengths, measure_shard
 from system.errors import ConfigError, DataError
 from system.influence.append import earlier_unit, extend_plan, undrawn
 from system.influence.append_cost import append_cost
@@ -511,3 +513,44 @@ def test_append_changes_no_fingerprint_where_nothing_is_appended(grown):
     plain = stage_inputs(INFLUENCE, config, grown.records)
     assert inputs == {**plain, APPENDS_TO: grown.first}
     assert run_dir.read_attempt_record("influence", grown.first) is not None
+
+
+def test_rows_that_were_tokenised_before_are_not_again(tmp_path):
+    """A category more leaves the shards of the others as they are: their lengths are found."""
+    run = Grown(tmp_path)
+
+    def context(attempt: str) -> StageContext:
+        return replace(run.context(str(tmp_path / "tags" / attempt)), appends_to=None)
+
+    def manifest(attempt: str) -> Manifest:
+        corpus = Corpus.open(run.output("ingest", "manifest"))
+        return make_manifest(moved_shards(corpus, context(attempt).attempt))
+
+    tokenizer = load_tokenizer(run.output("model", "model"))
+    corpus = Corpus.open(run.output("ingest", "manifest"))
+    for shard in corpus.manifest.shards:
+        measure_shard(corpus, shard, context("first").attempt, tokenizer, 64)
+    first = measured_manifest(context("first"), manifest("first"))
+    again = measured_manifest(context("second"), manifest("second"))
+    assert again.details == first.details and again.counts == first.counts
+    before = {shard.sha256 for shard in corpus.manifest.shards}
+    run.prepare(*map(source, (*TASKS, FOURTH)))
+    after = Corpus.open(run.output("ingest", "manifest")).manifest.shards
+    assert {s.sha256 for s in after if s.category != FOURTH} == before
+
+    def known(attempt: str) -> set[str | None]:
+        shared = [context("x").shared_uri, fingerprint(context("x").model_identity)]
+        found = [
+            shard.category
+            for shard in after
+            if copy_lengths(shard, storage.join(*shared), context(attempt).attempt) is not None
+        ]
+        return set(found)
+
+    assert known("third") == set(TASKS), "another ingest, the same model"
+    model = run.config.model.model_copy(update={"max_length": 63})
+    anew = run.config.influence.model_copy(update={"append": False})
+    run.config = run.config.model_copy(update={"model": model, "influence": anew})
+    run.model()
+    assert known("fourth") == set(), "what was cut elsewhere has other lengths"
+    assert not ray.is_initialized()
