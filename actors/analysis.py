@@ -6,15 +6,18 @@ scores/*.parquet ──> losses ──> paired differences ──> estimates, by
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from actors.stage import StageContext
 from system import storage
+from system.config import InfluenceConfig
 from system.influence.accuracy_targets import check_some_vary
+from system.influence.append import flag_appended, overlay
 from system.influence.design import Design
 from system.influence.dose_views import design_at, levels_table, losses_at
+from system.influence.earlier import Earlier
 from system.influence.first_order import predicted_scores
 from system.influence.matrix import EffectMatrix, Estimate, estimate_effects
 from system.influence.matrix import Unit as DataUnit
@@ -62,12 +65,42 @@ class Analysis:
 
 
 def analyse(context: StageContext, design: Design) -> Analysis:
-    """Reads the scores of all runs of a design and estimates its effects at every dose."""
+    """Reads the scores of all runs of a design and estimates its effects at every dose.
+
+    What an appended design was told before stays as it was told (`system.influence.append`).
+    """
     config = context.config.influence
+    found = estimate_alone(config, context.attempt, design)
+    if context.appends_to is None:
+        return found
+    attempts = context.attempt.rsplit("/", 1)[0]
+    return _on_earlier(config, found, design, Earlier(attempts, context.appends_to))
+
+
+def _on_earlier(
+    config: InfluenceConfig, found: Analysis, design: Design, earlier: Earlier
+) -> Analysis:
+    known = estimate_alone(config, earlier.uri, earlier.design)
+    if earlier.before is not None:
+        known = _on_earlier(config, known, earlier.design, earlier.before)
+    told = known.largest.estimates
+    estimates = {
+        unit: {
+            direction: replace(
+                estimate, matrix=overlay(design, estimate.matrix, told[unit][direction].matrix)
+            )
+            for direction, estimate in by_direction.items()
+        }
+        for unit, by_direction in found.largest.estimates.items()
+    }
+    # One dose: `append_refused` lets no other design in.
+    return replace(found, levels=(replace(found.largest, estimates=estimates),))
+
+
+def estimate_alone(config: InfluenceConfig, attempt: str, design: Design) -> Analysis:
+    """The estimates from the scores of one attempt alone, as far as a design says."""
     scores = {
-        unit.name: storage.read_table(
-            storage.join(context.attempt, "scores", f"{unit.name}.parquet")
-        )
+        unit.name: storage.read_table(storage.join(attempt, "scores", f"{unit.name}.parquet"))
         for unit in design.units
         if unit.kind != "warm"
     }
@@ -76,21 +109,23 @@ def analyse(context: StageContext, design: Design) -> Analysis:
     if config.metric == "accuracy":
         check_some_vary(losses.loss)
     views = [(design_at(design, dose), losses_at(design, losses, dose)) for dose in design.doses]
-    levels = tuple(_level(context, *view) for view in views or [(design, losses)])
+    levels = tuple(_level(config, *view) for view in views or [(design, losses)])
     return Analysis(scores=scores, losses=losses, levels=levels)
 
 
-def _level(context: StageContext, design: Design, losses: Losses) -> Level:
-    config = context.config.influence
+def _level(config: InfluenceConfig, design: Design, losses: Losses) -> Level:
     measured = {name: paired_differences(design, losses, name) for name in design.directions}
     estimates = {
         unit: {
-            direction: estimate_effects(
-                measurements,
-                unit=unit,
-                confidence=config.confidence,
-                gamma_floor=config.gamma_floor,
-                gamma_max_width=config.gamma_max_width,
+            direction: _flagged(
+                design,
+                estimate_effects(
+                    measurements,
+                    unit=unit,
+                    confidence=config.confidence,
+                    gamma_floor=config.gamma_floor,
+                    gamma_max_width=config.gamma_max_width,
+                ),
             )
             for direction, measurements in measured.items()
         }
@@ -99,9 +134,13 @@ def _level(context: StageContext, design: Design, losses: Losses) -> Level:
     return Level(measured=measured, estimates=dict(estimates))
 
 
+def _flagged(design: Design, estimate: Estimate) -> Estimate:
+    return replace(estimate, matrix=flag_appended(design, estimate.matrix))
+
+
 def matrices_of(context: StageContext, design: Design) -> dict[str, EffectMatrix]:
     """The effects of a design per example, by direction; of several doses, of the largest."""
-    return largest_matrices(analyse(context, design))
+    return largest_matrices(estimate_alone(context.config.influence, context.attempt, design))
 
 
 def largest_matrices(analysis: Analysis) -> dict[str, EffectMatrix]:

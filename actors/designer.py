@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from actors.stage import StageContext
 from system import storage
+from system.config import RunConfig
 from system.data.corpus import Corpus
 from system.errors import ConfigError
 from system.influence.accuracy_targets import answer_tokens, draw_accuracy_targets
@@ -21,7 +22,7 @@ from system.training.plan import write_plan
 
 
 def plan_uri(context: StageContext, replication: int, kind: str) -> str:
-    """Where a replication's schedule is; kind `main` or `warm`."""
+    """Where a replication's schedule is; kind `main`, `warm` or `append`."""
     return storage.join(context.attempt, "plans", f"r{replication:02d}-{kind}.arrow")
 
 
@@ -90,17 +91,26 @@ def draw_design(context: StageContext) -> Design:
     return design
 
 
-def _external_targets(
-    context: StageContext, sources: tuple[str, ...], schedules: list[Schedule]
-) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    """Tables of `influence.targets` without rows that any schedule trains on."""
-    config = context.config
+def check_target_names(config: RunConfig, sources: tuple[str, ...]) -> None:
+    """A further target is no category.
+
+    Raises:
+        ConfigError: one has the name of a category.
+    """
     taken = sorted(set(config.influence.targets) & set(sources))
     if taken:
         raise ConfigError(
             f"influence.targets {taken}: these names are categories of the corpus; give the "
             "target files other names"
         )
+
+
+def _external_targets(
+    context: StageContext, sources: tuple[str, ...], schedules: list[Schedule]
+) -> tuple[dict[str, pa.Table], dict[str, int]]:
+    """Tables of `influence.targets` without rows that any schedule trains on."""
+    config = context.config
+    check_target_names(config, sources)
     trained = {
         name
         for schedule in schedules

@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 
 from actors.analysis import analyse, matrices_of
+from actors.appender import Appending, draw_appended
 from actors.designer import answer_tokens, draw_design
 from actors.measuring import TUNERS, Measuring
 from actors.rounds import measure_in_rounds
 from actors.stage import StageContext, StageResult
 from system import storage
+from system.influence.append_summary import append_summary
 from system.influence.design import Design
 from system.influence.dose_summary import dose_lines, summarise_doses
 from system.influence.dose_views import levels_replicates
@@ -32,6 +35,11 @@ from system.influence.summary import (
 
 def run(context: StageContext) -> StageResult:
     """Measures how a dose of every category changes the loss on every target."""
+    if context.appends_to is not None:
+        planned = draw_appended(context)
+        Appending(context, planned).run()
+        context.cluster.close_pool(TUNERS)
+        return _estimate(context, planned, [], "")
     planned = draw_design(context)
     rounds: list[Round] = []
     reason = ""
@@ -76,6 +84,9 @@ def _estimate(
         summary["doses"] = summarise_doses(
             design.doses, [level.measured for level in analysis.levels], config.confidence
         )
+    append = append_summary(design, _trainings(context, design))
+    if append is not None:
+        summary["append"] = append
     if rounds:
         summary["rounds"] = {"stopped": reason, "rounds": [asdict(item) for item in rounds]}
     storage.write_json(_uri(context, "summary.json"), summary)
@@ -99,13 +110,19 @@ def _estimate(
     )
 
 
+def _trainings(context: StageContext, design: Design) -> dict[str, dict[str, Any]]:
+    """What the training of every unit took, by its name."""
+    return {
+        unit.name: storage.read_json(_uri(context, "units", f"{unit.name}.json"))
+        for unit in design.units
+    }
+
+
 def _cost(
     context: StageContext, design: Design, scores: Mapping[str, pa.Table]
 ) -> tuple[Cost, dict[str, str]]:
     """What the runs took, from what each left; held-out rows that some run could not score."""
-    stats = [
-        storage.read_json(_uri(context, "units", f"{unit.name}.json")) for unit in design.units
-    ]
+    stats = list(_trainings(context, design).values())
     heldout = storage.read_table(_uri(context, "heldout.arrow"))
     row_tokens = sum(len(row) for row in heldout.column("input_ids").to_pylist())
     if context.config.influence.metric == "accuracy":  # answers may end earlier

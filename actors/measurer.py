@@ -15,8 +15,15 @@ from actors.pool import ActorSpec
 from actors.stage import StageContext
 from system import storage
 from system.data.corpus import Corpus, Manifest, Shard
-from system.data.lengths import ShardLengths, measure_shard, read_lengths, without_unusable
+from system.data.lengths import (
+    ShardLengths,
+    copy_lengths,
+    measure_shard,
+    read_lengths,
+    without_unusable,
+)
 from system.models.base import load_tokenizer
+from system.rundir import fingerprint
 
 POOL = "measure"
 
@@ -47,16 +54,21 @@ def measured_manifest(context: StageContext, manifest: Manifest) -> Manifest:
         context: of stage `tag`.
         manifest: of the tagged corpus, with paths relative to the attempt.
     """
+    # A shard is named by its content: an attempt that measured it for this model is as good.
+    shared = storage.join(context.shared_uri, fingerprint(context.model_identity))
     found: dict[Any, ShardLengths] = {
         number: lengths
         for number, shard in enumerate(manifest.shards)
         if (lengths := read_lengths(shard, context.attempt)) is not None
+        or (lengths := copy_lengths(shard, shared, context.attempt)) is not None
     }
     units: dict[Hashable, tuple[Shard]] = {
         number: (shard,) for number, shard in enumerate(manifest.shards) if number not in found
     }
     if units:
         _measure(context, manifest, units, found)
+    for shard in manifest.shards:
+        copy_lengths(shard, context.attempt, shared)
     return without_unusable(manifest, [found[number] for number in range(len(manifest.shards))])
 
 

@@ -20,9 +20,10 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import ray
 
-from actors.analysis import analyse, largest_matrices
+from actors.analysis import estimate_alone, largest_matrices
 from actors.designer import answer_tokens, plan_uri
 from actors.pool import ActorPool, ActorSpec, wait_any
 from actors.scorer import scorer_pool
@@ -36,19 +37,10 @@ from system.influence.interventions import active_rows
 from system.influence.ledger import Ledger, open_checkpoints
 from system.influence.reuse import SharedRuns, heldout_digest, run_key
 from system.influence.summary import METRIC_UNITS, short_unit
-from system.models.base import kind_of
 from system.training.plan import TrainPlan, read_plan
 from system.training.settings import TrainSettings
 
 TUNERS = "tuner"
-
-
-def _model_identity(context: StageContext) -> dict[str, Any]:
-    """What decides the base model's weights; the corpus only where the model is built from it."""
-    record = context.upstream["model"]
-    if kind_of(context.config.model.path) == "builtin":
-        return {"fingerprint": record.fingerprint}
-    return {name: value for name, value in record.inputs.items() if not name.startswith("after.")}
 
 
 def _how_measured(context: StageContext, design: Design) -> dict[str, Any]:
@@ -74,9 +66,10 @@ class Measuring:
         self.plans: dict[str, TrainPlan] = {}
         self.started: dict[str, float] = {}
         self.shared = SharedRuns(context.shared_uri)
-        self.model = _model_identity(context)
+        self.model = context.model_identity
         self.how = _how_measured(context, design)
-        self.heldout_sha256 = heldout_digest(self.heldout)
+        self.digests: dict[int, str] = {}
+        self.references: dict[int, ray.ObjectRef] = {}
         self.shown = 0
 
     def run(self) -> None:
@@ -85,11 +78,9 @@ class Measuring:
         if not config.influence.keep_checkpoints:  # an adopted run has no checkpoint to keep
             self._adopt_finished_runs()
         scored = {name.removesuffix(".parquet") for name in self._names("scores")}
-        checkpoints = set(self._names("checkpoints"))
-        trained = {name.removesuffix(".json") for name in self._names("units")} & checkpoints
         ledger = Ledger(
             self.design.units,
-            trained=trained,
+            trained=self._trained(),
             scored=scored,
             max_checkpoints=open_checkpoints(config.cluster.num_tuners, config.cluster.num_scorers),
         )
@@ -100,6 +91,27 @@ class Measuring:
                 self._drain(ledger, bar)
         if not config.influence.keep_checkpoints:
             storage.delete(storage.join(context.attempt, "checkpoints"))
+
+    def _trained(self) -> set[str]:
+        """Names of the units whose checkpoints are there."""
+        checkpoints = set(self._names("checkpoints"))
+        return {name.removesuffix(".json") for name in self._names("units")} & checkpoints
+
+    def _scored_on(self, unit: Unit) -> pa.Table:
+        """The held-out rows that a unit is scored on: one of the tables that this object holds."""
+        return self.heldout
+
+    def _checkpoint(self, unit: Unit) -> str:
+        """Where the weights of a unit are, once they are trained."""
+        return self._file("checkpoints", unit)
+
+    def _training_stats(self, unit: Unit, stats: dict[str, Any]) -> dict[str, Any]:
+        """What is written of a training."""
+        return stats
+
+    def _complete(self, unit: Unit, table: pa.Table) -> pa.Table:
+        """All scores of a unit, from those of `_scored_on`."""
+        return table
 
     def _adopt_finished_runs(self) -> None:
         """Takes what other attempts measured under the very same circumstances."""
@@ -112,7 +124,8 @@ class Measuring:
             scores, training = found
             storage.write_json(self._file("units", unit, ".json"), training)
             if scores is not None:
-                storage.write_table(self._file("scores", unit, ".parquet"), scores)
+                table = self._complete(unit, scores)
+                storage.write_table(self._file("scores", unit, ".parquet"), table)
             adopted += 1
         if adopted:
             self.context.progress.say(
@@ -132,8 +145,20 @@ class Measuring:
             self._settings(unit),
             how=how,
             model=self.model,
-            heldout=self.heldout_sha256,
+            heldout=self._heldout_sha256(unit),
         )
+
+    def _heldout_sha256(self, unit: Unit) -> str:
+        table = self._scored_on(unit)
+        if id(table) not in self.digests:
+            self.digests[id(table)] = heldout_digest(table)
+        return self.digests[id(table)]
+
+    def _heldout_reference(self, unit: Unit) -> ray.ObjectRef:
+        table = self._scored_on(unit)
+        if id(table) not in self.references:
+            self.references[id(table)] = ray.put(table)
+        return self.references[id(table)]
 
     def _plan(self, unit: Unit) -> TrainPlan:
         uri = self._plan_uri(unit)
@@ -142,7 +167,8 @@ class Measuring:
         return self.plans[uri]
 
     def _plan_uri(self, unit: Unit) -> str:
-        return plan_uri(self.context, unit.replication, "warm" if unit.kind == "warm" else "main")
+        kind = unit.kind if unit.kind in ("warm", "append") else "main"
+        return plan_uri(self.context, unit.replication, kind)
 
     def _settings(self, unit: Unit) -> TrainSettings:
         config = self.context.config
@@ -153,13 +179,12 @@ class Measuring:
         by_gradient = self.design.estimator == "gradient"
         scorers = None if by_gradient else scorer_pool(self.context)
         tuners = self._tuner_pool()
-        heldout = ray.put(self.heldout)
         while not ledger.is_done:
             while scorers and scorers.has_room and (unit := ledger.next_to_score()) is not None:
-                self._score(scorers, unit, heldout)
+                self._score(scorers, unit)
             while tuners.has_room and (unit := ledger.next_to_train()) is not None:
                 if by_gradient:
-                    self._differentiate(tuners, unit, heldout)
+                    self._differentiate(tuners, unit)
                 else:
                     self._tune(tuners, unit)
             for done in wait_any([tuners] if scorers is None else [scorers, tuners]):
@@ -169,9 +194,10 @@ class Measuring:
                     ledger.scored(unit)
                     bar.advance(1)
                 elif done.pool is tuners:
-                    storage.write_json(self._file("units", unit, ".json"), asdict(done.value))
+                    stats = self._training_stats(unit, asdict(done.value))
+                    storage.write_json(self._file("units", unit, ".json"), stats)
                     if unit.kind == "warm":
-                        self.shared.keep(self._key(unit), None, asdict(done.value))
+                        self.shared.keep(self._key(unit), None, stats)
                     ledger.trained(unit)
                     bar.advance(1 if unit.kind == "warm" else 0)
                 else:
@@ -213,7 +239,7 @@ class Measuring:
             self._file("checkpoints", unit),
         )
 
-    def _differentiate(self, tuners: ActorPool, unit: Unit, heldout: ray.ObjectRef) -> None:
+    def _differentiate(self, tuners: ActorPool, unit: Unit) -> None:
         config = self.context.config.influence
         uri, warm_uri = self._plan_uri(unit), self._warm_uri(unit)
         settings = self._settings(unit)
@@ -223,15 +249,17 @@ class Measuring:
             tuners.submit(unit, "warm_up", uri, settings, checkpoints, warm_uri)
             return
         task = gradient_task(self._plan(unit), self.design, unit, config.projection_dim)
+        heldout = self._heldout_reference(unit)
         tuners.submit(unit, "differentiate", uri, task, heldout, settings, warm_uri)
 
     def _warm_uri(self, unit: Unit) -> str:
         warm = Unit(replication=unit.replication, kind="warm", source=-1)
-        return self._file("checkpoints", warm)
+        return self._checkpoint(warm)
 
-    def _score(self, scorers: ActorPool, unit: Unit, heldout: ray.ObjectRef) -> None:
+    def _score(self, scorers: ActorPool, unit: Unit) -> None:
         self.started[unit.name] = time.perf_counter()
-        config, weights = self.context.config, self._file("checkpoints", unit)
+        config, weights = self.context.config, self._checkpoint(unit)
+        heldout = self._heldout_reference(unit)
         if config.influence.metric == "accuracy":
             scorers.submit(unit, "answer", weights, heldout, answer_tokens(config))
         else:
@@ -258,7 +286,8 @@ class Measuring:
         table = scored.table.replace_schema_metadata(metadata)
         training = storage.read_json(self._file("units", unit, ".json"))
         self.shared.keep(self._key(unit), table, training)
-        storage.write_table(self._file("scores", unit, ".parquet"), table)
+        uri = self._file("scores", unit, ".parquet")
+        storage.write_table(uri, self._complete(unit, table))
         if not self.context.config.influence.keep_checkpoints:
             storage.delete(self._file("checkpoints", unit))
 
@@ -269,7 +298,8 @@ class Measuring:
         if not self.shown < count < total:
             return
         self.shown = count
-        analysis = analyse(self.context, self.design.first(count))
+        config, attempt = self.context.config.influence, self.context.attempt
+        analysis = estimate_alone(config, attempt, self.design.first(count))
         uri = storage.join(self.context.attempt, "partial.parquet")
         storage.write_table(uri, analysis.matrix_table())
         matrices = largest_matrices(analysis)

@@ -12,6 +12,7 @@ from system import storage
 from system.config import RunConfig
 from system.errors import ConfigError
 from system.forecast import Forecast, Found, make_forecast
+from system.influence.earlier import APPENDS_TO
 from system.models.base import kind_of
 from system.rundir import RunDir, StageRecord, describe_change, fingerprint
 from system.solve import Mix
@@ -97,7 +98,19 @@ def _found(config: RunConfig, records: Mapping[str, StageRecord], run_dir: RunDi
         mix=mix,
         done=frozenset(records),
         attempts=tuple(_measured_attempts(config, records, run_dir)),
+        earlier_uri=_earlier_attempt(config, records, run_dir),
     )
+
+
+def _earlier_attempt(
+    config: RunConfig, records: Mapping[str, StageRecord], run_dir: RunDir
+) -> str | None:
+    """The influence attempt that this configuration appends to."""
+    stage = next(item for item in STAGES if item.name == "influence")
+    if any(name not in records for name in stage.after):
+        return None
+    name = stage_inputs(stage, config, records).get(APPENDS_TO)
+    return None if name is None else run_dir.attempt_uri(stage.folder, name)
 
 
 def _measured_attempts(

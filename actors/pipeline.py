@@ -22,6 +22,7 @@ from actors.stage import StageContext, StageResult
 from system import storage
 from system.config import RunConfig
 from system.errors import ConfigError, StageError
+from system.influence.earlier import APPENDS_TO, appends_to
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord, describe_change, fingerprint, flatten
 from system.stages import STAGE_FOLDERS, STAGE_NAMES
@@ -58,6 +59,17 @@ def _target_identity(config: RunConfig) -> dict[str, str]:
     }
 
 
+def _no_history(config: RunConfig, inputs: Mapping[str, Any]) -> dict[str, str]:
+    return {}
+
+
+def _earlier_measurement(config: RunConfig, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """The finished result that an influence stage adds to (`influence.append`)."""
+    if not config.influence.append:
+        return {}
+    return appends_to(RunDir(config.run_dir), inputs, config.model.path)
+
+
 def _nothing_else(config: RunConfig) -> tuple[str, ...]:
     return ()
 
@@ -92,6 +104,8 @@ class Stage:
     """What else the result depends on: the files behind the configured paths."""
     also_reads: Callable[[RunConfig], tuple[str, ...]] = field(default=_nothing_else)
     """Further sections that decide the result of this configuration."""
+    history: Callable[[RunConfig, Mapping[str, Any]], dict[str, str]] = field(default=_no_history)
+    """Which earlier result in the run directory the result depends on, given all other inputs."""
     revision: int = 1
     """Raised whenever the code changes the stage's results."""
 
@@ -119,6 +133,7 @@ STAGES: tuple[Stage, ...] = (
         reads=("influence", "seed"), after=("tag", "model"),
         identity=_target_identity, also_reads=_what_ends_measuring,
         precheck=("actors.planner", "check_before_influence"), revision=3,
+        history=_earlier_measurement,
     ),
     Stage(
         name="solve", module="actors.planner", function="run_solve",
@@ -152,7 +167,7 @@ STAGES: tuple[Stage, ...] = (
 )  # fmt: skip
 _NO_RESULT = {
     "train.log_to", "train.max_failures", "train.keep_checkpoints", "train.resize_seconds",
-    "influence.keep_checkpoints", "influence.max_token_equivalents",
+    "influence.keep_checkpoints", "influence.max_token_equivalents", "influence.append",
 }  # fmt: skip
 """Fields of sections that stages read, but which change no result."""
 
@@ -195,7 +210,8 @@ def stage_inputs(
     for name in _NO_RESULT | config.select.unread_fields | unread:
         inputs.pop(name, None)
     inputs |= flatten("file", stage.identity(config))
-    return inputs | {f"after.{name}": records[name].fingerprint for name in stage.after}
+    inputs |= {f"after.{name}": records[name].fingerprint for name in stage.after}
+    return inputs | stage.history(config, inputs)
 
 
 def run_pipeline(config: RunConfig, plan: Plan, progress: Progress) -> None:
@@ -264,6 +280,10 @@ def _run_stage(
     committed = run_dir.read_record(stage.folder)
     if stage.name in plan.redo:
         run_dir.invalidate(stage.folder, attempt)
+        # What was forgotten cannot be added to, in this session or in one that continues it.
+        inputs = stage_inputs(stage, config, records)
+        attempt = fingerprint(inputs)
+        run_dir.invalidate(stage.folder, attempt)
         progress.say(f"{stage.name}: again, as asked")
     elif committed is not None and committed.fingerprint == attempt:
         progress.say(f"{stage.name}: done before ({committed.seconds:.0f} s)")
@@ -283,6 +303,7 @@ def _run_stage(
         upstream={name: records[name] for name in stage.after},
         progress=progress,
         cluster=cluster,
+        appends_to=inputs.get(APPENDS_TO),
     )
     return _execute(stage, context, inputs)
 

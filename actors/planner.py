@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from actors.appender import earlier_of
 from actors.stage import StageContext, StageResult
 from system import storage
 from system.curriculum import plan_curriculum
 from system.data.corpus import Corpus
 from system.data.lengths import SeededLengths, mean_response_tokens
+from system.influence.append_cost import append_cost
 from system.influence.cost import check_token_limit, influence_cost
 from system.influence.deciding_dose import choose_doses, deciding_note
 from system.influence.dose_views import read_levels
@@ -21,6 +23,7 @@ from system.influence.matrix import EffectMatrix
 from system.models.base import load_tokenizer
 from system.planning import (
     SWEEP_MOVES,
+    appended_notes,
     check_limits,
     dependency_effects,
     extrapolation_notes,
@@ -47,14 +50,18 @@ def check_before_influence(context: StageContext) -> None:
     check_limits(config.solve, corpus.counts("train"), tokens)
     if config.influence.max_token_equivalents is not None:
         lengths = SeededLengths(corpus)
-        heldout = stage_heldout(config, corpus, lengths, lambda: _tokenizer(context))
-        cost = influence_cost(
-            config.influence,
-            run_seed=config.seed,
-            sources=corpus.categories,
-            lengths=lengths,
-            heldout=heldout,
-        )
+        if context.appends_to is not None:
+            cost = append_cost(
+                config, earlier_of(context), corpus, lengths, lambda: _tokenizer(context)
+            )
+        else:
+            cost = influence_cost(
+                config.influence,
+                run_seed=config.seed,
+                sources=corpus.categories,
+                lengths=lengths,
+                heldout=stage_heldout(config, corpus, lengths, lambda: _tokenizer(context)),
+            )
         check_token_limit(config.influence, cost)
 
 
@@ -89,7 +96,13 @@ def run_solve(context: StageContext) -> StageResult:
     mix = dataclasses.replace(
         mix,
         effect_unit=summary["unit"],
-        notes=(*mix.notes, *deciding, *_extrapolation(mix, summary)),
+        appended=tuple(append["categories"]) if (append := summary.get("append")) else (),
+        notes=(
+            *mix.notes,
+            *deciding,
+            *_extrapolation(mix, summary),
+            *appended_notes(mix, summary),
+        ),
     )
     storage.write_bytes(storage.join(context.attempt, "mix.json"), mix.to_json().encode())
     moves = sorted({*SWEEP_MOVES, solve.move})

@@ -8,6 +8,7 @@ from typing import Any
 
 from actors.cluster import Cluster
 from system.config import RunConfig
+from system.models.base import kind_of
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord, shared_uri
 
@@ -24,11 +25,24 @@ class StageContext:
     """Records of the stages before it, by stage name."""
     progress: Progress
     cluster: Cluster
+    appends_to: str | None = None
+    """Name of the finished attempt that this one adds to (`influence.append`)."""
 
     @property
     def shared_uri(self) -> str:
         """Absolute URI of what all attempts of this stage share; `--redo` deletes it."""
         return shared_uri(self.attempt)
+
+    @property
+    def model_identity(self) -> dict[str, Any]:
+        """What decides the base model and its tokenizer; the corpus only where they are built
+        from it.
+        """
+        record = self.upstream["model"]
+        if kind_of(self.config.model.path) == "builtin":
+            return {"fingerprint": record.fingerprint}
+        inputs = record.inputs.items()
+        return {name: value for name, value in inputs if not name.startswith("after.")}
 
     def input(self, stage: str, output: str) -> str:
         """Absolute URI of an output of an earlier stage."""

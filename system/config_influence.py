@@ -92,7 +92,10 @@ class InfluenceConfig(Section):
     """Split-half rank correlation of the categories' worth (mean effect on all targets) below which
     the mix stays at the base, and says so."""
     keep_checkpoints: bool = False
-    """Keep intervention checkpoints after they are scored."""
+    """Keep intervention checkpoints after they are scored; `append` then need not repeat runs."""
+    append: bool = False
+    """Where this run directory has a finished influence result: keep its base, schedules and
+    numbers, and measure only the categories that the corpus has beyond it (`retrain`, `branch`)."""
     max_token_equivalents: Positive | None = None
     """Most token equivalents (trained tokens plus a third of the scored ones) that the design may
     take; a larger one is refused before anything is trained, by `run` and by `check`. Null: no
@@ -137,6 +140,17 @@ class InfluenceConfig(Section):
             raise ValueError(
                 "estimator gradient differentiates losses, and answers have no derivative: use "
                 "another estimator with metric accuracy"
+            )
+        if self.append and self.estimator not in ("retrain", "branch"):
+            raise ValueError(
+                f"append adds single runs to the base of an earlier result, which the runs of "
+                f"estimator {self.estimator} do not have: expected retrain or branch. Set append "
+                "to false to measure all categories anew"
+            )
+        if self.append and len(self.doses) > 1:
+            raise ValueError(
+                f"append measures a new category at one dose, found dose_rows {list(self.doses)}: "
+                "give one number, or set append to false to measure all categories anew"
             )
         if self.estimator == "auto" and not 2 <= self.replications <= self.auto.max_replications:
             raise ValueError(

@@ -238,6 +238,30 @@ def extrapolation_notes(
     return tuple(notes)
 
 
+def appended_notes(mix: Mix, summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of a mix rests on appended entries (`influence.append`); nothing where there are none.
+
+    Args:
+        mix: the solved mix.
+        summary: of the influence stage.
+    """
+    append = summary.get("append")
+    if append is None or not append["categories"]:
+        return ()
+    names = append["categories"]
+    moved = [
+        item.category
+        for item in mix.categories
+        if item.category in names and abs(item.count - item.base) >= 1
+    ]
+    how = f"of which the mix moves {', '.join(moved)}" if moved else "none of which the mix moves"
+    return (
+        f"effects of and on {', '.join(names)} ({how}) were appended: measured at an earlier base "
+        "that has no rows of them; where much hangs on them, measure all categories at one base "
+        "(influence.append: false)",
+    )
+
+
 def why_not_believed(summary: Mapping[str, Any]) -> str:
     """Why the mix stays at the base, or an empty text where the matrix may move it."""
     if summary["is_believed"]:

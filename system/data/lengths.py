@@ -103,6 +103,21 @@ def read_lengths(shard: Shard, attempt_uri: str) -> ShardLengths | None:
     return _totals(lengths_path(shard), check_table(storage.read_table(uri), LENGTHS, uri))
 
 
+def copy_lengths(shard: Shard, from_uri: str, to_uri: str) -> ShardLengths | None:
+    """Copies the lengths of a shard where they are in one directory and not in the other.
+
+    Returns:
+        What was found in the shard; None where the first directory knows nothing of it.
+    """
+    path = lengths_path(shard)
+    if not storage.exists(storage.join(from_uri, path)):
+        return None
+    if not storage.exists(storage.join(to_uri, path)):
+        table = check_table(storage.read_table(storage.join(from_uri, path)), LENGTHS, path)
+        storage.write_table(storage.join(to_uri, path), table)
+    return read_lengths(shard, to_uri)
+
+
 def lengths_path(shard: Shard) -> str:
     """Where the lengths of a shard lie; named by the shard's content."""
     return f"lengths/{shard.split}-{shard.sha256[:24]}.parquet"

@@ -13,7 +13,13 @@ from system.errors import ConfigError
 from system.forecast.disk import DiskPart, corpus_bytes, disk_parts, free_bytes, model_size
 from system.forecast.disk import peak_bytes as most_bytes
 from system.forecast.hours import StageSeconds, stage_seconds
-from system.forecast.known import Known, from_ingested, from_tagged, probe_rows
+from system.forecast.known import (
+    Known,
+    from_ingested,
+    from_tagged,
+    probe_rows,
+    stage_tokenizer,
+)
 from system.forecast.rates import Rates, finished_units
 from system.forecast.workload import Workload, workloads
 from system.influence.accuracy_targets import answer_tokens
@@ -36,6 +42,8 @@ class Found:
     """Stages that `run` would skip."""
     attempts: tuple[str, ...]
     """Influence attempts of the same model and batches, the present one first."""
+    earlier_uri: str | None = None
+    """The influence attempt that the present one appends to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +67,8 @@ class Forecast:
     free_bytes: int | None
     why_unknown: str
     """Why nothing is known, or an empty text."""
+    appending: str = ""
+    """What the influence stage appends to an earlier result; empty: it measures everything."""
 
     @property
     def left(self) -> tuple[Workload, ...]:
@@ -142,15 +152,9 @@ def make_forecast(config: RunConfig, found: Found, *, probe: bool) -> Forecast:
     uri = found.tagged_uri or found.ingested_uri
     corpus = None if uri is None else Corpus.open(uri)
     known, why_unknown = _known(config, found, corpus)
-    cost, work = None, ()
+    cost, work, appending = None, (), ""
     if known is not None:
-        cost = influence_cost(
-            config.influence,
-            run_seed=config.seed,
-            sources=known.categories,
-            lengths=known.lengths,
-            heldout=known.heldout,
-        )
+        cost, appending = _influence_cost(config, found, corpus, known)
         work = tuple(workloads(config, known, cost, found.mix))
     left = [item for item in work if item.stage not in found.done]
     rates, why_no_rates = None, ""
@@ -179,7 +183,32 @@ def make_forecast(config: RunConfig, found: Found, *, probe: bool) -> Forecast:
         corpus_bytes=None if corpus is None else corpus_bytes(corpus),
         free_bytes=free_bytes(config.run_dir),
         why_unknown=why_unknown,
+        appending=appending,
     )
+
+
+def _influence_cost(
+    config: RunConfig, found: Found, corpus: Corpus | None, known: Known
+) -> tuple[InfluenceCost, str]:
+    """The cost of the stage and, where it appends to an earlier result, what it appends."""
+    if found.earlier_uri is not None and found.tagged_uri is not None and corpus is not None:
+        from system.influence.append_cost import append_cost, append_text
+        from system.influence.earlier import Earlier
+
+        attempts, _, name = found.earlier_uri.rpartition("/")
+        earlier, model_dir = Earlier(attempts, name), found.model_dir or Path(config.model.path)
+        cost = append_cost(
+            config, earlier, corpus, known.lengths, lambda: stage_tokenizer(config, model_dir)
+        )
+        return cost, append_text(earlier, earlier.holding(corpus))
+    cost = influence_cost(
+        config.influence,
+        run_seed=config.seed,
+        sources=known.categories,
+        lengths=known.lengths,
+        heldout=known.heldout,
+    )
+    return cost, ""
 
 
 def _known(config: RunConfig, found: Found, corpus: Corpus | None) -> tuple[Known | None, str]:

@@ -81,7 +81,7 @@ def from_tagged(corpus: Corpus, config: RunConfig, model_dir: Path | None) -> Kn
     needs_tokenizer = config.influence.targets or config.influence.metric == "accuracy"
     heldout, left_out = loss_heldout(config, corpus.categories, lengths), ""
     if model_dir is not None:
-        heldout = stage_heldout(config, corpus, lengths, lambda: _tokenizer(config, model_dir))
+        heldout = stage_heldout(config, corpus, lengths, lambda: stage_tokenizer(config, model_dir))
     elif needs_tokenizer:
         left_out = "held-out rows are counted without influence.targets and influence.metric: "
         left_out += "the model is not on this machine"
@@ -112,7 +112,7 @@ def from_ingested(corpus: Corpus, config: RunConfig, model_dir: Path) -> Known:
         ConfigError: there is no category to choose among.
         DataError: no row fits into `model.max_length`.
     """
-    tokenizer = _tokenizer(config, model_dir)
+    tokenizer = stage_tokenizer(config, model_dir)
     manifest = corpus.manifest
     found = {name: sum(manifest.counts[split][name] for split in SPLITS) for name in
              manifest.categories}  # fmt: skip
@@ -178,7 +178,7 @@ def probe_rows(corpus: Corpus, config: RunConfig, model_dir: Path) -> pa.Table:
     """
     import pyarrow as pa
 
-    tokenizer = _tokenizer(config, model_dir)
+    tokenizer = stage_tokenizer(config, model_dir)
     seed = seed_of(config.seed, "forecast", "probe")
     wanted = 12 * config.influence.batch_size
     groups = (*corpus.categories, *([None] if corpus.manifest.untagged["train"] else []))
@@ -256,7 +256,8 @@ def _count_questions(corpus: Corpus, most: int) -> int:
     return total
 
 
-def _tokenizer(config: RunConfig, model_dir: Path) -> PreTrainedTokenizerBase:
+def stage_tokenizer(config: RunConfig, model_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory, with the chat template that the run uses."""
     tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
     tokenizer.chat_template = template_of(config.model, tokenizer)
     return tokenizer

@@ -41,6 +41,8 @@ def _plan(forecast: Forecast) -> Iterator[str]:
         f"{ESTIMATORS[influence.estimator].in_words} ({' and '.join(influence.directions)})"
         f"{f', at {doses}' if doses else ''}"
     )
+    if forecast.appending:
+        yield f"  {forecast.appending}"
     yield f"train: {num_passes(config)} x {solve.budget:,} {solve.unit}"
     yield (f"evaluate: {len(evaluate.arms)} arms x {evaluate.seeds} seeds, the same budget each")
     if forecast.why_unknown:

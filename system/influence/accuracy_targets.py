@@ -56,6 +56,7 @@ def draw_accuracy_targets(
     max_prompt_tokens: int,
     external: Mapping[str, pa.Table],
     tokenizer: PreTrainedTokenizerBase,
+    only: Sequence[str] | None = None,
 ) -> tuple[pa.Table, tuple[Target, ...], dict[str, int]]:
     """The held-out questions of every target, the same for all runs.
 
@@ -66,6 +67,7 @@ def draw_accuracy_targets(
         max_prompt_tokens: longer prompts keep their end.
         external: further targets, CORPUS tables by name.
         tokenizer: with a chat template.
+        only: of these categories, which may all be without questions; of all by default.
 
     Returns:
         QUESTIONS rows, the targets in order (categories first), rows left out by reason.
@@ -76,7 +78,7 @@ def draw_accuracy_targets(
     seed = seed_of(run_seed, "influence", "heldout")
     stops = end_of_turn(tokenizer)
     parts, targets, left_out = [], [], {}
-    for name in (*corpus.categories, *external):
+    for name in (*(corpus.categories if only is None else only), *external):
         if name in external:
             rows = external[name].filter(external[name].column("answer").is_valid())
             rows = in_seeded_order(rows, seed).slice(0, num_rows)
@@ -100,6 +102,8 @@ def draw_accuracy_targets(
                 is_external=name in external,
             )
         )
+    if not targets and only is not None:
+        return QUESTIONS.empty_table(), (), left_out
     if not targets:
         raise DataError(
             "influence.metric is accuracy, but no category has at least "

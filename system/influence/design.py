@@ -11,7 +11,7 @@ import numpy as np
 
 from system.errors import DataError
 from system.influence.doses import with_doses
-from system.influence.estimators import ESTIMATORS, Run
+from system.influence.estimators import APPEND, ESTIMATORS, Run
 
 FORMAT = 1
 
@@ -39,7 +39,7 @@ class Unit:
 
     replication: int
     kind: str
-    """`warm`, `reference`, `add`, `remove`, `mix-add`, `mix-remove` or `gradient`."""
+    """`warm`, `reference`, `add`, `remove`, `append`, `mix-add`, `mix-remove` or `gradient`."""
     source: int
     """Index of the source category, of the pattern of a mix, or of the warm-up's checkpoint that a
     gradient is taken at; -1 where the run has none."""
@@ -71,6 +71,14 @@ class Replication:
     """`random-design`: direction -> run -> source -> whether its dose is in the run."""
     smaller_tokens: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     """Several doses: direction -> source -> response tokens of all but the largest, ascending."""
+    append_sha256: str | None = None
+    """Of the schedule with the rows of appended categories."""
+    foreign_rows: int = 0
+    """Base rows of categories whose measurements no longer hold."""
+
+    def plan_of(self, kind: str) -> str | None:
+        """Hash of the schedule that a run of this kind trains on."""
+        return {"warm": self.warm_sha256, "append": self.append_sha256}.get(kind, self.plan_sha256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +91,20 @@ class Target:
     """Response tokens."""
     is_external: bool
     """Given by `influence.targets`, owned by no source."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Append:
+    """What was added to an earlier, finished design."""
+
+    earlier: str
+    """Name of its attempt."""
+    sources: tuple[str, ...]
+    """Categories that the base has no rows of, those of earlier appends included."""
+    new: tuple[str, ...]
+    """Those of them that this design adds."""
+    stale: dict[str, str]
+    """Categories of the earlier design whose measurements no longer hold -> why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +125,7 @@ class Design:
     """Checkpoints of each replication's warm-up (`gradient`)."""
     doses: tuple[int, ...] = ()
     """Rows asked of each dose, ascending, where several are measured; empty with one."""
+    append: Append | None = None
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -119,17 +142,30 @@ class Design:
         return self._units(runs)
 
     def _units(self, runs: Sequence[Run]) -> tuple[Unit, ...]:
-        """The given runs of every replication, at every dose that differs there."""
+        """The given runs of every replication, at every dose that differs there.
+
+        An appended category has one run, in any direction.
+        """
+        names = () if self.append is None else self.append.sources
+        places = [place for place, name in enumerate(self.sources) if name in names]
+        single = [run for run in runs if run[1] not in places]
         return tuple(
             Unit(replication=replication, kind=kind, source=source, dose=dose)
             for replication in range(len(self.replications))
-            for kind, source, dose in with_doses(runs, self.doses, partial(self.held, replication))
+            for kind, source, dose in (
+                *with_doses(single, self.doses, partial(self.held, replication)),
+                *((APPEND, place, 0) for place in places),
+            )
         )
 
     def held(self, replication: int, direction: str, source: int) -> int:
         """Rows of a source's largest dose in a replication."""
         rows = self.replications[replication].rows[self.sources[source]]
         return rows.extra if direction == "add" else rows.dose
+
+    def is_appended(self, name: str) -> bool:
+        """Whether the base has no rows of the category."""
+        return self.append is not None and name in self.append.sources
 
     def first(self, replications: int) -> Design:
         """The same design with its first replications only."""
@@ -191,4 +227,12 @@ class Design:
             dropped=dict(value["dropped"]),
             gradient_checkpoints=value.get("gradient_checkpoints", 0),
             doses=tuple(value.get("doses", ())),
+            append=_append_from(value.get("append")),
         )
+
+
+def _append_from(value: Mapping[str, Any] | None) -> Append | None:
+    if value is None:
+        return None
+    names = {name: tuple(value[name]) for name in ("sources", "new")}
+    return Append(earlier=value["earlier"], stale=dict(value["stale"]), **names)

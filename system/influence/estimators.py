@@ -18,6 +18,8 @@ WARM = "warm"
 """Kind of the runs whose checkpoints others start from and nobody scores."""
 GRADIENT = "gradient"
 """Kind of the units that differentiate doses and held-out rows at one checkpoint."""
+APPEND = "append"
+"""Kind of the runs that add a dose of a category to a base that has no rows of it."""
 UNSCORED = frozenset({WARM, GRADIENT})
 """Kinds that leave no checkpoint for a scorer."""
 

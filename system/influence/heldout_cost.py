@@ -7,7 +7,7 @@ counts at its longest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,20 +90,39 @@ def _external(config: RunConfig, tokenizer: Any) -> HeldoutLengths:
 
 
 def _questions(config: RunConfig, corpus: Corpus, tokenizer: Any) -> HeldoutLengths:
-    longest = answer_tokens(config)
-
     def heldout(trained: Collection[str]) -> np.ndarray:
-        questions, _, _ = draw_accuracy_targets(
-            run_seed=config.seed,
-            corpus=corpus,
-            num_rows=config.influence.heldout_rows,
-            max_prompt_tokens=config.model.max_length - longest,
-            external=_targets(config, trained),
-            tokenizer=tokenizer,
-        )
-        return np.array(_row_lengths(questions), dtype=np.float64) + longest
+        return question_lengths(config, corpus, tokenizer, _targets(config, trained))
 
     return heldout
+
+
+def question_lengths(
+    config: RunConfig,
+    corpus: Corpus,
+    tokenizer: Any,
+    external: Mapping[str, pa.Table],
+    only: Sequence[str] | None = None,
+) -> np.ndarray:
+    """[rows] tokens of each question with its longest answer.
+
+    Args:
+        config: of the run.
+        corpus: of stage `tag`.
+        tokenizer: with a chat template.
+        external: further targets.
+        only: of these categories; of all by default.
+    """
+    longest = answer_tokens(config)
+    questions, _, _ = draw_accuracy_targets(
+        run_seed=config.seed,
+        corpus=corpus,
+        num_rows=config.influence.heldout_rows,
+        max_prompt_tokens=config.model.max_length - longest,
+        external=external,
+        tokenizer=tokenizer,
+        only=only,
+    )
+    return np.array(_row_lengths(questions), dtype=np.float64) + longest
 
 
 def _targets(config: RunConfig, trained: Collection[str]) -> dict[str, pa.Table]:

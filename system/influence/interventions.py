@@ -35,9 +35,9 @@ from system.config import InfluenceConfig
 from system.errors import DataError
 from system.influence.design import CategoryRows, Design, Replication, Target, Unit
 from system.influence.doses import dose_labels, is_in_dose, smaller_tokens, without_doses
-from system.influence.estimators import ESTIMATORS
+from system.influence.estimators import APPEND, ESTIMATORS
 from system.influence.random_design import dose_patterns, enough_runs
-from system.training.plan import TrainPlan, build_plan
+from system.training.plan import APPENDED, TrainPlan, build_plan
 
 BASE, DOSE, EXTRA = "base", "dose", "extra"
 _LEAST_DOSE = 8
@@ -73,6 +73,11 @@ def asked_rows(config: InfluenceConfig) -> dict[str, int]:
     }
 
 
+def least_dose(asked: Mapping[str, int]) -> int:
+    """Rows below which a dose says nothing."""
+    return min(_LEAST_DOSE, asked["dose"])
+
+
 def allocate_rows(category: str, available: int, asked: Mapping[str, int]) -> CategoryRows:
     """How a category's rows are shared out when there may be too few of them.
 
@@ -89,7 +94,7 @@ def allocate_rows(category: str, available: int, asked: Mapping[str, int]) -> Ca
         extra = int(extra * share)
         base = available - extra
         dose = extra if asked["extra"] == asked["dose"] else int(dose * share)
-    least = min(_LEAST_DOSE, asked["dose"])
+    least = least_dose(asked)
     if dose < least:
         needed = -(-least * (asked["base"] + asked["extra"]) // asked["dose"])
         raise DataError(
@@ -212,7 +217,7 @@ def active_rows(plan: TrainPlan, unit: Unit, design: Design) -> np.ndarray:
     labels = plan.table.column("stage").to_pylist()
     if unit.kind == "warm":
         return np.ones(len(labels), dtype=bool)
-    active = ~is_in_dose(labels, EXTRA)
+    active = ~is_in_dose(labels, EXTRA) & ~is_in_dose(labels, APPENDED)
     direction, switched = switched_sources(
         unit.kind,
         unit.source,
@@ -223,6 +228,8 @@ def active_rows(plan: TrainPlan, unit: Unit, design: Design) -> np.ndarray:
     of_switched = np.array([name in switched for name in category], dtype=bool)
     if direction == "add":
         return active | (of_switched & is_in_dose(labels, EXTRA, unit.dose))
+    if direction == APPEND:
+        return active | (of_switched & is_in_dose(labels, APPENDED))
     return active & ~(of_switched & is_in_dose(labels, DOSE, unit.dose))
 
 

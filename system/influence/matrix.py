@@ -40,9 +40,12 @@ MATRIX_FILE = pa.schema(
         pa.field("effect_high", pa.float64(), nullable=False),
         pa.field("effect_df", pa.float64(), nullable=False),  # degrees of freedom of effect_se
         pa.field("effect_shrunk_se", pa.float64(), nullable=False),  # posterior deviation
+        pa.field("appended", pa.bool_(), nullable=False),  # at the base of an earlier design
     ]
 )
-"""`influence/matrix.parquet`: the columns of every matrix table, then the intervals."""
+"""`influence/matrix.parquet`: the columns of every matrix table, then the intervals, then whether
+the entry is that of a category which the base has no rows of.  Tables without the last have none
+such."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,8 @@ class EffectMatrix:
     """[T, S] Fieller ends; NaN where gamma is."""
     identifiable_TS: np.ndarray
     """[T, S] bool: gamma may be used. Never true with one replication."""
+    appended_TS: np.ndarray
+    """[T, S] bool: of a category that was added to an earlier design, measured at its base."""
     replicate_effects_RTS: np.ndarray | None = None
     """[R, T, S] effects of the single replications; None when read from a table."""
 
@@ -131,6 +136,7 @@ class EffectMatrix:
             "effect_high": self.effect_high_TS.ravel(),
             "effect_df": self.effect_df_TS.ravel(),
             "effect_shrunk_se": self.shrunk_se_TS.ravel(),
+            "appended": self.appended_TS.ravel(),
         }
         return pa.table(columns, schema=MATRIX_FILE)
 
@@ -157,6 +163,8 @@ class EffectMatrix:
         Raises:
             DataError: that direction or unit is not there, or an entry is missing or twice there.
         """
+        if "appended" not in table.column_names:
+            table = table.append_column("appended", pa.array([False] * table.num_rows))
         table = check_table(table, MATRIX_FILE, where)
         targets, sources, rows = _entries(table.to_pylist(), direction, unit, level, where)
         entry = {(row["target"], row["source"]): row for row in rows}
@@ -183,6 +191,7 @@ class EffectMatrix:
             gamma_low_TS=grid("gamma_low"),
             gamma_high_TS=grid("gamma_high"),
             identifiable_TS=grid("identifiable").astype(bool),
+            appended_TS=grid("appended").astype(bool),
         )
 
 
@@ -256,6 +265,7 @@ def estimate_effects(
         gamma_low_TS=gamma[1],
         gamma_high_TS=gamma[2],
         identifiable_TS=identifiable_TS,
+        appended_TS=np.zeros(effect_TS.shape, dtype=bool),
         replicate_effects_RTS=replicate_RTS,
     )
     return Estimate(matrix=matrix, errors=errors, shrunken=shrunken)

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from system.errors import DataError
 from system.influence.design import Design, Unit
+from system.influence.estimators import APPEND
 from system.influence.random_design import effect_weights
 from system.schema import SCORES, check_table
 
@@ -170,11 +171,14 @@ def _replication_differences(
         return -effect_weights(np.array(patterns[direction])) @ loss_KN
     sign = 1.0 if direction == "add" else -1.0
     reference_N = losses.loss[Unit(replication=replication, kind="reference", source=-1).name]
+    is_appended_S = np.array([design.is_appended(name) for name in design.sources])
     units = [
-        Unit(replication=replication, kind=direction, source=source)
-        for source in range(len(design.sources))
+        Unit(replication=replication, kind=APPEND if appended else direction, source=source)
+        for source, appended in enumerate(is_appended_S)
     ]
-    return sign * (reference_N - np.stack([losses.loss[unit.name] for unit in units]))
+    sign_S = np.where(is_appended_S, 1.0, sign)  # an appended dose is always added
+    loss_SN = np.stack([losses.loss[unit.name] for unit in units])
+    return sign_S[:, None] * (reference_N - loss_SN)
 
 
 def _by_example(table: pa.Table) -> dict[tuple[str, str], tuple[float, int]]:

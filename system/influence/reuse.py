@@ -60,7 +60,7 @@ def run_key(
     value = {
         "format": FORMAT,
         "kind": unit.kind,
-        "plan": replication.warm_sha256 if unit.kind == "warm" else replication.plan_sha256,
+        "plan": replication.plan_of(unit.kind),
         "start": replication.warm_sha256,
         "active": hashlib.sha256(np.packbits(active).tobytes()).hexdigest(),
         "settings": settings.sha256(),

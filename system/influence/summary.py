@@ -19,6 +19,7 @@ from system.influence.agreement import (
     replications_to_halve,
     split_half,
 )
+from system.influence.append_summary import append_lines
 from system.influence.design import Design
 from system.influence.matrix import EffectMatrix, Estimate
 from system.influence.measurements import Losses, Measurements
@@ -136,7 +137,12 @@ def summarise(
             for column, name in enumerate(design.sources)
         },
         "reference_rows": float(
-            np.mean([sum(r.base for r in item.rows.values()) for item in design.replications])
+            np.mean(
+                [
+                    sum(rows.base for rows in item.rows.values()) + item.foreign_rows
+                    for item in design.replications
+                ]
+            )
         ),
         "adapted": _adapted(design),
         "dropped": design.dropped,
@@ -254,6 +260,7 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
         f"strongest harm: {antagonism['source']} -> {antagonism['target']} "
         f"{_interval(antagonism['change'], antagonism['low'], antagonism['high'], 4)}"
     )
+    lines += append_lines(summary)
     if summary["adapted"]:
         names = ", ".join(sorted(summary["adapted"]))
         lines.append(f"smaller doses than asked, for want of rows: {names}")
@@ -303,7 +310,9 @@ def _adapted(design: Design) -> dict[str, Any]:
     for replication in design.replications:
         for name, rows in replication.rows.items():
             got = {"base": rows.base, "dose": rows.dose, "extra": rows.extra, "warm": rows.warm}
-            asked = {kind: design.asked[kind] for kind in got}
+            kinds = ("dose",) if design.is_appended(name) else tuple(got)
+            got = {kind: got[kind] for kind in kinds}
+            asked = {kind: design.asked[kind] for kind in kinds}
             if got != asked or rows.warm_reused:
                 found.setdefault(name, []).append(
                     {"replication": replication.index, **asdict(rows), "asked": asked}

@@ -167,7 +167,7 @@ def _hover(entry: Entry) -> list[str]:
         figure_text(entry.target),
         f"{signed(entry.effect, 4)} ± {fixed(entry.se, 4)}",
         gamma,
-        "identifiable" if entry.is_identifiable else "not identifiable",
+        f"{'identifiable' if entry.is_identifiable else 'not identifiable'}{entry.mark}",
     ]
 
 

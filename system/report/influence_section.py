@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from system.influence.append_summary import appended_text, stale_texts
 from system.influence.doses import in_words
 from system.influence.summary import short_unit
 from system.report.blocks import (
@@ -123,6 +124,7 @@ def _belief(influence: Influence) -> list[str]:
             f"{fixed(noise['signal_sd'], 4)}."
         )
         items += _agreement(direction, part, summary["confidence"])
+    items += _append(summary)
     if summary["errors"] == "held-out only":
         items.append(
             "There was one replication only, so the errors do not contain the noise of training: "
@@ -133,6 +135,19 @@ def _belief(influence: Influence) -> list[str]:
             f"{plural(len(summary['adapted']), 'category', 'categories')} had fewer rows than "
             "asked and got a smaller dose."
         )
+    return items
+
+
+def _append(summary: dict[str, Any]) -> list[str]:
+    """What was added to an earlier measurement; nothing where all is of one."""
+    append = summary.get("append")
+    if append is None:
+        return []
+    items = []
+    if append["categories"]:
+        text = appended_text(append)
+        items.append(f"{text[0].upper()}{text[1:]}. The tables mark them with a dagger (†).")
+    items += [f"Left out as stale: {text}." for text in stale_texts(append)]
     return items
 
 
@@ -176,7 +191,10 @@ def _strongest_table(
         rows=[
             (
                 entry.source, entry.target,
-                Cell(text=signed(entry.effect, digits), tone="good" if entry.effect > 0 else "bad"),
+                Cell(
+                    text=f"{signed(entry.effect, digits)}{entry.mark}",
+                    tone="good" if entry.effect > 0 else "bad",
+                ),
                 interval(entry.low, entry.high, digits), signed(entry.shrunk, digits),
                 entry.gamma_text, entry.gamma_interval, entry.known,
             )
@@ -194,7 +212,7 @@ def _whole_table(grid: list[list[Entry]], direction: str) -> Table:
             row[0].target,
             *[
                 Cell(
-                    text=f"{signed(entry.effect, digits)} ± {fixed(entry.se, digits)}",
+                    text=f"{signed(entry.effect, digits)} ± {fixed(entry.se, digits)}{entry.mark}",
                     tone="" if entry.is_identifiable else "quiet",
                     title=f"gamma {entry.gamma_text} {entry.gamma_interval}, "
                     f"identifiable: {entry.known}",

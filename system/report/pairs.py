@@ -26,6 +26,13 @@ class Entry:
     gamma_high: float | None
     is_identifiable: bool
     is_own: bool
+    is_appended: bool
+    """Measured at an earlier base, without rows of the source or the target."""
+
+    @property
+    def mark(self) -> str:
+        """What stands behind a number that is appended."""
+        return " †" if self.is_appended else ""
 
     @property
     def has_sign(self) -> bool:
@@ -80,4 +87,5 @@ def _entry(matrix: EffectMatrix, row: int, column: int, dose: float) -> Entry:
         gamma_high=ratio(matrix.gamma_high_TS),
         is_identifiable=bool(matrix.identifiable_TS[row, column]),
         is_own=matrix.targets[row] == matrix.sources[column],
+        is_appended=bool(matrix.appended_TS[row, column]),
     )

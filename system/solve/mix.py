@@ -153,6 +153,8 @@ class Mix:
     expected_regret: float | None = None
     """What knowing the effects exactly would add to ``expected_gain``, on average (``regret.py``);
     null where it was not asked for."""
+    appended: tuple[str, ...] = ()
+    """Categories whose effects were measured at an earlier base without rows of them."""
     notes: tuple[str, ...] = ()
     """What a reader should know, in plain sentences."""
 
@@ -184,6 +186,7 @@ class Mix:
                     "solver": SolverInfo(**_known(SolverInfo, raw["solver"])),
                     "relaxation": _relaxation(raw.get("relaxation")),
                     "notes": tuple(raw["notes"]),
+                    "appended": tuple(raw.get("appended", ())),
                 }
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -20,6 +20,9 @@ from system.errors import DataError
 from system.training.pack import pack_rows
 
 FORMAT = 1
+APPENDED = "appended"
+"""Stage of rows that joined a finished schedule later (`influence.append`).  Denominators do not
+count them: they are those of the schedule as it was, so its own rows train as before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,11 +157,15 @@ def plan_from_table(table: pa.Table) -> TrainPlan:
             "token to learn from; leave it out before the plan is built"
         )
     step_starts = np.searchsorted(step, np.arange(step[-1] + 2)).astype(np.int64)
+    stage = table.column("stage").combine_chunks().dictionary_encode()
+    is_counted = np.array([name != APPENDED for name in stage.dictionary.to_pylist()])
     return TrainPlan(
         table=table,
         sha256=_content_hash(table, ids, offsets, mask),
         step_starts=step_starts,
-        denominators=np.add.reduceat(per_row, step_starts[:-1]),
+        denominators=np.add.reduceat(
+            per_row * is_counted[stage.indices.to_numpy()], step_starts[:-1]
+        ),
         sequences=sequence,
         offsets=offsets,
         input_ids=ids,

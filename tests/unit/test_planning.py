@@ -1,5 +1,7 @@
 """What a run says about a mix that leaves what was measured."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from influence_world import World
@@ -7,8 +9,14 @@ from mix_reference import problem
 
 from system.config import SolveConfig
 from system.influence.matrix import estimate_effects
-from system.planning import EXTRAPOLATES, extrapolation_notes, mix_options, mix_problem
-from system.solve import MixOptions, solve_mix
+from system.planning import (
+    EXTRAPOLATES,
+    appended_notes,
+    extrapolation_notes,
+    mix_options,
+    mix_problem,
+)
+from system.solve import Mix, MixOptions, solve_mix
 
 MIX = solve_mix(
     problem(np.diag([1e-3, 0.0, 0.0]), [100.0, 100.0, 100.0]),
@@ -33,6 +41,21 @@ def test_a_move_beyond_the_dose_is_named_with_its_category():
 def test_a_budget_beyond_the_runs_is_said():
     (note,) = extrapolation_notes(MIX, doses(100.0), 30.0)
     assert note.startswith("the mix has 10.0 times the rows")
+
+
+def test_a_mix_says_what_of_it_rests_on_appended_entries():
+    assert appended_notes(MIX, {}) == ()
+    assert appended_notes(MIX, {"append": {"categories": []}}) == ()
+    (note,) = appended_notes(MIX, {"append": {"categories": ["c0"]}})
+    assert "c0 (of which the mix moves c0)" in note and "influence.append: false" in note
+    still = solve_mix(
+        problem(np.zeros((3, 3)), [100.0, 100.0, 100.0]),
+        MixOptions(objective="linear", move=0.2, budget=300.0),
+    )
+    (note,) = appended_notes(still, {"append": {"categories": ["c0"]}})
+    assert "none of which the mix moves" in note
+    named = replace(MIX, appended=("c0",))
+    assert Mix.from_json(named.to_json()) == named
 
 
 @pytest.mark.parametrize("weight", [1.0, 6.0])

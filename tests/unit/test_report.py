@@ -2,6 +2,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,6 +14,8 @@ from report_builder import CATEGORIES, RunBuilder
 from system import storage
 from system.errors import ConfigError, DataError
 from system.report import RunView, render_report, report_files, report_json, write_report
+from system.report.blocks import Bullets, Table
+from system.report.influence_section import influence_section
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -143,6 +146,33 @@ def test_heat_maps_show_the_matrix_cell_by_cell(view, figures, direction):
                 assert gamma["z"][row][column] == pytest.approx(matrix.gamma_TS[t, s])
             else:
                 assert gamma["z"][row][column] is None
+
+
+def test_appended_entries_are_marked_and_explained(view):
+    influence = view.influence
+    name = next(iter(influence.matrices.values())).sources[0]
+    append = {
+        "earlier": "a1", "categories": [name], "new": [name], "stale": {"lost": "it is gone"},
+        "trainings": 3, "repeated": 0, "repeated_otherwise": 0, "trained_tokens": 7,
+    }  # fmt: skip
+    matrices = {}
+    for direction, matrix in influence.matrices.items():
+        flags = np.zeros(matrix.effect_TS.shape, dtype=bool)
+        flags[:, 0] = True
+        matrices[direction] = replace(matrix, appended_TS=flags)
+    summary = {**influence.summary, "append": append}
+    changed = replace(view, influence=replace(influence, matrices=matrices, summary=summary))
+    blocks = influence_section(changed).blocks
+    text = " ".join(item for block in blocks if isinstance(block, Bullets) for item in block.items)
+    assert f"({name} as source or target)" in text and "lost: it is gone" in text
+    tables = [block for block in blocks if isinstance(block, Table) and block.folded]
+    matrix = next(iter(matrices.values()))
+    assert len(tables) == len(matrices)
+    for table in tables:
+        marks = [sum("†" in cell.text for cell in row[1:]) for row in table.rows]
+        assert marks == [1] * len(matrix.targets)
+    plain = influence_section(view).blocks
+    assert not any("†" in str(block) for block in plain)
 
 
 def test_heat_maps_are_centred_at_zero_and_hatch_what_is_not_identifiable(view, figures):

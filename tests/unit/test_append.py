@@ -1,0 +1,556 @@
+"""`influence.append` without trainings: what is drawn, kept, named stale, counted and put together.
+
+The losses are made up by hash, so that every number can be told from every other.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+from influence_corpus import TASKS, build_inputs, influence_config
+from ingest_builders import write_lines
+from pydantic import ValidationError
+from test_check import Run
+
+from actors.analysis import analyse
+from actors.appender import Appending, draw_appended
+from actors.cluster import Cluster
+from actors.designer import draw_design
+from actors.measurer import measured_manifest
+from actors.overview import describe_plan
+from actors.pipeline import STAGES, stage_inputs
+from actors.planner import check_before_influence
+from actors.stage import StageContext
+from system import storage
+from system.config import InfluenceConfig, SourceConfig
+from system.data.corpus import Corpus, Manifest, make_manifest, moved_shards
+from system.data.ingest import ingest_local
+from system.data.lengths import SeededLengths, copy_lengths, measure_shard
+from system.errors import ConfigError, DataError
+from system.influence.append import earlier_unit, extend_plan, undrawn
+from system.influence.append_cost import append_cost
+from system.influence.append_summary import append_lines, append_summary
+from system.influence.design import Design, Unit
+from system.influence.earlier import APPENDS_TO, Earlier, appends_to
+from system.influence.heldout import seeded_draw
+from system.influence.interventions import active_rows, plan_replication
+from system.influence.matrix import EffectMatrix
+from system.influence.planted import planted_world
+from system.influence.proxy import ProxyModel
+from system.models.base import load_tokenizer
+from system.progress import Progress
+from system.rundir import RunDir, StageRecord, fingerprint
+from system.schema import SCORES
+from system.training.plan import APPENDED, read_plan, write_plan
+from system.training.settings import TrainSettings
+
+FOURTH = "place"
+INFLUENCE = next(stage for stage in STAGES if stage.name == "influence")
+
+
+def source(category: str, file: str = "") -> SourceConfig:
+    return SourceConfig(path=f"{file or category}.jsonl", category=category)
+
+
+class Grown(Run):
+    """Three categories measured (losses made up), then a corpus that is another."""
+
+    def __init__(self, root: Path, **influence: object) -> None:
+        super().__init__(root)
+        tasks = {task.name: task for task in planted_world(0).tasks}
+        rows = list(planted_world(0).rows(tasks[FOURTH], 160))
+        write_lines(root / "data" / f"{FOURTH}.jsonl", rows)
+        lines = (root / "data" / "size.jsonl").read_bytes().splitlines()
+        write_lines(root / "data" / "size-left.jsonl", lines[:70])
+        write_lines(root / "data" / "size-split.jsonl", lines[70:])
+        self.config = influence_config(root, **influence)
+        self.prepare()
+        self.first = self.measure()
+
+    def prepare(self, *sources: SourceConfig) -> None:
+        """The stages before influence, on these sources."""
+        if sources:
+            influence = self.config.influence.model_copy(update={"append": True})
+            update = {"sources": sources, "influence": influence}
+            self.config = self.config.model_copy(update=update)
+        self.ingest()
+        self.model()
+        self.tag()
+
+    def measure(self) -> str:
+        """An influence attempt, committed: everything but the trainings is real."""
+
+        def fill(uri: str) -> None:
+            context = self.context(uri)
+            appended = context.appends_to is not None
+            design = draw_appended(context) if appended else draw_design(context)
+            self.make_up(context, design)
+
+        self.commit("influence", {"design": "design.json"}, fill)
+        return self.records["influence"].fingerprint
+
+    def context(self, uri: str) -> StageContext:
+        inputs = stage_inputs(INFLUENCE, self.config, self.records)
+        return StageContext(
+            config=self.config,
+            run_dir=RunDir(self.config.run_dir),
+            attempt=uri,
+            upstream=self.records,
+            progress=Progress(is_terminal=False),
+            cluster=Cluster(self.config.cluster),
+            appends_to=inputs.get(APPENDS_TO),
+        )
+
+    def make_up(self, context: StageContext, design: Design) -> None:
+        """Training records with the tokens that the masks leave, and losses by hash."""
+        heldout = storage.read_table(storage.join(context.attempt, "heldout.arrow"))
+        for unit in design.units:
+            kind = unit.kind if unit.kind in ("append", "warm") else "main"
+            uri = storage.join(context.attempt, "plans", f"r{unit.replication:02d}-{kind}.arrow")
+            plan = read_plan(uri)
+            rows = np.flatnonzero(active_rows(plan, unit, design))
+            tokens = int(plan.lengths(rows).sum())
+            value = {"trained_tokens": tokens, "seconds": 1.0, "first_loss": 2.0, "last_loss": 1.0}
+            storage.write_json(storage.join(context.attempt, "units", f"{unit.name}.json"), value)
+            name = design.sources[unit.source] if unit.source >= 0 else ""
+            table = made_up_scores(heldout, f"{unit.replication} {unit.kind} {name}")
+            uri = storage.join(context.attempt, "scores", f"{unit.name}.parquet")
+            if unit.kind != "warm":
+                storage.write_table(uri, table)
+
+    def earlier(self) -> Earlier:
+        return Earlier(RunDir(self.config.run_dir).stage_uri("influence"), self.first)
+
+    def corpus(self) -> Corpus:
+        return Corpus.open(self.output("tag", "manifest"))
+
+
+def made_up_scores(heldout: pa.Table, key: str) -> pa.Table:
+    """Scores of held-out rows that depend on the run, the target and the row alone."""
+    rows = heldout.select(["id", "category", "response_mask"]).to_pylist()
+    tokens = [sum(row["response_mask"][1:]) for row in rows]
+    noise = [
+        int(hashlib.sha256(f"{key} {row['category']} {row['id']}".encode()).hexdigest()[:8], 16)
+        for row in rows
+    ]
+    columns = {
+        "id": [row["id"] for row in rows],
+        "category": [row["category"] for row in rows],
+        "nll": [count * (2.0 + value / 2**32) for count, value in zip(tokens, noise, strict=True)],
+        "num_tokens": tokens,
+    }
+    metadata = {"instructmix.seconds": "1.0", "instructmix.rejected": "{}"}
+    return pa.table(columns, schema=SCORES).replace_schema_metadata(metadata)
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Grown:
+    """A fourth category has come."""
+    run = Grown(tmp_path_factory.mktemp("grown"), directions=("add", "remove"))
+    run.prepare(*map(source, (*TASKS, FOURTH)))
+    return run
+
+
+@pytest.fixture(scope="module")
+def appended(grown: Grown) -> str:
+    """URI of the attempt that appends it."""
+    name = grown.measure()
+    return RunDir(grown.config.run_dir).attempt_uri("influence", name)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Grown:
+    """`size` lost rows to a category of their own, and `colour-reworded` is gone."""
+    run = Grown(tmp_path_factory.mktemp("split"))
+    run.prepare(source("colour"), source("size", "size-left"), source("size-two", "size-split"))
+    return run
+
+
+def design_at(uri: str) -> Design:
+    return Design.from_json(storage.read_json(storage.join(uri, "design.json")), uri)
+
+
+def matrices(run: Grown, uri: str) -> dict[str, EffectMatrix]:
+    design = design_at(uri)
+    context = replace(
+        run.context(uri), appends_to=None if design.append is None else design.append.earlier
+    )
+    found = analyse(context, design).estimates["examples"]
+    return {direction: estimate.matrix for direction, estimate in found.items()}
+
+
+def test_a_new_category_has_one_run_a_replication_and_the_old_ones_keep_theirs(grown, appended):
+    design, before = design_at(appended), grown.earlier().design
+    assert design.sources == tuple(sorted((*TASKS, FOURTH)))
+    assert len(design.units) == len(before.units) + len(before.replications)
+    assert design.units == design.runs
+    place = design.sources.index(FOURTH)
+    new = [unit for unit in design.units if earlier_unit(design, before, unit) is None]
+    assert new == [Unit(replication=k, kind="append", source=place) for k in range(2)]
+    known = {earlier_unit(design, before, unit) for unit in design.units} - {None}
+    assert known == set(before.units)
+    assert Design.from_json(design.to_json(), "json") == design
+
+
+def test_the_base_is_the_old_one_to_the_bit(grown, appended):
+    for index in range(2):
+        before, after = (
+            read_plan(storage.join(uri, "plans", f"r{index:02d}-main.arrow"))
+            for uri in (grown.earlier().uri, appended)
+        )
+        assert before.sha256 == after.sha256
+    before = grown.earlier().heldout().to_pylist()
+    after = storage.read_table(storage.join(appended, "heldout.arrow")).to_pylist()
+    assert after[: len(before)] == before
+    assert {row["category"] for row in after[len(before) :]} == {FOURTH}
+
+
+def test_an_extended_schedule_keeps_its_steps_rows_and_denominators(grown, appended):
+    design = design_at(appended)
+    main = read_plan(storage.join(appended, "plans", "r00-main.arrow"))
+    plan = read_plan(storage.join(appended, "plans", "r00-append.arrow"))
+    assert design.replications[0].append_sha256 == plan.sha256
+    np.testing.assert_array_equal(plan.denominators, main.denominators)
+    stage = np.array(plan.table.column("stage").to_pylist())
+    old = np.flatnonzero(stage != APPENDED)
+    for column in ("step", "stage", "id", "category", "input_ids"):
+        kept = plan.table.column(column).take(pa.array(old)).to_pylist()
+        assert kept == main.table.column(column).to_pylist()
+    steps = plan.table.column("step").to_numpy()[stage == APPENDED]
+    assert np.bincount(steps, minlength=plan.num_steps).max() <= -(-32 // plan.num_steps) + 1
+    unit = Unit(replication=0, kind="append", source=design.sources.index(FOURTH))
+    active = active_rows(plan, unit, design)
+    reference = active_rows(plan, Unit(replication=0, kind="reference", source=-1), design)
+    gained = plan.table.filter(pa.array(active & ~reference))
+    assert set(gained.column("category").to_pylist()) == {FOURTH} and gained.num_rows == 32
+    np.testing.assert_array_equal(
+        reference[old], active_rows(main, Unit(replication=0, kind="reference", source=-1), design)
+    )
+
+
+def test_a_category_joins_at_the_same_places_whoever_else_joins(grown, appended):
+    main = read_plan(storage.join(appended, "plans", "r00-main.arrow"))
+    tokenizer = load_tokenizer(grown.output("model", "model"))
+    draw = seeded_draw(grown.corpus(), tokenizer, 64)
+    one, other = (draw("train", name, 20, 1)[0] for name in (FOURTH, "size"))
+    alone = extend_plan(main, {"a": one}, 5)
+    together = extend_plan(main, {"b": other, "a": one}, 5)
+    steps = [
+        {row["id"]: row["step"] for row in plan.table.select(["id", "step", "stage"]).to_pylist()
+         if row["stage"] == APPENDED}
+        for plan in (alone, together, extend_plan(alone, {"b": other}, 5))
+    ]  # fmt: skip
+    assert steps[0].items() <= steps[1].items() and steps[1] == steps[2]
+    assert extend_plan(main, {"a": one}, 6).sha256 != alone.sha256
+
+
+def test_rows_that_joined_do_not_change_a_bit_of_the_runs_without_them(tmp_path):
+    """The reference on the extended schedule is the reference on the old one."""
+    config = build_inputs(tmp_path)
+    small = influence_config(tmp_path, rows_per_category=16, dose_rows=8).influence
+    config = config.model_copy(update={"influence": small})
+    corpus = Corpus.open(str(tmp_path / "corpus" / "manifest.json"))
+    draw = seeded_draw(corpus, load_tokenizer(tmp_path / "model"), 64)
+    made = plan_replication(
+        0, run_seed=3, sources=TASKS[:2], config=config.influence, max_length=64, draw=draw
+    )
+    dose, _ = draw("train", TASKS[2], 8, 3)
+    extended = extend_plan(made.plan, {TASKS[2]: dose}, 3)
+    write_plan(str(tmp_path / "plan.arrow"), extended)
+    extended = read_plan(str(tmp_path / "plan.arrow"))
+    stage = np.array(extended.table.column("stage").to_pylist())
+    settings = TrainSettings.from_influence(config.influence, config.model, 11)
+    proxy = ProxyModel(str(tmp_path / "model"), device="cpu", trust_remote_code=False)
+    runs = {
+        "old": (made.plan, np.ones(made.plan.table.num_rows, dtype=bool)),
+        "masked": (extended, stage != APPENDED),
+        "dosed": (extended, np.ones(stage.size, dtype=bool)),
+    }
+    digests = {}
+    for name, (plan, active) in runs.items():
+        proxy.tune(plan, active, settings)
+        proxy.save(str(tmp_path / name))
+        digests[name] = hashlib.sha256(
+            (tmp_path / name / "model.safetensors").read_bytes()
+        ).hexdigest()
+    assert digests["old"] == digests["masked"] != digests["dosed"]
+
+
+def test_old_entries_keep_their_numbers_and_new_ones_are_paired_differences(grown, appended):
+    before, after = matrices(grown, grown.earlier().uri), matrices(grown, appended)
+    design, names = design_at(appended), sorted(TASKS)
+    place = design.sources.index(FOURTH)
+    heldout = storage.read_table(storage.join(appended, "heldout.arrow"))
+    expected = np.zeros(len(design.targets))
+    for k in range(2):
+        losses = [
+            made_up_scores(heldout, f"{k} {run}") for run in ("reference ", f"append {FOURTH}")
+        ]
+        loss = [item["nll"].to_numpy() / item["num_tokens"].to_numpy() for item in losses]
+        category = np.array(heldout.column("category").to_pylist())
+        expected += [
+            (loss[0] - loss[1])[category == target.name].mean() / 2 for target in design.targets
+        ]
+    for direction, matrix in after.items():
+        part, old = matrix.part(names, names), before[direction].part(names, names)
+        for grid in ("effect", "effect_se", "effect_df", "shrunk", "shrunk_se", "gamma"):
+            np.testing.assert_array_equal(
+                getattr(part, f"{grid}_TS"), getattr(old, f"{grid}_TS"), err_msg=grid
+            )
+        np.testing.assert_allclose(matrix.effect_TS[:, place], expected / 32)
+        flagged = np.array([name == FOURTH for name in design.sources])
+        np.testing.assert_array_equal(matrix.appended_TS, flagged[:, None] | flagged[None, :])
+        table = matrix.to_table()
+        back = EffectMatrix.from_table(table, direction=direction)
+        np.testing.assert_array_equal(back.appended_TS, matrix.appended_TS)
+        older = EffectMatrix.from_table(table.drop_columns("appended"), direction=direction)
+        assert not older.appended_TS.any(), "tables of before the flag have none appended"
+    np.testing.assert_array_equal(
+        after["add"].effect_TS[:, place], after["remove"].effect_TS[:, place]
+    )
+
+
+def test_scores_of_earlier_runs_are_completed_not_replaced(grown, appended):
+    design = design_at(appended)
+    work = Appending(replace(grown.context(appended), appends_to=grown.first), design)
+    unit = design.units[1]
+    assert set(work._scored_on(unit).column("category").to_pylist()) == {FOURTH}
+    new = made_up_scores(work._scored_on(unit), "again")
+    whole = work._complete(unit, new)
+    before = earlier_unit(design, work.earlier.design, unit)
+    assert before is not None
+    first = work.earlier.scores(before)
+    assert whole.slice(0, first.num_rows).equals(first)
+    assert whole.slice(first.num_rows).equals(new)
+    assert whole.schema.metadata[b"instructmix.seconds"] == b"2.000"
+    fresh = next(unit for unit in design.units if unit.kind == "append")
+    assert work._scored_on(fresh).num_rows == work.heldout.num_rows
+    stats = {"trained_tokens": 1, "first_loss": 2.0, "last_loss": 1.0}
+    assert work._training_stats(unit, stats)["repeated"] == {"is_same": False}
+    assert work._training_stats(fresh, stats) == stats
+
+
+def test_a_category_holds_while_all_its_measured_rows_are_in_it(split):
+    holding = split.earlier().holding(split.corpus())
+    assert holding.kept == ("colour",) and holding.new == ("size", "size-two")
+    assert set(holding.stale) == {"size", "colour-reworded"}
+    assert "no such category" in holding.stale["colour-reworded"]
+    assert "rows trained" in holding.stale["size"] and "scored" in holding.stale["size"]
+
+
+def test_a_split_leaves_its_base_rows_and_never_repeats_one(split):
+    context = split.context(RunDir(split.config.run_dir).attempt_uri("influence", "try"))
+    design = draw_appended(context)
+    assert design.sources == ("colour", "size", "size-two")
+    assert design.append is not None and design.append.sources == ("size", "size-two")
+    assert {unit.kind for unit in design.units} == {"reference", "remove", "append"}
+    assert [item.foreign_rows for item in design.replications] == [96, 96]
+    for index, replication in enumerate(design.replications):
+        plan = read_plan(storage.join(context.attempt, "plans", f"r{index:02d}-append.arrow"))
+        ids = plan.table.column("id").to_pylist()
+        assert len(set(ids)) == len(ids)
+        stage = np.array(plan.table.column("stage").to_pylist())
+        dosed = {
+            name: {ids[row] for row in np.flatnonzero(stage == APPENDED)
+                   if plan.table.column("category")[int(row)].as_py() == name}
+            for name in ("size", "size-two")
+        }  # fmt: skip
+        assert {name: len(rows) for name, rows in dosed.items()} == {
+            name: replication.rows[name].dose for name in dosed
+        }
+        unit = Unit(replication=index, kind="append", source=1)
+        active = active_rows(plan, unit, design)
+        assert {ids[row] for row in np.flatnonzero(active & (stage == APPENDED))} == dosed["size"]
+    trainings = {unit.name: {"trained_tokens": 1} for unit in design.units}
+    summary = append_summary(design, trainings)
+    assert summary is not None
+    lines = append_lines({"append": summary})
+    assert any("size: " in line and "measured as a new one" in line for line in lines)
+    assert any("colour-reworded" in line and "new one" not in line for line in lines)
+
+
+def test_nothing_that_holds_is_refused_in_one_paragraph(split, tmp_path):
+    other = influence_config(split.root).model_copy(update={"sources": (source(FOURTH),)})
+    ingest_local(other, str(tmp_path / "corpus"))
+    corpus = Corpus.open(str(tmp_path / "corpus" / "manifest.json"))
+    with pytest.raises(DataError, match=r"found none \(colour: .*Set influence.append to false"):
+        split.earlier().holding(corpus)
+
+
+def test_rows_taken_already_are_passed_over_and_the_next_ones_come():
+    ids = [f"{k}" for k in range(50)]
+
+    def first(wanted: int) -> Sequence[str]:
+        return ids[:wanted]
+
+    assert undrawn(first, 3, {"0", "2"}) == [1, 3, 4]
+    assert undrawn(first, 3, set(ids[:40])) == [40, 41, 42]
+    assert undrawn(first, 20, set(ids[:40])) == list(range(40, 50))
+
+
+def test_the_cost_of_an_append_is_that_of_its_runs(grown, appended):
+    """Without kept checkpoints all runs are made again; with them, the new ones alone."""
+    corpus = grown.corpus()
+    lengths = SeededLengths(corpus)
+    arguments = (grown.config, grown.earlier(), corpus, lengths, lambda: None)
+    cost, design = append_cost(*arguments), design_at(appended)
+    tokens = {
+        unit.name: storage.read_json(storage.join(appended, "units", f"{unit.name}.json"))[
+            "trained_tokens"
+        ]
+        for unit in design.units
+    }
+    assert cost.runs == cost.scorings == len(design.units)
+    assert cost.trained_tokens == sum(tokens.values())
+    heldout = storage.read_table(storage.join(appended, "heldout.arrow")).to_pylist()
+    sizes = {True: 0, False: 0}
+    for row in heldout:
+        sizes[row["category"] == FOURTH] += len(row["input_ids"])
+    old = len(design.units) - 2
+    assert cost.scored_tokens == old * sizes[True] + 2 * sum(sizes.values())
+    for unit in grown.earlier().design.units:
+        Path(grown.earlier().uri, "checkpoints", unit.name).mkdir(parents=True)
+    kept = append_cost(*arguments)
+    storage.delete(storage.join(grown.earlier().uri, "checkpoints"))
+    new = [tokens[unit.name] for unit in design.units if unit.kind == "append"]
+    assert (kept.runs, kept.trained_tokens) == (2, sum(new))
+    assert (kept.scorings, kept.scored_tokens) == (cost.scorings, cost.scored_tokens)
+
+
+def test_check_shows_the_append_and_run_holds_it_to_the_budget(tmp_path):
+    run = Grown(tmp_path)
+    run.prepare(*map(source, (*TASKS, FOURTH)))
+    plan = describe_plan(run.config)
+    assert f"append to influence/{run.first}: {FOURTH}" in plan.text
+    cost = plan.forecast.cost
+    assert cost is not None and cost.runs == 2 * 5
+    assert f"{cost.trained_tokens:,} tokens trained" in plan.text
+
+    def within(limit: int) -> StageContext:
+        influence = run.config.influence.model_copy(update={"max_token_equivalents": limit})
+        config = run.config.model_copy(update={"influence": influence})
+        attempt = RunDir(config.run_dir).attempt_uri("influence", "try")
+        return replace(run.context(attempt), config=config)
+
+    check_before_influence(within(int(cost.token_equivalents) + 1))
+    with pytest.raises(ConfigError, match="Nothing was trained"):
+        check_before_influence(within(int(cost.token_equivalents) - 1))
+
+
+def record(inputs: dict[str, object]) -> StageRecord:
+    return StageRecord(
+        stage="influence", fingerprint=fingerprint(inputs), inputs=inputs, outputs={}, counts={},
+        lines=(), seconds=0.0, finished="", versions={},
+    )  # fmt: skip
+
+
+def influence_inputs(tag: str = "1", model: str = "m", **changed: object) -> dict[str, object]:
+    values = {"stage": "influence", "revision": 3, "influence.learning_rate": 1e-3, "seed": 0}
+    return {**values, "after.tag": tag, "after.model": model, **changed}
+
+
+def test_what_is_appended_to_is_settled_by_the_record_and_stays_settled(tmp_path):
+    run_dir = RunDir(str(tmp_path))
+    first = influence_inputs()
+    assert appends_to(run_dir, first, "some/model") == {}, "nothing there: all is measured"
+    run_dir.commit("influence", record(first))
+    assert appends_to(run_dir, first, "some/model") == {}, "it is the result"
+    second = influence_inputs(tag="2")
+    found = appends_to(run_dir, second, "some/model")
+    assert found == {APPENDS_TO: fingerprint(first)}
+    run_dir.commit("influence", record({**second, **found}))
+    assert appends_to(run_dir, second, "some/model") == found, "the finished one stays itself"
+    assert appends_to(run_dir, first, "some/model") == {}, "and so does the one before"
+    wider = influence_inputs(tag="2", **{"influence.confidence": 0.9})
+    third = appends_to(run_dir, wider, "some/model")
+    assert third == {APPENDS_TO: fingerprint({**second, **found})}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"influence.learning_rate": 2e-3}, {"seed": 1}, {"influence.dose_rows": 64}]
+)
+def test_runs_of_other_settings_are_not_put_together(tmp_path, changed):
+    run_dir = RunDir(str(tmp_path))
+    run_dir.commit("influence", record(influence_inputs()))
+    (name,) = changed
+    with pytest.raises(ConfigError, match=rf"{name} .*influence.append to false"):
+        appends_to(run_dir, influence_inputs(tag="2", **changed), "some/model")
+
+
+def test_another_model_is_refused_and_the_same_files_are_not(tmp_path):
+    run_dir = RunDir(str(tmp_path))
+
+    def model(corpus: str, stamp: str) -> str:
+        inputs = {"stage": "model", "file.weights": stamp, "after.ingest": corpus}
+        run_dir.commit("model", replace(record(inputs), stage="model"))
+        return fingerprint(inputs)
+
+    run_dir.commit("influence", record(influence_inputs(model=model("1", "a"))))
+    same = influence_inputs(tag="2", model=model("2", "a"))
+    assert appends_to(run_dir, same, "some/model")
+    with pytest.raises(ConfigError, match="built from the corpus"):
+        appends_to(run_dir, same, "builtin:tiny")
+    with pytest.raises(ConfigError, match=r"the model: file\.weights"):
+        appends_to(run_dir, influence_inputs(tag="2", model=model("2", "b")), "some/model")
+
+
+@pytest.mark.parametrize("estimator", ["random-design", "gradient", "auto"])
+def test_estimators_without_single_runs_say_that_they_cannot_append(estimator):
+    with pytest.raises(ValidationError, match="expected retrain or branch"):
+        InfluenceConfig(estimator=estimator, append=True)
+
+
+def test_append_changes_no_fingerprint_where_nothing_is_appended(grown):
+    run_dir = RunDir(grown.config.run_dir)
+    inputs = stage_inputs(INFLUENCE, grown.config, grown.records)
+    off = grown.config.influence.model_copy(update={"append": False})
+    config = grown.config.model_copy(update={"influence": off})
+    plain = stage_inputs(INFLUENCE, config, grown.records)
+    assert inputs == {**plain, APPENDS_TO: grown.first}
+    assert run_dir.read_attempt_record("influence", grown.first) is not None
+
+
+def test_rows_that_were_tokenised_before_are_not_again(tmp_path):
+    """A category more leaves the shards of the others as they are: their lengths are found."""
+    run = Grown(tmp_path)
+
+    def context(attempt: str) -> StageContext:
+        return replace(run.context(str(tmp_path / "tags" / attempt)), appends_to=None)
+
+    def manifest(attempt: str) -> Manifest:
+        corpus = Corpus.open(run.output("ingest", "manifest"))
+        return make_manifest(moved_shards(corpus, context(attempt).attempt))
+
+    tokenizer = load_tokenizer(run.output("model", "model"))
+    corpus = Corpus.open(run.output("ingest", "manifest"))
+    for shard in corpus.manifest.shards:
+        measure_shard(corpus, shard, context("first").attempt, tokenizer, 64)
+    first = measured_manifest(context("first"), manifest("first"))
+    again = measured_manifest(context("second"), manifest("second"))
+    assert again.details == first.details and again.counts == first.counts
+    before = {shard.sha256 for shard in corpus.manifest.shards}
+    run.prepare(*map(source, (*TASKS, FOURTH)))
+    after = Corpus.open(run.output("ingest", "manifest")).manifest.shards
+    assert {s.sha256 for s in after if s.category != FOURTH} == before
+
+    def known(attempt: str) -> set[str | None]:
+        shared = [context("x").shared_uri, fingerprint(context("x").model_identity)]
+        found = [
+            shard.category
+            for shard in after
+            if copy_lengths(shard, storage.join(*shared), context(attempt).attempt) is not None
+        ]
+        return set(found)
+
+    assert known("third") == set(TASKS), "another ingest, the same model"
+    model = run.config.model.model_copy(update={"max_length": 63})
+    anew = run.config.influence.model_copy(update={"append": False})
+    run.config = run.config.model_copy(update={"model": model, "influence": anew})
+    run.model()
+    assert known("fourth") == set(), "what was cut elsewhere has other lengths"
+    assert not ray.is_initialized()
