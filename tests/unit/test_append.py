@@ -180,7 +180,7 @@ def matrices(run: Grown, uri: str) -> dict[str, EffectMatrix]:
     context = replace(
         run.context(uri), appends_to=None if design.append is None else design.append.earlier
     )
-    found = analyse(context, design).estimates["examples"]
+    found = analyse(context, design).largest.estimates["examples"]
     return {direction: estimate.matrix for direction, estimate in found.items()}
 
 
