@@ -22,19 +22,18 @@ class HeldRows:
         self._clear()
 
     def _clear(self) -> None:
-        # Flat columns: a container for each row would keep the garbage collector busy.
+        # A few long values a batch: an object for each row would be long out of the processor's
+        # cache when it is looked at again.
+        self.num_rows = 0
+        """Rows held."""
         self.num_bytes = 0
         self._ids: list[bytes] = []
         self._num_turns: list[int] = []
         self._roles = bytearray()
         self._texts: list[bytes] = []
+        self._lengths: list[np.ndarray] = []
         self._labels = LabelColumns([], [], [], [], [])
         self._places: list[np.ndarray] = []
-
-    @property
-    def num_rows(self) -> int:
-        """Rows held."""
-        return len(self._ids)
 
     def add(self, batch: NormalBatch, labels: LabelColumns, places: np.ndarray) -> None:
         """Takes the rows of a batch.
@@ -44,20 +43,22 @@ class HeldRows:
             labels: of the same rows.
             places: [rows, 4] int64: split, file, start of the piece, row within it.
         """
-        self._ids += batch.ids
+        self.num_rows += len(batch.ids)
+        self._ids.append(b"".join(batch.ids))
         self._num_turns += batch.num_turns
         self._roles += batch.roles
-        self._texts += batch.texts
+        self._texts.append(b"".join(batch.texts))
+        self._lengths.append(np.fromiter(map(len, batch.texts), np.int64, len(batch.texts)))
         column: list[Any]
         for column, values in zip(self._labels, labels, strict=True):
             column.extend(values)
         self._places.append(places)
-        self.num_bytes += batch.num_bytes
+        self.num_bytes += len(self._texts[-1])
         self.num_bytes += 4 * sum(len(vector) for vector in labels.embedding if vector)
 
     def take(self) -> tuple[pa.Table, np.ndarray]:
         """All rows as a SPILL table with each row's bucket; nothing is held afterwards."""
-        if not self._ids:
+        if not self.num_rows:
             return SPILL.empty_table(), np.zeros(0, np.int64)
         digests = np.frombuffer(b"".join(self._ids), np.uint8).reshape(-1, 16)
         heads = np.ascontiguousarray(digests[:, :4]).view(">u4")[:, 0]
@@ -84,21 +85,18 @@ class HeldRows:
     def _messages(self) -> pa.Array:
         codes = pa.array(np.frombuffer(self._roles, np.uint8).astype(np.int32))
         roles = pa.array(ROLES, pa.string()).take(codes)
-        turns = pa.StructArray.from_arrays(
-            [roles, _strings(self._texts)], fields=list(MESSAGES.value_type)
-        )
+        contents = _strings(b"".join(self._texts), np.concatenate(self._lengths))
+        turns = pa.StructArray.from_arrays([roles, contents], fields=list(MESSAGES.value_type))
         ends = np.cumsum([0, *self._num_turns]).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(ends), turns, type=MESSAGES)
 
 
-def _strings(texts: list[bytes]) -> pa.Array:
-    """The texts, which are UTF-8 for certain."""
-    ends = np.cumsum([0, *map(len, texts)])
-    assert ends[-1] < 2**31, "rows are taken before they fill what 32-bit offsets can reach"
-    ends = ends.astype(np.int32)
-    return pa.StringArray.from_buffers(
-        len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(texts))
-    )
+def _strings(joined: bytes, lengths: np.ndarray) -> pa.Array:
+    """Texts of these lengths, which are UTF-8 for certain."""
+    assert len(joined) < 2**31, "rows are taken before they fill what 32-bit offsets can reach"
+    ends = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=ends[1:])
+    return pa.StringArray.from_buffers(len(lengths), pa.py_buffer(ends), pa.py_buffer(joined))
 
 
 def _hex_strings(digests: np.ndarray) -> pa.Array:

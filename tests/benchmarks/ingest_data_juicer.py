@@ -10,6 +10,7 @@ executor, its defaults besides the number of processes.  No ids, splits or categ
 import argparse
 import json
 import resource
+import sys
 import unicodedata
 from importlib.metadata import version
 from pathlib import Path
@@ -54,8 +55,9 @@ def main() -> None:
     DefaultExecutor(init_configs(["--config", str(path)])).run()
     kept = sum(1 for _ in (arguments.work_dir / "out.jsonl").open("rb"))
     rows = sum(1 for part in arguments.input.glob("*.jsonl") for _ in part.open("rb"))
-    print()
-    print(json.dumps({"rows": rows, "kept": kept, "version": version("py-data-juicer"), **used()}))
+    answer = {"rows": rows, "kept": kept, "version": version("py-data-juicer"), **used()}
+    # Data-Juicer has made its log of `sys.stdout`.
+    print(json.dumps(answer), file=sys.__stdout__)
 
 
 def used() -> dict[str, float]:

@@ -213,24 +213,6 @@ def test_a_row_longer_than_the_limit_is_dropped_unread_and_the_next_ones_are_kep
         assert [found[0], *found[2:]] == [rows[0], *rows[2:]]
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    lines=st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")), max_size=20),
-    end_with_newline=st.booleans(),
-    chunk=st.integers(1, 40),
-    block=st.integers(1, 17),
-)
-def test_byte_ranges_share_out_every_line_exactly_once(lines, end_with_newline, chunk, block):
-    data = b"\n".join(lines) + (b"\n" if end_with_newline else b"")
-    found = []
-    for start in range(0, len(data), chunk):
-        begin = max(start - 1, 0)
-        pieces = (data[k : k + block] for k in range(begin, len(data), block))
-        found += blocks.split_lines(pieces, start, min(start + chunk, len(data)))
-    expected = data.split(b"\n")
-    assert found == (expected if expected[-1] else expected[:-1])
-
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),
     lambda inner: (

@@ -142,3 +142,32 @@ def test_check_table_names_what_is_wrong() -> None:
         check_table(pa.table(good | {"category": pa.array([None], pa.string())}), SCORES, "here")
     with pytest.raises(DataError, match="here"):
         check_table(pa.table(good | {"nll": ["x"]}), SCORES, "here")
+
+
+@pytest.mark.parametrize("base", ["local", "memory://writers"])
+def test_writers_leave_all_files_when_the_block_ends(tmp_path, base):
+    base = str(tmp_path) if base == "local" else base
+    with storage.Writers(num_threads=2) as writers:
+        for k in range(30):
+            writers.write(f"{base}/folder-{k % 3}/{k}", b"%d" % k)
+    assert [storage.read_bytes(f"{base}/folder-{k % 3}/{k}") for k in range(30)] == [
+        b"%d" % k for k in range(30)
+    ]
+
+
+def test_writers_raise_the_error_of_a_file(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError), storage.Writers() as writers:
+        writers.write(str(tmp_path / "file" / "below"), b"")
+    with pytest.raises(OSError), storage.Writers(num_threads=1) as writers:
+        for k in range(20):
+            writers.write(str(tmp_path / "file" / f"{k}"), b"")
+        pytest.fail("the error was kept back although it was known")
+
+
+def test_writers_do_not_hide_the_error_of_the_block(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ZeroDivisionError), storage.Writers() as writers:
+        writers.write(str(tmp_path / "file" / "below"), b"")
+        writers.write(str(tmp_path / "good"), b"")
+        raise ZeroDivisionError
