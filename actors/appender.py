@@ -32,6 +32,7 @@ from system.influence.append import (
     extend_plan,
     undrawn,
 )
+from system.influence.append_cost import append_text
 from system.influence.design import CategoryRows, Design, Replication, Target, Unit
 from system.influence.earlier import Earlier
 from system.influence.heldout import draw_targets, seeded_draw
@@ -65,6 +66,7 @@ def draw_appended(context: StageContext) -> Design:
     draw = seeded_draw(corpus, tokenizer, config.model.max_length)
     before = earlier.heldout()
     holding = earlier.holding(corpus)
+    context.progress.say(f"  {append_text(earlier, holding)}")
     heldout, targets, dropped = _new_targets(context, holding, corpus, draw, tokenizer)
     seen = set(before.column("id").to_pylist())
     replications = []

@@ -47,9 +47,10 @@ def append_lines(summary: Mapping[str, Any]) -> list[str]:
                 f", {append['repeated']} of them earlier runs once more for the new rows "
                 "(influence.keep_checkpoints spares these)"
             )
+        count = append["trainings"]
         lines.append(
-            f"appended to influence/{append['earlier']}: {', '.join(append['new'])}; "
-            f"{append['trainings']} trainings{repeats}, {append['trained_tokens']:,} tokens"
+            f"appended to influence/{append['earlier']}: {', '.join(append['new'])}; {count} "
+            f"training{'' if count == 1 else 's'}{repeats}, {append['trained_tokens']:,} tokens"
         )
     else:
         lines.append(f"nothing new beside influence/{append['earlier']}: its numbers are kept")

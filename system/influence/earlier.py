@@ -10,6 +10,7 @@ not have (checkpoints) is looked for in the one before it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -120,7 +121,7 @@ class Earlier:
             )
         self.design = Design.from_json(storage.read_json(uri), uri)
 
-    @property
+    @cached_property
     def before(self) -> Earlier | None:
         """What this one was appended to."""
         append = self.design.append

@@ -1,7 +1,4 @@
-"""`influence.append` without trainings: what is drawn, kept, named stale, counted and put together.
-
-The losses are made up by hash, so that every number can be told from every other.
-"""
+"""`influence.append` without trainings: what is drawn, kept, named stale, counted, put together."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,22 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+from append_corpus import FOURTH, INFLUENCE, Grown, made_up_scores, source
 from influence_corpus import TASKS, build_inputs, influence_config
-from ingest_builders import write_lines
-from pydantic import ValidationError
-from test_check import Run
 
 from actors.analysis import analyse
 from actors.appender import Appending, draw_appended
-from actors.cluster import Cluster
-from actors.designer import draw_design
 from actors.measurer import measured_manifest
 from actors.overview import describe_plan
-from actors.pipeline import STAGES, stage_inputs
+from actors.pipeline import stage_inputs
 from actors.planner import check_before_influence
 from actors.stage import StageContext
 from system import storage
-from system.config import InfluenceConfig, SourceConfig
 from system.data.corpus import Corpus, Manifest, make_manifest, moved_shards
 from system.data.ingest import ingest_local
 from system.data.lengths import SeededLengths, copy_lengths, measure_shard
@@ -36,116 +28,15 @@ from system.influence.append import earlier_unit, extend_plan, undrawn
 from system.influence.append_cost import append_cost
 from system.influence.append_summary import append_lines, append_summary
 from system.influence.design import Design, Unit
-from system.influence.earlier import APPENDS_TO, Earlier, appends_to
+from system.influence.earlier import APPENDS_TO
 from system.influence.heldout import seeded_draw
 from system.influence.interventions import active_rows, plan_replication
 from system.influence.matrix import EffectMatrix
-from system.influence.planted import planted_world
 from system.influence.proxy import ProxyModel
 from system.models.base import load_tokenizer
-from system.progress import Progress
-from system.rundir import RunDir, StageRecord, fingerprint
-from system.schema import SCORES
+from system.rundir import RunDir, fingerprint
 from system.training.plan import APPENDED, read_plan, write_plan
 from system.training.settings import TrainSettings
-
-FOURTH = "place"
-INFLUENCE = next(stage for stage in STAGES if stage.name == "influence")
-
-
-def source(category: str, file: str = "") -> SourceConfig:
-    return SourceConfig(path=f"{file or category}.jsonl", category=category)
-
-
-class Grown(Run):
-    """Three categories measured (losses made up), then a corpus that is another."""
-
-    def __init__(self, root: Path, **influence: object) -> None:
-        super().__init__(root)
-        tasks = {task.name: task for task in planted_world(0).tasks}
-        rows = list(planted_world(0).rows(tasks[FOURTH], 160))
-        write_lines(root / "data" / f"{FOURTH}.jsonl", rows)
-        lines = (root / "data" / "size.jsonl").read_bytes().splitlines()
-        write_lines(root / "data" / "size-left.jsonl", lines[:70])
-        write_lines(root / "data" / "size-split.jsonl", lines[70:])
-        self.config = influence_config(root, **influence)
-        self.prepare()
-        self.first = self.measure()
-
-    def prepare(self, *sources: SourceConfig) -> None:
-        """The stages before influence, on these sources."""
-        if sources:
-            influence = self.config.influence.model_copy(update={"append": True})
-            update = {"sources": sources, "influence": influence}
-            self.config = self.config.model_copy(update=update)
-        self.ingest()
-        self.model()
-        self.tag()
-
-    def measure(self) -> str:
-        """An influence attempt, committed: everything but the trainings is real."""
-
-        def fill(uri: str) -> None:
-            context = self.context(uri)
-            appended = context.appends_to is not None
-            design = draw_appended(context) if appended else draw_design(context)
-            self.make_up(context, design)
-
-        self.commit("influence", {"design": "design.json"}, fill)
-        return self.records["influence"].fingerprint
-
-    def context(self, uri: str) -> StageContext:
-        inputs = stage_inputs(INFLUENCE, self.config, self.records)
-        return StageContext(
-            config=self.config,
-            run_dir=RunDir(self.config.run_dir),
-            attempt=uri,
-            upstream=self.records,
-            progress=Progress(is_terminal=False),
-            cluster=Cluster(self.config.cluster),
-            appends_to=inputs.get(APPENDS_TO),
-        )
-
-    def make_up(self, context: StageContext, design: Design) -> None:
-        """Training records with the tokens that the masks leave, and losses by hash."""
-        heldout = storage.read_table(storage.join(context.attempt, "heldout.arrow"))
-        for unit in design.units:
-            kind = unit.kind if unit.kind in ("append", "warm") else "main"
-            uri = storage.join(context.attempt, "plans", f"r{unit.replication:02d}-{kind}.arrow")
-            plan = read_plan(uri)
-            rows = np.flatnonzero(active_rows(plan, unit, design))
-            tokens = int(plan.lengths(rows).sum())
-            value = {"trained_tokens": tokens, "seconds": 1.0, "first_loss": 2.0, "last_loss": 1.0}
-            storage.write_json(storage.join(context.attempt, "units", f"{unit.name}.json"), value)
-            name = design.sources[unit.source] if unit.source >= 0 else ""
-            table = made_up_scores(heldout, f"{unit.replication} {unit.kind} {name}")
-            uri = storage.join(context.attempt, "scores", f"{unit.name}.parquet")
-            if unit.kind != "warm":
-                storage.write_table(uri, table)
-
-    def earlier(self) -> Earlier:
-        return Earlier(RunDir(self.config.run_dir).stage_uri("influence"), self.first)
-
-    def corpus(self) -> Corpus:
-        return Corpus.open(self.output("tag", "manifest"))
-
-
-def made_up_scores(heldout: pa.Table, key: str) -> pa.Table:
-    """Scores of held-out rows that depend on the run, the target and the row alone."""
-    rows = heldout.select(["id", "category", "response_mask"]).to_pylist()
-    tokens = [sum(row["response_mask"][1:]) for row in rows]
-    noise = [
-        int(hashlib.sha256(f"{key} {row['category']} {row['id']}".encode()).hexdigest()[:8], 16)
-        for row in rows
-    ]
-    columns = {
-        "id": [row["id"] for row in rows],
-        "category": [row["category"] for row in rows],
-        "nll": [count * (2.0 + value / 2**32) for count, value in zip(tokens, noise, strict=True)],
-        "num_tokens": tokens,
-    }
-    metadata = {"instructmix.seconds": "1.0", "instructmix.rejected": "{}"}
-    return pa.table(columns, schema=SCORES).replace_schema_metadata(metadata)
 
 
 @pytest.fixture(scope="module")
@@ -422,6 +313,28 @@ def test_the_cost_of_an_append_is_that_of_its_runs(grown, appended):
     assert (kept.scorings, kept.scored_tokens) == (cost.scorings, cost.scored_tokens)
 
 
+@pytest.mark.parametrize("has_answers", [True, False])
+def test_a_new_category_has_a_row_of_answers_only_where_it_has_answers(tmp_path, has_answers):
+    run = Grown(tmp_path, metric="accuracy", max_new_tokens=4)
+    old = [source(task, has_answers=True) for task in TASKS]
+    run.prepare(*old, source(FOURTH, has_answers=has_answers))
+    tokenizer = load_tokenizer(run.output("model", "model"))
+    cost = append_cost(
+        run.config, run.earlier(), run.corpus(), SeededLengths(run.corpus()), lambda: tokenizer
+    )
+    uri = RunDir(run.config.run_dir).attempt_uri("influence", run.measure())
+    design = design_at(uri)
+    assert FOURTH in design.sources
+    assert (FOURTH in [target.name for target in design.targets]) == has_answers
+    heldout = storage.read_table(storage.join(uri, "heldout.arrow"))
+    assert cost.heldout_rows == heldout.num_rows
+    # Without questions of its own the category needs its column alone.
+    assert cost.runs == (2 * 5 if has_answers else 2)
+    whole = matrices(run, uri)["remove"]
+    assert whole.effect_TS.shape == (3 + has_answers, 4)
+    assert whole.appended_TS[:, design.sources.index(FOURTH)].all()
+
+
 def test_check_shows_the_append_and_run_holds_it_to_the_budget(tmp_path):
     run = Grown(tmp_path)
     run.prepare(*map(source, (*TASKS, FOURTH)))
@@ -440,69 +353,6 @@ def test_check_shows_the_append_and_run_holds_it_to_the_budget(tmp_path):
     check_before_influence(within(int(cost.token_equivalents) + 1))
     with pytest.raises(ConfigError, match="Nothing was trained"):
         check_before_influence(within(int(cost.token_equivalents) - 1))
-
-
-def record(inputs: dict[str, object]) -> StageRecord:
-    return StageRecord(
-        stage="influence", fingerprint=fingerprint(inputs), inputs=inputs, outputs={}, counts={},
-        lines=(), seconds=0.0, finished="", versions={},
-    )  # fmt: skip
-
-
-def influence_inputs(tag: str = "1", model: str = "m", **changed: object) -> dict[str, object]:
-    values = {"stage": "influence", "revision": 3, "influence.learning_rate": 1e-3, "seed": 0}
-    return {**values, "after.tag": tag, "after.model": model, **changed}
-
-
-def test_what_is_appended_to_is_settled_by_the_record_and_stays_settled(tmp_path):
-    run_dir = RunDir(str(tmp_path))
-    first = influence_inputs()
-    assert appends_to(run_dir, first, "some/model") == {}, "nothing there: all is measured"
-    run_dir.commit("influence", record(first))
-    assert appends_to(run_dir, first, "some/model") == {}, "it is the result"
-    second = influence_inputs(tag="2")
-    found = appends_to(run_dir, second, "some/model")
-    assert found == {APPENDS_TO: fingerprint(first)}
-    run_dir.commit("influence", record({**second, **found}))
-    assert appends_to(run_dir, second, "some/model") == found, "the finished one stays itself"
-    assert appends_to(run_dir, first, "some/model") == {}, "and so does the one before"
-    wider = influence_inputs(tag="2", **{"influence.confidence": 0.9})
-    third = appends_to(run_dir, wider, "some/model")
-    assert third == {APPENDS_TO: fingerprint({**second, **found})}
-
-
-@pytest.mark.parametrize(
-    "changed", [{"influence.learning_rate": 2e-3}, {"seed": 1}, {"influence.dose_rows": 64}]
-)
-def test_runs_of_other_settings_are_not_put_together(tmp_path, changed):
-    run_dir = RunDir(str(tmp_path))
-    run_dir.commit("influence", record(influence_inputs()))
-    (name,) = changed
-    with pytest.raises(ConfigError, match=rf"{name} .*influence.append to false"):
-        appends_to(run_dir, influence_inputs(tag="2", **changed), "some/model")
-
-
-def test_another_model_is_refused_and_the_same_files_are_not(tmp_path):
-    run_dir = RunDir(str(tmp_path))
-
-    def model(corpus: str, stamp: str) -> str:
-        inputs = {"stage": "model", "file.weights": stamp, "after.ingest": corpus}
-        run_dir.commit("model", replace(record(inputs), stage="model"))
-        return fingerprint(inputs)
-
-    run_dir.commit("influence", record(influence_inputs(model=model("1", "a"))))
-    same = influence_inputs(tag="2", model=model("2", "a"))
-    assert appends_to(run_dir, same, "some/model")
-    with pytest.raises(ConfigError, match="built from the corpus"):
-        appends_to(run_dir, same, "builtin:tiny")
-    with pytest.raises(ConfigError, match=r"the model: file\.weights"):
-        appends_to(run_dir, influence_inputs(tag="2", model=model("2", "b")), "some/model")
-
-
-@pytest.mark.parametrize("estimator", ["random-design", "gradient", "auto"])
-def test_estimators_without_single_runs_say_that_they_cannot_append(estimator):
-    with pytest.raises(ValidationError, match="expected retrain or branch"):
-        InfluenceConfig(estimator=estimator, append=True)
 
 
 def test_append_changes_no_fingerprint_where_nothing_is_appended(grown):
