@@ -113,6 +113,7 @@ def normalise_batch(
     places, ids, prompts, texts = batch.places, batch.ids, batch.prompts, batch.texts
     start = _BEFORE_QUESTION.copy
     left: list[tuple[int, list[Turn]]] = []
+    mixed: list[int] = []
     for place, value in enumerate(values):
         if type(value) is not dict:
             if value is not None:
@@ -132,6 +133,8 @@ def normalise_batch(
                     and len(asked) + len(said) <= max_chars
                     and not asked[0].isspace()
                     and not said[0].isspace()
+                    and "\r" not in asked
+                    and "\r" not in said
                 ):
                     pair = (asked.encode(), said.encode())
                     digest = start()
@@ -140,6 +143,8 @@ def normalise_batch(
                     digest.update(_BEFORE_ANSWER + pair[1])
                     ids.append(digest.digest()[:16])
                     texts += pair
+                    if not (asked.isascii() and said.isascii()):
+                        mixed.append(len(places))
                     places.append(place)
                     continue
         except RowRejected as why:
@@ -148,7 +153,7 @@ def normalise_batch(
         except UnicodeEncodeError:
             pass
         left.append((place, turns))
-    doubtful = _doubtful_rows(texts)
+    doubtful = sorted({*_with_control(texts), *_not_composed(texts, mixed)})
     left += [(places[row], turns_of(values[places[row]])) for row in doubtful]  # type: ignore[arg-type]
     for row in reversed(doubtful):
         del places[row], ids[row], prompts[row], texts[2 * row : 2 * row + 2]
@@ -158,29 +163,37 @@ def normalise_batch(
     return batch
 
 
-def _doubtful_rows(texts: Sequence[bytes]) -> list[int]:
-    """Rows of two texts each in which one is not in its normal form, or cannot be."""
-    data = np.frombuffer(b"".join(texts), np.uint8)
-    found = np.concatenate([_control_places(data), _composing_places(data)])
-    if not len(found):
-        return []
-    ends = np.cumsum([len(text) for text in texts])
-    doubtful = np.unique(np.searchsorted(ends, found, side="right")).tolist()
-    return sorted({place // 2 for place in doubtful if not _is_normal(texts[place])})
-
-
-def _is_normal(text: bytes) -> bool:
-    has_control = len(_control_places(np.frombuffer(text, np.uint8))) > 0
-    return not has_control and unicodedata.is_normalized("NFC", text.decode())
-
-
-def _control_places(data: np.ndarray) -> np.ndarray:
-    """Places of control characters besides tab and line feed."""
+def _with_control(texts: Sequence[bytes]) -> set[int]:
+    """Rows of two texts each in which there is a control character besides tab and line feed."""
+    joined = b"".join(texts)
+    data = np.frombuffer(joined, np.uint8)
     num_low = np.count_nonzero(data < 0x20)
-    num_known = np.count_nonzero(data == 0x0A) + np.count_nonzero(data == 0x09)
-    if num_low == num_known and not np.count_nonzero(data == 0x7F):
-        return np.zeros(0, np.int64)
-    return np.flatnonzero((data < 0x20) & (data != 0x0A) & (data != 0x09) | (data == 0x7F))
+    num_known = np.count_nonzero(data == 0x0A) + joined.count(b"\t")
+    if num_low == num_known and b"\x7f" not in joined:
+        return set()
+    control = (data < 0x20) & (data != 0x0A) & (data != 0x09) | (data == 0x7F)
+    return _rows_at(np.flatnonzero(control), texts)
+
+
+def _not_composed(texts: Sequence[bytes], mixed: Sequence[int]) -> set[int]:
+    """Rows of two texts each that are not in NFC; `mixed` are those that are not plain ASCII."""
+    own = [text for row in mixed for text in texts[2 * row : 2 * row + 2]]
+    data = np.frombuffer(b"".join(own), np.uint8)
+    rows = {mixed[row] for row in _rows_at(_composing_places(data), own)}
+    is_normal = unicodedata.is_normalized
+    return {
+        row
+        for row in rows
+        if not all(is_normal("NFC", text.decode()) for text in texts[2 * row : 2 * row + 2])
+    }
+
+
+def _rows_at(places: np.ndarray, texts: Sequence[bytes]) -> set[int]:
+    """Rows of two texts each that have these bytes, counted from the first text's beginning."""
+    if not len(places):
+        return set()
+    ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
+    return set((np.searchsorted(ends, places, side="right") // 2).tolist())
 
 
 def _composing_places(data: np.ndarray) -> np.ndarray:
