@@ -43,6 +43,11 @@ def _plan(forecast: Forecast) -> Iterator[str]:
     )
     if forecast.appending:
         yield f"  {forecast.appending}"
+    elif influence.append and (forecast.known is None or forecast.known.basis == "sample"):
+        yield (
+            "  append: what still holds of an earlier result is known after the stage tag; until "
+            "then all is counted"
+        )
     yield f"train: {num_passes(config)} x {solve.budget:,} {solve.unit}"
     yield (f"evaluate: {len(evaluate.arms)} arms x {evaluate.seeds} seeds, the same budget each")
     if forecast.why_unknown:

@@ -338,6 +338,9 @@ def test_a_new_category_has_a_row_of_answers_only_where_it_has_answers(tmp_path,
 def test_check_shows_the_append_and_run_holds_it_to_the_budget(tmp_path):
     run = Grown(tmp_path)
     run.prepare(*map(source, (*TASKS, FOURTH)))
+    sources = (*run.config.sources, source("size-two", "size-split"))
+    unread = run.config.model_copy(update={"sources": sources})
+    assert "known after the stage tag" in describe_plan(unread).text
     plan = describe_plan(run.config)
     assert f"append to influence/{run.first}: {FOURTH}" in plan.text
     cost = plan.forecast.cost
