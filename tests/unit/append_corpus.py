@@ -31,7 +31,7 @@ from system.rundir import RunDir
 from system.schema import SCORES
 from system.training.plan import read_plan
 
-FOURTH = "place"
+FOURTH, FIFTH = "place", "weather"
 INFLUENCE = next(stage for stage in STAGES if stage.name == "influence")
 
 
@@ -46,8 +46,8 @@ class Grown(Run):
     def __init__(self, root: Path, **influence: object) -> None:
         super().__init__(root)
         tasks = {task.name: task for task in planted_world(0).tasks}
-        rows = list(planted_world(0).rows(tasks[FOURTH], 160))
-        write_lines(root / "data" / f"{FOURTH}.jsonl", rows)
+        for name in (FOURTH, FIFTH):
+            write_lines(root / "data" / f"{name}.jsonl", planted_world(0).rows(tasks[name], 160))
         lines = (root / "data" / "size.jsonl").read_bytes().splitlines()
         write_lines(root / "data" / "size-left.jsonl", lines[:70])
         write_lines(root / "data" / "size-split.jsonl", lines[70:])

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
-from append_corpus import FOURTH, INFLUENCE, Grown, made_up_scores, source
+from append_corpus import FIFTH, FOURTH, INFLUENCE, Grown, made_up_scores, source
 from influence_corpus import TASKS, build_inputs, influence_config
 
 from actors.analysis import analyse
@@ -28,7 +28,7 @@ from system.influence.append import earlier_unit, extend_plan, undrawn
 from system.influence.append_cost import append_cost
 from system.influence.append_summary import append_lines, append_summary
 from system.influence.design import Design, Unit
-from system.influence.earlier import APPENDS_TO
+from system.influence.earlier import APPENDS_TO, Earlier
 from system.influence.heldout import seeded_draw
 from system.influence.interventions import active_rows, plan_replication
 from system.influence.matrix import EffectMatrix
@@ -204,6 +204,39 @@ def test_old_entries_keep_their_numbers_and_new_ones_are_paired_differences(grow
     np.testing.assert_array_equal(
         after["add"].effect_TS[:, place], after["remove"].effect_TS[:, place]
     )
+
+
+def test_appends_follow_each_other(tmp_path):
+    """The fifth category joins: the numbers of the fourth stay, and stay flagged."""
+    run = Grown(tmp_path)
+    attempts = RunDir(run.config.run_dir).stage_uri("influence")
+    run.prepare(*map(source, (*TASKS, FOURTH)))
+    second = storage.join(attempts, run.measure())
+    run.prepare(*map(source, (*TASKS, FOURTH, FIFTH)))
+    third = storage.join(attempts, run.measure())
+    design, names = design_at(third), sorted((*TASKS, FOURTH))
+    assert design.append is not None
+    assert design.append.sources == (FOURTH, FIFTH) and design.append.new == (FIFTH,)
+    assert storage.join(attempts, design.append.earlier) == second
+    before, after = matrices(run, second)["remove"], matrices(run, third)["remove"]
+    for grid in ("effect", "effect_se", "shrunk", "gamma", "appended"):
+        old, new = (getattr(item.part(names, names), f"{grid}_TS") for item in (before, after))
+        np.testing.assert_array_equal(old, new, err_msg=grid)
+    flagged = np.array([name in (FOURTH, FIFTH) for name in design.sources])
+    np.testing.assert_array_equal(after.appended_TS, flagged[:, None] | flagged[None, :])
+    steps = []
+    for uri in (second, third):
+        plan = read_plan(storage.join(uri, "plans", "r01-append.arrow"))
+        rows = plan.table.select(["id", "step", "category"]).to_pylist()
+        steps.append({row["id"]: row["step"] for row in rows if row["category"] != FIFTH})
+    assert steps[0] == steps[1]
+    # Weights kept by the first attempt are found through the second.
+    place = design_at(second).sources.index("size")
+    unit = Unit(replication=0, kind="remove", source=place)
+    folder = Path(run.earlier().uri, "checkpoints", f"r00-remove-{sorted(TASKS).index('size'):03d}")
+    assert Earlier(attempts, Path(second).name).checkpoint(unit) is None
+    folder.mkdir(parents=True)
+    assert Earlier(attempts, Path(second).name).checkpoint(unit) == str(folder)
 
 
 def test_scores_of_earlier_runs_are_completed_not_replaced(grown, appended):
