@@ -105,7 +105,7 @@ def effects(run: Trained, context: StageContext) -> np.ndarray:
     design = Design.from_json(
         storage.read_json(storage.join(context.attempt, "design.json")), "design"
     )
-    return analyse(context, design).estimates["examples"]["remove"].matrix.effect_TS
+    return analyse(context, design).largest.estimates["examples"]["remove"].matrix.effect_TS
 
 
 def summary(context: StageContext) -> dict[str, Any]:
