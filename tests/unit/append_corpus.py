@@ -6,6 +6,7 @@ The losses come from hashes, so that every number can be told from every other.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from influence_corpus import TASKS, influence_config
 from ingest_builders import write_lines
 from test_check import Run
 
+from actors.analysis import analyse
 from actors.appender import draw_appended
 from actors.cluster import Cluster
 from actors.designer import draw_design
@@ -25,6 +27,7 @@ from system.data.corpus import Corpus
 from system.influence.design import Design
 from system.influence.earlier import APPENDS_TO, Earlier
 from system.influence.interventions import active_rows
+from system.influence.matrix import EffectMatrix
 from system.influence.planted import planted_world
 from system.progress import Progress
 from system.rundir import RunDir
@@ -132,3 +135,18 @@ def made_up_scores(heldout: pa.Table, key: str) -> pa.Table:
     }
     metadata = {"instructmix.seconds": "1.0", "instructmix.rejected": "{}"}
     return pa.table(columns, schema=SCORES).replace_schema_metadata(metadata)
+
+
+def design_at(uri: str) -> Design:
+    """The design that an attempt drew."""
+    return Design.from_json(storage.read_json(storage.join(uri, "design.json")), uri)
+
+
+def matrices(run: Grown, uri: str) -> dict[str, EffectMatrix]:
+    """The effects of an attempt per example, by direction."""
+    design = design_at(uri)
+    context = replace(
+        run.context(uri), appends_to=None if design.append is None else design.append.earlier
+    )
+    found = analyse(context, design).largest.estimates["examples"]
+    return {direction: estimate.matrix for direction, estimate in found.items()}

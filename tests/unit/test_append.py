@@ -8,22 +8,25 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
-from append_corpus import FIFTH, FOURTH, INFLUENCE, Grown, made_up_scores, source
+from append_corpus import (
+    FIFTH,
+    FOURTH,
+    INFLUENCE,
+    Grown,
+    design_at,
+    made_up_scores,
+    matrices,
+    source,
+)
 from influence_corpus import TASKS, build_inputs, influence_config
 
-from actors.analysis import analyse
 from actors.appender import Appending, draw_appended
-from actors.measurer import measured_manifest
-from actors.overview import describe_plan
 from actors.pipeline import stage_inputs
-from actors.planner import check_before_influence
-from actors.stage import StageContext
 from system import storage
-from system.data.corpus import Corpus, Manifest, make_manifest, moved_shards
+from system.data.corpus import Corpus
 from system.data.ingest import ingest_local
-from system.data.lengths import SeededLengths, copy_lengths, measure_shard
-from system.errors import ConfigError, DataError
+from system.data.lengths import SeededLengths
+from system.errors import DataError
 from system.influence.append import earlier_unit, extend_plan, undrawn
 from system.influence.append_cost import append_cost
 from system.influence.append_summary import append_lines, append_summary
@@ -34,7 +37,7 @@ from system.influence.interventions import active_rows, plan_replication
 from system.influence.matrix import EffectMatrix
 from system.influence.proxy import ProxyModel
 from system.models.base import load_tokenizer
-from system.rundir import RunDir, fingerprint
+from system.rundir import RunDir
 from system.training.plan import APPENDED, read_plan, write_plan
 from system.training.settings import TrainSettings
 
@@ -60,19 +63,6 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Grown:
     run = Grown(tmp_path_factory.mktemp("split"))
     run.prepare(source("colour"), source("size", "size-left"), source("size-two", "size-split"))
     return run
-
-
-def design_at(uri: str) -> Design:
-    return Design.from_json(storage.read_json(storage.join(uri, "design.json")), uri)
-
-
-def matrices(run: Grown, uri: str) -> dict[str, EffectMatrix]:
-    design = design_at(uri)
-    context = replace(
-        run.context(uri), appends_to=None if design.append is None else design.append.earlier
-    )
-    found = analyse(context, design).largest.estimates["examples"]
-    return {direction: estimate.matrix for direction, estimate in found.items()}
 
 
 def test_a_new_category_has_one_run_a_replication_and_the_old_ones_keep_theirs(grown, appended):
@@ -346,51 +336,6 @@ def test_the_cost_of_an_append_is_that_of_its_runs(grown, appended):
     assert (kept.scorings, kept.scored_tokens) == (cost.scorings, cost.scored_tokens)
 
 
-@pytest.mark.parametrize("has_answers", [True, False])
-def test_a_new_category_has_a_row_of_answers_only_where_it_has_answers(tmp_path, has_answers):
-    run = Grown(tmp_path, metric="accuracy", max_new_tokens=4)
-    old = [source(task, has_answers=True) for task in TASKS]
-    run.prepare(*old, source(FOURTH, has_answers=has_answers))
-    tokenizer = load_tokenizer(run.output("model", "model"))
-    cost = append_cost(
-        run.config, run.earlier(), run.corpus(), SeededLengths(run.corpus()), lambda: tokenizer
-    )
-    uri = RunDir(run.config.run_dir).attempt_uri("influence", run.measure())
-    design = design_at(uri)
-    assert FOURTH in design.sources
-    assert (FOURTH in [target.name for target in design.targets]) == has_answers
-    heldout = storage.read_table(storage.join(uri, "heldout.arrow"))
-    assert cost.heldout_rows == heldout.num_rows
-    # Without questions of its own the category needs its column alone.
-    assert cost.runs == (2 * 5 if has_answers else 2)
-    whole = matrices(run, uri)["remove"]
-    assert whole.effect_TS.shape == (3 + has_answers, 4)
-    assert whole.appended_TS[:, design.sources.index(FOURTH)].all()
-
-
-def test_check_shows_the_append_and_run_holds_it_to_the_budget(tmp_path):
-    run = Grown(tmp_path)
-    run.prepare(*map(source, (*TASKS, FOURTH)))
-    sources = (*run.config.sources, source("size-two", "size-split"))
-    unread = run.config.model_copy(update={"sources": sources})
-    assert "known after the stage tag" in describe_plan(unread).text
-    plan = describe_plan(run.config)
-    assert f"append to influence/{run.first}: {FOURTH}" in plan.text
-    cost = plan.forecast.cost
-    assert cost is not None and cost.runs == 2 * 5
-    assert f"{cost.trained_tokens:,} tokens trained" in plan.text
-
-    def within(limit: int) -> StageContext:
-        influence = run.config.influence.model_copy(update={"max_token_equivalents": limit})
-        config = run.config.model_copy(update={"influence": influence})
-        attempt = RunDir(config.run_dir).attempt_uri("influence", "try")
-        return replace(run.context(attempt), config=config)
-
-    check_before_influence(within(int(cost.token_equivalents) + 1))
-    with pytest.raises(ConfigError, match="Nothing was trained"):
-        check_before_influence(within(int(cost.token_equivalents) - 1))
-
-
 def test_append_changes_no_fingerprint_where_nothing_is_appended(grown):
     run_dir = RunDir(grown.config.run_dir)
     inputs = stage_inputs(INFLUENCE, grown.config, grown.records)
@@ -399,44 +344,3 @@ def test_append_changes_no_fingerprint_where_nothing_is_appended(grown):
     plain = stage_inputs(INFLUENCE, config, grown.records)
     assert inputs == {**plain, APPENDS_TO: grown.first}
     assert run_dir.read_attempt_record("influence", grown.first) is not None
-
-
-def test_rows_that_were_tokenised_before_are_not_again(tmp_path):
-    """A category more leaves the shards of the others as they are: their lengths are found."""
-    run = Grown(tmp_path)
-
-    def context(attempt: str) -> StageContext:
-        return replace(run.context(str(tmp_path / "tags" / attempt)), appends_to=None)
-
-    def manifest(attempt: str) -> Manifest:
-        corpus = Corpus.open(run.output("ingest", "manifest"))
-        return make_manifest(moved_shards(corpus, context(attempt).attempt))
-
-    tokenizer = load_tokenizer(run.output("model", "model"))
-    corpus = Corpus.open(run.output("ingest", "manifest"))
-    for shard in corpus.manifest.shards:
-        measure_shard(corpus, shard, context("first").attempt, tokenizer, 64)
-    first = measured_manifest(context("first"), manifest("first"))
-    again = measured_manifest(context("second"), manifest("second"))
-    assert again.details == first.details and again.counts == first.counts
-    before = {shard.sha256 for shard in corpus.manifest.shards}
-    run.prepare(*map(source, (*TASKS, FOURTH)))
-    after = Corpus.open(run.output("ingest", "manifest")).manifest.shards
-    assert {s.sha256 for s in after if s.category != FOURTH} == before
-
-    def known(attempt: str) -> set[str | None]:
-        shared = [context("x").shared_uri, fingerprint(context("x").model_identity)]
-        found = [
-            shard.category
-            for shard in after
-            if copy_lengths(shard, storage.join(*shared), context(attempt).attempt) is not None
-        ]
-        return set(found)
-
-    assert known("third") == set(TASKS), "another ingest, the same model"
-    model = run.config.model.model_copy(update={"max_length": 63})
-    anew = run.config.influence.model_copy(update={"append": False})
-    run.config = run.config.model_copy(update={"model": model, "influence": anew})
-    run.model()
-    assert known("fourth") == set(), "what was cut elsewhere has other lengths"
-    assert not ray.is_initialized()
