@@ -145,6 +145,7 @@ def _least_squares(face: Face, length_C: np.ndarray, finders: list[Finder]) -> n
             row_upper_R=upper,
             lower_C=face.lower_C[free],
             upper_C=face.upper_C[free],
+            known_C=face.fixed_C[free],
         )
         full = _full(face, values)
         found = [cuts for finder in finders if (cuts := finder(full)) is not None]

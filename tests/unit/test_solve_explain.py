@@ -8,9 +8,31 @@ from hypothesis import given, settings
 from mix_reference import named, problem, questions, random_question
 
 from system.errors import ConfigError, InfeasibleMixError
-from system.solve import Mix, MixOptions, MixSession, solve_mix, sweep_move
+from system.solve import GroupLimit, Mix, MixOptions, MixSession, solve_mix, sweep_move
 
 EFFECT = [[1.0, 0.5, 0.0], [0.2, 1.0, 0.1], [-0.3, 0.1, 1.0]]
+
+
+def test_a_move_that_is_tiny_in_its_box_is_found():
+    """A budget a millionth smaller, with no other move allowed: 0.00024 examples in a box of 14."""
+    effect = [
+        [0.74644426, -2.21893385, 0.1393477, 0.32367549],
+        [0.65728444, 0.17467477, -0.1823678, 0.02262761],
+        [-0.15013527, -1.16723187, -0.51570505, 0.51905521],
+        [0.57635879, -1.49960485, -0.54004016, -1.73079742],
+        [1.0138275, -1.43690464, -0.45360984, -0.55907959],
+    ]
+    lower = np.array([11.53460499, 48.49661967, 4.56637819, 21.38383985])
+    half = GroupLimit(name="half", members=("c0", "c1"), lower=162.85434269, upper=196.0426121)
+    options = MixOptions(
+        objective="max-min", move=0.0, cap=0.05704699318663667, guard=0.0, groups=(half,)
+    )
+    p = problem(effect, np.array([47.0, 126.0, 40.0, 27.0]), lower_S=lower)
+    session = MixSession(p, options)
+    less = session.what_if(budget=240.0 - 2.4e-4)
+    moves = np.array([c.count - c.base for c in less.categories])
+    assert moves.sum() == pytest.approx(-2.4e-4, rel=1e-6)
+    assert np.abs(moves).max() < 1e-3
 
 
 def gain_if(session: MixSession, **change) -> float | None:
