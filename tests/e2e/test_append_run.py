@@ -16,7 +16,8 @@ from ingest_builders import write_lines
 from system.config import RunConfig, SourceConfig
 from system.influence.planted import planted_world
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+# Six commands, each with a Ray of its own; their parts are shown by the tests of the parts.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 FOURTH = "place"
 
 
