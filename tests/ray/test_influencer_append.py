@@ -212,7 +212,6 @@ def check_scores(world: Growing, name: str, unit: str, expected: pa.Table) -> No
         assert by_id[row["id"]] == pytest.approx(row["nll"] / row["num_tokens"], abs=2e-3)
 
 
-@pytest.mark.long
 def test_runs_without_a_checkpoint_are_repeated_bit_for_bit(world, kept, forgotten):
     """Also where the driver was killed half-way: what was scored stays, the rest follows."""
     append = world.summary("gone/four")["append"]
@@ -223,7 +222,6 @@ def test_runs_without_a_checkpoint_are_repeated_bit_for_bit(world, kept, forgott
     assert any("earlier runs once more" in line for line in forgotten.lines)
 
 
-@pytest.mark.long
 def test_another_append_goes_on_from_the_first(world, kept):
     """The fifth category: the fourth stays flagged, and its numbers stay what they were."""
     world.append("kept/five", "five", to="four", keep_checkpoints=True)
@@ -261,7 +259,6 @@ def test_a_new_run_of_a_branch_starts_from_the_repeated_warm_up(world):
     check_scores(world, "branch/four", unit, score_reference(proxy._model, heldout).table)
 
 
-@pytest.mark.long
 def test_another_analysis_of_an_append_trains_nothing(world, forgotten):
     progress = Trainings()
     world.append("gone/again", "four", to="four", progress=progress, confidence=0.9)
