@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,18 @@ _QUIET = {
 
 
 class Cluster:
-    """A connection to Ray, made on first use."""
+    """A connection to Ray, made on first use.
 
-    def __init__(self, config: ClusterConfig) -> None:
+    Args:
+        config: where Ray is, and how many actors of each kind.
+        say: tells the user that actors wait for room.
+    """
+
+    def __init__(
+        self, config: ClusterConfig, say: Callable[[str], None] = lambda line: None
+    ) -> None:
         self._config = config
+        self._say = say
         self._pools: dict[str, ActorPool] = {}
         self._is_connected = False
         self._is_own = False
@@ -91,7 +100,7 @@ class Cluster:
         self.connect()
         if spec.name not in self._pools:
             self._check_room(spec)
-            self._pools[spec.name] = ActorPool(spec)
+            self._pools[spec.name] = ActorPool(spec, self._pools, self._say)
         return self._pools[spec.name]
 
     def close_pool(self, name: str) -> None:

@@ -224,7 +224,7 @@ def run_pipeline(config: RunConfig, plan: Plan, progress: Progress) -> None:
     # Everything that can be wrong with the input is looked at before anything is started.
     for stage in STAGES:
         stage.identity(config)
-    cluster = Cluster(config.cluster)
+    cluster = Cluster(config.cluster, progress.say)
     with run_dir.lease():
         storage.write_json(storage.join(run_dir.uri, "config.json"), config.model_dump(mode="json"))
         try:

@@ -3,6 +3,9 @@
     driver ── submit(key, method, args) ──> queue ──> idle actor      one call in flight per actor
            <──────── wait_any([pools]) ──── value | the unit is queued again, the actor replaced
 
+Idle actors keep their CPUs and GPUs for the next unit, unless another pool has not got a single
+actor up for a minute: then they end, and start again when they are needed.
+
 The classes are plain; they become remote here.  Every call must be safe to repeat, because a unit
 whose actor died is given out again (at most `max_attempts` times).  An exception that the actor's
 code raises is the unit's answer: it is raised to the caller at once, under its own type.
@@ -11,7 +14,7 @@ code raises is the unit's answer: it is raised to the caller at once, under its 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +29,9 @@ _DEATHS = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.OutOfMemoryError,  # Ray ends actors on a node that runs out of memory
 )
+
+PATIENCE_SECONDS = 60.0
+"""How long a pool waits for its first actor before the idle ones of other pools make room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +85,24 @@ class _Host:
 
 
 class ActorPool:
-    """Actors of one kind, each with at most one call in flight."""
+    """Actors of one kind, each with at most one call in flight.
 
-    def __init__(self, spec: ActorSpec) -> None:
+    Args:
+        spec: how its actors are made.
+        neighbours: the pools, this one perhaps among them, that share the cluster with it.
+        say: tells the user that the pool waits for room.
+    """
+
+    def __init__(
+        self,
+        spec: ActorSpec,
+        neighbours: Mapping[str, ActorPool] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self.spec = spec
+        self._neighbours: Mapping[str, ActorPool] = {} if neighbours is None else neighbours
+        self._say = say
+        self._has_complained = False
         threads = str(max(1, int(spec.num_cpus)))
         # Under the class's own name, which is what Ray's tools show.
         host = type(spec.actor_class.__name__, (_Host,), {})
@@ -135,6 +155,32 @@ class ActorPool:
         self._in_flight.clear()
         self._queue.clear()
         self._num_actors = self._failed_starts = 0
+
+    def _end_idle(self) -> int:
+        """Ends the actors that do nothing, also those that come up for nothing; how many."""
+        ended, self._idle = self._idle, []
+        if not self._queue:
+            ended += self._starting.values()
+            self._starting.clear()
+        for actor in ended:
+            ray.kill(actor)
+        self._num_actors -= len(ended)
+        return len(ended)
+
+    def _seek_room(self) -> None:
+        """For a pool whose units all wait for a first actor: takes what idle neighbours hold."""
+        if not self._queue or self._in_flight or self._idle:
+            return
+        others = [pool for pool in self._neighbours.values() if pool is not self]
+        ended = sum(pool._end_idle() for pool in others)
+        if not self._has_complained:
+            self._has_complained = True
+            freed = f"{ended} idle actors of other kinds were ended to make room" if ended else ""
+            self._say(
+                f"  no {self.spec.name} is up after {PATIENCE_SECONDS:.0f} s: one needs "
+                f"{self.spec.num_cpus:g} CPUs and {self.spec.num_gpus:g} GPUs, and may have to "
+                f"load a model; {freed or 'it waits until the cluster has room'}"
+            )
 
     def _start_queued(self) -> None:
         while self._queue and self._idle:
@@ -216,7 +262,11 @@ def wait_any(pools: Sequence[ActorPool], timeout_seconds: float | None = None) -
         owners = {reference: pool for pool in pools for reference in pool._references()}
         if not owners:
             return []
-        ready, _ = ray.wait(list(owners), num_returns=1, timeout=timeout_seconds)
+        patience = PATIENCE_SECONDS if timeout_seconds is None else timeout_seconds
+        ready, _ = ray.wait(list(owners), num_returns=1, timeout=patience)
+        if not ready and timeout_seconds is None:
+            for pool in pools:
+                pool._seek_room()
         done = [item for reference in ready for item in owners[reference]._collect(reference)]
         if done or (timeout_seconds is not None and not ready):
             return done

@@ -27,11 +27,11 @@ from system.errors import DataError, InstructMixError, StageError
 from system.models.base import load_model
 from system.training.checkpoint import (
     Checkpoint,
-    CheckpointWriter,
     find_checkpoints,
     load_checkpoint,
     resumable,
 )
+from system.training.checkpoint_writer import CheckpointWriter
 from system.training.deliver import deliver
 from system.training.export import whole_state
 from system.training.flops import peak_flops, step_flops

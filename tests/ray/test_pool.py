@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
+import actors.pool
 from actors.cluster import Cluster
 from actors.pool import ActorPool, ActorSpec, wait_any
 from system.config import ClusterConfig
@@ -112,6 +113,29 @@ def test_an_actor_that_finds_no_room_holds_no_unit_back(cluster: Cluster, tmp_pa
     finally:
         pool.close()
     assert found == [(n, n * n) for n in range(12)]
+
+
+def test_idle_actors_make_room_for_another_pool(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pools of two CPUs each on a cluster of two: as on a joined one that is too small."""
+    cluster.connect()
+    monkeypatch.setattr(actors.pool, "PATIENCE_SECONDS", 2.0)
+    said: list[str] = []
+    pools: dict[str, ActorPool] = {}
+    for name in ("tuner", "scorer"):
+        spec = ActorSpec(name=name, actor_class=Worker, args=(str(tmp_path),), num_actors=2)
+        pools[name] = ActorPool(spec, pools, said.append)
+    try:
+        for name in ("tuner", "scorer", "tuner"):
+            found = sorted(pools[name].map({n: (n,) for n in range(6)}, "square"))
+            assert found == [(n, n * n) for n in range(6)]
+    finally:
+        for pool in pools.values():
+            pool.close()
+    first, second = said
+    assert "no scorer is up after 2 s" in first and "2 idle actors" in first
+    assert "no tuner is up after 2 s" in second
 
 
 def test_pools_that_can_never_fit_are_refused(cluster: Cluster, spec: ActorSpec) -> None:

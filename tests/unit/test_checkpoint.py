@@ -20,11 +20,11 @@ from system.config import LoraConfig
 from system.errors import DataError, StageError
 from system.training.checkpoint import (
     Checkpoint,
-    CheckpointWriter,
     find_checkpoints,
     load_checkpoint,
     resumable,
 )
+from system.training.checkpoint_writer import CheckpointWriter
 from system.training.train import Training
 
 IDENTITY = {"plan": "a" * 64, "settings": "b" * 64, "model": "c" * 64}
