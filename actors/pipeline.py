@@ -167,9 +167,11 @@ STAGES: tuple[Stage, ...] = (
 )  # fmt: skip
 _NO_RESULT = {
     "train.log_to", "train.max_failures", "train.keep_checkpoints", "train.resize_seconds",
+    "train.num_workers", "train.parallel", "train.micro_batch_tokens",
+    "train.activation_checkpointing",
     "influence.keep_checkpoints", "influence.max_token_equivalents", "influence.append",
 }  # fmt: skip
-"""Fields of sections that stages read, but which change no result."""
+"""Fields of sections that stages read, but which change no result, or the order of sums alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

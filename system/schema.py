@@ -63,11 +63,12 @@ PLAN = pa.schema(
         pa.field("stage", pa.string(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("category", pa.string(), nullable=False),
-        pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("response_mask", pa.list_(pa.bool_()), nullable=False),
+        pa.field("input_ids", pa.large_list(pa.int32()), nullable=False),
+        pa.field("response_mask", pa.large_list(pa.bool_()), nullable=False),
     ]
 )
-"""A frozen training schedule, sorted by step, sequence, place within the packed row."""
+"""A frozen training schedule, sorted by step, sequence, place within the packed row.  One plan may
+hold more than 2^31 tokens."""
 
 SCORES = pa.schema(
     [

@@ -75,7 +75,10 @@ def find_checkpoints(root: str, identity: Mapping[str, str]) -> list[Checkpoint]
         commit_uri = storage.join(uri, COMMIT)
         if not name.startswith("step-") or not storage.exists(commit_uri):
             continue
-        commit = storage.read_json(commit_uri)
+        try:
+            commit = storage.read_json(commit_uri)
+        except DataError:  # torn: as if it had not been committed
+            continue
         if commit["format"] != FORMAT or commit["identity"] != dict(identity):
             raise DataError(_refusal(uri, commit, identity))
         sizes = file_sizes(uri)

@@ -123,16 +123,17 @@ def _in_precision(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict
 
 
 def whole_state(training: Training) -> dict[str, torch.Tensor]:
-    """Trained weights by name, on CPU, gathered where they are sharded.
+    """Trained weights by name, on the CPU of rank 0, gathered where they are sharded.
 
-    Every rank must call it; ranks other than the first may throw the result away.
+    Every rank must call it; the others hold one tensor at a time and get nothing.
     """
     from torch.distributed.tensor import DTensor
 
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for name, parameter in training.model.named_parameters():
         if parameter.requires_grad:
             value: Any = parameter.detach()
             whole = value.full_tensor() if isinstance(value, DTensor) else value
-            state[name] = whole.to("cpu", copy=True)
+            if training.rank == 0:
+                state[name] = whole.to("cpu", copy=True)
     return state

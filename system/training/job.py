@@ -211,7 +211,10 @@ def _train(
         identity = training_identity(job, plan, heldout, base_dir, model, device)
         found = resumable(find_checkpoints(checkpoints_uri, identity))
     newest: Checkpoint | None = ranks.from_first(found[0] if found else None)
-    with Training(model, plan, job.settings, group=ranks.group) as training:
+    with contextlib.ExitStack() as stack:
+        with ranks.agreeing():
+            training = Training(model, plan, job.settings, group=ranks.group)
+            stack.enter_context(training)
         start = 0
         if newest is not None:
             start = newest.step
@@ -226,7 +229,11 @@ def _train(
         totals = TrainTotals(newest.counters if newest else None)
         log = _open_log(job, training, start, writer.attempt, device) if ranks.is_first else None
         steps = range(start, plan.num_steps)
-        _make_steps(job, training, steps, heldout, writer, totals, log, ranks, on_checkpoint)
+        try:
+            _make_steps(job, training, steps, heldout, writer, totals, log, ranks, on_checkpoint)
+        except InstructMixError:
+            writer.poll()  # a save that is done counts, whatever ended the training
+            raise
         writer.check_current()
         if job.export == "best" and totals.best_step != plan.num_steps:
             _load_best(checkpoints_uri, identity, totals.best_step, training, ranks)

@@ -9,6 +9,7 @@ loaders or failures.  The loss of a step is normalised by the response tokens of
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,9 +58,24 @@ class TrainPlan:
         return int(self.offsets[-1])
 
     def rows(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """A rank's rows of a step: the sequences rank, rank + world_size, ... of it."""
+        """A rank's rows of a step, in order.
+
+        Rows go, the longest first, to the rank that has the fewest tokens so far (the lowest of
+        equals): the slowest rank, which the others wait for, has at most 4/3 of the least it could
+        have.  Attention stays within a row, so a packed sequence may be cut.
+        """
         rows = np.arange(self.step_starts[step], self.step_starts[step + 1])
-        return rows[self.sequences[rows] % world_size == rank]
+        if world_size == 1:
+            return rows
+        lengths = self.lengths(rows)
+        loads = [(0, other) for other in range(world_size)]
+        mine = []
+        for place in np.lexsort((rows, -lengths)):
+            tokens, owner = loads[0]
+            heapq.heapreplace(loads, (tokens + int(lengths[place]), owner))
+            if owner == rank:
+                mine.append(rows[place])
+        return np.sort(np.array(mine, dtype=rows.dtype))
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """[rows] int64, tokens of the rows."""
@@ -124,7 +140,7 @@ def build_plan(
         "sequence": pa.array(sequence[order]),
         "stage": pa.array(list(stages), type=pa.string()).take(index),
         **{
-            name: tokens.column(name).take(index).combine_chunks()
+            name: tokens.column(name).cast(schema.PLAN.field(name).type).take(index)
             for name in ("id", "category", "input_ids", "response_mask")
         },
     }
@@ -149,7 +165,7 @@ def plan_from_table(table: pa.Table) -> TrainPlan:
         raise DataError("training plan: rows are not sorted by step and sequence; redo train")
     learnt = mask.copy()
     learnt[offsets[:-1]] = False  # nothing comes before a row's first token
-    per_row = np.add.reduceat(learnt.astype(np.int64), offsets[:-1])
+    per_row = np.add.reduceat(learnt, offsets[:-1], dtype=np.int64)
     if (per_row == 0).any():
         row = int(np.argmin(per_row))
         raise DataError(

@@ -9,10 +9,14 @@ from typing import Literal
 
 from system.config import InfluenceConfig, LoraConfig, ModelConfig, TrainConfig
 
+LAYOUT = ("micro_batch_tokens", "parallel", "activation_checkpointing")
+"""Settings of how the work is laid out on the machines: they change the order of sums, not what is
+summed, so a training goes on with others (after it ran out of memory, say)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """Everything about the loop that is not the model, the plan or the machine."""
+    """Everything about the loop that is not the model or the plan."""
 
     learning_rate: float
     """Peak."""
@@ -76,7 +80,7 @@ class TrainSettings:
         )
 
     def sha256(self) -> str:
-        """Hash of what decides the trained weights."""
-        values = asdict(self)
+        """Hash of what decides the trained weights, up to the order of sums."""
+        values = {name: value for name, value in asdict(self).items() if name not in LAYOUT}
         values["lora"] = None if self.lora is None else self.lora.model_dump(mode="json")
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -88,7 +88,7 @@ def test_saving_does_not_disturb_the_training(tmp_path):
     assert largest_difference(run_all(tmp_path), run_all(None)) == 0.0
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "uncommitted", "stray"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "uncommitted", "torn commit", "stray"])
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     whole = run_all(tmp_path)
     newest = Path(find_checkpoints(str(tmp_path), IDENTITY)[0].uri)
@@ -99,6 +99,9 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, damage
         (newest / ".metadata").unlink()
     elif damage == "uncommitted":
         (newest / "COMMIT.json").unlink()
+    elif damage == "torn commit":
+        commit = newest / "COMMIT.json"
+        commit.write_bytes(commit.read_bytes()[:-20])
     else:
         data.unlink()
         (tmp_path / "step-00000006-dead00").mkdir()

@@ -30,6 +30,17 @@ def test_ranks_share_every_step_without_overlap(world_size, packing):
         assert together.tolist() == plan.rows(step).tolist()
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_no_rank_has_much_more_than_its_share(world_size):
+    plan = build_small_plan(build_tokens(256), batch_size=64, packing=True)
+    for step in range(plan.num_steps):
+        shares = [plan.rows(step, rank, world_size) for rank in range(world_size)]
+        loads = [int(plan.lengths(rows).sum()) for rows in shares]
+        longest = int(plan.lengths(plan.rows(step)).max())
+        assert max(loads) - min(loads) <= longest
+        assert max(loads) <= 1.05 * sum(loads) / world_size
+
+
 def test_denominators_count_response_tokens_that_something_comes_before():
     tokens = pa.table(
         {

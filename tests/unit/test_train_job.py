@@ -162,6 +162,22 @@ def test_directory_of_another_job_is_refused(tmp_path, base):
         run_job(other, Ranks(), CPU)
 
 
+def test_a_training_goes_on_with_another_layout_of_the_work(tmp_path, base):
+    """As after it ran out of memory: smaller passes, activations computed again."""
+    whole = build_job(tmp_path / "whole", base)
+    run_job(whole, Ranks(), CPU)
+    job = build_job(tmp_path / "stopped", base)
+    run_killed(job, at_step=2)
+    layout = {"micro_batch_tokens": 64, "activation_checkpointing": True}
+    steps = []
+    run_job(
+        dataclasses.replace(job, settings=build_settings(**layout)), Ranks(), CPU,
+        lambda report: steps.append(report["step"]),
+    )  # fmt: skip
+    assert steps == [4], "it went on after the checkpoint before step 2"
+    assert largest_difference(weights(whole), weights(job)) < 1e-5
+
+
 @pytest.mark.parametrize("changed", ["model", "tokenizer", "plan", "settings"])
 def test_checkpoint_of_another_training_is_refused_and_only_the_difference_named(
     tmp_path, base, changed
