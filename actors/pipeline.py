@@ -229,8 +229,14 @@ def run_pipeline(config: RunConfig, plan: Plan, progress: Progress) -> None:
     cluster = Cluster(config.cluster, progress.say)
     with run_dir.lease():
         storage.write_json(storage.join(run_dir.uri, "config.json"), config.model_dump(mode="json"))
+        log = storage.local_path(storage.join(run_dir.uri, "log.txt"))
+        if log is not None:
+            progress.keep(log)
         try:
             _run_stages(config, plan, run_dir, cluster, progress)
+        except BaseException as error:
+            progress.note(f"{type(error).__name__}: {error}")
+            raise
         finally:
             cluster.shutdown()
 

@@ -2,25 +2,29 @@
 
 Heavy modules are imported after the arguments are parsed, inside the command that needs them.
 This is the one module of `system` that may import `actors`, and it does so inside functions.
-Exit codes: 0 done, 1 failed, 2 bad input or configuration.
+Exit codes: 0 done, 1 failed, 2 bad input or configuration, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 from system.errors import InstructMixError
 from system.stages import STAGE_NAMES
+
+_RUN_DIR = "`run_dir` of the configuration"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     arguments = _parser().parse_args(argv)
-    # `ray job stop` and Kubernetes end a driver with SIGTERM: leave as after Ctrl-C, lease freed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         return arguments.execute(arguments)
     except InstructMixError as error:
@@ -37,9 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("instructmix: stopped; finished work is kept, run again to continue", file=sys.stderr)
-        return 1
+        return 128 + (signal.SIGTERM if isinstance(error, _TerminatedError) else signal.SIGINT)
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
+def _terminate(signal_number: int, frame: FrameType | None) -> NoReturn:
+    """`ray job stop` and Kubernetes end a driver so: leave as after Ctrl-C, the lease freed."""
+    raise _TerminatedError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Find out how categories of instructions help and harm each other, solve for "
         "the best mix, order it into a curriculum, and fine-tune the model.",
     )
+    version = importlib.metadata.version("instructmix")
+    parser.add_argument("--version", action="version", version=f"instructmix {version}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_ablate(commands)
@@ -62,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", help="YAML file; examples are in configs/")
+    _add_overrides(command)
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="a.b=value", dest="overrides",
         help="override one value of the configuration; may be given several times",
@@ -72,11 +91,13 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     run = commands.add_parser("run", help="run the job, or continue it where it stopped")
     _add_config(run)
     run.add_argument(
-        "--from", dest="first", default=STAGE_NAMES[0], choices=STAGE_NAMES, metavar="STAGE"
-    )
+        "--from", dest="first", default=STAGE_NAMES[0], choices=STAGE_NAMES, metavar="STAGE",
+        help="begin with this stage; those before it must be finished and fit the configuration",
+    )  # fmt: skip
     run.add_argument(
-        "--until", dest="last", default=STAGE_NAMES[-1], choices=STAGE_NAMES, metavar="STAGE"
-    )
+        "--until", dest="last", default=STAGE_NAMES[-1], choices=STAGE_NAMES, metavar="STAGE",
+        help="end after this stage",
+    )  # fmt: skip
     run.add_argument(
         "--redo", action="append", default=[], choices=STAGE_NAMES, metavar="STAGE",
         help=f"run a finished stage again; stages: {', '.join(STAGE_NAMES)}",
@@ -85,10 +106,10 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     quickstart = commands.add_parser(
         "quickstart", help="the whole job on generated instructions and a tiny model"
     )
-    quickstart.add_argument("--run-dir", default="runs/quickstart")
     quickstart.add_argument(
-        "--set", action="append", default=[], metavar="a.b=value", dest="overrides"
+        "--run-dir", default="runs/quickstart", help="where everything goes; default: %(default)s"
     )
+    _add_overrides(quickstart)
     quickstart.set_defaults(execute=_quickstart)
 
 
@@ -126,18 +147,19 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
 
 def _add_looks(commands: argparse._SubParsersAction) -> None:
     status = commands.add_parser("status", help="what is finished in a run directory")
-    status.add_argument("run_dir")
+    status.add_argument("run_dir", metavar="RUN_DIR", help=_RUN_DIR)
     status.set_defaults(execute=_status)
     report = commands.add_parser("report", help="write report.html and report.json again")
-    report.add_argument("run_dir")
+    report.add_argument("run_dir", metavar="RUN_DIR", help=_RUN_DIR)
     report.set_defaults(execute=_report)
     export = commands.add_parser(
         "export", help="write the selection for another trainer, in training order"
     )
-    export.add_argument("run_dir")
+    export.add_argument("run_dir", metavar="RUN_DIR", help=_RUN_DIR)
     export.add_argument(
-        "--format", required=True, choices=("hf", "trl", "llama-factory", "axolotl")
-    )
+        "--format", required=True, choices=("hf", "trl", "llama-factory", "axolotl"),
+        help="how the trainer wants its rows",
+    )  # fmt: skip
     export.add_argument("--out", help="directory; default: RUN_DIR/export/FORMAT")
     export.set_defaults(execute=_export)
 
@@ -154,7 +176,7 @@ def _add_tools(commands: argparse._SubParsersAction) -> None:
     verify = commands.add_parser(
         "verify", help="what the solver promised beside what the mix brought on held-out data"
     )
-    verify.add_argument("run_dir")
+    verify.add_argument("run_dir", metavar="RUN_DIR", help=_RUN_DIR)
     verify.set_defaults(execute=_verify)
     compare = commands.add_parser(
         "compare", help="whether two runs measured the same effects, and what each cost"

@@ -1,12 +1,17 @@
 """What a person sees while a stage works: a bar on a terminal, a plain line now and then elsewhere.
 
-Everything goes to stderr; stdout belongs to data.
+Everything goes to stderr; stdout belongs to data.  What is said is kept in a file of the
+run directory too, where that is on this machine, so that a run can be looked into after its
+terminal is gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
@@ -70,6 +75,7 @@ class Progress:
 
     def __init__(self, is_terminal: bool | None = None) -> None:
         self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
+        self._log: Path | None = None
 
     def bar(self, label: str, total: int) -> Bar:
         """A bar for `total` units of work."""
@@ -79,3 +85,16 @@ class Progress:
         """One line for a person, without breaking a bar."""
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
+        self.note(line)
+
+    def keep(self, log: Path) -> None:
+        """From here on what is said goes into a file as well, each line with its time."""
+        self._log = log
+
+    def note(self, line: str) -> None:
+        """One line for the file alone."""
+        if self._log is None:
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
+            file.write(f"{now} {line}\n")

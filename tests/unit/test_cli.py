@@ -1,0 +1,56 @@
+"""The command line itself: version, help, how it ends when it is stopped."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from system import cli
+from system.progress import Progress
+
+
+@pytest.fixture(autouse=True)
+def handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_says_so_and_exits_as_shells_expect(number, code, monkeypatch, capsys):
+    def stopped(arguments) -> int:
+        os.kill(os.getpid(), number)
+        raise AssertionError("never reached")
+
+    monkeypatch.setattr(cli, "_status", stopped)
+    assert cli.main(["status", "somewhere"]) == code
+    assert "finished work is kept" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("instructmix 0.")
+
+
+def test_every_argument_of_every_command_has_a_help_text():
+    parser = cli._parser()
+    (commands,) = [
+        action for action in parser._actions if hasattr(action, "choices") and action.choices
+    ]
+    for name, command in commands.choices.items():
+        silent = [action.dest for action in command._actions if not action.help]
+        assert not silent, f"{name}: {silent}"
+
+
+def test_what_is_said_is_kept_with_its_time(tmp_path, capsys):
+    progress = Progress(is_terminal=False)
+    progress.say("before")
+    progress.keep(tmp_path / "log.txt")
+    progress.say("solve ...")
+    progress.note("DataError: only in the file")
+    first, second = (tmp_path / "log.txt").read_text().splitlines()
+    assert first.endswith("+00:00 solve ...")
+    assert second.endswith("DataError: only in the file")
+    assert capsys.readouterr().err.splitlines() == ["before", "solve ..."]
