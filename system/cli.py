@@ -181,8 +181,8 @@ def _add_tools(commands: argparse._SubParsersAction) -> None:
     compare = commands.add_parser(
         "compare", help="whether two runs measured the same effects, and what each cost"
     )
-    compare.add_argument("first", metavar="RUN_DIR")
-    compare.add_argument("second", metavar="RUN_DIR")
+    compare.add_argument("first", metavar="RUN_DIR", help=_RUN_DIR)
+    compare.add_argument("second", metavar="RUN_DIR", help="another run")
     compare.set_defaults(execute=_compare)
     from system.influence.planted_command import add_arguments as add_planted_arguments
     from system.solve.command import add_arguments as add_solve_arguments
