@@ -5,23 +5,29 @@
 Both train the same job (plan, checkpoints, metrics, export) with one worker and one thread, each in
 a process of its own, interleaved over the rounds.  A step's time is what passes between two lines
 of metrics.jsonl, so whatever lies between the steps counts: reports to the controller, polls,
-checkpoints.  The first fifth of the steps is left out.  `bare` twice in a row says what the machine
-alone does to the number.
+checkpoints.  The first fifth of the steps is left out.  `beside_cores` is the processor time of all
+other processes of the job (Ray's controller, raylet, stores, agents) over the same time, in cores:
+what Ray takes where no core is spare, and it tells a slow step from a slow machine, on which wall
+times of equal steps differ by more than Ray costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from bench_train import BATCH_ROWS, build_model, build_packed_plan, build_rows
 from conditions import ROOT, commit, hardware, run_contender, versions
 
@@ -109,6 +115,42 @@ def steady(output: Path) -> dict[str, float]:
     }
 
 
+class Watch:
+    """Processor seconds of every process below this one, twice a second, while a job runs."""
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, dict[int, float]]] = []
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        own = psutil.Process(os.getpid())
+        while not self._is_over.wait(0.5):
+            seconds = {}
+            for process in own.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    times = process.cpu_times()
+                    seconds[process.pid] = times.user + times.system
+            self._samples.append((time.time(), seconds))
+
+    def beside_cores(self, output: Path) -> float:
+        """Cores that all processes but the one that trains kept busy during the steady steps."""
+        times = [json.loads(line)["time"] for line in (output / "metrics.jsonl").open()]
+        start, stop = times[len(times) // 5], times[-1]
+        inside = [sample for sample in self._samples if start <= sample[0] <= stop]
+        (begin, before), (end, after) = inside[0], inside[-1]
+        spent = sorted(after[pid] - before[pid] for pid in before.keys() & after.keys())
+        return sum(spent[:-1]) / (end - begin)
+
+
 def profile(root: Path, model: str, num_rows: int) -> dict[str, float]:
     """Share of the wall time of a training's steps by part; one thread, this process, no Ray."""
     import torch
@@ -177,8 +219,9 @@ def main() -> None:
                 __file__, "--one", way, "--root", str(root), "--model", args.model,
                 "--rows", str(args.rows), "--output", str(output),
             ]  # fmt: skip
-            run_contender(way, command, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-            runs[way].append(steady(output))
+            with Watch() as watch:
+                run_contender(way, command, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+            runs[way].append({**steady(output), "beside_cores": watch.beside_cores(output)})
             print(way, runs[way][-1], file=sys.stderr, flush=True)
     record = report(runs, args)
     print(json.dumps(record, indent=2))
@@ -207,6 +250,7 @@ def report(runs: dict[str, list[dict[str, float]]], args: argparse.Namespace) ->
         },
         "overhead_of_the_mean_step": {"by_round": means, "median": statistics.median(means)},
         "spread_of_bare": max(bare) / min(bare) - 1.0,
+        "beside_cores": statistics.median(run["beside_cores"] for run in runs["ray"]),
     }  # fmt: skip
 
 
