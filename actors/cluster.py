@@ -57,9 +57,7 @@ class Cluster:
             return
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
-        address = self._config.address
-        if address == "auto":
-            address = os.environ.get("RAY_ADDRESS", "local")
+        address = self._config.ray_address
         if ray.is_initialized():
             self._is_connected = True
             return
