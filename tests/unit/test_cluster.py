@@ -1,7 +1,9 @@
 """Where Ray is, and what follows from it, without starting one."""
 
 import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,8 +11,9 @@ import pytest
 import ray
 from ray.train.v2.api.exceptions import ControllerError
 
+from actors import cluster as cluster_module
 from actors import fit
-from actors.cluster import Cluster
+from actors.cluster import MAX_DIRECTORY_BYTES, Cluster
 from actors.stage import StageContext
 from system.config import ClusterConfig, TrainConfig
 from system.errors import ClusterError
@@ -54,6 +57,30 @@ def test_one_address_decides_whether_ray_is_our_own(
     cluster.connect()
     assert [options["address"] for options in started] == [expected]
     assert cluster.is_own is (expected == "local")
+
+
+def test_every_user_has_a_short_directory_of_their_own(
+    started: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    Cluster(ClusterConfig(address="local")).connect()
+    monkeypatch.setattr(os, "getuid", lambda: 4_294_967_294)
+    with pytest.raises(ClusterError, match=r"expected this user's directory .*RAY_TMPDIR"):
+        Cluster(ClusterConfig(address="local")).connect()
+    ((mine, others), (options,)) = sorted(tmp_path.iterdir()), started
+    assert options["_temp_dir"] == str(mine) != str(others)
+    assert mine.stat().st_mode & 0o777 == 0o700
+    assert len(f"/tmp/{others.name}") <= MAX_DIRECTORY_BYTES
+
+
+def test_a_temporary_directory_that_is_too_deep_for_sockets_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    deep = tmp_path / ("x" * MAX_DIRECTORY_BYTES)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(deep))
+    assert not cluster_module._short_temporary_directory().startswith(str(deep))
 
 
 def context(*, is_own: bool, **train: Any) -> StageContext:
