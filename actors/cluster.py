@@ -28,6 +28,8 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+MAX_DIRECTORY_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+"""Longest directory whose sockets Linux can still name."""
 
 
 class Cluster:
@@ -57,9 +59,7 @@ class Cluster:
             return
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
-        address = self._config.address
-        if address == "auto":
-            address = os.environ.get("RAY_ADDRESS", "local")
+        address = self._config.ray_address
         if ray.is_initialized():
             self._is_connected = True
             return
@@ -146,8 +146,26 @@ class Cluster:
 
 
 def _short_temporary_directory() -> str:
-    """Ray puts Unix sockets below it, whose paths may have 107 bytes at most."""
-    root = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
-    path = Path(root) / "instructmix-ray"
-    path.mkdir(exist_ok=True)
+    """A directory of this user's own, which nobody else can have prepared.
+
+    Ray puts Unix sockets below it, whose paths may have 107 bytes at most.
+
+    Raises:
+        ClusterError: what is there belongs to another user.
+    """
+    given = os.environ.get("RAY_TMPDIR")
+    path = _directory_in(given or tempfile.gettempdir())
+    if given is None and len(os.fsencode(path)) > MAX_DIRECTORY_BYTES:
+        path = _directory_in("/tmp")
+    path.mkdir(mode=0o700, exist_ok=True)
+    owner = path.lstat().st_uid
+    if owner != os.getuid():
+        raise ClusterError(
+            f"{path}: expected this user's directory for Ray's files, found one of user {owner}. "
+            "Set RAY_TMPDIR to another directory with a short path."
+        )
     return str(path)
+
+
+def _directory_in(root: str) -> Path:
+    return Path(root) / f"instructmix-ray-{os.getuid()}"

@@ -47,6 +47,8 @@ START_TIMEOUT_SECONDS = 60
 ELASTIC_START_SECONDS = 20
 """The same for an elastic group.  It asks only for what it believes to be there, so what does not
 come is on a node that was just lost, and the next attempt asks for less."""
+START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""Where Ray Train reads it; what is set there already is left alone."""
 _STARTS_THAT_MAY_FAIL = 2
 _POLL_SECONDS = 2.0
 
@@ -91,9 +93,9 @@ def _fit(jobs: Sequence[TrainJob], context: StageContext) -> Sequence[TrainedMod
     except ControllerError as error:
         raise ClusterError(
             f"{_request(context)} could not be started in several attempts of up to "
-            f"{_start_seconds(context)} s: {error.controller_failure}. Free resources or ask for "
-            "less (train.num_workers, cluster.actor_cpus, cluster.train_gpus); run again to "
-            "continue from the newest checkpoint."
+            f"{os.environ[START_TIMEOUT_VARIABLE]} s: {error.controller_failure}. Free resources "
+            "or ask for less (train.num_workers, cluster.actor_cpus, cluster.train_gpus); run "
+            "again to continue from the newest checkpoint."
         ) from error
     except (TrainingFailedError, ray.exceptions.RayActorError) as error:
         raise ClusterError(
@@ -142,21 +144,14 @@ def _free_reservations() -> None:
 
 def _train_environment(context: StageContext) -> dict[str, str]:
     """Settings of Ray Train that are environment variables."""
+    start_seconds = ELASTIC_START_SECONDS if _is_elastic(context) else START_TIMEOUT_SECONDS
     values = {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_start_seconds(context)),
+        START_TIMEOUT_VARIABLE: str(start_seconds),
     }
-    if _is_local(context):  # one machine is never preempted in part: two processes less to start
+    if context.cluster.is_own:  # one machine is never preempted in part: two processes less
         values |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
     return values
-
-
-def _start_seconds(context: StageContext) -> int:
-    return ELASTIC_START_SECONDS if _is_elastic(context) else START_TIMEOUT_SECONDS
-
-
-def _is_local(context: StageContext) -> bool:
-    return context.config.cluster.address in ("local", "auto") and not os.environ.get("RAY_ADDRESS")
 
 
 def _trainer(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> TorchTrainer:
@@ -217,7 +212,7 @@ def _resources() -> str:
 def _check_room(context: StageContext) -> None:
     """A cluster that was joined may grow; a local one never will, so waiting is no use."""
     config = context.config.cluster
-    if not _is_local(context):
+    if not context.cluster.is_own:
         return
     have: Mapping[str, float] = ray.cluster_resources()
     num_workers = _fewest_workers(context)

@@ -7,6 +7,7 @@ Loading, overriding and error messages live in `system.load`.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -180,6 +181,13 @@ class ClusterConfig(Section):
     """KV cache of one CPU scorer."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0, lt=1)
     """Share of a GPU's memory that one scorer may take."""
+
+    @property
+    def ray_address(self) -> str:
+        """The address, with `auto` decided: `local`, or the cluster that RAY_ADDRESS names."""
+        if self.address != "auto":
+            return self.address
+        return os.environ.get("RAY_ADDRESS") or "local"
 
 
 class RunConfig(Section):

@@ -274,9 +274,6 @@ def _disk(
 def _shared_cpus(config: RunConfig) -> int | None:
     """CPUs that all actors share where they run on this machine, without GPUs."""
     cluster = config.cluster
-    is_here = cluster.address == "local" or (
-        cluster.address == "auto" and not os.environ.get("RAY_ADDRESS")
-    )
-    if not is_here or cluster.tuner_gpus or cluster.scorer_gpus:
+    if cluster.ray_address != "local" or cluster.tuner_gpus or cluster.scorer_gpus:
         return None
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,0 +1,129 @@
+"""Where Ray is, and what follows from it, without starting one."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import ray
+from ray.train.v2.api.exceptions import ControllerError
+
+from actors import cluster as cluster_module
+from actors import fit
+from actors.cluster import MAX_DIRECTORY_BYTES, Cluster
+from actors.stage import StageContext
+from system.config import ClusterConfig, TrainConfig
+from system.errors import ClusterError
+from system.progress import Progress
+from system.training.job import TrainJob
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What Ray is asked to start or to join."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "expected"),
+    [
+        ("auto", None, "local"),
+        ("auto", "", "local"),
+        ("auto", "10.0.0.7:6379", "10.0.0.7:6379"),
+        ("local", "10.0.0.7:6379", "local"),
+        ("10.0.0.8:6379", "10.0.0.7:6379", "10.0.0.8:6379"),
+    ],
+)
+def test_one_address_decides_whether_ray_is_our_own(
+    address: str,
+    environment: str | None,
+    expected: str,
+    started: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if environment is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+    config = ClusterConfig(address=address)
+    assert config.ray_address == expected
+    cluster = Cluster(config)
+    cluster.connect()
+    assert [options["address"] for options in started] == [expected]
+    assert cluster.is_own is (expected == "local")
+
+
+def test_every_user_has_a_short_directory_of_their_own(
+    started: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    Cluster(ClusterConfig(address="local")).connect()
+    monkeypatch.setattr(os, "getuid", lambda: 4_294_967_294)
+    with pytest.raises(ClusterError, match=r"expected this user's directory .*RAY_TMPDIR"):
+        Cluster(ClusterConfig(address="local")).connect()
+    ((mine, others), (options,)) = sorted(tmp_path.iterdir()), started
+    assert options["_temp_dir"] == str(mine) != str(others)
+    assert mine.stat().st_mode & 0o777 == 0o700
+    assert len(f"/tmp/{others.name}") <= MAX_DIRECTORY_BYTES
+
+
+def test_a_temporary_directory_that_is_too_deep_for_sockets_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    deep = tmp_path / ("x" * MAX_DIRECTORY_BYTES)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(deep))
+    assert not cluster_module._short_temporary_directory().startswith(str(deep))
+
+
+def context(*, is_own: bool, **train: Any) -> StageContext:
+    """The little of a stage's context that `fit` looks at before it trains."""
+    cluster = SimpleNamespace(is_own=is_own, close_pools=lambda: None, connect=lambda: None)
+    config = SimpleNamespace(cluster=ClusterConfig(), train=TrainConfig(**train))
+    given = SimpleNamespace(
+        cluster=cluster, config=config, attempt="/nonexistent", progress=Progress()
+    )
+    return cast(StageContext, given)
+
+
+@pytest.fixture
+def small_cluster(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, float]:
+    have = {"CPU": 1.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: have)
+    return have
+
+
+@pytest.mark.usefixtures("small_cluster")
+def test_only_a_ray_of_our_own_refuses_what_it_cannot_hold() -> None:
+    fit._check_room(context(is_own=False, num_workers=2))
+    with pytest.raises(ClusterError, match="do not fit into this local Ray"):
+        fit._check_room(context(is_own=True, num_workers=2))
+
+
+@pytest.mark.parametrize(
+    ("given", "num_workers", "expected"),
+    [("1800", 2, "1800"), (None, 2, "60"), (None, (1, 2), "20")],
+    ids=["set-on-the-cluster", "fixed", "elastic"],
+)
+@pytest.mark.usefixtures("small_cluster")
+def test_workers_that_never_start_name_the_time_that_was_waited(
+    given: str | None, num_workers: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    if given is not None:
+        monkeypatch.setenv(fit.START_TIMEOUT_VARIABLE, given)
+
+    def give_up(*_: Any) -> None:
+        raise ControllerError(TimeoutError("no room"))
+
+    monkeypatch.setattr(fit, "_outlive_controllers", give_up)
+    no_jobs: list[TrainJob] = []
+    with pytest.raises(ClusterError, match=f"attempts of up to {expected} s: no room"):
+        fit._fit(no_jobs, context(is_own=False, num_workers=num_workers))
