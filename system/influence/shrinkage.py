@@ -15,7 +15,10 @@ real difference between targets, the common covariance is not: keeping them apar
 reference's error be taken out of a row again.  Own-category effects are a group of their own,
 e[i,i] ~ N(mu, entry_variance + v[i,i]).
 A normal prior pulls a rare large effect (a duplicate category) too far, so no effect is moved by
-more than one of its standard errors (limited translation with D = 1).
+more than one of its standard errors (limited translation with D = 1).  Where that limit holds the
+answer is not the posterior mean, and its deviation is the root mean square of the posterior about
+the limited value, sqrt(posterior variance + (limited - posterior mean)^2): with the posterior's own
+deviation a limited effect of pure noise would be called certain to be there.
 Source: Efron & Morris 1972 and 1975; Searle, Casella & McCulloch 1992, chapter 7 (best linear
 prediction).
 
@@ -46,10 +49,11 @@ class Prior:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shrunken:
-    """Posterior means and standard deviations, and the priors behind them."""
+    """Posterior means, limited to one standard error of the estimates, and the priors."""
 
     effect_TS: np.ndarray
     effect_se_TS: np.ndarray
+    """[T, S] root mean square of the posterior about `effect_TS`."""
     others: Prior
     own: Prior | None
 
@@ -79,9 +83,10 @@ def shrink(
         shrunk_TS[own_TS], se_TS[own_TS] = shrunk_K * scale, se_K * scale
         own = _rescale(own, scale)
     reach_TS = np.sqrt(variance_TS)
-    shrunk_TS = np.clip(shrunk_TS, effect_TS - reach_TS, effect_TS + reach_TS)
+    limited_TS = np.clip(shrunk_TS, effect_TS - reach_TS, effect_TS + reach_TS)
+    se_TS = np.hypot(se_TS, limited_TS - shrunk_TS)
     return Shrunken(
-        effect_TS=shrunk_TS, effect_se_TS=se_TS, others=_rescale(others, scale), own=own
+        effect_TS=limited_TS, effect_se_TS=se_TS, others=_rescale(others, scale), own=own
     )
 
 

@@ -54,6 +54,37 @@ def test_posterior_deviations_cover_the_truth():
     assert np.mean(covered) == pytest.approx(0.95, abs=0.03)
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng, shape: np.zeros(shape),
+        lambda rng, shape: 0.3 * rng.standard_t(2, shape),
+        lambda rng, shape: np.where(rng.random(shape) < 0.05, 4.0 * rng.normal(size=shape), 0.0),
+    ],
+    ids=["no effects", "heavy tails", "a few large effects"],
+)
+def test_effects_held_back_by_the_limit_are_not_called_certain(draw):
+    """Of estimates with error 1: those that the limit holds must cover the truth like the rest."""
+    own = np.eye(14, dtype=bool)
+    covered, held, squared, claimed = [], [], 0.0, 0.0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        truth = draw(rng, own.shape)
+        estimate = truth + rng.normal(size=own.shape)
+        shrunken = shrink(estimate, np.ones(own.shape), np.zeros(14), own)
+        error = np.abs(shrunken.effect_TS - truth)
+        inside = error <= 1.96 * shrunken.effect_se_TS
+        is_held = ~own & np.isclose(np.abs(shrunken.effect_TS - estimate), 1.0)
+        covered.append(inside[~own])
+        held.append(inside[is_held])
+        squared += float((error[~own] ** 2).sum())
+        claimed += float((shrunken.effect_se_TS[~own] ** 2).sum())
+    assert np.concatenate(held).size > 300
+    assert np.concatenate(covered).mean() > 0.94
+    assert np.concatenate(held).mean() > 0.84
+    assert 0.4 * claimed < squared < 1.1 * claimed
+
+
 def test_posterior_means_equal_the_dense_formula():
     """At the fitted variances the row-wise formulas must be those of the full normal model."""
     _, estimate, variance, common = world(rows=12, seed=5)
