@@ -244,9 +244,8 @@ def estimate_effects(
     if errors.training is not None:
         width_TS = gamma[2] - gamma[1]
         identifiable_TS = np.isfinite(width_TS) & (width_TS <= gamma_max_width)
-    shrunken = shrink(
-        effect_TS, np.maximum(variance_TS, 1e-300), errors.common_T / np.mean(dose_S) ** 2, own_TS
-    )
+    shared_TS = np.sqrt(errors.common_T)[:, None] / dose_S
+    shrunken = shrink(effect_TS, np.maximum(variance_TS, 1e-300), shared_TS, own_TS)
     matrix = EffectMatrix(
         estimator=measured.estimator,
         direction=measured.direction,

@@ -27,10 +27,18 @@ class World:
     example_effect: float = 0.15
     example_noise: float = 0.10
     dose: float = 100.0
+    """Examples that `own` and `spread` are nats of."""
+    doses: tuple[float, ...] = ()
+    """Examples of each source that are removed; empty: `dose` of all."""
     seed: int = 0
 
+    @property
+    def dose_S(self) -> np.ndarray:
+        """[S] examples of each source."""
+        return np.array(self.doses or (self.dose,) * self.num_categories)
+
     def truth_TS(self) -> np.ndarray:
-        """[T, S] nats of the whole dose."""
+        """[T, S] nats of the whole dose of each source."""
         rng = np.random.default_rng((self.seed, 1))
         rows = self.num_categories + self.external_targets
         effect_TS = rng.normal(0.0, self.spread, (rows, self.num_categories))
@@ -38,7 +46,7 @@ class World:
         effect_TS[index, index] = self.own * rng.uniform(0.3, 1.7, self.num_categories)
         if self.duplicate:
             effect_TS[0, 1], effect_TS[1, 0] = effect_TS[0, 0], effect_TS[1, 1]
-        return effect_TS
+        return effect_TS * self.dose_S / self.dose
 
     def measure(
         self, replications: int, examples: int = 64, *, draw: int = 0, direction: str = "remove"
@@ -76,7 +84,7 @@ class World:
             sources=names,
             direction=direction,
             estimator="retrain",
-            dose_S=np.full(columns, self.dose),
-            dose_tokens_S=self.dose * np.linspace(20.0, 60.0, columns),
+            dose_S=self.dose_S,
+            dose_tokens_S=self.dose_S * np.linspace(20.0, 60.0, columns),
             differences=tuple(differences),
         )
