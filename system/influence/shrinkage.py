@@ -61,7 +61,11 @@ class Shrunken:
 
 
 def shrink(
-    effect_TS: np.ndarray, variance_TS: np.ndarray, shared_TS: np.ndarray, own_TS: np.ndarray
+    effect_TS: np.ndarray,
+    variance_TS: np.ndarray,
+    shared_TS: np.ndarray,
+    own_TS: np.ndarray,
+    silent_T: np.ndarray | None = None,
 ) -> Shrunken:
     """Posterior means of all effects.
 
@@ -71,15 +75,19 @@ def shrink(
         shared_TS: [T, S] >= 0, deviation of the noise that the entries of a row share: two of them
             covary by the product of theirs.
         own_TS: [T, S] bool, true where the source is the target's own category.
+        silent_T: [T] bool, targets that nothing changes (`Measurements.silent_T`): they are not
+            like the others, say nothing about them, and stay as they are.
     """
     shrunk_TS, se_TS = effect_TS.copy(), np.sqrt(variance_TS)
-    scale = _scale(effect_TS, variance_TS)
+    heard_T = np.ones(len(effect_TS), bool) if silent_T is None or silent_T.all() else ~silent_T
+    other_TS, own_TS = ~own_TS & heard_T[:, None], own_TS & heard_T[:, None]
+    scale = _scale(effect_TS[heard_T], variance_TS[heard_T])
     unit = scale**2
     others = _fit_rows(
-        effect_TS / scale, variance_TS / unit, shared_TS / scale, ~own_TS, shrunk_TS, se_TS
+        effect_TS / scale, variance_TS / unit, shared_TS / scale, other_TS, shrunk_TS, se_TS
     )
-    shrunk_TS[~own_TS] *= scale
-    se_TS[~own_TS] *= scale
+    shrunk_TS[other_TS] *= scale
+    se_TS[other_TS] *= scale
     own = None
     if own_TS.sum() >= 2:
         own, shrunk_K, se_K = _fit_group(effect_TS[own_TS] / scale, variance_TS[own_TS] / unit)
