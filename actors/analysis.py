@@ -114,7 +114,11 @@ def estimate_alone(config: InfluenceConfig, attempt: str, design: Design) -> Ana
 
 
 def _level(config: InfluenceConfig, design: Design, losses: Losses) -> Level:
-    measured = {name: paired_differences(design, losses, name) for name in design.directions}
+    is_binary = config.metric == "accuracy"
+    measured = {
+        name: paired_differences(design, losses, name, is_binary=is_binary)
+        for name in design.directions
+    }
     estimates = {
         unit: {
             direction: _flagged(

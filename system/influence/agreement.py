@@ -155,11 +155,12 @@ def left_out_prediction(measured: Measurements, errors: ErrorModel) -> Predictio
     training_TS = errors.variance_TS - errors.heldout_TS
     fewer = count / (count - 1.0)
     variance_TS = (training_TS * fewer + errors.heldout_TS) / measured.dose_S**2
-    common_T = errors.common_T * fewer / np.mean(measured.dose_S) ** 2
+    shared_TS = np.sqrt(errors.common_T * fewer)[:, None] / measured.dose_S
+    silent_T = measured.silent_T
     losses = np.zeros(3)
     for left in range(count):
         rest_TS = np.delete(effect_RTS, left, axis=0).mean(axis=0)
-        shrunken = shrink(rest_TS, np.maximum(variance_TS, 1e-300), common_T, own_TS)
+        shrunken = shrink(rest_TS, np.maximum(variance_TS, 1e-300), shared_TS, own_TS, silent_T)
         seen_TS = effect_RTS[left]
         for place, guess_TS in enumerate((np.zeros_like(rest_TS), rest_TS, shrunken.effect_TS)):
             losses[place] += np.mean((guess_TS - seen_TS)[other_TS] ** 2) / count

@@ -244,8 +244,9 @@ def estimate_effects(
     if errors.training is not None:
         width_TS = gamma[2] - gamma[1]
         identifiable_TS = np.isfinite(width_TS) & (width_TS <= gamma_max_width)
+    shared_TS = np.sqrt(errors.common_T)[:, None] / dose_S
     shrunken = shrink(
-        effect_TS, np.maximum(variance_TS, 1e-300), errors.common_T / np.mean(dose_S) ** 2, own_TS
+        effect_TS, np.maximum(variance_TS, 1e-300), shared_TS, own_TS, measured.silent_T
     )
     matrix = EffectMatrix(
         estimator=measured.estimator,

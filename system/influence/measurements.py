@@ -36,6 +36,8 @@ class Measurements:
     """Per target [R, S, H] float64, nats per response token of one held-out example: loss without
     the dose minus loss with it.  Positive: the source's data helps.  Axis H is the same example in
     every replication and run."""
+    is_binary: bool = False
+    """Losses are 0 or 1: wrong and right answers."""
 
     @property
     def num_replications(self) -> int:
@@ -52,6 +54,19 @@ class Measurements:
     def mean_RTS(self) -> np.ndarray:
         """[R, T, S] differences averaged over held-out examples, nats per response token."""
         return np.stack([row_RSH.mean(axis=2) for row_RSH in self.differences], axis=1)
+
+    @property
+    def silent_T(self) -> np.ndarray:
+        """[T] bool: no source but its own changes any example of the target in any run.
+
+        Right answers do that where a model can do none of the questions, or all of them.
+        """
+        return np.array(
+            [
+                not np.delete(row_RSH, own, axis=1).any() if own >= 0 else not row_RSH.any()
+                for row_RSH, own in zip(self.differences, self.own_T, strict=True)
+            ]
+        )
 
     def replications(self, chosen: list[int]) -> Measurements:
         """The same measurements with some of the replications only."""
@@ -130,13 +145,21 @@ def collect_losses(design: Design, scores: Mapping[str, pa.Table]) -> Losses:
     )
 
 
-def paired_differences(design: Design, losses: Losses, direction: str) -> Measurements:
+def paired_differences(
+    design: Design, losses: Losses, direction: str, *, is_binary: bool = False
+) -> Measurements:
     """Every run of a direction against the reference of its replication.
 
     Positive when the source's data helps: reference - added, or removed - reference; of a
     `random-design`, the regression's coefficients.  With doses that differ between replications (a
     category at the end of its rows), a difference is scaled to the mean dose: effects are per unit
     of data.
+
+    Args:
+        design: the runs.
+        losses: of all of them.
+        direction: `add` or `remove`.
+        is_binary: losses are 0 or 1, of right and wrong answers.
     """
     dose_RS = design.dose_rows(direction)
     dose_S = dose_RS.mean(axis=0)
@@ -154,6 +177,7 @@ def paired_differences(design: Design, losses: Losses, direction: str) -> Measur
         dose_S=dose_S,
         dose_tokens_S=design.dose_tokens(direction).mean(axis=0),
         differences=tuple(difference_RSN[:, :, columns] for columns in losses.examples),
+        is_binary=is_binary,
     )
 
 

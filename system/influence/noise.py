@@ -29,12 +29,18 @@ real runs, their noise is about a tenth of the effect, far above that of the oth
 Degrees of freedom are counted for correlated entries: the mean of n variances, each with f, whose
 underlying noises correlate by c pairwise has f n / (1 + (n-1) c^2).
 
+Right answers (`is_binary`) can be alike in every run, and then there is no spread to estimate an
+error from.  Their held-out variance is at least that of a table of paired answers with half a case
+added to every cell when none differ, 1 / (H + 2)^2 (Agresti and Min 2005, Statistics in Medicine
+24 (5)), which `system.evaluation.contrast` adds too.  A target that no other source changes in any
+run (`Measurements.silent_T`) says nothing about how far others vary: it stays out of all pooling.
+
 Legend of shape suffixes: R replications, T targets, S sources, H held-out examples of one target.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import optimize, special
@@ -99,7 +105,7 @@ def fit_errors(measured: Measurements) -> ErrorModel:
     variance_TS, own_covariance_TS = np.empty(shape), np.zeros(shape)
     common_T = np.zeros(shape[0])
     for row, difference_RSH in enumerate(measured.differences):
-        heldout_SS = heldout_covariance(difference_RSH)
+        heldout_SS = heldout_covariance(difference_RSH, is_binary=measured.is_binary)
         total_SS = heldout_SS.copy()
         heldout_df = difference_RSH.shape[2] - 1
         heldout_TS[row] = np.diag(heldout_SS)
@@ -128,13 +134,14 @@ def fit_errors(measured: Measurements) -> ErrorModel:
     )
 
 
-def heldout_covariance(difference_RSH: np.ndarray) -> np.ndarray:
+def heldout_covariance(difference_RSH: np.ndarray, *, is_binary: bool = False) -> np.ndarray:
     """[S, S] covariance of the held-out means due to which examples were drawn.
 
     The covariance over examples of the mean over replications, less the share of it that is
     training noise of single examples (I/R of the module's text), never less than zero in any
     direction: negative eigenvalues are set to zero.  With one replication I cannot be told from B
-    and is left in.
+    and is left in.  Variances of right answers (`is_binary`) are at least what a few that agree may
+    hide.
     """
     replications, _, examples = difference_RSH.shape
     mean_SH = difference_RSH.mean(axis=0)
@@ -147,7 +154,11 @@ def heldout_covariance(difference_RSH: np.ndarray) -> np.ndarray:
         between_SS = between_SS - interaction_SS / replications
         values, vectors = np.linalg.eigh(between_SS)
         between_SS = (vectors * np.clip(values, 0.0, None)) @ vectors.T
-    return between_SS / examples
+    heldout_SS = between_SS / examples
+    if is_binary:
+        hidden = 1.0 / (examples + 2) ** 2
+        heldout_SS += np.diag(np.maximum(hidden - np.diag(heldout_SS), 0.0))
+    return heldout_SS
 
 
 def fit_training_noise(mean_RTS: np.ndarray, own_T: np.ndarray) -> TrainingNoise:
@@ -162,6 +173,11 @@ def fit_training_noise(mean_RTS: np.ndarray, own_T: np.ndarray) -> TrainingNoise
     residual_RTS = mean_RTS - effect_TS
     own_TS = own_mask(own_T, mean_RTS.shape[2])
     square_TS = (residual_RTS**2).sum(axis=0) / freedom
+    heard_T = np.any(np.where(own_TS, 0.0, square_TS) > 0, axis=1)
+    if heard_T.any() and not heard_T.all():
+        return _with_unpooled_rows(
+            fit_training_noise(mean_RTS[:, heard_T], own_T[heard_T]), square_TS, heard_T, freedom
+        )
     common = _fit_common(residual_RTS, ~own_TS, freedom)
     relative = _relative_square(square_TS[own_TS], common.variance_TS[own_TS], effect_TS[own_TS])
     # Once more with the part that grows with the effect taken out of large other entries.
@@ -172,11 +188,11 @@ def fit_training_noise(mean_RTS: np.ndarray, own_T: np.ndarray) -> TrainingNoise
     inverse_df_TS = np.full_like(variance_TS, common.inverse_df)
     if own_TS.any():
         left_K, own_df, _ = moderate(
-            np.maximum(square_TS[own_TS] / variance_TS[own_TS], 1e-12),
+            square_TS[own_TS] / variance_TS[own_TS],
             freedom,
             common.across_rows * common.shared**2,
         )
-        variance_TS[own_TS] *= left_K
+        variance_TS[own_TS] *= np.maximum(left_K, 1e-12)
         inverse_df_TS[own_TS] += 1.0 / own_df
     scaled_RTS = residual_RTS / np.sqrt(variance_TS)
     return TrainingNoise(
@@ -189,6 +205,16 @@ def fit_training_noise(mean_RTS: np.ndarray, own_T: np.ndarray) -> TrainingNoise
         row_prior_df=common.row_prior,
         source_prior_df=common.source_prior,
     )
+
+
+def _with_unpooled_rows(
+    heard: TrainingNoise, square_TS: np.ndarray, heard_T: np.ndarray, freedom: int
+) -> TrainingNoise:
+    """The noise of the rows that were fitted, and of the others what they show themselves."""
+    variance_TS = square_TS.copy()
+    df_TS = np.full_like(square_TS, float(freedom))
+    variance_TS[heard_T], df_TS[heard_T] = heard.variance_TS, heard.df_TS
+    return replace(heard, variance_TS=variance_TS, df_TS=df_TS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,9 +282,11 @@ def moderate(
     Source: Smyth 2004, section 6.2 (limma), with two changes: correlated noise makes sample
     variances more alike than their degrees of freedom say, so the expected spread is shrunk by
     1 - correlation_squared; and the total degrees of freedom are capped by those of the pool.
+    Variances of exactly zero, which a few right answers have by chance, have no logarithm: the
+    spread is that of the others, and they are pulled like them.
 
     Args:
-        variance_K: [K] sample variances, > 0, each with `df` degrees of freedom.
+        variance_K: [K] sample variances, >= 0, each with `df` degrees of freedom.
         df: degrees of freedom of one of them.
         correlation_squared: mean squared correlation of the noises behind two of them.
 
@@ -267,10 +295,11 @@ def moderate(
         (0: not pooled, 1e6: all alike).
     """
     count = variance_K.size
-    if count < 3:
+    positive_K = variance_K[variance_K > 0]
+    if positive_K.size < 3:
         return variance_K.copy(), df, 0.0
     half = df / 2.0
-    log_K = np.log(variance_K) - special.digamma(half) + np.log(half)
+    log_K = np.log(positive_K) - special.digamma(half) + np.log(half)
     expected = float(special.polygamma(1, half)) * (1.0 - correlation_squared)
     excess = float(log_K.var(ddof=1)) - expected
     pool_df = _pooled_df(df, count, correlation_squared)

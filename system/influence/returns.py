@@ -115,7 +115,10 @@ def worth(measured: Measurements, *, confidence: float = 0.95) -> Interval:
     mean_RS = measured.mean_RTS.mean(axis=1)
     share = 1.0 / len(measured.targets)
     heldout_TS = np.stack(
-        [share**2 * np.diag(heldout_covariance(row_RSH)) for row_RSH in measured.differences]
+        [
+            share**2 * np.diag(heldout_covariance(row_RSH, is_binary=measured.is_binary))
+            for row_RSH in measured.differences
+        ]
     )
     freedom_T = np.array([row_RSH.shape[2] - 1 for row_RSH in measured.differences])
     variance_S = heldout_TS.sum(axis=0)

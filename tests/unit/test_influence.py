@@ -23,7 +23,7 @@ def coverage(replications, worlds=60, **knobs):
     for seed in range(worlds):
         world = World(seed=seed, **knobs)
         matrix = estimate_effects(world.measure(replications)).matrix
-        truth = world.truth_TS() / world.dose
+        truth = world.truth_TS() / world.dose_S
         inside = (matrix.effect_low_TS <= truth) & (truth <= matrix.effect_high_TS)
         off.append(inside[~matrix.own_TS].mean())
         own.append(inside[matrix.own_TS].mean())
@@ -64,6 +64,28 @@ def test_coverage_holds_in_other_worlds_with_two_replications(knobs):
     off, own, gamma = coverage(2, worlds=40, **knobs)
     assert off == pytest.approx(0.95, abs=0.035)
     assert min(own, gamma) > 0.92
+
+
+ONE_SMALL_DOSE = (8.0,) + (64.0,) * 7
+
+
+@pytest.mark.parametrize("unit", ["examples", "tokens"])
+def test_shrunken_effects_are_as_good_as_they_claim_beside_a_small_dose(unit):
+    """A noisy reference: its error in a row is the same in nats of every dose, not per row."""
+    covered, squared, claimed = [], 0.0, 0.0
+    for seed in range(40):
+        world = World(
+            seed=seed, dose=64.0, doses=ONE_SMALL_DOSE, shared_noise=0.04, run_noise=0.01
+        )
+        matrix = estimate_effects(world.measure(4), unit=unit).matrix
+        off = ~matrix.own_TS
+        error = np.abs(matrix.shrunk_TS * matrix.dose_S - world.truth_TS())[off]
+        deviation = (matrix.shrunk_se_TS * matrix.dose_S)[off]
+        covered.append((error <= 1.96 * deviation).mean())
+        squared += (error**2).sum()
+        claimed += (deviation**2).sum()
+    assert np.mean(covered) > 0.90
+    assert squared == pytest.approx(claimed, rel=0.12)
 
 
 def test_heldout_only_errors_do_not_cover():
