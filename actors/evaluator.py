@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.fit import fit
+from actors.planner import measured_problem
 from actors.pool import Done, wait_any
 from actors.scorer import scorer_pool
 from actors.stage import StageContext, StageResult
@@ -37,13 +38,15 @@ from system.evaluation.evaluate import (
     headline,
     summarise,
 )
+from system.evaluation.prediction import ArmForecast
 from system.influence.heldout import seeded_draw
 from system.influence.interventions import seed_of
 from system.models.base import load_tokenizer
+from system.planning import mix_options
 from system.scoring.answers import ANSWERS, Questions, check_answers, draw_questions
 from system.scoring.score import Scored
 from system.selection.select import select_arm
-from system.solve import Mix
+from system.solve import Mix, MixPredictor
 from system.training.plan import read_plan, write_plan
 
 
@@ -78,16 +81,16 @@ class _Evaluation:
         config = context.config
         self.context = context
         self.corpus = Corpus.open(context.input("tag", "manifest"))
-        self.mix = Mix.from_json(storage.read_bytes(context.input("solve", "mix")).decode())
+        self.curriculum = Curriculum.from_json(
+            storage.read_json(context.input("curriculum", "curriculum"))
+        )
         self.tokenizer = load_tokenizer(
             context.input("model", "model"), trust_remote_code=config.model.trust_remote_code
         )
         self.arms = plan_arms(
             config.evaluate.arms,
-            mix=self.mix,
-            curriculum=Curriculum.from_json(
-                storage.read_json(context.input("curriculum", "curriculum"))
-            ),
+            mix=Mix.from_json(storage.read_bytes(context.input("solve", "mix")).decode()),
+            curriculum=self.curriculum,
             settings=config.curriculum,
             supply=self.corpus.counts("train"),
             max_epochs=config.solve.max_epochs,
@@ -167,7 +170,7 @@ class _Evaluation:
             outcomes=outcomes,
             arms=self._arm_infos(),
             importance=self._importance(),
-            mix=self.mix,
+            forecast=self._forecast(),
             confidence=config.evaluate.confidence,
         )
         summary["rejected"] = rejected
@@ -192,6 +195,21 @@ class _Evaluation:
                 "dropped": summary["dropped"],
             },
             lines=headline(summary),
+        )
+
+    def _forecast(self) -> ArmForecast:
+        """What the matrix says of the arms: in its own unit, also where gamma decided the mix."""
+        solve = self.context.config.solve.model_copy(update={"matrix": "effect"})
+        problem, _ = measured_problem(self.context, solve)
+        summary = storage.read_json(self.context.input("influence", "summary"))
+        passes = self.curriculum.epochs
+        return ArmForecast(
+            predictor=MixPredictor(problem, mix_options(solve, is_believed=True)),
+            counts={
+                arm.name: [{name: count / passes for name, count in arm.counts.items()}]
+                for arm in self.arms
+            },
+            unit=summary["unit"],
         )
 
     def _questions(self) -> Questions:
