@@ -131,7 +131,8 @@ class ArmInfo:
     response_tokens: int
     """Mean over seeds."""
     steps: int
-    counts: dict[str, int]
+    counts: dict[str, float]
+    """Examples of each category over all passes, mean over seeds."""
 
 
 def performance_of(

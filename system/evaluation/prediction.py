@@ -27,8 +27,8 @@ class ArmForecast:
 
     predictor: MixPredictor
     counts: Mapping[str, Sequence[Mapping[str, float]]]
-    """Arm -> category -> examples of one pass, for each seed, or once where all seeds have the
-    same."""
+    """Arm -> category -> examples of one pass, for every training.  The promise for an arm whose
+    trainings differ, like `random`, is the mean of theirs."""
     unit: str
     """Of the effects: nats per response token, or share of right answers."""
 

@@ -7,14 +7,22 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 from mix_reference import problem
+from report_builder import CATEGORIES, RunBuilder
 from test_evaluate import full_summary, simulate
 
+from actors.cluster import Cluster
+from actors.planner import measured_problem
+from actors.stage import StageContext
 from system import storage
+from system.config import RunConfig
 from system.errors import ConfigError
 from system.evaluation.evaluate import headline
 from system.evaluation.prediction import ArmForecast
 from system.evaluation.verification import describe_prediction, prediction_tables
 from system.load import load_config
+from system.planning import mix_options
+from system.progress import Progress
+from system.report.view import RunView
 from system.rundir import RunDir, StageRecord
 from system.solve import MixOptions, MixPredictor, solve_mix
 from system.solve.mix import ANSWERS, NATS
@@ -33,7 +41,7 @@ def predictor() -> MixPredictor:
 
 
 def forecast(unit: str, counts: Mapping[str, Mapping[str, float]]) -> ArmForecast:
-    mixes = {arm: [of] for arm, of in {**UNEVEN, **counts}.items()}
+    mixes = {arm: [of] * 3 for arm, of in {**UNEVEN, **counts}.items()}
     return ArmForecast(predictor=predictor(), counts=mixes, unit=unit)
 
 
@@ -168,6 +176,24 @@ def test_the_advice_names_the_true_reason_why_nothing_is_predicted(tmp_path):
     no_arms = full_summary(performance({"natural": 0.0}), forecast=alone)
     with pytest.raises(ConfigError, match=r"evaluate\.arms"):
         describe_prediction(evaluated(tmp_path / "arms", no_arms))
+
+
+def test_the_optimiser_s_question_can_be_asked_again_after_the_run(tmp_path):
+    run = RunBuilder(categories=CATEGORIES[:6], directions=("add", "remove"))
+    view = RunView.open(run.write(str(tmp_path / "run")).uri)
+    config = RunConfig.model_validate(view.config)
+    context = StageContext(
+        config=config, run_dir=RunDir(str(tmp_path / "run")), attempt="", upstream=view.records,
+        progress=Progress(is_terminal=False), cluster=Cluster(config.cluster),
+    )  # fmt: skip
+    asked, _ = measured_problem(context, config.solve)
+    assert view.mix is not None and view.mix.moved > 0
+    base = [{item.category: item.base for item in view.mix.categories}]
+    weights = {target.target: target.importance for target in view.mix.targets}
+    found = MixPredictor(asked, mix_options(config.solve, is_believed=True))
+    promise = found.gain([view.mix.counts()], base, weights)
+    assert promise.value == pytest.approx(view.mix.expected_gain)
+    assert promise.se == pytest.approx(view.mix.expected_gain_se)
 
 
 def test_the_shipped_configuration_closes_the_loop_with_two_settings():
