@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.fit import fit
+from actors.planner import measured_problem
 from actors.pool import Done, wait_any
 from actors.scorer import scorer_pool
 from actors.stage import StageContext, StageResult
@@ -26,7 +27,7 @@ from actors.trainer import make_job, plan_selection
 from system import storage
 from system.curriculum import Curriculum
 from system.data.corpus import Corpus
-from system.evaluation.arms import ArmPlan, plan_arms
+from system.evaluation.arms import ArmPlan, move_seed, plan_arms
 from system.evaluation.evaluate import (
     BASE,
     DELIVERED,
@@ -37,13 +38,15 @@ from system.evaluation.evaluate import (
     headline,
     summarise,
 )
+from system.evaluation.prediction import ArmForecast
 from system.influence.heldout import seeded_draw
 from system.influence.interventions import seed_of
 from system.models.base import load_tokenizer
+from system.planning import mix_options
 from system.scoring.answers import ANSWERS, Questions, check_answers, draw_questions
 from system.scoring.score import Scored
 from system.selection.select import select_arm
-from system.solve import Mix
+from system.solve import Mix, MixPredictor
 from system.training.plan import read_plan, write_plan
 
 
@@ -78,21 +81,26 @@ class _Evaluation:
         config = context.config
         self.context = context
         self.corpus = Corpus.open(context.input("tag", "manifest"))
-        self.mix = Mix.from_json(storage.read_bytes(context.input("solve", "mix")).decode())
+        self.curriculum = Curriculum.from_json(
+            storage.read_json(context.input("curriculum", "curriculum"))
+        )
         self.tokenizer = load_tokenizer(
             context.input("model", "model"), trust_remote_code=config.model.trust_remote_code
         )
-        self.arms = plan_arms(
-            config.evaluate.arms,
-            mix=self.mix,
-            curriculum=Curriculum.from_json(
-                storage.read_json(context.input("curriculum", "curriculum"))
-            ),
-            settings=config.curriculum,
-            supply=self.corpus.counts("train"),
-            max_epochs=config.solve.max_epochs,
-            seed=seed_of(config.seed, "evaluate-random-move"),
-        )
+        mix = Mix.from_json(storage.read_bytes(context.input("solve", "mix")).decode())
+        self.plans = {
+            (arm.name, seed): arm
+            for seed in range(config.evaluate.seeds)
+            for arm in plan_arms(
+                config.evaluate.arms,
+                mix=mix,
+                curriculum=self.curriculum,
+                settings=config.curriculum,
+                supply=self.corpus.counts("train"),
+                max_epochs=config.solve.max_epochs,
+                seed=move_seed(config.seed, seed),
+            )
+        }
         # Arms choose by the scores and vectors of stage `select`, which covers all categories.
         self.selection_uri = context.input("select", "manifest").rpartition("/")[0]
         delivered = context.input("train", "model")
@@ -101,26 +109,24 @@ class _Evaluation:
             _Model(arm=DELIVERED, seed=0, weights_uri=delivered, is_ours=False),
             *(
                 _Model(
-                    arm=arm.name,
+                    arm=arm,
                     seed=seed,
-                    weights_uri=self._uri("arms", f"{arm.name}-{seed:02d}", "model"),
+                    weights_uri=self._uri("arms", f"{arm}-{seed:02d}", "model"),
                     is_ours=True,
                 )
-                for seed in range(config.evaluate.seeds)
-                for arm in self.arms
+                for arm, seed in self.plans
             ),
         ]
         self.questions = self._questions()
 
     def train_arms(self) -> None:
         """Trains every arm and seed whose measurements are not all there."""
-        plans = {arm.name: arm for arm in self.arms}
         jobs = []
         for model in self.models:
             if model.is_ours and (not self._has("scores", model) or self._lacks_answers(model)):
                 seed = seed_of(self.context.config.seed, "evaluate", model.seed)
                 plan_uri = self._uri("arms", model.name, "plan.arrow")
-                self._write_plan(plans[model.arm], seed, plan_uri, model)
+                self._write_plan(self.plans[model.arm, model.seed], seed, plan_uri, model)
                 output_uri = self._uri("arms", model.name)
                 job = make_job(
                     model.name, plan_uri, output_uri, self.context, seed=seed, keep_checkpoints=0
@@ -167,7 +173,7 @@ class _Evaluation:
             outcomes=outcomes,
             arms=self._arm_infos(),
             importance=self._importance(),
-            mix=self.mix,
+            forecast=self._forecast(),
             confidence=config.evaluate.confidence,
         )
         summary["rejected"] = rejected
@@ -192,6 +198,23 @@ class _Evaluation:
                 "dropped": summary["dropped"],
             },
             lines=headline(summary),
+        )
+
+    def _forecast(self) -> ArmForecast:
+        """What the matrix says of the arms: in its own unit, also where gamma decided the mix."""
+        solve = self.context.config.solve.model_copy(update={"matrix": "effect"})
+        problem, _ = measured_problem(self.context, solve)
+        summary = storage.read_json(self.context.input("influence", "summary"))
+        passes = self.curriculum.epochs
+        return ArmForecast(
+            predictor=MixPredictor(problem, mix_options(solve, is_believed=True)),
+            counts={
+                arm: [
+                    {name: count / passes for name, count in plan.counts.items()} for plan in plans
+                ]
+                for arm, plans in self._plans_by_arm().items()
+            },
+            unit=summary["unit"],
         )
 
     def _questions(self) -> Questions:
@@ -289,21 +312,24 @@ class _Evaluation:
     def _arm_infos(self) -> list[ArmInfo]:
         seeds = self.context.config.evaluate.seeds
         infos = []
-        for arm in self.arms:
+        for name, plans in self._plans_by_arm().items():
             found = [
-                storage.read_json(self._uri("arms", f"{arm.name}-{seed:02d}", "arm.json"))
+                storage.read_json(self._uri("arms", f"{name}-{seed:02d}", "arm.json"))
                 for seed in range(seeds)
             ]
             infos.append(
                 ArmInfo(
-                    name=arm.name,
-                    mix=arm.mix,
-                    order=arm.order,
+                    name=name,
+                    mix=plans[0].mix,
+                    order=plans[0].order,
                     seeds=seeds,
                     examples=found[0]["examples"],
                     response_tokens=sum(info["response_tokens"] for info in found) // seeds,
                     steps=found[0]["steps"],
-                    counts=arm.counts,
+                    counts={
+                        category: sum(plan.counts[category] for plan in plans) / seeds
+                        for category in plans[0].counts
+                    },
                 )
             )
         plan = read_plan(self.context.input("train", "plan"))
@@ -321,6 +347,13 @@ class _Evaluation:
             )
         )
         return infos
+
+    def _plans_by_arm(self) -> dict[str, list[ArmPlan]]:
+        """The plans of each arm, one a seed."""
+        by_arm: dict[str, list[ArmPlan]] = {}
+        for (arm, _), plan in self.plans.items():
+            by_arm.setdefault(arm, []).append(plan)
+        return by_arm
 
     def _importance(self) -> dict[str, float]:
         importance = self.context.config.solve.importance

@@ -11,6 +11,7 @@ import numpy as np
 from actors.appender import earlier_of
 from actors.stage import StageContext, StageResult
 from system import storage
+from system.config import SolveConfig
 from system.curriculum import plan_curriculum
 from system.data.corpus import Corpus
 from system.data.lengths import SeededLengths, mean_response_tokens
@@ -32,7 +33,7 @@ from system.planning import (
     mix_problem,
     why_not_believed,
 )
-from system.solve import Mix, expected_regret, solve_mix, sweep_move
+from system.solve import Mix, MixProblem, expected_regret, solve_mix, sweep_move
 from system.taxonomy import estimate_taxonomy
 
 
@@ -76,14 +77,7 @@ def run_solve(context: StageContext) -> StageResult:
     """The mix: mix.json, and the sweep of the trust region."""
     solve = context.config.solve
     summary = storage.read_json(context.input("influence", "summary"))
-    corpus = Corpus.open(context.input("tag", "manifest"))
-    tokens = mean_response_tokens(corpus) if solve.unit == "tokens" else None
-    counts = corpus.counts("train")
-    levels = _levels(context)
-    matrices, deciding = _deciding_matrices(context, levels, counts, tokens)
-    problem = mix_problem(solve, matrices, counts, tokens, levels)
-    if problem.curve_add is not None and solve.max_categories is None:
-        deciding = ()  # all doses do, and the mix says so
+    problem, deciding = measured_problem(context, solve)
     doubt = why_not_believed(summary)
     options = mix_options(solve, is_believed=not doubt)
     mix = solve_mix(problem, options)
@@ -115,6 +109,21 @@ def run_solve(context: StageContext) -> StageResult:
         counts={"categories": len(mix.categories), "examples": sum(mix.counts().values())},
         lines=_mix_lines(mix),
     )
+
+
+def measured_problem(
+    context: StageContext, solve: SolveConfig
+) -> tuple[MixProblem, tuple[str, ...]]:
+    """The optimiser's question from what the influence stage left, and which doses decide."""
+    corpus = Corpus.open(context.input("tag", "manifest"))
+    tokens = mean_response_tokens(corpus) if solve.unit == "tokens" else None
+    counts = corpus.counts("train")
+    levels = _levels(context)
+    matrices, deciding = _deciding_matrices(solve, levels, counts, tokens)
+    problem = mix_problem(solve, matrices, counts, tokens, levels)
+    if problem.curve_add is not None and solve.max_categories is None:
+        return problem, ()  # all doses do, and the mix says so
+    return problem, deciding
 
 
 def run_curriculum(context: StageContext) -> StageResult:
@@ -171,13 +180,12 @@ def _levels(context: StageContext) -> dict[str, list[EffectMatrix]]:
 
 
 def _deciding_matrices(
-    context: StageContext,
+    solve: SolveConfig,
     levels: Mapping[str, Sequence[EffectMatrix]],
     counts: Mapping[str, int],
     tokens: Mapping[str, float] | None,
 ) -> tuple[dict[str, EffectMatrix], tuple[str, ...]]:
     """The effects that decide the mix, by direction, and where there are several doses, which."""
-    solve = context.config.solve
     if all(len(found) == 1 for found in levels.values()):
         return {direction: found[0] for direction, found in levels.items()}, ()
     moves = largest_moves(solve, counts, tokens)

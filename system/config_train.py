@@ -84,7 +84,7 @@ class EvaluateConfig(Section):
 
     arms: tuple[Arm, ...] = ("natural", "solved", "solved-curriculum")
     """Trained at equal budget; names without `-curriculum` or `-reversed` are shuffled. `random`
-    moves as much as `solved`, in a direction that no effect speaks for."""
+    moves as much as `solved`, in a direction that no effect speaks for, another one every seed."""
     seeds: Positive = 3
     """Trainings per arm; every seed draws other examples and another order for all arms alike."""
     test_rows: Positive = 200

@@ -13,7 +13,7 @@ from typing import Any
 from system import storage
 from system.config import EvaluateConfig, RunConfig
 from system.errors import ConfigError
-from system.evaluation.evaluate import NATURAL, SOLVED
+from system.evaluation.prediction import NATURAL, SOLVED
 from system.rundir import RunDir
 from system.stages import STAGE_FOLDERS
 

@@ -4,7 +4,8 @@ An arm's name says both: the mix (`natural`, `uniform`, `random`, `solved`) and 
 unless the name ends in `-curriculum` or `-reversed`).  All arms take as many passes as the
 curriculum and, per pass, the budget of the solved mix: `natural` is the base mix that the solver
 started from, `uniform` is as equal as supply allows, `random` moves as much as `solved` in a random
-direction.  The reversed order is the curriculum's stages, last first.
+direction, another one for every seed, so that its interval holds for other directions too.  The
+reversed order is the curriculum's stages, last first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from system.config import CurriculumConfig
 from system.curriculum import Curriculum, plan_curriculum
 from system.data.tag import stratified_sizes
+from system.influence.interventions import seed_of
 from system.solve import Mix
 
 ORDERS = ("curriculum", "reversed")
@@ -47,7 +49,7 @@ def plan_arms(
     max_epochs: float,
     seed: int,
 ) -> list[ArmPlan]:
-    """Mix and order of every arm.
+    """Mix and order of every arm in one of its trainings.
 
     Args:
         names: arms, as in `evaluate.arms`.
@@ -56,7 +58,7 @@ def plan_arms(
         settings: for the curriculum of other mixes.
         supply: train rows of each category.
         max_epochs: how often an example may be used within a pass.
-        seed: of the random move.
+        seed: of the random move, see `move_seed`; other mixes are the same for all seeds.
     """
     solved = dict(zip(curriculum.levels, curriculum.counts_TS.sum(axis=0).tolist(), strict=True))
     base = {item.category: item.base for item in mix.categories}
@@ -73,6 +75,11 @@ def plan_arms(
         "random": {name: count * curriculum.epochs for name, count in random.items()},
     }
     return [_plan(name, mixes, curriculum, settings) for name in names]
+
+
+def move_seed(run_seed: int, training: int) -> int:
+    """Seed of the random move of one training of the arm `random`."""
+    return seed_of(run_seed, "evaluate-random-move", training)
 
 
 def random_move(

@@ -15,9 +15,12 @@ confidence level: of twenty ties one in twenty looks like more at 95 %.
     factors       [{factor, formula, weighting, <contrast>}]         factor `mix` | `order` |
                   `reversed order` | `interaction`
     accuracy      [{arm, category, rows, seeds, value, low, high}]
-    prediction    {targets: [{target, predicted, predicted_se, realised, se, low, high}], overall,
-                  slope, rank_correlation}
-with <contrast> = value, se, se_seeds, se_heldout, low, high, verdict, seeds, rows.
+    predictions   [{arm, reference, targets: [<outcome>], overall: <outcome>, slope,
+                  rank_correlation}], see `system.evaluation.prediction`
+    prediction    that of the solved mix against the natural one; null: not both were trained
+    prediction_unit  unit of all of these; null: nothing was predicted
+with <contrast> = value, se, se_seeds, se_heldout, low, high, verdict, seeds, rows and <outcome> =
+target, predicted, predicted_se, realised, se, low, high, verdict.
 """
 
 from __future__ import annotations
@@ -28,12 +31,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy import stats
 
 from system.errors import DataError
-from system.evaluation.contrast import Contrast, Performance, contrast
+from system.evaluation.contrast import Performance, contrast
 from system.evaluation.intervals import wilson_interval
-from system.solve import Mix
+from system.evaluation.prediction import (
+    NATURAL,
+    RANDOM,
+    SOLVED,
+    UNIFORM,
+    ArmForecast,
+    predicted_and_realised,
+)
 from system.solve.mix import ANSWERS
 
 LOSSES = pa.schema(
@@ -73,7 +82,7 @@ ACCURACY = pa.schema(
 )
 """Answers of one model by category."""
 
-BASE, DELIVERED, NATURAL, SOLVED = "base", "delivered", "natural", "solved"
+BASE, DELIVERED = "base", "delivered"
 _UNTRAINED_OR_ONCE = (BASE, DELIVERED)
 
 FACTORS: dict[str, tuple[tuple[str, dict[str, float]], ...]] = {
@@ -114,15 +123,16 @@ class ArmInfo:
 
     name: str
     mix: str
-    """natural | uniform | solved, or none for the base model."""
+    """natural | uniform | random | solved."""
     order: str
-    """shuffled | curriculum | reversed | none."""
+    """shuffled | curriculum | reversed."""
     seeds: int
     examples: int
     response_tokens: int
     """Mean over seeds."""
     steps: int
-    counts: dict[str, int]
+    counts: dict[str, float]
+    """Examples of each category over all passes, mean over seeds."""
 
 
 def performance_of(
@@ -176,7 +186,7 @@ def summarise(
     outcomes: pa.Table,
     arms: Sequence[ArmInfo],
     importance: Mapping[str, float],
-    mix: Mix | None,
+    forecast: ArmForecast | None,
     confidence: float,
 ) -> dict[str, Any]:
     """The content of `summary.json`.
@@ -186,7 +196,7 @@ def summarise(
         outcomes: OUTCOMES, possibly empty.
         arms: what was trained, in the order in which people should read it.
         importance: weight of each category; normalised here over those that were scored.
-        mix: for its predicted changes; None: no prediction.
+        forecast: what the measured effects promise for the arms; None: no prediction.
         confidence: level of all intervals.
 
     Raises:
@@ -212,21 +222,34 @@ def summarise(
         "comparisons": list(_comparisons("loss", performance, trained, weightings, confidence)),
         "factors": list(_factors(performance, weightings, confidence)),
         "accuracy": [],
-        "prediction": None,
+        "predictions": [],
+        "prediction_unit": None if forecast is None else forecast.unit,
     }
-    predicts_answers = mix is not None and mix.effect_unit == ANSWERS
-    if not predicts_answers:
-        summary["prediction"] = _prediction(performance, mix, weightings["importance"], confidence)
+    predicts_answers = forecast is not None and forecast.unit == ANSWERS
+    if forecast is not None and not predicts_answers:
+        summary["predictions"] = predicted_and_realised(
+            performance, forecast, weightings["importance"], confidence
+        )
     if outcomes.num_rows:
         answers, _ = performance_of(outcomes, "correct")
         checked = _weightings(list(next(iter(answers.values()))), importance)
         summary["accuracy"] = list(_shares(answers, [BASE, *trained], confidence))
-        if predicts_answers and checked["uniform"]:
-            summary["prediction"] = _prediction(answers, mix, checked["importance"], confidence)
+        if forecast is not None and predicts_answers and checked["uniform"]:
+            summary["predictions"] = predicted_and_realised(
+                answers, forecast, checked["importance"], confidence, is_binary=True
+            )
         if checked["uniform"]:
             summary["comparisons"] += _comparisons(
                 "accuracy", answers, trained, checked, confidence
             )
+    summary["prediction"] = next(
+        (
+            found
+            for found in summary["predictions"]
+            if (found["arm"], found["reference"]) == (SOLVED, NATURAL)
+        ),
+        None,
+    )
     return summary
 
 
@@ -255,7 +278,7 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, ...]:
         is_overall = row["category"] is None and row["weighting"] == "importance"
         if not is_overall or row["metric"] != "loss":
             continue
-        if row["reference"] == NATURAL or row["arm"] in (NATURAL, DELIVERED):
+        if row["reference"] in (NATURAL, UNIFORM, RANDOM) or row["arm"] in (NATURAL, DELIVERED):
             note = "" if row["se_seeds"] is not None else ", one training"
             lines.append(
                 f"{row['arm']} against {row['reference']}: {row['value']:+.4f} nats per token "
@@ -311,7 +334,7 @@ def _comparisons(
     weightings: Mapping[str, Mapping[str, float]],
     confidence: float,
 ) -> Iterator[dict[str, Any]]:
-    for reference in (NATURAL, BASE, SOLVED):
+    for reference in (NATURAL, UNIFORM, RANDOM, BASE, SOLVED):
         if reference not in performance:
             continue
         for arm in trained:
@@ -319,6 +342,8 @@ def _comparisons(
                 continue
             if reference == SOLVED and not arm.startswith(f"{SOLVED}-"):
                 continue  # against the solved mix only its own orders
+            if reference in (UNIFORM, RANDOM) and arm != SOLVED:
+                continue  # the other mixes, shuffled like it, are there to judge the solved one
             for category, weighting, weights in _scopes(weightings):
                 found = contrast(
                     performance, {arm: 1.0, reference: -1.0}, weights, confidence,
@@ -355,41 +380,3 @@ def _shares(
                 "arm": arm, "category": category, "rows": rows, "seeds": seeds,
                 **interval.to_json(),
             }  # fmt: skip
-
-
-def _prediction(
-    performance: Performance, mix: Mix | None, importance: Mapping[str, float], confidence: float
-) -> dict[str, Any] | None:
-    """What the solver promised for each target beside what `solved - natural` brought."""
-    if mix is None or not {"solved", NATURAL} <= set(performance):
-        return None
-    difference = {"solved": 1.0, NATURAL: -1.0}
-    rows: list[dict[str, Any]] = []
-    for target in mix.targets:
-        if target.target in importance:
-            found = contrast(performance, difference, {target.target: 1.0}, confidence)
-            rows.append(_beside(target.target, target.change, target.change_se, found))
-    promised = np.array([row["predicted"] for row in rows])
-    brought = np.array([row["realised"] for row in rows])
-    weights = {row["target"]: importance[row["target"]] for row in rows}
-    overall = contrast(performance, difference, weights, confidence)
-    expected = sum(weights[row["target"]] * row["predicted"] for row in rows)
-    varies = len(rows) > 2 and promised.std() > 0 and brought.std() > 0
-    rank = float(np.asarray(stats.spearmanr(promised, brought))[0]) if varies else None
-    moved = float(promised @ promised)
-    return {
-        "targets": rows,
-        "overall": _beside(None, float(expected), mix.expected_gain_se, overall),
-        "slope": float(promised @ brought) / moved if moved > 0 else None,
-        "rank_correlation": rank,
-    }
-
-
-def _beside(
-    target: str | None, predicted: float, predicted_se: float | None, found: Contrast
-) -> dict[str, Any]:
-    return {
-        "target": target, "predicted": predicted, "predicted_se": predicted_se,
-        "realised": found.value, "se": found.se, "low": found.low, "high": found.high,
-        "verdict": found.verdict,
-    }  # fmt: skip

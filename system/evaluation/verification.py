@@ -1,22 +1,26 @@
-"""`instructmix verify`: predicted against realised, target by target.
+"""`instructmix verify`: predicted against realised, arm by arm and target by target.
 
-A mix is chosen by what the effect matrix predicts; this table shows what it was worth.  Predicted
-is the solver's change of each target, realised the difference `solved - natural` on the test split,
-both in nats per response token, positive for better.
+A mix is chosen by what the effect matrix predicts; these tables show what the arms were worth that
+were trained on the solved mix and on others.  Predicted is what the matrix says of an arm's counts,
+realised the paired difference on the test split, both in the unit of the effects, positive for
+better.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from system import storage
 from system.errors import ConfigError
+from system.evaluation.prediction import NATURAL
 from system.rundir import RunDir
+from system.solve.mix import ANSWERS
 from system.stages import STAGE_FOLDERS
 
 
 def describe_prediction(run_dir_uri: str) -> str:
-    """The table and a plain sentence about it.
+    """The tables and a plain sentence about them.
 
     Raises:
         ConfigError: the run is not evaluated, or its arms allow no comparison.
@@ -28,28 +32,69 @@ def describe_prediction(run_dir_uri: str) -> str:
             f"{run_dir_uri}: expected a run whose stage `evaluate` is finished, found none; "
             "finish it with `instructmix run CONFIG`"
         )
-    prediction = storage.read_json(run_dir.output_uri(record, "summary"))["prediction"]
-    if prediction is None:
-        raise ConfigError(
-            f"{run_dir_uri}: predicted and realised can be compared only when evaluate.arms has "
-            "both `natural` and `solved`; add them and run again"
-        )
-    rows = [*prediction["targets"], {**prediction["overall"], "target": "overall"}]
-    width = max(len(row["target"]) for row in rows)
-    header = (
-        f"{'target':<{width}}  {'predicted':>10}  {'realised':>10}  interval            verdict"
-    )
-    lines = [header, *(_line(row, width) for row in rows)]
-    if prediction["slope"] is not None:
-        lines += ["", f"realised per unit of predicted: {prediction['slope']:.2f}"]
-    if prediction["rank_correlation"] is not None:
-        lines += [f"rank correlation over targets: {prediction['rank_correlation']:.2f}"]
+    summary = storage.read_json(run_dir.output_uri(record, "summary"))
+    if not summary["predictions"]:
+        raise ConfigError(f"{run_dir_uri}: {_why_nothing_was_predicted(summary)}")
+    return prediction_tables(summary)
+
+
+def prediction_tables(summary: Mapping[str, Any]) -> str:
+    """The tables of a `summary.json` that has predictions."""
+    rows = [
+        {**found["overall"], "target": f"{found['arm']} - {found['reference']}"}
+        for found in summary["predictions"]
+    ]
+    level, unit = f"{summary['confidence']:.0%} interval", summary["prediction_unit"]
+    lines = [f"All targets by importance, {unit}, positive for better", ""]
+    lines += _table("arms", rows, level)
+    trained = {item["name"]: item["seeds"] for item in summary["arms"]}
+    seeds = [trained[found["arm"]] for found in summary["predictions"]]
+    lines += ["", f"trainings per arm: {max(seeds)}", *_reference(summary)]
+    if max(seeds) == 1:
+        lines.append("one training tells nothing of others: intervals hold for other examples only")
+    solved = summary["prediction"]
+    if solved is not None:
+        lines += ["", "Target by target, solved - natural", ""]
+        lines += _table("target", [*solved["targets"], {**solved["overall"], "target": "overall"}],
+                        level)  # fmt: skip
+        if solved["slope"] is not None:
+            lines += ["", f"realised per unit of predicted: {solved['slope']:.2f}"]
+        if solved["rank_correlation"] is not None:
+            lines += [f"rank correlation over targets: {solved['rank_correlation']:.2f}"]
     return "\n".join(lines)
 
 
-def _line(row: dict[str, Any], width: int) -> str:
+def _why_nothing_was_predicted(summary: Mapping[str, Any]) -> str:
+    if summary["prediction_unit"] == ANSWERS and not summary["accuracy"]:
+        return (
+            "the effects are in shares of right answers, and the evaluation asked for none or no "
+            "test row has an answer that can be checked; raise evaluate.accuracy_rows and run again"
+        )
+    return (
+        "predicted and realised can be compared only when evaluate.arms has `natural` or `solved` "
+        "and another mix beside it; add one and run again"
+    )
+
+
+def _reference(summary: Mapping[str, Any]) -> list[str]:
+    return [
+        f"natural is the reference: held-out loss {row['value']:.4f} nats per response token"
+        for row in summary["losses"]
+        if row["arm"] == NATURAL and row["category"] is None
+    ]
+
+
+def _table(first: str, rows: Sequence[Mapping[str, Any]], level: str) -> list[str]:
+    width = max(len(first), *(len(row["target"]) for row in rows))
+    titles = f"{'predicted':>9} {'+- error':>10}  {'realised':>9}  {level:<18}  verdict"
+    header = f"{first:<{width}}  {titles}"
+    return [header, *(_line(row, width) for row in rows)]
+
+
+def _line(row: Mapping[str, Any], width: int) -> str:
+    error = "" if row["predicted_se"] is None else f"+- {row['predicted_se']:.4f}"
     interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
     return (
-        f"{row['target']:<{width}}  {row['predicted']:>+10.4f}  {row['realised']:>+10.4f}  "
-        f"{interval:<18}  {row['verdict']}"
+        f"{row['target']:<{width}}  {row['predicted']:>+9.4f} {error:>10}  {row['realised']:>+9.4f}"
+        f"  {interval:<18}  {row['verdict']}"
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from system.config import RunConfig
 from system.curriculum.plan import PAPER_PASSES
 from system.data.tag import stratified_sizes
-from system.evaluation.arms import apportion, random_move
+from system.evaluation.arms import apportion, move_seed, random_move
 from system.forecast.known import Known
 from system.influence.cost import LOWERED_BY, SCORED_SHARE, InfluenceCost
 from system.influence.interventions import seed_of
@@ -92,7 +92,8 @@ def pass_counts(
     """Examples of each category in one pass: of the mixes that arms are named after.
 
     `natural` is the base mix, scaled to the budget as the solver does.  `solved` is that too until
-    the mix is there, and `random`, which moves as much, is as well.
+    the mix is there, and `random`, which moves as much, is as well; each of its trainings moves
+    elsewhere, this is their mean.
     """
     rows = {name: known.rows["train"][name] for name in known.categories}
     weight = dict.fromkeys(rows, 1.0)
@@ -104,11 +105,15 @@ def pass_counts(
     limits = {name: int(count * config.solve.max_epochs) for name, count in rows.items()}
     solved = natural if mix is None else {name: round(count) for name, count in mix.items()}
     moved = round(sum(max(solved[name] - count, 0.0) for name, count in natural.items()))
-    seed = seed_of(config.seed, "evaluate-random-move")
+    moves = [
+        random_move(natural, limits, moved, move_seed(config.seed, training))
+        for training in range(config.evaluate.seeds)
+    ]
+    random = {name: sum(move[name] for move in moves) for name in natural}
     return {
         "natural": natural,
         "uniform": stratified_sizes(limits, examples),
-        "random": random_move(natural, limits, moved, seed),
+        "random": apportion(examples, random),
         "solved": solved,
     }
 

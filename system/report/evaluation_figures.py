@@ -13,6 +13,7 @@ ARM_STYLES = {
     "natural": ("#3d4650", "circle"),
     "natural-curriculum": ("#c25e12", "diamond"),
     "uniform": ("#b08900", "cross"),
+    "random": ("#7a7f38", "star-triangle-up"),
     "solved": ("#15805f", "square"),
     "solved-curriculum": (MAIN, "triangle-up"),
     "solved-reversed": ("#8a5aa8", "triangle-down"),
@@ -78,7 +79,7 @@ def level_figure(
     )
 
 
-def prediction_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+def prediction_figure(rows: Sequence[dict[str, Any]], unit: str) -> Figure:
     """What was promised for each target against what came."""
     ends = [value for row in rows for value in (row["predicted"], row["low"], row["high"])]
     low, high = min(0.0, *ends), max(0.0, *ends)
@@ -106,9 +107,9 @@ def prediction_figure(rows: Sequence[dict[str, Any]]) -> Figure:
             },
         ],
         layout=layout(
-            xaxis=axis("predicted change, nats per token", zeroline=True),
+            xaxis=axis(f"predicted change, {unit}", zeroline=True),
             yaxis=axis(
-                "realised change, nats per token", zeroline=True,
+                f"realised change, {unit}", zeroline=True,
                 range=[low - 0.06 * (high - low), high + 0.06 * (high - low)],
             ),
         ),

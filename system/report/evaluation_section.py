@@ -14,11 +14,10 @@ from system.report.blocks import (
     Prose,
     Section,
     Table,
-    Tone,
     text_column,
     waiting,
 )
-from system.report.evaluation_figures import difference_figure, level_figure, prediction_figure
+from system.report.evaluation_figures import difference_figure, level_figure
 from system.report.formatting import (
     MINUS,
     NOTHING,
@@ -30,11 +29,12 @@ from system.report.formatting import (
     plural,
     signed,
 )
+from system.report.promise_blocks import VERDICT_TONES, promise_blocks
 from system.report.view import Evaluation, RunView
 
 TITLE = "Evaluation on held-out data"
 NATURAL = "natural"
-_TONES: dict[str, Tone] = {"better": "good", "worse": "bad", "tie": "quiet"}
+OTHER_MIXES = ("uniform", "random")
 _SCOPES = {"importance": "all, by importance", "uniform": "all, equally"}
 
 
@@ -51,9 +51,10 @@ def evaluation_section(view: RunView) -> Section:
             Heading(text="Against the natural mix"),
             *_differences(against),
         ]
+    blocks += _other_mixes(evaluation)
     blocks += [
         *_factors(summary),
-        *_prediction(summary),
+        *promise_blocks(summary),
         Heading(text="Losses themselves"),
         *_levels(evaluation),
         *_accuracy(evaluation),
@@ -155,6 +156,38 @@ def _differences(rows: list[dict[str, Any]]) -> list[Block]:
     ]
 
 
+def _other_mixes(evaluation: Evaluation) -> list[Block]:
+    """The solved mix against mixes that no effect speaks for."""
+    rows = [row for other in OTHER_MIXES for row in comparisons(evaluation, "loss", other)]
+    if not rows:
+        return []
+    title = "Gains of the solved mix over the other mixes"
+
+    def table(caption: str, shown: list[dict[str, Any]], **looks: Any) -> Table:
+        return Table(
+            caption=caption,
+            columns=_contrast_columns("against"),
+            rows=[
+                (row["reference"], _scope(row), *_contrast_cells(row, _digits(rows)))
+                for row in shown
+            ],
+            **looks,
+        )
+
+    return [
+        table(
+            title,
+            [row for row in rows if row["category"] is None],
+            note="Paired: the same examples and seeds, equal budget, all shuffled.",
+        ),
+        table(
+            f"{title} by category",
+            [row for row in rows if row["category"] is not None],
+            folded=True,
+        ),
+    ]
+
+
 def _tally(rows: list[dict[str, Any]]) -> str:
     parts = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
@@ -199,7 +232,7 @@ def _contrast_cells(row: dict[str, Any], digits: int) -> tuple[str | Cell, ...]:
     return (
         signed(row["value"], digits),
         interval(row["low"], row["high"], digits),
-        Cell(text=row["verdict"], tone=_TONES[row["verdict"]]),
+        Cell(text=row["verdict"], tone=VERDICT_TONES[row["verdict"]]),
         "one training" if row["se_seeds"] is None else fixed(row["se_seeds"], digits),
         fixed(row["se_heldout"], digits),
         str(row["seeds"]),
@@ -248,55 +281,6 @@ def _two_by_two(summary: dict[str, Any]) -> Table:
         ],
         note="All categories by importance, nats per response token.",
     )
-
-
-def _prediction(summary: dict[str, Any]) -> list[Block]:
-    prediction = summary["prediction"]
-    if prediction is None or not prediction["targets"]:
-        return []
-    total, rows = prediction["overall"], prediction["targets"]
-    digits = max(4, decimals([total["predicted"]]))
-    text = (
-        f"The solver promised {signed(total['predicted'], digits)} nats for the solved mix; "
-        f"training on it brought {signed(total['realised'], digits)} "
-        f"{interval(total['low'], total['high'], digits)}."
-    )
-    if prediction["slope"] is not None:
-        text += (
-            f" Per target, {fixed(prediction['slope'], 2)} nats came for each promised one"
-            " (1 is a kept promise, 0 a worthless one)"
-        )
-        rank = prediction["rank_correlation"]
-        text += "." if rank is None else f"; rank correlation {fixed(rank, 2)}."
-    return [
-        Heading(text="Promise and outcome"),
-        Prose(text=text),
-        Picture(
-            figures=[prediction_figure(rows)],
-            captions=["Every target; on the dotted line the promise would be kept exactly."],
-        ),
-        Table(
-            caption="Promise and outcome by target",
-            columns=(
-                text_column("target"),
-                Column(label="predicted"),
-                Column(label="standard error"),
-                Column(label="realised"),
-                Column(label="interval"),
-                text_column("verdict"),
-            ),
-            rows=[
-                (
-                    row["target"], signed(row["predicted"], digits),
-                    fixed(row["predicted_se"], digits), signed(row["realised"], digits),
-                    interval(row["low"], row["high"], digits),
-                    Cell(text=row["verdict"], tone=_TONES[row["verdict"]]),
-                )
-                for row in sorted(rows, key=lambda row: -row["predicted"])
-            ],
-            folded=True,
-        ),
-    ]  # fmt: skip
 
 
 def _levels(evaluation: Evaluation) -> list[Block]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from system.solve.mix import CategoryMix, GroupMix, Mix, Relaxation, SolverInfo, TargetMix
+    from system.solve.predict import MixPredictor, Promise
     from system.solve.problem import GroupLimit, MixOptions, MixProblem
     from system.solve.regret import Regret, expected_regret
     from system.solve.solve import MixSession, MovePoint, solve_mix, sweep_move
@@ -17,9 +18,11 @@ __all__ = [
     "GroupMix",
     "Mix",
     "MixOptions",
+    "MixPredictor",
     "MixProblem",
     "MixSession",
     "MovePoint",
+    "Promise",
     "Regret",
     "Relaxation",
     "SolverInfo",
@@ -35,9 +38,11 @@ _HOME = {
     "GroupMix": "mix",
     "Mix": "mix",
     "MixOptions": "problem",
+    "MixPredictor": "predict",
     "MixProblem": "problem",
     "MixSession": "solve",
     "MovePoint": "solve",
+    "Promise": "predict",
     "Regret": "regret",
     "Relaxation": "mix",
     "SolverInfo": "mix",

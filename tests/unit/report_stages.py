@@ -15,7 +15,9 @@ from system.curriculum import plan_curriculum
 from system.data.conversation import SPLITS
 from system.data.corpus import Shard, make_manifest, write_manifest
 from system.data.tag import TAGS, measure_accuracy
+from system.evaluation.arms import apportion
 from system.evaluation.evaluate import LOSSES, OUTCOMES, ArmInfo, summarise
+from system.evaluation.prediction import ArmForecast
 from system.influence.design import CategoryRows, Design, Replication, Target
 from system.influence.matrix import estimate_effects
 from system.influence.measurements import Losses
@@ -23,7 +25,7 @@ from system.influence.summary import Cost
 from system.influence.summary import summarise as summarise_influence
 from system.planning import dependency_effects, mix_options, mix_problem, why_not_believed
 from system.rundir import RunDir, StageRecord, fingerprint
-from system.solve import solve_mix, sweep_move
+from system.solve import MixPredictor, solve_mix, sweep_move
 from system.stages import STAGE_FOLDERS, STAGE_NAMES
 from system.taxonomy import estimate_taxonomy
 
@@ -45,6 +47,7 @@ class StageWriter:
         self.matrices: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         self.mix: Any = None
+        self.predictor: Any = None
         self.curriculum: Any = None
 
     def write_stage(self, stage: str) -> None:
@@ -188,6 +191,7 @@ class StageWriter:
         doubt = why_not_believed(self.summary)
         options = mix_options(solve, is_believed=not doubt)
         self.mix = solve_mix(problem, options)
+        self.predictor = MixPredictor(problem, options)
         if doubt:
             self.mix = dataclasses.replace(self.mix, notes=(doubt, *self.mix.notes))
         storage.write_bytes(storage.join(self.base, "mix.json"), self.mix.to_json().encode())
@@ -234,7 +238,7 @@ class StageWriter:
                 name=name, mix=name.split("-")[0],
                 order="curriculum" if name.endswith("curriculum") else "shuffled",
                 seeds=self.run.seeds, examples=3000, response_tokens=171_000, steps=188,
-                counts=dict.fromkeys(self.run.categories, 100),
+                counts=self._counts(name.split("-")[0]),
             )
             for name in self.run.arms
         ]  # fmt: skip
@@ -243,11 +247,22 @@ class StageWriter:
             outcomes=self._answers(),
             arms=arms,
             importance={target.target: target.importance for target in self.mix.targets},
-            mix=self.mix,
+            forecast=ArmForecast(
+                predictor=self.predictor,
+                counts={arm.name: [arm.counts] for arm in arms},
+                unit=self.mix.effect_unit,
+            ),
             confidence=0.95,
         )
         self._json("summary.json", summary)
         return {"summary": "summary.json"}
+
+    def _counts(self, mix: str) -> dict[str, int]:
+        base = {item.category: item.base for item in self.mix.categories}
+        if mix == "solved":
+            return {name: round(count) for name, count in self.mix.counts().items()}
+        total = round(sum(base.values()))
+        return apportion(total, base if mix == "natural" else dict.fromkeys(base, 1.0))
 
     def _models(self) -> list[tuple[str, int]]:
         seeds = range(self.run.seeds)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from system.config import CurriculumConfig
 from system.curriculum import Curriculum, plan_curriculum
-from system.evaluation.arms import ArmPlan, apportion, plan_arms, random_move
+from system.evaluation.arms import ArmPlan, apportion, move_seed, plan_arms, random_move
 from system.solve import Mix
 from system.solve.mix import CategoryMix, SolverInfo
 
@@ -36,7 +36,7 @@ def solved_mix() -> Mix:
     return Mix(categories=categories, **values)
 
 
-def plan(names: list[str], **settings: Any) -> dict[str, ArmPlan]:
+def plan(names: list[str], training: int = 0, **settings: Any) -> dict[str, ArmPlan]:
     config = CurriculumConfig(**settings)
     curriculum: Curriculum = plan_curriculum(
         SOLVED, LEVELS, preset=config.preset, num_stages=config.num_stages, epochs=config.epochs,
@@ -49,7 +49,7 @@ def plan(names: list[str], **settings: Any) -> dict[str, ArmPlan]:
         settings=config,
         supply=SUPPLY,
         max_epochs=1.0,
-        seed=4,
+        seed=move_seed(4, training),
     )
     return {arm.name: arm for arm in arms}
 
@@ -139,3 +139,13 @@ def test_the_random_arm_moves_as_much_as_the_solved_one():
     assert sum(random.values()) == sum(natural.values())
     assert 0 < sum(max(random[name] - natural[name], 0) for name in natural) <= moved
     assert random != solved
+
+
+def test_every_training_of_the_random_arm_moves_elsewhere_and_all_others_stay():
+    trainings = [plan(ALL, training=number) for number in range(4)]
+    moves = [tuple(arms["random"].counts.values()) for arms in trainings]
+    assert len(set(moves)) > 1
+    for name in set(ALL) - {"random"}:
+        assert len({tuple(arms[name].counts.values()) for arms in trainings}) == 1
+    again = plan(["random"], training=2)["random"]
+    assert again.counts == trainings[2]["random"].counts

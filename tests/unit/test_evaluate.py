@@ -194,7 +194,7 @@ def arm_info(name: str, seeds: int = 3) -> ArmInfo:
     )  # fmt: skip
 
 
-def full_summary(performance, outcomes=None):
+def full_summary(performance, outcomes=None, forecast=None):
     outcomes = OUTCOMES.empty_table() if outcomes is None else outcomes
     trained = [name for name in performance if name != "base"]
     return summarise(
@@ -202,7 +202,7 @@ def full_summary(performance, outcomes=None):
         outcomes=outcomes,
         arms=[arm_info(name) for name in trained],
         importance={"a": 30.0, "b": 10.0},
-        mix=None,
+        forecast=forecast,
         confidence=0.95,
     )
 

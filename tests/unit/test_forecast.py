@@ -120,7 +120,7 @@ def test_every_mix_that_arms_are_named_after_has_its_counts():
     counts = pass_counts(config(), known(), {"short": 30.0, "long": 0.0})
     assert set(counts) == {arm.partition("-")[0] for arm in typing.get_args(Arm)}
     assert {sum(of.values()) for of in counts.values()} == {30}
-    assert counts["random"]["short"] in (10, 30), "as many are moved as in the solved mix"
+    assert 10 <= counts["random"]["short"] <= 30, "as many are moved as in the solved mix"
     assert pass_counts(config(), known(), None)["random"] == counts["natural"]
 
 

@@ -15,6 +15,7 @@ from system import storage
 from system.errors import ConfigError, DataError
 from system.report import RunView, render_report, report_files, report_json, write_report
 from system.report.blocks import Bullets, Table
+from system.report.evaluation_section import evaluation_section
 from system.report.influence_section import influence_section
 
 HOSTILE = (
@@ -121,6 +122,20 @@ def test_every_figure_on_the_page_has_data_that_plotly_accepts(page, figures):
             "curriculum", "differences", "levels", "prediction"} <= set(shown)  # fmt: skip
     for figure in figures.values():
         go.Figure(data=figure["data"], layout=figure["layout"])
+
+
+def test_every_mix_has_its_promise_beside_its_outcome(tmp_path):
+    arms = ("natural", "uniform", "random", "solved")
+    run = RunBuilder(arms=arms, categories=CATEGORIES[:6], seeds=2)
+    view = RunView.open(run.write(str(tmp_path / "run")).uri)
+    tables = {b.caption: b for b in evaluation_section(view).blocks if isinstance(b, Table)}
+    promises = [row[:2] for row in tables["Promise and outcome of every arm"].rows]
+    assert promises == [
+        ("uniform", "natural"), ("random", "natural"), ("solved", "natural"),
+        ("solved", "uniform"), ("solved", "random"),
+    ]  # fmt: skip
+    gains = tables["Gains of the solved mix over the other mixes"]
+    assert [row[0] for row in gains.rows] == ["uniform", "uniform", "random", "random"]
 
 
 def test_figures_have_names_for_people_who_do_not_see_them(page):
