@@ -40,7 +40,7 @@ from system.training.plan import read_plan
 from system.training.settings import TrainSettings
 from system.training.train import Training
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 BEST = {"keep_best": True, "export": "best"}
 
@@ -83,6 +83,7 @@ def failed(world: Path, cluster: Cluster, trained: StageResult) -> StageError:
     return raised.value
 
 
+@pytest.mark.slow
 def test_workers_train_what_one_process_trains_and_the_export_loads(world, trained):
     plan = read_plan(str(world / "train/a/plan.arrow"))
     assert trained.counts["steps"] == plan.num_steps == 8
@@ -100,6 +101,7 @@ def test_workers_train_what_one_process_trains_and_the_export_loads(world, train
     assert difference(dict(exported.named_parameters()), dict(alone.named_parameters())) < 2e-4
 
 
+@pytest.mark.slow
 def test_adapters_are_saved_alone_and_merged_into_the_export(world, failed):
     from peft import PeftModel
 
@@ -112,6 +114,7 @@ def test_adapters_are_saved_alone_and_merged_into_the_export(world, failed):
         torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_best_weights_are_delivered_with_their_loss_and_the_card_names_its_sources(world, trained):
     measured = {
         record["step"] + 1: record["heldout_loss"]
@@ -150,6 +153,7 @@ def test_killed_worker_changes_nothing(long_world, cluster, undisturbed):
     assert steps_logged(long_world, "train/killed") == list(range(LONG_STEPS))
 
 
+@pytest.mark.slow
 def test_killed_driver_resumes_with_one_worker_from_damaged_storage(
     long_world, cluster, undisturbed
 ):
@@ -179,6 +183,7 @@ def test_killed_driver_resumes_with_one_worker_from_damaged_storage(
     assert sizes[0] == 2 and sizes[-1] == 1 and sizes.index(1) % 10 == 0
 
 
+@pytest.mark.slow
 def test_finished_jobs_are_kept_and_start_no_ray(world, trained):
     context = build_context(
         world, "train/a", Cluster(build_context(world, "x").config.cluster), **BEST
@@ -193,22 +198,26 @@ def test_finished_jobs_are_kept_and_start_no_ray(world, trained):
     assert not context.cluster._is_connected
 
 
+@pytest.mark.slow
 def test_divergence_is_told_and_not_retried(world, failed):
     """A worker that raised it would be started again, and the error would be Ray Train's."""
     assert "not finite" in str(failed)
     assert not (world / "train/diverged" / "model").exists()
 
 
+@pytest.mark.slow
 def test_workers_that_never_fit_are_an_error_at_once(world, cluster):
     with pytest.raises(ClusterError, match="3 training workers with 1 CPUs"):
         run(build_context(world, "train/many", cluster, num_workers=3))
 
 
+@pytest.mark.slow
 def test_tracker_that_is_not_installed_is_refused_before_training(world, cluster):
     with pytest.raises(ConfigError, match="mlflow"):
         run(build_context(world, "train/tracked", cluster, log_to=["mlflow"]))
 
 
+@pytest.mark.slow
 def test_base_model_is_untouched(world):
     expected = build_model(vocab_size=load_model(world / "model/m/model").config.vocab_size)
     found = dict(load_model(world / "model/m/model").named_parameters())
