@@ -7,8 +7,9 @@ Idle actors keep their CPUs and GPUs for the next unit, unless another pool has 
 actor up for a minute: then they end, and start again when they are needed.
 
 The classes are plain; they become remote here.  Every call must be safe to repeat, because a unit
-whose actor died is given out again (at most `max_attempts` times).  An exception that the actor's
-code raises is the unit's answer: it is raised to the caller at once, under its own type.
+whose actor died is given out again, until it has been tried `max_attempts` times.  An exception
+that the actor's code raises is the unit's answer: it is raised to the caller at once, under its own
+type.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class ActorSpec:
     num_gpus: float = 0.0
     env: dict[str, str] = field(default_factory=dict)
     max_attempts: int = 3
+    """Tries of one unit, the first included; also actors in a row that may die as they start."""
 
 
 class _Host:

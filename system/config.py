@@ -26,20 +26,28 @@ __all__ = [
 
 
 class GroupLimit(Section):
-    """Limits on the sum over some categories, in the budget's unit."""
+    """Limits on several categories together."""
 
     categories: tuple[str, ...] = Field(min_length=1)
+    """Whose examples are added up."""
     lower: float = Field(default=0.0, ge=0)
+    """Fewest examples of them together."""
     upper: float | None = Field(default=None, ge=0)
+    """Most examples of them together; null: no limit."""
 
 
 class SolveConfig(Section):
-    """Stage 4: the mix. Meaning of every limit: `docs/optimiser.md`."""
+    """Stage `solve`: the mix. Meaning of every limit: `docs/optimiser.md`."""
 
     budget: Positive
     """N: examples (or response tokens) of one pass over the mix."""
     unit: Literal["examples", "tokens"] = "examples"
+    """What budget, trust region and moves are counted in; `tokens`: of the responses."""
     objective: Literal["linear", "max-min", "concave", "robust"] = "linear"
+    """What is largest. `linear`: the predicted gain, weighted by importance; `max-min`: the gain of
+    the worst-off target; `concave`: as `linear`, but returns diminish where they were measured to
+    (both directions, or several doses); `robust`: the gain that is left when effects err against
+    the mix."""
     matrix: Literal["effect", "gamma"] = "effect"
     """Optimise effects in nats, or the paper's own formula in gamma."""
     move: Share = 0.1
@@ -56,8 +64,11 @@ class SolveConfig(Section):
     """Weight of each target: its base share, equal, or given by name (scaled to sum to one; targets
     left out have none)."""
     lower: dict[str, float] = Field(default_factory=dict)
+    """Category -> fewest examples of it in the mix."""
     upper: dict[str, float] = Field(default_factory=dict)
+    """Category -> most examples of it in the mix."""
     groups: dict[str, GroupLimit] = Field(default_factory=dict)
+    """Name -> limits on several categories together."""
     max_categories: Positive | None = None
     """At most this many categories in the mix (MILP)."""
     robust_radius: float = Field(default=1.0, ge=0)
@@ -79,9 +90,12 @@ class SolveConfig(Section):
 
 
 class CurriculumConfig(Section):
-    """Stage 5: dependency taxonomy and curriculum."""
+    """Stage `curriculum`: dependency taxonomy and order. Formulas: `docs/curriculum.md`."""
 
     preset: Literal["tilted", "paper", "sequential", "natural", "reversed"] = "tilted"
+    """`tilted`: early stages lean on base levels; `sequential`: level after level; `paper`: the
+    published three passes; `natural`: every stage the mix in small; `reversed`: `tilted` backwards.
+    The last two are controls."""
     num_stages: Positive = 3
     """Stages of every preset but `paper`, which has three."""
     epochs: Positive = 1
@@ -97,7 +111,7 @@ class CurriculumConfig(Section):
 
 
 class SelectConfig(Section):
-    """Stage 6: which examples. What each method guarantees: `docs/selection.md`."""
+    """Stage `select`: which examples. What each method guarantees: `docs/selection.md`."""
 
     method: Literal["random", "quality", "quality+diversity", "facility-location"] = "random"
     """`random`: seeded by content id; `quality`: best score first; `quality+diversity`: best score
@@ -169,14 +183,19 @@ class ClusterConfig(Section):
     num_scorers: Positive = 1
     """vLLM engines at a time."""
     num_ingestors: Positive = 2
+    """Readers, and measurers of row lengths, at a time; each takes half a CPU."""
     actor_cpus: float = Field(default=1.0, gt=0)
     """CPUs of one tuner, scorer or train worker; it uses as many threads."""
     tuner_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of one tuner; 0: intervention runs train on the CPU."""
     scorer_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of one scorer; 0: tagging, scoring and generation run on the CPU."""
     train_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of one actor of each kind; 0 runs on CPU."""
+    """GPUs of one train worker; 0: training and the evaluation's arms run on the CPU."""
     max_attempts: Positive = 3
-    """Times one unit of work is given out again when its actor dies."""
+    """Tries of one unit of work, the first included: it is given out again when its actor dies, not
+    when its code fails. The run also ends when so many actors of a kind in a row die as they
+    start."""
     engine_memory_gib: float = Field(default=1.0, gt=0)
     """KV cache of one CPU scorer."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0, lt=1)
@@ -198,7 +217,9 @@ class RunConfig(Section):
     data_dir: str = "."
     """What relative source paths start from."""
     seed: int = Field(default=0, ge=0)
+    """What every random choice is drawn from: another seed draws other rows, runs and orders."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Where the instruction rows come from."""
     ingest: IngestConfig = IngestConfig()
     model: ModelConfig
     tag: TagConfig = TagConfig()

@@ -80,7 +80,7 @@ class SourceConfig(Section):
 
 
 class IngestConfig(Section):
-    """Stage 1: raw files to Arrow shards by category."""
+    """Stage `ingest`: raw files to Arrow shards by category. Details: `docs/data.md`."""
 
     estimate_share: Share = 0.1
     """Share of rows, by content hash, on which the effect matrix is measured."""
@@ -121,7 +121,7 @@ class IngestConfig(Section):
 
 
 class TagConfig(Section):
-    """Stage 2: a category for every row that has none."""
+    """Stage `tag`: a category for every row that has none."""
 
     categories: tuple[str, ...] = ()
     """Names to choose among; empty: the categories that the corpus already has."""

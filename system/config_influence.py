@@ -38,7 +38,7 @@ class AutoConfig(Section):
 
 
 class InfluenceConfig(Section):
-    """Stage 3: interventions, scores, effect matrix."""
+    """Stage `influence`: interventions, scores, effect matrix. Details: `docs/influence.md`."""
 
     estimator: Literal["retrain", "branch", "random-design", "gradient", "auto"] = "retrain"
     """`retrain`: one dose at a time, from the base model; `branch`: the same from one checkpoint

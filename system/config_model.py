@@ -13,24 +13,34 @@ class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021); the language-model head is never adapted."""
 
     rank: Positive = 16
+    """Inner dimension of an adapter."""
     alpha: float = Field(default=32.0, gt=0)
+    """An adapter's output is multiplied by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of an adapter's inputs that is dropped in training."""
     targets: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
+    """Names of the linear layers that get adapters."""
 
 
 class TinyModelConfig(Section):
     """The Llama that `model.path: builtin:tiny` builds and warms up on the corpus."""
 
     vocab_size: Positive = 4096
+    """Largest vocabulary of the tokenizer, which is trained on the corpus."""
     hidden_size: Positive = 128
+    """Width; a multiple of 32 x num_heads."""
     num_layers: Positive = 4
+    """Decoder layers."""
     num_heads: Positive = 4
+    """Attention heads of a layer."""
     warmup_tokens: int = Field(default=1_000_000, ge=0)
     """Tokens of plain language modelling on train rows before the run proper."""
     learning_rate: float = Field(default=3e-3, gt=0)
+    """Peak of this warm-up."""
     batch_tokens: Positive = 4096
+    """Tokens of one of its optimiser steps, about."""
 
     @model_validator(mode="after")
     def _heads_fit_the_engine(self) -> TinyModelConfig:

@@ -11,21 +11,26 @@ from system.config_model import LoraConfig
 
 
 class TrainConfig(Section):
-    """Stage 7: curriculum SFT under Ray Train."""
+    """Stage `train`: curriculum SFT under Ray Train. Details: `docs/training.md`."""
 
     num_workers: Positive | tuple[Positive, Positive] = 2
     """Workers, or [fewest, most] for an elastic group."""
     learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak."""
     lr_schedule: Literal["cosine", "linear", "warmup-stable-decay"] = "cosine"
     """One schedule through all stages."""
     warmup_share: Share = 0.03
+    """Share of the steps with rising learning rate."""
     decay_share: Share = 0.2
     """Share of the steps in which warmup-stable-decay decays."""
     min_lr_share: Share = 0.0
     """Last learning rate as a share of the peak."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's; norms and biases do not decay."""
     beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+    """AdamW's decay rate of the mean squared gradient; beta1 is 0.9."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients of one step with a larger norm are scaled down to it."""
     batch_size: Positive = 16
     """Examples per optimiser step, over all workers."""
     micro_batch_tokens: Positive = 4096
@@ -33,12 +38,17 @@ class TrainConfig(Section):
     packing: bool = True
     """Best-fit packing with block-diagonal attention (equal to unpacked training)."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp`: every worker holds everything; `fsdp`: parameters, gradients and optimiser state are
+    sharded over the workers (FSDP2)."""
     activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more
+    time."""
     kernels: Literal["auto", "torch", "liger"] = "torch"
     """`liger` needs a GPU and the package liger-kernel; `auto` takes it where both are there."""
     compile: bool = False
     """Decoder layers through torch.compile; on a CPU it needs a C++ compiler."""
     lora: LoraConfig | None = None
+    """Train adapters (the exported model has them merged) instead of all weights."""
     checkpoint_every: Positive = 50
     """Optimiser steps between checkpoints: what a failure repeats at most."""
     keep_checkpoints: Positive = 2
@@ -80,7 +90,7 @@ Arm = Literal[
 
 
 class EvaluateConfig(Section):
-    """Stage 8: held-out loss and verifiable accuracy against honest baselines."""
+    """Stage `evaluate`: held-out loss and verifiable accuracy against honest baselines."""
 
     arms: tuple[Arm, ...] = ("natural", "solved", "solved-curriculum")
     """Trained at equal budget; names without `-curriculum` or `-reversed` are shuffled. `random`
@@ -92,4 +102,7 @@ class EvaluateConfig(Section):
     accuracy_rows: int = Field(default=50, ge=0)
     """Verifiable rows of each category whose answers are generated and checked."""
     max_new_tokens: Positive = 128
+    """Longest generated answer, in tokens; prompts have the rest of model.max_length, half at
+    least."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Level of all intervals."""

@@ -24,7 +24,7 @@ CORPUS = pa.schema(
         pa.field("embedding", EMBEDDING),
     ]
 )
-"""A row of the corpus (stage 1). The split is the shard's, not the row's."""
+"""A row of the corpus (stage `ingest`). The split is the shard's, not the row's."""
 
 REJECTED = pa.schema(
     [
@@ -97,7 +97,7 @@ MATRIX = pa.schema(
         pa.field("identifiable", pa.bool_(), nullable=False),
     ]
 )
-"""The effect matrix (stage 3). Row = target (measured on), column = source (trained on)."""
+"""The effect matrix (`influence`). Row = target (measured on), column = source (trained on)."""
 
 SELECTION_SCORES = pa.schema(
     [
@@ -117,7 +117,7 @@ SELECTION = pa.schema(
         pa.field("messages", MESSAGES, nullable=False),
     ]
 )
-"""The training examples in training order (stage 6)."""
+"""The training examples in training order (stage `select`)."""
 
 
 def check_table(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
