@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ablate(commands)
     _add_check(commands)
     _add_looks(commands)
+    _add_reference(commands)
     _add_submit(commands)
     _add_tools(commands)
     for command in commands.choices.values():
@@ -164,6 +165,14 @@ def _add_looks(commands: argparse._SubParsersAction) -> None:
     export.set_defaults(execute=_export)
 
 
+def _add_reference(commands: argparse._SubParsersAction) -> None:
+    reference = commands.add_parser(
+        "config", help="every key of the configuration: type, default and meaning (Markdown)"
+    )
+    reference.add_argument("--defaults", action="store_true", help="all defaults, as YAML")
+    reference.set_defaults(execute=_reference)
+
+
 def _add_submit(commands: argparse._SubParsersAction) -> None:
     submit = commands.add_parser("submit", help="run the job on a Ray cluster (Ray Jobs)")
     _add_config(submit)
@@ -250,6 +259,13 @@ def _check(arguments: argparse.Namespace) -> int:
     plan = describe_plan(config, probe=arguments.probe)
     print(plan.text)
     plan.forecast.refuse(max_hours=arguments.max_hours, max_tokens=arguments.max_tokens)
+    return 0
+
+
+def _reference(arguments: argparse.Namespace) -> int:
+    from system.reference import render_defaults, render_reference
+
+    print(render_defaults() if arguments.defaults else render_reference(), end="")
     return 0
 
 

@@ -1,7 +1,8 @@
 """The configuration of a run: one frozen tree, one YAML file, unknown keys are errors.
 
 Every section belongs to the stage of the same name; a stage's record keeps the sections it read,
-so a change anywhere else never makes it run again.  The string under a field is its help text.
+so a change anywhere else never makes it run again.  The string under a field is its help text:
+`docs/config.md` and `instructmix config` show it.
 Loading, overriding and error messages live in `system.load`.
 """
 
@@ -118,14 +119,14 @@ class SelectConfig(Section):
     first, leaving out what is too similar to a better row; `facility-location`: rows that together
     stand for all others."""
     score: str = "column"
-    """What `quality` goes by: the corpus' score column; the base model's mean loss on the response;
-    instruction-following difficulty (that loss over the loss without the instruction); or your own
-    `module:function`."""
+    """What `quality` goes by. `column`: the sources' `score_column`; `loss`: the base model's mean
+    loss on the response; `ifd`: instruction-following difficulty (that loss over the loss without
+    the instruction); or your own `module:function`."""
     order: Literal["highest", "lowest"] = "highest"
     """Which scores come first."""
     embedding: Literal["tf-idf", "model", "column"] = "tf-idf"
-    """What similarity is measured on: hashed word n-grams, mean hidden states of the base model, or
-    the vectors of the sources' `embedding_column`."""
+    """What similarity is measured on. `tf-idf`: hashed word n-grams; `model`: mean hidden states of
+    the base model; `column`: the vectors of the sources' `embedding_column`."""
     max_similarity: float = Field(default=0.9, gt=0, le=1)
     """`quality+diversity`: cosine above which a row is too similar to a better one."""
     block_rows: Annotated[int, Field(ge=16, le=32768)] = 4096
@@ -175,7 +176,8 @@ class ClusterConfig(Section):
     """Where it runs. Never part of a stage's fingerprint: results do not depend on it."""
 
     address: str = "auto"
-    """`local` starts a Ray of its own; `auto` joins the cluster of a Ray job, else starts one."""
+    """`local` starts a Ray of its own; `auto` joins the cluster of a Ray job (RAY_ADDRESS), else
+    starts one; anything else is the address of the Ray to join."""
     num_cpus: Positive | None = None
     """CPUs of a local Ray; null: all of this machine."""
     num_tuners: Positive = 1
