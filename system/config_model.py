@@ -64,7 +64,8 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you read it."""
     chat_template: str | None = None
-    """File with a Jinja chat template; null: the tokenizer's own, else ChatML."""
+    """Local file with a Jinja chat template; null: the tokenizer's own, else ChatML. Another text
+    in it makes the stage run again."""
     max_length: Annotated[int, Field(ge=16)] = 1024
     """Tokens per sequence, prompt and response together; longer ones are truncated at the end."""
     tiny: TinyModelConfig = TinyModelConfig()

@@ -6,6 +6,7 @@ model runs only when `model.trust_remote_code` says so.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -58,11 +59,21 @@ def kind_of(path: str) -> Kind:
 
 
 def model_identity(config: ModelConfig) -> dict[str, str]:
-    """What the model stage's fingerprint holds of the files behind `model.path`.
+    """What the model stage's fingerprint holds of the files behind `model`: weights by size and
+    time, a chat template by its content.
 
     Raises:
-        ModelError: the path names nothing, or a directory without a model in it.
+        ModelError: the path names nothing, or a directory without a model in it; the chat template
+            is not there, or no text.
     """
+    files = _model_files(config)
+    template = _read_template(config)
+    if template is not None:
+        files["model.chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+    return files
+
+
+def _model_files(config: ModelConfig) -> dict[str, str]:
     path = Path(config.path)
     match kind_of(config.path):
         case "builtin" | "hub":
@@ -253,18 +264,29 @@ def template_of(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The chat template that a run uses: `model.chat_template`, the tokenizer's own, or ChatML.
 
     Raises:
-        ModelError: the configured file is not there.
+        ModelError: the configured file is not there, or no text.
     """
-    template = tokenizer.chat_template
-    if config.chat_template is not None:
-        file = Path(config.chat_template)
-        if not file.is_file():
-            raise ModelError(
-                f"model.chat_template {config.chat_template!r}: expected a file with a Jinja "
-                "template, found nothing there"
-            )
-        template = file.read_text(encoding="utf-8")
-    return template or CHATML
+    template = _read_template(config)
+    return (tokenizer.chat_template if template is None else template) or CHATML
+
+
+def _read_template(config: ModelConfig) -> str | None:
+    """The text of the file that `model.chat_template` names; None: it names none."""
+    if config.chat_template is None:
+        return None
+    file = Path(config.chat_template)
+    if not file.is_file():
+        raise ModelError(
+            f"model.chat_template {config.chat_template!r}: expected a local file with a Jinja "
+            f"template, found {'a directory' if file.is_dir() else 'nothing'} there. Relative "
+            "paths start from the directory in which the command runs."
+        )
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"model.chat_template {config.chat_template!r}: expected UTF-8 text, but {error}"
+        ) from error
 
 
 def _quiet() -> None:

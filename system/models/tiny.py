@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from system.config import ModelConfig, TinyModelConfig
 from system.data.corpus import Corpus
-from system.models.base import CHATML
+from system.models.base import CHATML, template_of
 from system.models.chat import encode_table
 from system.training.plan import build_plan
 from system.training.settings import TrainSettings
@@ -38,6 +38,7 @@ def build_tiny_model(corpus: Corpus, config: ModelConfig, seed: int, target: Pat
     """
     rows = _sample(corpus, TOKENIZER_ROWS, seed)
     tokenizer = train_tokenizer(_texts(rows), config.tiny.vocab_size, config.max_length)
+    tokenizer.chat_template = template_of(config, tokenizer)
     tokenizer.save_pretrained(target)
     torch.manual_seed(seed)
     model = new_model(config.tiny, len(tokenizer), config.max_length)

@@ -27,7 +27,7 @@ from system.data.lengths import SeededLengths, measure_shard, without_unusable
 from system.errors import ConfigError
 from system.influence.cost import InfluenceCost, influence_cost
 from system.influence.heldout_cost import loss_heldout
-from system.models.base import load_tokenizer
+from system.models.base import CHATML, load_tokenizer
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord, fingerprint
 
@@ -141,6 +141,23 @@ def test_several_doses_are_part_of_the_plan(run: Run, capsys) -> None:
     assert "one run per category and direction (remove), at doses of 8, 16 and 32 rows" in shown
     assert run.check("--set", "influence.dose_rows=[8, 49]") == 2
     assert "dose_rows 49 is more than rows_per_category 48" in capsys.readouterr().err
+
+
+def test_another_text_in_the_chat_template_runs_the_model_stage_again(run: Run, capsys) -> None:
+    template = run.root / "template.jinja"
+    template.write_text(CHATML)
+    model = run.config.model.model_copy(update={"chat_template": str(template)})
+    run.config = run.config.model_copy(update={"model": model})
+    run.ingest()
+    run.model()
+    assert run.check("--no-probe") == 0
+    assert "  model       done" in capsys.readouterr().out
+    template.write_text("{{ '' }}" + CHATML)
+    assert run.check("--no-probe") == 0
+    assert "  model       again: file.model.chat_template" in capsys.readouterr().out
+    template.unlink()
+    assert run.check("--no-probe") == 2
+    assert f"model.chat_template '{template}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--max-tokens", "--max-hours"])

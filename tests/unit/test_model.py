@@ -1,10 +1,15 @@
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from forecast_corpus import build_varied_inputs
+from influence_corpus import influence_config
 from transformers import AutoModelForCausalLM
 
 from system.config import ModelConfig, TinyModelConfig
+from system.data.corpus import Corpus
+from system.data.ingest import ingest_local
 from system.errors import ModelError
 from system.models.base import (
     CHATML,
@@ -15,7 +20,7 @@ from system.models.base import (
     materialise,
     model_identity,
 )
-from system.models.tiny import new_model, train_tokenizer
+from system.models.tiny import build_tiny_model, new_model, train_tokenizer
 
 TINY = TinyModelConfig(vocab_size=300, hidden_size=32, num_layers=1, num_heads=1, warmup_tokens=0)
 MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
@@ -69,6 +74,49 @@ def test_identity_follows_the_files(directory: Path) -> None:
     before = model_identity(config)
     (directory / "model.safetensors").touch()
     assert model_identity(config) != before
+
+
+def test_identity_follows_the_text_of_the_chat_template(tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ messages }}")
+    config = ModelConfig(path="org/name", chat_template=str(file))
+    before = model_identity(config)
+    assert before != model_identity(ModelConfig(path="org/name"))
+    os.utime(file, (1, 1))
+    assert model_identity(config) == before, "the same text at another time is the same template"
+    file.write_text("{{ messages }}!")
+    assert model_identity(config) != before
+
+
+def test_the_template_that_comes_with_a_hub_model_is_the_hubs_affair() -> None:
+    assert model_identity(ModelConfig(path="org/name")) == {}
+
+
+@pytest.mark.parametrize("path", ["org/name", "builtin:tiny"])
+def test_a_missing_template_is_found_before_anything_starts(path: str, tmp_path: Path) -> None:
+    for name, words in (("none.jinja", "nothing there"), (str(tmp_path), "a directory there")):
+        with pytest.raises(ModelError, match=rf"model\.chat_template .*{words}"):
+            model_identity(ModelConfig(path=path, chat_template=name))
+
+
+def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match=r"template\.jinja.*UTF-8"):
+        model_identity(ModelConfig(path="org/name", chat_template=str(file)))
+
+
+def test_the_built_in_model_takes_a_configured_template(tmp_path: Path) -> None:
+    build_varied_inputs(tmp_path)
+    corpus = tmp_path / "corpus"
+    ingest_local(influence_config(tmp_path), str(corpus))
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    config = ModelConfig(path="builtin:tiny", chat_template=str(template), max_length=64, tiny=TINY)
+    target = tmp_path / "built"
+    build_tiny_model(Corpus.open(str(corpus / "manifest.json")), config, 0, target)
+    rendered = load_tokenizer(target).apply_chat_template(MESSAGES, tokenize=False)
+    assert rendered == "[one][two]"
 
 
 def test_description_counts_parameters(directory: Path) -> None:
