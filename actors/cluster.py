@@ -18,6 +18,7 @@ import ray
 
 from actors.pool import ActorPool, ActorSpec
 from system.config import ClusterConfig
+from system.devices import idle_gpus_remark
 from system.errors import ClusterError
 
 _QUIET = {
@@ -90,6 +91,10 @@ class Cluster:
                 "short of memory or of files. Finished work is kept; run again to continue."
             ) from error
         self._is_connected = True
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        remark = idle_gpus_remark(self._config, num_gpus, "the cluster")
+        if remark is not None:
+            self._say(f"  note: {remark}")
 
     def pool(self, spec: ActorSpec) -> ActorPool:
         """The pool of that name; made on first use, the same one afterwards.

@@ -10,6 +10,7 @@ from typing import Any
 from actors.pipeline import STAGES, Stage, stage_inputs
 from system import storage
 from system.config import RunConfig
+from system.devices import idle_gpus_remark, visible_gpus
 from system.errors import ConfigError
 from system.forecast import Forecast, Found, make_forecast
 from system.influence.earlier import APPENDS_TO
@@ -157,6 +158,9 @@ def _remarks(config: RunConfig, records: Mapping[str, StageRecord]) -> list[str]
                 "solve.budget equals all train rows at solve.max_epochs 1: nothing can move; "
                 "lower the budget or allow more epochs"
             )
+    idle = idle_gpus_remark(config.cluster, visible_gpus(), "this machine")
+    if idle is not None:
+        remarks.append(idle)
     return [f"note: {remark}" for remark in remarks]
 
 

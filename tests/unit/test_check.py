@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import ray
+import torch
 from forecast_corpus import build_varied_inputs
 from influence_corpus import influence_config
 
@@ -133,6 +134,15 @@ def test_before_ingest_it_says_what_is_not_known_yet(run: Run, capsys) -> None:
     assert "one reference run and one run per category and direction" in text
     assert "known after ingest" in text
     assert not (run.root / "run").exists(), "check writes nothing"
+
+
+def test_gpus_that_the_configuration_leaves_idle_are_noted(run: Run, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert run.check("--no-probe") == 0
+    assert "note: this machine has 2 GPUs" in capsys.readouterr().out
+    given = [f"--set=cluster.{kind}_gpus=1" for kind in ("tuner", "scorer", "train")]
+    assert run.check("--no-probe", *given) == 0
+    assert "GPU" not in capsys.readouterr().out
 
 
 def test_several_doses_are_part_of_the_plan(run: Run, capsys) -> None:

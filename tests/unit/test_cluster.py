@@ -27,6 +27,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: calls.append(options))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
     return calls
 
 
@@ -57,6 +58,18 @@ def test_one_address_decides_whether_ray_is_our_own(
     cluster.connect()
     assert [options["address"] for options in started] == [expected]
     assert cluster.is_own is (expected == "local")
+
+
+@pytest.mark.parametrize(("num_gpus", "num_notes"), [(4.0, 1), (0.0, 0)])
+@pytest.mark.usefixtures("started")
+def test_gpus_that_the_configuration_leaves_idle_are_noted(
+    num_gpus: float, num_notes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": num_gpus})
+    lines: list[str] = []
+    Cluster(ClusterConfig(address="10.0.0.7:6379"), lines.append).connect()
+    assert len(lines) == num_notes
+    assert all("note: the cluster has 4 GPUs" in line for line in lines)
 
 
 def test_every_user_has_a_short_directory_of_their_own(

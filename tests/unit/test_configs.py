@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from system.devices import idle_gpus_remark
 from system.load import load_config, parse_config
 
 ROOT = Path(__file__).parents[2]
@@ -11,6 +12,16 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_example_configuration_loads(path: Path) -> None:
     load_config(str(path))
+
+
+def test_the_gpu_example_uses_the_same_gpus_for_measuring_and_for_training() -> None:
+    config = load_config(str(ROOT / "configs" / "gpu.yaml"))
+    cluster = config.cluster
+    measuring = cluster.num_tuners * cluster.tuner_gpus + cluster.num_scorers * cluster.scorer_gpus
+    assert isinstance(config.train.num_workers, int)
+    assert measuring == config.train.num_workers * cluster.train_gpus == 4
+    assert idle_gpus_remark(cluster, 4, "this machine") is None
+    assert config.model.dtype == "bfloat16"
 
 
 def test_the_configuration_inside_the_manifest_loads() -> None:

@@ -74,9 +74,7 @@ def test_shrunken_effects_are_as_good_as_they_claim_beside_a_small_dose(unit):
     """A noisy reference: its error in a row is the same in nats of every dose, not per row."""
     covered, squared, claimed = [], 0.0, 0.0
     for seed in range(40):
-        world = World(
-            seed=seed, dose=64.0, doses=ONE_SMALL_DOSE, shared_noise=0.04, run_noise=0.01
-        )
+        world = World(seed=seed, dose=64.0, doses=ONE_SMALL_DOSE, shared_noise=0.04, run_noise=0.01)
         matrix = estimate_effects(world.measure(4), unit=unit).matrix
         off = ~matrix.own_TS
         error = np.abs(matrix.shrunk_TS * matrix.dose_S - world.truth_TS())[off]
