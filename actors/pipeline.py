@@ -209,6 +209,8 @@ def stage_inputs(
             value = value[part]
         inputs |= flatten(name, value)
     unread = set() if len(config.influence.doses) > 1 else {"solve.dose"}
+    if config.solve.mip_max_nodes is None:  # the solver's own limit, which the revision stands for
+        unread.add("solve.mip_max_nodes")
     for name in _NO_RESULT | config.select.unread_fields | unread:
         inputs.pop(name, None)
     inputs |= flatten("file", stage.identity(config))

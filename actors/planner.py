@@ -228,7 +228,7 @@ def _mix_lines(mix: Mix) -> tuple[str, ...]:
     if mix.status != "optimal":
         lines.append(
             f"the search for whole counts stopped at its limit: this is the best mix found, within "
-            f"{mix.solver.gap:.2%} of the proven bound"
+            f"{mix.solver.gap:.2%} of the proven bound; solve.mip_max_nodes raises the limit"
         )
     changes = sorted(mix.categories, key=lambda item: item.count - item.base)
     up = [item for item in reversed(changes) if item.count - item.base >= 1][:3]

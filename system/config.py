@@ -72,6 +72,9 @@ class SolveConfig(Section):
     """Name -> limits on several categories together."""
     max_categories: Positive | None = None
     """At most this many categories in the mix (MILP)."""
+    mip_max_nodes: Positive | None = None
+    """Nodes after which the search for whole counts takes the best mix it has found; null: 2,000,
+    fewer for large problems. A count, not a time: the answer is the same on every machine."""
     robust_radius: float = Field(default=1.0, ge=0)
     """`robust`: how many standard errors an effect may be off."""
     robust_sources: float | None = Field(default=None, gt=0)

@@ -155,6 +155,7 @@ def mix_options(solve: SolveConfig, *, is_believed: bool) -> MixOptions:
         guard_nats=solve.guard_nats,
         integer=True,
         max_categories=solve.max_categories,
+        mip_max_nodes=solve.mip_max_nodes,
         groups=tuple(
             GroupLimit(
                 name=name,

@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--regret", type=int, metavar="DRAWS", help="expected regret by so many drawn matrices")
     add("--integer", action="store_true", help="whole examples")
     add("--max-categories", type=int, metavar="K", help="at most K categories")
+    add("--mip-max-nodes", type=int, metavar="N", help="nodes of the integer search at most")
     add("--limits", metavar="YAML", help="groups and limits per category and per target")
     add("--out", metavar="PATH", required=True, help="mix.json to write; - for standard output")
 

@@ -200,11 +200,17 @@ class Solver:
         if status == highspy.HighsStatus.kError or not (
             model_status == kinds.kOptimal or is_stopped
         ):
+            if self._is_mip and model_status == kinds.kSolutionLimit:
+                raise StageError(
+                    "the search for whole counts was to find a mix, but it reached its limit of "
+                    "nodes without one; raise the limit (solve.mip_max_nodes in a configuration, "
+                    "--mip-max-nodes of `instructmix solve`), or loosen groups or max_categories"
+                )
             raise StageError(
                 "HiGHS was to end with a proven optimum, but it ended with status "
                 f"{self._highs.modelStatusToString(model_status)!r} on a model of "
-                f"{self._num_columns} columns and {self._num_rows} rows; if this is an integer "
-                "problem, raise mip_max_nodes, else report the input that led here"
+                f"{self._num_columns} columns and {self._num_rows} rows; report the input that led "
+                "here"
             )
         return self._read(info, is_proven=not is_stopped)
 

@@ -22,6 +22,7 @@ _OPTION_FLAGS = (
     "radius",
     "sources_off",
     "max_categories",
+    "mip_max_nodes",
 )
 _CATEGORY_LIMITS = ("lower", "upper", "cap", "supply")
 

@@ -248,6 +248,15 @@ def test_which_dose_decides_is_read_only_where_there_are_several():
     assert inputs(run_config(dose_rows=[16, 64]), "solve")["solve.dose"] == "nearest"
 
 
+def test_a_limit_of_the_search_counts_only_where_it_is_given():
+    plain = run_config()
+    assert "solve.mip_max_nodes" not in inputs(plain, "solve")
+    limited = plain.model_copy(
+        update={"solve": plain.solve.model_copy(update={"mip_max_nodes": 9})}
+    )
+    assert inputs(limited, "solve") == inputs(plain, "solve") | {"solve.mip_max_nodes": 9}
+
+
 @pytest.mark.parametrize(
     ("influence", "words"),
     [

@@ -8,6 +8,7 @@ from influence_world import World
 from mix_reference import problem
 
 from system.config import SolveConfig
+from system.errors import StageError
 from system.influence.matrix import estimate_effects
 from system.planning import (
     EXTRAPOLATES,
@@ -17,6 +18,7 @@ from system.planning import (
     mix_problem,
 )
 from system.solve import Mix, MixOptions, solve_mix
+from system.solve.highs import Solver
 
 MIX = solve_mix(
     problem(np.diag([1e-3, 0.0, 0.0]), [100.0, 100.0, 100.0]),
@@ -56,6 +58,25 @@ def test_a_mix_says_what_of_it_rests_on_appended_entries():
     assert "none of which the mix moves" in note
     named = replace(MIX, appended=("c0",))
     assert Mix.from_json(named.to_json()) == named
+
+
+def test_a_search_that_ends_without_a_mix_names_the_keys_that_let_it_go_on():
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 100, (4, 30)).astype(float)  # market split: no point within a node
+    half = np.floor(rows.sum(axis=1) / 2)
+    solver = Solver()
+    solver.add_columns(np.zeros(30), np.zeros(30), np.ones(30), np.ones(30, dtype=bool))
+    solver.add_rows(rows, half, half)
+    solver.limit_search(1)
+    with pytest.raises(StageError, match=r"solve\.mip_max_nodes .*--mip-max-nodes"):
+        solver.solve()
+    assert "mip_max_nodes" in SolveConfig.model_fields
+
+
+def test_the_node_limit_of_the_configuration_reaches_the_solver():
+    solve = SolveConfig(budget=10, mip_max_nodes=7)
+    assert mix_options(solve, is_believed=True).mip_max_nodes == 7
+    assert mix_options(SolveConfig(budget=10), is_believed=True).mip_max_nodes is None
 
 
 @pytest.mark.parametrize("weight", [1.0, 6.0])

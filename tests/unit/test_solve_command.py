@@ -71,6 +71,15 @@ def test_worked_example_of_the_docs_prints_what_the_docs_show(
     assert capsys.readouterr().out == shown
 
 
+def test_node_limit_is_an_option_of_the_command(files):
+    where = files()
+    words = ("--effect", where / "effect.csv", "--integer", "--move", "0.5")
+    free = solved(where, *words)
+    assert solved(where, *words, "--mip-max-nodes", "5000").counts() == free.counts()
+    with pytest.raises(ConfigError, match="mip_max_nodes must be at least 1"):
+        solved(where, *words, "--mip-max-nodes", "0")
+
+
 def test_worked_example_equals_its_golden_mix(tmp_path):
     out = tmp_path / "mix.json"
     effect, base = WORKED / "effect.csv", WORKED / "base.csv"
