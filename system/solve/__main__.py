@@ -15,7 +15,7 @@ def main() -> int:
     try:
         return run(args)
     except InstructMixError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"instructmix: {error}\n")
         return error.exit_code
 
 
