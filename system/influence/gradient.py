@@ -57,7 +57,6 @@ import torch
 from system.errors import DataError, ModelError
 from system.influence.projection import Projection
 from system.influence.proxy import TuneStats
-from system.training.microbatch import build_microbatch
 from system.training.optim import learning_rate
 from system.training.pack import group_by_tokens
 from system.training.plan import TrainPlan, build_plan
@@ -272,19 +271,9 @@ def _dose_gradient(training: Training, rows: np.ndarray) -> Tensor:
         is_padded=not training.objective.layout.is_flat,
     )
     for group in groups:
-        total, _ = training.objective(_batch(training, training.plan, rows[group]))
+        total, _ = training.objective(training.microbatch(training.plan, rows[group]))
         (total / len(rows)).backward()
     return _gradient(training)
-
-
-def _batch(training: Training, plan: TrainPlan, rows: np.ndarray):
-    return build_microbatch(
-        plan,
-        rows,
-        is_flat=training.objective.layout.is_flat,
-        device=training.device,
-        compute_dtype=training.compute_dtype,
-    )
 
 
 def _heldout(
@@ -308,7 +297,7 @@ def _heldout(
         gradients = []
         for row in rows:
             training.parallel.zero_gradient()
-            total, nll_M = training.objective(_batch(training, plan, np.array([row])))
+            total, nll_M = training.objective(training.microbatch(plan, np.array([row])))
             (total / nll_M.numel()).backward()
             nll_H[row] = float(nll_M.double().sum())
             gradients.append(project(_gradient(training)))

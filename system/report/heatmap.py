@@ -99,27 +99,11 @@ def _figure(
 ) -> Figure:
     targets, sources = [row[0].target for row in grid], [entry.source for entry in grid[0]]
     limit = _limit(grid, values, largest)
-    data: list[dict[str, Any]] = [
-        {
-            "type": "heatmap", "z": values, "zmin": -limit, "zmax": limit,
-            "x": list(range(len(sources))), "y": list(range(len(targets))),
-            "colorscale": [list(stop) for stop in DIVERGING], "xgap": 1, "ygap": 1,
-            "customdata": [[_hover(entry) for entry in row] for row in grid],
-            "hoverongaps": True,
-            "hovertemplate": (
-                "<b>%{customdata[0]}</b> → <b>%{customdata[1]}</b><br>effect %{customdata[2]}"
-                "<br>gamma %{customdata[3]}<br>%{customdata[4]}<extra></extra>"
-            ),
-            "colorbar": {
-                "orientation": "h", "thickness": 9, "len": 0.6, "lenmode": "fraction", "x": 0,
-                "xanchor": "left", "y": 0, "yanchor": "top", "ypad": 14, "outlinewidth": 0,
-                "title": {"text": title, "side": "top", "font": {"size": 11, "color": MUTED}},
-                "tickfont": {"size": 11}, "nticks": 5, "tickformat": "~g",
-            },
-        },
+    data = [
+        _tiles(grid, values, limit, title),
         _hatching(grid),
         _dots(grid, has_sign),
-    ]  # fmt: skip
+    ]
     heading = [len(_cut(source)) for source in sources]
     # Slanted labels of the last columns reach beyond them.
     beyond = max(12, *(4.2 * n - 22 * (len(heading) - 1 - k) for k, n in enumerate(heading)))
@@ -152,6 +136,28 @@ def _figure(
         min_width=round(22 + 6.2 * longest + 22 * len(sources) + beyond),
         narrow={"yaxis.ticktext": [figure_label(target, _NARROW_LABEL) for target in targets]},
     )  # fmt: skip
+
+
+def _tiles(
+    grid: list[list[Entry]], values: list[list[float | None]], limit: float, title: str
+) -> dict[str, Any]:
+    return {
+        "type": "heatmap", "z": values, "zmin": -limit, "zmax": limit,
+        "x": list(range(len(grid[0]))), "y": list(range(len(grid))),
+        "colorscale": [list(stop) for stop in DIVERGING], "xgap": 1, "ygap": 1,
+        "customdata": [[_hover(entry) for entry in row] for row in grid],
+        "hoverongaps": True,
+        "hovertemplate": (
+            "<b>%{customdata[0]}</b> → <b>%{customdata[1]}</b><br>effect %{customdata[2]}"
+            "<br>gamma %{customdata[3]}<br>%{customdata[4]}<extra></extra>"
+        ),
+        "colorbar": {
+            "orientation": "h", "thickness": 9, "len": 0.6, "lenmode": "fraction", "x": 0,
+            "xanchor": "left", "y": 0, "yanchor": "top", "ypad": 14, "outlinewidth": 0,
+            "title": {"text": title, "side": "top", "font": {"size": 11, "color": MUTED}},
+            "tickfont": {"size": 11}, "nticks": 5, "tickformat": "~g",
+        },
+    }  # fmt: skip
 
 
 def _cut(name: str) -> str:
