@@ -87,7 +87,17 @@ def _open_mlflow(output_uri: str, run_name: str, stack: contextlib.ExitStack) ->
     import mlflow  # pyright: ignore[reportMissingImports]
 
     mlflow.set_experiment("instructmix")
-    stack.enter_context(mlflow.start_run(run_name=run_name))
+    ours = _run_id(output_uri)
+    found = mlflow.search_runs(
+        experiment_names=["instructmix"], filter_string=f"tags.output = '{ours}'",
+        max_results=1, output_format="list",
+    )  # fmt: skip
+    run = (
+        mlflow.start_run(run_id=found[0].info.run_id)
+        if found
+        else mlflow.start_run(run_name=run_name, tags={"output": ours})
+    )
+    stack.enter_context(run)
 
     def write(record: dict[str, Any]) -> None:
         mlflow.log_metrics(flat_metrics(record), step=record["step"])
