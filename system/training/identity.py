@@ -80,7 +80,8 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 def _files_hash(paths: Iterable[Path]) -> str:
     """Hash of files: names, sizes, and sixteen mebibytes of each, the first and the last included;
-    small files whole."""
+    small files whole.
+    """
     digest = hashlib.sha256()
     for path in sorted(paths):
         if path.is_file():
