@@ -12,6 +12,7 @@ from system.influence.matrix import estimate_effects
 from system.planning import (
     EXTRAPOLATES,
     appended_notes,
+    evidence_notes,
     extrapolation_notes,
     mix_options,
     mix_problem,
@@ -56,6 +57,33 @@ def test_a_mix_says_what_of_it_rests_on_appended_entries():
     assert "none of which the mix moves" in note
     named = replace(MIX, appended=("c0",))
     assert Mix.from_json(named.to_json()) == named
+
+
+def evidence(worth, estimator="retrain", **choices):
+    halves = {"worth": worth}
+    return {
+        "is_believed": True,
+        "estimator": estimator,
+        "directions": {"remove": {"agreement_heldout_split": halves}},
+        **choices,
+    }
+
+
+def test_a_mix_that_moves_unchecked_says_so():
+    assert evidence_notes(MIX, evidence(0.7)) == ()
+    (note,) = evidence_notes(MIX, evidence(None))
+    assert "could not be checked" in note
+    (note,) = evidence_notes(
+        MIX, evidence(0.7, directions={"remove": {"agreement_heldout_split": None}})
+    )
+    assert "could not be checked" in note
+    assert evidence_notes(MIX, evidence(None, is_believed=False)) == ()
+
+
+def test_a_mix_that_moves_by_first_order_effects_says_so():
+    (note,) = evidence_notes(MIX, evidence(0.9, estimator="gradient"))
+    assert "first-order" in note and "confirm with estimator retrain" in note
+    assert evidence_notes(replace(MIX, moved=0.0), evidence(0.9, estimator="gradient")) == ()
 
 
 @pytest.mark.parametrize("weight", [1.0, 6.0])
