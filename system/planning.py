@@ -341,6 +341,26 @@ def _usable(add: EffectMatrix, remove: EffectMatrix, solve: SolveConfig) -> np.n
     return None
 
 
+def importance_weights(
+    solve: SolveConfig, targets: tuple[str, ...], counts: Mapping[str, int]
+) -> np.ndarray:
+    """[T] weights by which a mix is judged, the sum is one; as `MixProblem` has them.
+
+    Args:
+        solve: `importance`.
+        targets: in the matrix's order.
+        counts: train rows of each category.
+
+    Raises:
+        ConfigError: a weight names no target.
+    """
+    weight_T = _importance(solve, targets)
+    if weight_T is None:
+        weight_T = _per_category(counts, targets, 0.0)
+    total = weight_T.sum()
+    return weight_T / total if total > 0 else np.full(len(targets), 1.0 / len(targets))
+
+
 def _importance(solve: SolveConfig, targets: tuple[str, ...]) -> np.ndarray | None:
     if solve.importance == "base":
         return None

@@ -2,7 +2,8 @@
 
 Two questions.  Do independent halves of the replications put the *interactions* (off-diagonal
 effects) in the same order?  And do they put the *worth* of the sources in the same order, the mean
-effect of a source on all targets, its own included?  A mix moves by worth: interactions may drown
+effect of a source on all targets, its own included, weighted by their importance?  A mix moves by
+worth: interactions may drown
 in noise, and be shrunk to nothing, where worth is known well.  So worth decides about belief.
 
 Entries that share a target or a source are dependent, so intervals come from
@@ -62,8 +63,8 @@ class SplitHalf:
     num_splits: int
     half_sizes: tuple[int, int]
     worth: float
-    """Spearman correlation, over sources, of their mean effect on all targets, mean over the
-    splits; NaN where all have the same."""
+    """Spearman correlation, over sources, of their mean effect on all targets, weighted as asked;
+    mean over the splits; NaN where all have the same."""
     reliability: float
     """Spearman-Brown: expected rank correlation of two estimates from all replications each."""
 
@@ -88,7 +89,11 @@ class Prediction:
 
 
 def split_half(
-    measured: Measurements, *, split_heldout: bool = False, confidence: float = 0.95
+    measured: Measurements,
+    *,
+    split_heldout: bool = False,
+    weight_T: np.ndarray | None = None,
+    confidence: float = 0.95,
 ) -> SplitHalf | None:
     """Agreement of halves of the replications; None with a single one, or below three categories.
 
@@ -100,6 +105,7 @@ def split_half(
             that nothing is shared between them; else both are scored on all examples, which says
             how well training is replicated, not how well the category is known.  Each half is
             scored on either part once.
+        weight_T: [T] importance of the targets in `worth`; None: all alike.
         confidence: level of the intervals.
     """
     count = measured.num_replications
@@ -129,7 +135,13 @@ def split_half(
         ]
     agreement = _agreement(pairs, measured.own_T, confidence)
     rank = agreement.rank.value
-    worth = [_spearman(one_TS.mean(axis=0), other_TS.mean(axis=0)) for one_TS, other_TS in pairs]
+    worth = [
+        _spearman(
+            np.average(one_TS, axis=0, weights=weight_T),
+            np.average(other_TS, axis=0, weights=weight_T),
+        )
+        for one_TS, other_TS in pairs
+    ]
     return SplitHalf(
         agreement=agreement,
         num_splits=len(splits),

@@ -103,10 +103,22 @@ def summarise(
     losses: Losses,
     cost: Cost,
     rejected: Mapping[str, str],
+    weight_T: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """`summary.json`: agreement, noise, cost and what they mean, JSON values only."""
+    """`summary.json`: agreement, noise, cost and what they mean, JSON values only.
+
+    Args:
+        design: the runs.
+        config: limits and levels.
+        measured: direction -> paired losses.
+        estimates: direction -> effects per example.
+        losses: of all runs.
+        cost: what they took.
+        rejected: held-out rows that a run could not be scored on, and why.
+        weight_T: [T] importance of the targets, by which a mix weighs them; None: all alike.
+    """
     directions = {
-        direction: _summarise_direction(measured[direction], estimate, config, cost)
+        direction: _summarise_direction(measured[direction], estimate, config, cost, weight_T)
         for direction, estimate in estimates.items()
     }
     worth = worth_agreement(directions)
@@ -178,7 +190,11 @@ def halves_worth(part: Mapping[str, Any]) -> float | None:
 
 
 def _summarise_direction(
-    measured: Measurements, estimate: Estimate, config: InfluenceConfig, cost: Cost
+    measured: Measurements,
+    estimate: Estimate,
+    config: InfluenceConfig,
+    cost: Cost,
+    weight_T: np.ndarray | None,
 ) -> dict[str, Any]:
     matrix, errors = estimate.matrix, estimate.errors
     other_TS = ~matrix.own_TS
@@ -187,11 +203,13 @@ def _summarise_direction(
     replication_tokens = (cost.trained_tokens + cost.gradient_tokens) / measured.num_replications
     training = errors.training
     prediction = left_out_prediction(measured, errors)
-    agreement = split_half(measured, confidence=config.confidence)
+    agreement = split_half(measured, weight_T=weight_T, confidence=config.confidence)
     return {
         "agreement": _split_half_json(agreement),
         "agreement_heldout_split": _split_half_json(
-            split_half(measured, split_heldout=True, confidence=config.confidence)
+            split_half(
+                measured, split_heldout=True, weight_T=weight_T, confidence=config.confidence
+            )
         ),
         "identifiable": int(matrix.identifiable_TS.sum()),
         "identifiable_off_diagonal": int((matrix.identifiable_TS & other_TS).sum()),

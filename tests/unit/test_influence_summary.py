@@ -122,6 +122,23 @@ def test_belief_is_decided_on_different_held_out_rows():
     assert worth_agreement(found["directions"]) == part["agreement_heldout_split"]["worth"]
 
 
+def test_worth_is_weighted_by_what_the_mix_is_wanted_for():
+    """Half of the targets are told apart by their sources, the other half are noise."""
+    quiet, noisy = (
+        World(seed=5, run_noise=1e-3, shared_noise=1e-3),
+        World(seed=6, own=0.0, spread=0.0, run_noise=0.2),
+    )
+    measured = quiet.measure(2)
+    rows = (*measured.differences[:4], *noisy.measure(2).differences[4:])
+    mixed = dataclasses.replace(measured, differences=rows)
+    wanted = np.array([1.0] * 4 + [0.0] * 4)
+    alike, weighted = (
+        split_half(mixed, split_heldout=True, weight_T=weight) for weight in (None, wanted)
+    )
+    assert alike is not None and weighted is not None
+    assert weighted.worth > 0.7 > alike.worth
+
+
 def test_what_could_not_be_compared_is_not_called_checked():
     assert not summary(World(num_categories=2), 3)["is_checked"]
     assert not summary(World(), 1)["is_checked"]

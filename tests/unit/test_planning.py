@@ -14,6 +14,7 @@ from system.planning import (
     appended_notes,
     evidence_notes,
     extrapolation_notes,
+    importance_weights,
     mix_options,
     mix_problem,
 )
@@ -84,6 +85,16 @@ def test_a_mix_that_moves_by_first_order_effects_says_so():
     (note,) = evidence_notes(MIX, evidence(0.9, estimator="gradient"))
     assert "first-order" in note and "confirm with estimator retrain" in note
     assert evidence_notes(replace(MIX, moved=0.0), evidence(0.9, estimator="gradient")) == ()
+
+
+@pytest.mark.parametrize("importance", ["base", "uniform", {"c1": 3.0, "c2": 1.0}])
+def test_belief_is_weighed_like_the_mix(importance):
+    matrix = estimate_effects(World(num_categories=3).measure(2)).matrix
+    counts = {"c0": 100, "c1": 300, "c2": 600}
+    solve = SolveConfig(budget=300, importance=importance)
+    asked = mix_problem(solve, {"remove": matrix}, counts, None)
+    weights = importance_weights(solve, matrix.targets, counts)
+    np.testing.assert_allclose(weights, asked.importance_T)
 
 
 @pytest.mark.parametrize("weight", [1.0, 6.0])
