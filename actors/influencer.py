@@ -21,6 +21,7 @@ from actors.measuring import TUNERS, Measuring
 from actors.rounds import measure_in_rounds
 from actors.stage import StageContext, StageResult
 from system import storage
+from system.data.corpus import Corpus
 from system.influence.append_summary import append_summary
 from system.influence.design import Design
 from system.influence.dose_summary import dose_lines, summarise_doses
@@ -31,6 +32,7 @@ from system.influence.summary import (
     result_lines,
     summarise,
 )
+from system.planning import importance_weights
 
 
 def run(context: StageContext) -> StageResult:
@@ -79,6 +81,11 @@ def _estimate(
         analysis.losses,
         cost,
         rejected,
+        importance_weights(
+            context.config.solve,
+            tuple(target.name for target in design.targets),
+            Corpus.open(context.input("tag", "manifest")).counts("train"),
+        ),
     )
     if design.doses:
         summary["doses"] = summarise_doses(

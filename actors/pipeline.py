@@ -74,9 +74,12 @@ def _nothing_else(config: RunConfig) -> tuple[str, ...]:
     return ()
 
 
-def _what_ends_measuring(config: RunConfig) -> tuple[str, ...]:
-    """`auto` measures until the mix would not change, so it reads how the mix is solved."""
-    return ("solve",) if config.influence.estimator == "auto" else ()
+def _what_the_mix_asks(config: RunConfig) -> tuple[str, ...]:
+    """`auto` measures until the mix would not change, so it reads how the mix is solved.
+
+    Whether any matrix is believed depends on what the mix is to be good at.
+    """
+    return ("solve",) if config.influence.estimator == "auto" else ("solve.importance",)
 
 
 def _score_identity(config: RunConfig) -> dict[str, str]:
@@ -131,7 +134,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="influence", module="actors.influencer",
         reads=("influence", "seed"), after=("tag", "model"),
-        identity=_target_identity, also_reads=_what_ends_measuring,
+        identity=_target_identity, also_reads=_what_the_mix_asks,
         precheck=("actors.planner", "check_before_influence"), revision=3,
         history=_earlier_measurement,
     ),

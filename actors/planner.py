@@ -27,6 +27,7 @@ from system.planning import (
     appended_notes,
     check_limits,
     dependency_effects,
+    evidence_notes,
     extrapolation_notes,
     largest_moves,
     mix_options,
@@ -92,6 +93,7 @@ def run_solve(context: StageContext) -> StageResult:
         effect_unit=summary["unit"],
         appended=tuple(append["categories"]) if (append := summary.get("append")) else (),
         notes=(
+            *evidence_notes(mix, summary),
             *mix.notes,
             *deciding,
             *_extrapolation(mix, summary),

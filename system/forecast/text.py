@@ -10,7 +10,7 @@ from system.forecast.rates import Rate
 from system.forecast.workload import Workload, num_passes
 from system.influence.cost import most_replications
 from system.influence.doses import in_words
-from system.influence.estimators import ESTIMATORS
+from system.influence.estimators import ESTIMATORS, FIRST_ORDER
 
 if TYPE_CHECKING:
     from system.forecast.forecast import Forecast
@@ -41,6 +41,8 @@ def _plan(forecast: Forecast) -> Iterator[str]:
         f"{ESTIMATORS[influence.estimator].in_words} ({' and '.join(influence.directions)})"
         f"{f', at {doses}' if doses else ''}"
     )
+    if influence.estimator == "gradient":
+        yield f"  {FIRST_ORDER}"
     if forecast.appending:
         yield f"  {forecast.appending}"
     elif influence.append and (forecast.known is None or forecast.known.basis == "sample"):

@@ -2,7 +2,8 @@
 
 Two questions.  Do independent halves of the replications put the *interactions* (off-diagonal
 effects) in the same order?  And do they put the *worth* of the sources in the same order, the mean
-effect of a source on all targets, its own included?  A mix moves by worth: interactions may drown
+effect of a source on all targets, its own included, weighted by their importance?  A mix moves by
+worth: interactions may drown
 in noise, and be shrunk to nothing, where worth is known well.  So worth decides about belief.
 
 Entries that share a target or a source are dependent, so intervals come from
@@ -62,8 +63,8 @@ class SplitHalf:
     num_splits: int
     half_sizes: tuple[int, int]
     worth: float
-    """Spearman correlation, over sources, of their mean effect on all targets; NaN where all have
-    the same."""
+    """Spearman correlation, over sources, of their mean effect on all targets, weighted as asked;
+    mean over the splits; NaN where all have the same."""
     reliability: float
     """Spearman-Brown: expected rank correlation of two estimates from all replications each."""
 
@@ -88,7 +89,11 @@ class Prediction:
 
 
 def split_half(
-    measured: Measurements, *, split_heldout: bool = False, confidence: float = 0.95
+    measured: Measurements,
+    *,
+    split_heldout: bool = False,
+    weight_T: np.ndarray | None = None,
+    confidence: float = 0.95,
 ) -> SplitHalf | None:
     """Agreement of halves of the replications; None with a single one, or below three categories.
 
@@ -98,15 +103,12 @@ def split_half(
         measured: paired losses of all runs.
         split_heldout: also score the halves on different held-out examples (every other one), so
             that nothing is shared between them; else both are scored on all examples, which says
-            how well training is replicated, not how well the category is known.
+            how well training is replicated, not how well the category is known.  Each half is
+            scored on either part once.
+        weight_T: [T] importance of the targets in `worth`; None: all alike.
         confidence: level of the intervals.
     """
-    if split_heldout:
-        effect_RTS = _alternating_mean(measured, 0) / measured.dose_S
-        other_RTS = _alternating_mean(measured, 1) / measured.dose_S
-    else:
-        effect_RTS = other_RTS = measured.mean_RTS / measured.dose_S
-    count = effect_RTS.shape[0]
+    count = measured.num_replications
     if count < 2 or len(measured.sources) < 3:
         return None
     half = count // 2
@@ -116,18 +118,35 @@ def split_half(
     if len(splits) > _MAX_SPLITS:
         picked = np.random.default_rng(0).choice(len(splits), _MAX_SPLITS, replace=False)
         splits = [splits[index] for index in sorted(picked)]
+    if split_heldout:
+        even_RTS, odd_RTS = (
+            _alternating_mean(measured, start) / measured.dose_S for start in (0, 1)
+        )
+        scored = [(even_RTS, odd_RTS), (odd_RTS, even_RTS)]
+    else:
+        effect_RTS = measured.mean_RTS / measured.dose_S
+        scored = [(effect_RTS, effect_RTS)]
     pairs = []
     for chosen in splits:
         rest = [index for index in range(count) if index not in chosen]
-        pairs.append((effect_RTS[list(chosen)].mean(axis=0), other_RTS[rest].mean(axis=0)))
+        pairs += [
+            (one_RTS[list(chosen)].mean(axis=0), other_RTS[rest].mean(axis=0))
+            for one_RTS, other_RTS in scored
+        ]
     agreement = _agreement(pairs, measured.own_T, confidence)
     rank = agreement.rank.value
-    worth = [_spearman(one_TS.mean(axis=0), other_TS.mean(axis=0)) for one_TS, other_TS in pairs]
+    worth = [
+        _spearman(
+            np.average(one_TS, axis=0, weights=weight_T),
+            np.average(other_TS, axis=0, weights=weight_T),
+        )
+        for one_TS, other_TS in pairs
+    ]
     return SplitHalf(
         agreement=agreement,
         num_splits=len(splits),
         half_sizes=(half, count - half),
-        worth=float(np.tanh(np.mean(np.arctanh(np.clip(worth, -0.999999, 0.999999))))),
+        worth=float(np.mean(worth)),
         reliability=2.0 * rank / (1.0 + rank) if rank > -1.0 else -1.0,
     )
 
@@ -214,25 +233,33 @@ def _agreement(
 
 
 def _jackknifed(square, correlate, confidence: float) -> Correlation:
-    """Mean over the pairs of matrices of their off-diagonal correlation, with its interval."""
+    """Mean over the pairs of matrices of their off-diagonal correlation, with its interval.
+
+    Correlations are averaged as they are: Fisher's z of a correlation of one is infinite, and a
+    single split of few categories would decide the mean.  The mean's interval is on that scale.
+    """
     count = square[0][0].shape[0]
 
-    def mean_z(kept: np.ndarray) -> float:
+    def mean_correlation(kept: np.ndarray) -> float:
         off = ~np.eye(kept.size, dtype=bool)
         block = np.ix_(kept, kept)
-        values = [correlate(a[block][off], b[block][off]) for a, b in square]
-        return float(np.mean(np.arctanh(np.clip(values, -0.999999, 0.999999))))
+        return float(np.mean([correlate(a[block][off], b[block][off]) for a, b in square]))
 
     everyone = np.arange(count)
-    centre = mean_z(everyone)
+    centre = mean_correlation(everyone)
     groups = min(count, _MAX_GROUPS)
     if groups < 5 or not np.isfinite(centre):
-        return Correlation(value=float(np.tanh(centre)), low=np.nan, high=np.nan)
-    z_K = np.array([mean_z(everyone[everyone % groups != group]) for group in range(groups)])
+        return Correlation(value=centre, low=np.nan, high=np.nan)
+    left_K = [mean_correlation(everyone[everyone % groups != group]) for group in range(groups)]
+    z, z_K = _fisher(np.array(centre)), _fisher(np.array(left_K))
     error = np.sqrt((groups - 2) / (2 * groups) * ((z_K - z_K.mean()) ** 2).sum())
     reach = stats.t.ppf(0.5 + confidence / 2.0, groups - 2) * error
-    low, high = np.tanh([centre - reach, centre + reach])
-    return Correlation(value=float(np.tanh(centre)), low=float(low), high=float(high))
+    low, high = np.tanh([z - reach, z + reach])
+    return Correlation(value=centre, low=float(low), high=float(high))
+
+
+def _fisher(correlation: np.ndarray) -> np.ndarray:
+    return np.arctanh(np.clip(correlation, -0.999999, 0.999999))
 
 
 def _pearson(first: np.ndarray, second: np.ndarray) -> float:

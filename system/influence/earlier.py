@@ -97,7 +97,7 @@ def _what_measures(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in inputs.items()
-        if not name.startswith("after.") and name not in _FREE
+        if not name.startswith(("after.", "solve.importance")) and name not in _FREE
     }
 
 

@@ -78,3 +78,10 @@ ESTIMATORS: Mapping[str, Estimator] = {
     ),
 }
 """By the names that `influence.estimator` takes."""
+
+FIRST_ORDER = (
+    "first-order estimates are no trained-for measurements: that they agree with themselves does "
+    "not say that training agrees with them; confirm with estimator retrain, branch or "
+    "random-design"
+)
+"""Said of estimator `gradient` wherever its effects are used."""

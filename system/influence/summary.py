@@ -21,6 +21,7 @@ from system.influence.agreement import (
 )
 from system.influence.append_summary import append_lines
 from system.influence.design import Design
+from system.influence.estimators import FIRST_ORDER
 from system.influence.matrix import EffectMatrix, Estimate
 from system.influence.measurements import Losses, Measurements
 from system.solve.mix import ANSWERS, NATS
@@ -102,16 +103,27 @@ def summarise(
     losses: Losses,
     cost: Cost,
     rejected: Mapping[str, str],
+    weight_T: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """`summary.json`: agreement, noise, cost and what they mean, JSON values only."""
+    """`summary.json`: agreement, noise, cost and what they mean, JSON values only.
+
+    Args:
+        design: the runs.
+        config: limits and levels.
+        measured: direction -> paired losses.
+        estimates: direction -> effects per example.
+        losses: of all runs.
+        cost: what they took.
+        rejected: held-out rows that a run could not be scored on, and why.
+        weight_T: [T] importance of the targets, by which a mix weighs them; None: all alike.
+    """
     directions = {
-        direction: _summarise_direction(measured[direction], estimate, config, cost)
+        direction: _summarise_direction(measured[direction], estimate, config, cost, weight_T)
         for direction, estimate in estimates.items()
     }
-    worth = [part["agreement"]["worth"] for part in directions.values() if part["agreement"]]
-    known = [rank for rank in worth if rank is not None]
-    # Two categories have one pair a side: nothing to correlate, so nothing speaks against them.
-    believed = len(design.replications) > 1 and min(known, default=1.0) >= config.min_agreement
+    worth = worth_agreement(directions)
+    # What cannot be compared (two categories) is not doubted for it, and `is_checked` says so.
+    believed = len(design.replications) > 1 and (worth is None or worth >= config.min_agreement)
     return {
         "estimator": design.estimator,
         "replications": len(design.replications),
@@ -120,6 +132,7 @@ def summarise(
         "metric": config.metric,
         "unit": METRIC_UNITS[config.metric],
         "is_believed": believed,
+        "is_checked": worth is not None,
         "min_agreement": config.min_agreement,
         "directions": directions,
         "targets": [
@@ -152,8 +165,36 @@ def summarise(
     }
 
 
+def worth_agreement(directions: Mapping[str, Any]) -> float | None:
+    """How well halves of the replications agree on the worth of the categories: it decides belief.
+
+    The least of the directions.  The halves are scored on different held-out rows, since what a
+    dose does to the very same examples replicates whether or not it says anything of a category.
+    None: nothing could be compared (one replication, two categories, all worth the same).
+
+    Args:
+        directions: `directions` of a summary.
+    """
+    found = [halves_worth(part) for part in directions.values()]
+    return min((worth for worth in found if worth is not None), default=None)
+
+
+def halves_worth(part: Mapping[str, Any]) -> float | None:
+    """The same for one direction.
+
+    Args:
+        part: the direction's in `directions`.
+    """
+    halves = part["agreement_heldout_split"]
+    return None if halves is None else halves["worth"]
+
+
 def _summarise_direction(
-    measured: Measurements, estimate: Estimate, config: InfluenceConfig, cost: Cost
+    measured: Measurements,
+    estimate: Estimate,
+    config: InfluenceConfig,
+    cost: Cost,
+    weight_T: np.ndarray | None,
 ) -> dict[str, Any]:
     matrix, errors = estimate.matrix, estimate.errors
     other_TS = ~matrix.own_TS
@@ -162,11 +203,13 @@ def _summarise_direction(
     replication_tokens = (cost.trained_tokens + cost.gradient_tokens) / measured.num_replications
     training = errors.training
     prediction = left_out_prediction(measured, errors)
-    agreement = split_half(measured, confidence=config.confidence)
+    agreement = split_half(measured, weight_T=weight_T, confidence=config.confidence)
     return {
         "agreement": _split_half_json(agreement),
         "agreement_heldout_split": _split_half_json(
-            split_half(measured, split_heldout=True, confidence=config.confidence)
+            split_half(
+                measured, split_heldout=True, weight_T=weight_T, confidence=config.confidence
+            )
         ),
         "identifiable": int(matrix.identifiable_TS.sum()),
         "identifiable_off_diagonal": int((matrix.identifiable_TS & other_TS).sum()),
@@ -225,7 +268,7 @@ def _strongest(matrix: EffectMatrix) -> dict[str, Any]:
 
 
 def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """Three to seven plain lines for a person."""
+    """Three to eight plain lines for a person."""
     lines = []
     short = short_unit(summary["unit"])
     verb = {"add": "adding", "remove": "removing"}
@@ -245,7 +288,7 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
             lines.append(
                 f"{text}; halves of the replications agree on the order of the interactions by "
                 f"{_interval(rank['value'], rank['low'], rank['high'], 2)}, on the worth of the "
-                f"categories by {_signed(halves['worth'])}"
+                f"categories, scored on different rows, by {_signed(halves_worth(part))}"
             )
         lines.append(
             f"{part['significant_pairs']} of {pairs} pairs differ from zero; gamma is "
@@ -264,6 +307,8 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
     if summary["adapted"]:
         names = ", ".join(sorted(summary["adapted"]))
         lines.append(f"smaller doses than asked, for want of rows: {names}")
+    if summary["estimator"] == "gradient":
+        lines.append(FIRST_ORDER)
     if summary["replications"] > 1 and not summary["is_believed"]:
         lines.append(
             "the halves agree less on the worth of the categories than influence.min_agreement "

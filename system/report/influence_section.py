@@ -8,6 +8,7 @@ import numpy as np
 
 from system.influence.append_summary import appended_text, stale_texts
 from system.influence.doses import in_words
+from system.influence.estimators import FIRST_ORDER
 from system.influence.summary import short_unit
 from system.report.blocks import (
     Block,
@@ -23,7 +24,16 @@ from system.report.blocks import (
     waiting,
 )
 from system.report.dose_section import dose_blocks
-from system.report.formatting import count, decimals, fixed, interval, percent, plural, signed
+from system.report.formatting import (
+    count,
+    decimals,
+    fixed,
+    interval,
+    percent,
+    plural,
+    sentence,
+    signed,
+)
 from system.report.heatmap import (
     WIDEST_BESIDE,
     clustered_order,
@@ -105,8 +115,8 @@ def _belief(influence: Influence) -> list[str]:
     ]
     if gradients:
         items.append(
-            "Effects are first-order predictions of gradients, not runs: order and signs are what "
-            "to read, large sizes are overstated."
+            f"{sentence(FIRST_ORDER)} Sizes are overstated, own effects three to six times where "
+            "it was measured."
         )
     if "doses" in summary:
         items.append(

@@ -7,6 +7,8 @@ from math import hypot
 from statistics import NormalDist
 from typing import Any, Literal
 
+from system.influence.estimators import FIRST_ORDER
+from system.influence.summary import halves_worth, worth_agreement
 from system.report.evaluation_section import NATURAL, comparisons, overall, tally
 from system.report.formatting import (
     MINUS,
@@ -169,20 +171,27 @@ def _agreement(view: RunView) -> tuple[str, ...]:
     for direction, part in summary["directions"].items():
         halves = part["agreement"]
         if halves is None:
-            continue
+            parts.append(
+                "Unknown: there is one replication (or fewer than three categories), so the matrix "
+                "cannot be compared with itself."
+            )
+            break
         rank = halves["rank"]
         parts.append(
             f"{_belief(rank)} Measured by {_verb(direction)}, halves of "
             f"{summary['replications']} replications order the interactions of pairs with a rank "
             f"correlation of {fixed(rank['value'], 2)} ({percent(summary['confidence'], 0)} "
             f"{interval(rank['low'], rank['high'], 2, with_sign=False)}), the worth of the "
-            f"categories with {_worth(halves['worth'])}; {part['significant_pairs']:,} of "
+            f"categories, scored on different held-out rows, with {_worth(halves_worth(part))}; "
+            f"{part['significant_pairs']:,} of "
             f"{part['pairs']:,} pairs differ from zero."
         )
-    if not parts:
-        return (
-            "Unknown: there is one replication (or fewer than three categories), so the matrix "
-            "cannot be compared with itself.",
+    if summary["estimator"] == "gradient":
+        parts.append(sentence(FIRST_ORDER))
+    if worth_agreement(summary["directions"]) is None:
+        parts.append(
+            "Whether the worth of the categories would come out the same again could not be "
+            "checked: nothing here is evidence that it would."
         )
     if not summary["is_believed"]:
         parts.append(
@@ -310,7 +319,9 @@ def _cost(view: RunView) -> str:
 
 def _tiles(view: RunView) -> tuple[Tile, ...]:
     gain = headline_comparison(view.evaluation) if view.evaluation is not None else None
-    worth = _weakest_agreement(view)
+    worth = (
+        None if view.influence is None else worth_agreement(view.influence.summary["directions"])
+    )
     prediction = None if view.evaluation is None else view.evaluation.summary["prediction"]
     return (
         Tile(
@@ -325,7 +336,8 @@ def _tiles(view: RunView) -> tuple[Tile, ...]:
             value=NOTHING if worth is None else fixed(worth, 2),
             note="not known"
             if worth is None
-            else "rank correlation of split halves, on what categories are worth",
+            else "rank correlation of split halves on what categories are worth, on different "
+            "held-out rows",
         ),
         Tile(
             label="promised, and realised",
@@ -345,17 +357,6 @@ def _promise_tile(mix: Mix | None, prediction: dict[str, Any] | None) -> str:
         total = prediction["overall"]
         return f"{signed(total['predicted'], 3)} → {signed(total['realised'], 3)}"
     return NOTHING if mix is None else f"{signed(mix.expected_gain, 3)} → ?"
-
-
-def _weakest_agreement(view: RunView) -> float | None:
-    if view.influence is None:
-        return None
-    found = [
-        part["agreement"]["worth"]
-        for part in view.influence.summary["directions"].values()
-        if part["agreement"] is not None and part["agreement"]["worth"] is not None
-    ]
-    return min(found, default=None)
 
 
 def _verb(direction: str) -> str:

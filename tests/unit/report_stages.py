@@ -23,7 +23,13 @@ from system.influence.matrix import estimate_effects
 from system.influence.measurements import Losses
 from system.influence.summary import Cost
 from system.influence.summary import summarise as summarise_influence
-from system.planning import dependency_effects, mix_options, mix_problem, why_not_believed
+from system.planning import (
+    dependency_effects,
+    evidence_notes,
+    mix_options,
+    mix_problem,
+    why_not_believed,
+)
 from system.rundir import RunDir, StageRecord, fingerprint
 from system.solve import MixPredictor, solve_mix, sweep_move
 from system.stages import STAGE_FOLDERS, STAGE_NAMES
@@ -194,6 +200,8 @@ class StageWriter:
         self.predictor = MixPredictor(problem, options)
         if doubt:
             self.mix = dataclasses.replace(self.mix, notes=(doubt, *self.mix.notes))
+        notes = (*evidence_notes(self.mix, self.summary), *self.mix.notes)
+        self.mix = dataclasses.replace(self.mix, notes=notes)
         storage.write_bytes(storage.join(self.base, "mix.json"), self.mix.to_json().encode())
         points = sweep_move(problem, options, [0.0, 0.05, 0.1, 0.15, 0.2, 0.3])
         self._json("sweep.json", [dataclasses.asdict(point) for point in points])

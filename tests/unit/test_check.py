@@ -291,6 +291,15 @@ def test_stages_that_are_done_are_within_any_budget(tagged: Run) -> None:
     assert done.peak_bytes == 0
 
 
+def test_first_order_estimates_are_not_forecast_without_what_they_are(tagged):
+    forecast = describe_plan(tagged.config).forecast
+    assert "first-order" not in "\n".join(forecast.lines())
+    influence = tagged.config.influence.model_copy(update={"estimator": "gradient"})
+    config = tagged.config.model_copy(update={"influence": influence})
+    asked = dataclasses.replace(forecast, config=config)
+    assert "confirm with estimator retrain" in "\n".join(asked.lines())
+
+
 def test_the_budget_is_no_part_of_what_the_matrix_depends_on(tagged: Run) -> None:
     stage = next(stage for stage in STAGES if stage.name == "influence")
     plain = stage_inputs(stage, tagged.config, tagged.records)

@@ -3,7 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from influence_world import World
+from scipy import stats
 
+from system.config import InfluenceConfig
 from system.errors import DataError
 from system.influence.agreement import (
     compare,
@@ -248,6 +250,45 @@ def test_halves_share_nothing_when_the_held_out_rows_are_split_too():
     assert same is not None and apart is not None
     assert same.agreement.rank.value > 0.8
     assert abs(apart.agreement.rank.value) < 0.4
+
+
+def test_one_split_that_agrees_fully_does_not_decide_the_mean():
+    """Three categories, four replications, three splits: worths that correlate by 1, -0.5, -0.5."""
+    worth_RS = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [2.9, 0.2, 1.1], [2.9, 0.2, 1.1]])
+    worth_RS += 0.01 * np.arange(4)[:, None]
+    measured = World(num_categories=3, seed=1).measure(4)
+    rows = tuple(np.repeat(worth_RS[:, :, None], 6, axis=2) for _ in measured.targets)
+    halves = split_half(replace(measured, differences=rows))
+    worths = []
+    for first in ([0, 1], [0, 2], [0, 3]):
+        rest = [index for index in range(4) if index not in first]
+        worths.append(stats.spearmanr(worth_RS[first].mean(axis=0), worth_RS[rest].mean(axis=0))[0])
+    assert halves is not None and len(set(np.round(worths, 3))) > 1 and max(worths) > 0.99
+    assert halves.worth == pytest.approx(np.mean(worths))
+
+
+def test_noise_of_the_same_examples_is_no_agreement_on_worth():
+    same, apart = [], []
+    for seed in range(30):
+        world = World(
+            num_categories=12, own=0.0, spread=0.0, run_noise=1e-3, shared_noise=1e-3, seed=seed
+        )
+        for found, flag in ((same, False), (apart, True)):
+            halves = split_half(world.measure(2, examples=48), split_heldout=flag)
+            assert halves is not None
+            found.append(halves.worth)
+    assert np.mean(same) > 0.4 and abs(np.mean(apart)) < 0.12
+    limit = InfluenceConfig().min_agreement
+    assert np.mean(np.array(apart) >= limit) < 0.3
+
+
+def test_a_dozen_categories_with_effects_above_their_noise_pass_the_default_limit():
+    passed = 0
+    for seed in range(30):
+        halves = split_half(World(num_categories=12, seed=seed).measure(3), split_heldout=True)
+        assert halves is not None
+        passed += halves.worth >= InfluenceConfig().min_agreement
+    assert passed >= 27
 
 
 def test_one_replication_has_no_agreement():

@@ -16,6 +16,7 @@ from system.influence.summary import (
     replicates_table,
     result_lines,
     summarise,
+    worth_agreement,
 )
 
 COST = Cost(
@@ -111,6 +112,46 @@ def test_two_categories_have_no_agreement_but_are_not_doubted_for_it():
     assert "one schedule only" not in " ".join(result_lines(found))
 
 
+def test_belief_is_decided_on_different_held_out_rows():
+    """What single examples gain replicates perfectly, and says nothing of their categories."""
+    world = World(num_categories=12, own=0.0, spread=0.0, run_noise=1e-3, shared_noise=1e-3, seed=0)
+    found = summary(world, 2)
+    part = found["directions"]["remove"]
+    assert part["agreement"]["worth"] > 0.4 > part["agreement_heldout_split"]["worth"]
+    assert found["is_checked"] and not found["is_believed"]
+    assert worth_agreement(found["directions"]) == part["agreement_heldout_split"]["worth"]
+
+
+def test_worth_is_weighted_by_what_the_mix_is_wanted_for():
+    """Half of the targets are told apart by their sources, the other half are noise."""
+    quiet, noisy = (
+        World(seed=5, run_noise=1e-3, shared_noise=1e-3),
+        World(seed=6, own=0.0, spread=0.0, run_noise=0.2),
+    )
+    measured = quiet.measure(2)
+    rows = (*measured.differences[:4], *noisy.measure(2).differences[4:])
+    mixed = dataclasses.replace(measured, differences=rows)
+    wanted = np.array([1.0] * 4 + [0.0] * 4)
+    alike, weighted = (
+        split_half(mixed, split_heldout=True, weight_T=weight) for weight in (None, wanted)
+    )
+    assert alike is not None and weighted is not None
+    assert weighted.worth > 0.7 > alike.worth
+
+
+def test_what_could_not_be_compared_is_not_called_checked():
+    assert not summary(World(num_categories=2), 3)["is_checked"]
+    assert not summary(World(), 1)["is_checked"]
+
+
+def test_first_order_effects_are_never_told_without_what_they_are():
+    found = summary(World(), 2)
+    assert "first-order" not in " ".join(result_lines(found))
+    found["estimator"] = "gradient"
+    found["cost"]["gradient_tokens"] = 5
+    assert "confirm with estimator retrain" in " ".join(result_lines(found))
+
+
 def test_the_strongest_pairs_are_the_largest_off_the_diagonal():
     world = World(spread=0.2, run_noise=1e-3, shared_noise=1e-3, example_effect=1e-3)
     truth = world.truth_TS()
@@ -149,4 +190,5 @@ def test_replicates_hold_every_effect_of_every_replication():
 def test_worth_is_believed_where_interactions_drown_in_noise():
     found = summary(World(spread=0.0, example_effect=0.0, shared_noise=1e-3, seed=3), 2)
     halves = found["directions"]["remove"]["agreement"]
+    assert found["is_believed"]
     assert halves["worth"] > 0.8 > 0.4 > halves["rank"]["value"]

@@ -13,7 +13,9 @@ from system.influence.matrix import estimate_effects
 from system.planning import (
     EXTRAPOLATES,
     appended_notes,
+    evidence_notes,
     extrapolation_notes,
+    importance_weights,
     mix_options,
     mix_problem,
 )
@@ -77,6 +79,43 @@ def test_the_node_limit_of_the_configuration_reaches_the_solver():
     solve = SolveConfig(budget=10, mip_max_nodes=7)
     assert mix_options(solve, is_believed=True).mip_max_nodes == 7
     assert mix_options(SolveConfig(budget=10), is_believed=True).mip_max_nodes is None
+
+
+def evidence(worth, estimator="retrain", **choices):
+    halves = {"worth": worth}
+    return {
+        "is_believed": True,
+        "estimator": estimator,
+        "directions": {"remove": {"agreement_heldout_split": halves}},
+        **choices,
+    }
+
+
+def test_a_mix_that_moves_unchecked_says_so():
+    assert evidence_notes(MIX, evidence(0.7)) == ()
+    (note,) = evidence_notes(MIX, evidence(None))
+    assert "could not be checked" in note
+    (note,) = evidence_notes(
+        MIX, evidence(0.7, directions={"remove": {"agreement_heldout_split": None}})
+    )
+    assert "could not be checked" in note
+    assert evidence_notes(MIX, evidence(None, is_believed=False)) == ()
+
+
+def test_a_mix_that_moves_by_first_order_effects_says_so():
+    (note,) = evidence_notes(MIX, evidence(0.9, estimator="gradient"))
+    assert "first-order" in note and "confirm with estimator retrain" in note
+    assert evidence_notes(replace(MIX, moved=0.0), evidence(0.9, estimator="gradient")) == ()
+
+
+@pytest.mark.parametrize("importance", ["base", "uniform", {"c1": 3.0, "c2": 1.0}])
+def test_belief_is_weighed_like_the_mix(importance):
+    matrix = estimate_effects(World(num_categories=3).measure(2)).matrix
+    counts = {"c0": 100, "c1": 300, "c2": 600}
+    solve = SolveConfig(budget=300, importance=importance)
+    asked = mix_problem(solve, {"remove": matrix}, counts, None)
+    weights = importance_weights(solve, matrix.targets, counts)
+    np.testing.assert_allclose(weights, asked.importance_T)
 
 
 @pytest.mark.parametrize("weight", [1.0, 6.0])

@@ -61,6 +61,22 @@ def test_one_replication_leaves_the_base_mix_and_says_why(tmp_path):
     assert answer(verdict, "Does the matrix agree").startswith("Unknown")
 
 
+def test_the_report_says_what_agreement_of_first_order_effects_is_worth(tmp_path):
+    view, verdict = verdict_of(tmp_path)
+    assert "first-order" not in answer(verdict, "Does the matrix agree").lower()
+    view.influence.summary["estimator"] = "gradient"
+    text = answer(give_verdict(view), "Does the matrix agree")
+    assert "First-order estimates are no trained-for measurements" in text
+
+
+def test_what_could_not_be_compared_is_said_not_to_be_evidence(tmp_path):
+    view, _ = verdict_of(tmp_path)
+    for part in view.influence.summary["directions"].values():
+        part["agreement_heldout_split"]["worth"] = None
+    text = answer(give_verdict(view), "Does the matrix agree")
+    assert "could not be checked: nothing here is evidence" in text
+
+
 def test_the_order_is_judged_only_where_it_was_measured(tmp_path):
     _, verdict = verdict_of(tmp_path, arms=("natural", "solved"))
     assert answer(verdict, "Does the order matter").startswith("Not measured")
