@@ -89,7 +89,8 @@ def draw_accuracy_targets(
                 raise DataError(
                     f"influence.targets {name!r} has {rows.num_rows} rows with a verifiable "
                     f"answer; with influence.metric accuracy it needs at least {LEAST_HELDOUT}: "
-                    "give its rows answers (question-answer files have them), or measure losses"
+                    "say where they are (`{path: ..., answer_column: ...}` or answer_pattern), or "
+                    "measure losses"
                 )
             left_out[f"{name}: verifiable rows too few to be a target"] = rows.num_rows
             continue
