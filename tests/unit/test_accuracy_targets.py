@@ -18,6 +18,7 @@ from system.influence.accuracy_targets import (
     score_answers,
 )
 from system.influence.external_targets import read_target
+from system.scoring.answers import Generated
 
 ROWS = {
     "math": [(f"{n}+{n}?", str(2 * n)) for n in range(12)],
@@ -102,6 +103,11 @@ def test_the_answers_of_a_target_are_checked_when_the_configuration_is_read():
         InfluenceConfig.model_validate({"targets": targets})
 
 
+def wrote(*texts: str | None) -> Generated:
+    failures = {place: "the engine failed" for place, text in enumerate(texts) if text is None}
+    return Generated(texts=list(texts), failures=failures)
+
+
 def test_a_wrong_answer_is_a_loss_of_one():
     questions = pa.table(
         {
@@ -111,11 +117,15 @@ def test_a_wrong_answer_is_a_loss_of_one():
         },
         schema=QUESTIONS,
     )  # fmt: skip
-    found = score_answers(["so #### 4.0", "4", "Yes."], questions)
+    found = score_answers(wrote("so #### 4.0", "4", "Yes."), questions)
     assert found.table["nll"].to_pylist() == [0.0, 1.0, 0.0]
     assert found.table["num_tokens"].to_pylist() == [1, 1, 1]
-    with pytest.raises(ValueError, match="zip"):
-        score_answers(["4"], questions)
+    with pytest.raises(ValueError, match="1 answers to 3 questions"):
+        score_answers(wrote("4"), questions)
+    lost = score_answers(wrote("#### 4", None, "no"), questions)
+    assert lost.table["id"].to_pylist() == ["a", "c"], "a failed engine is no wrong answer"
+    assert lost.table["nll"].to_pylist() == [0.0, 1.0]
+    assert lost.rejected == {"b": "the engine failed"}
 
 
 def test_runs_that_answer_alike_measure_nothing():
