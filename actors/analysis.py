@@ -68,9 +68,12 @@ def analyse(context: StageContext, design: Design) -> Analysis:
     """Reads the scores of all runs of a design and estimates its effects at every dose.
 
     What an appended design was told before stays as it was told (`system.influence.append`).
+
+    Raises:
+        DataError: all runs gave all answers alike.
     """
     config = context.config.influence
-    found = estimate_alone(config, context.attempt, design)
+    found = _checked(config, estimate_alone(config, context.attempt, design))
     if context.appends_to is None:
         return found
     attempts = context.attempt.rsplit("/", 1)[0]
@@ -98,7 +101,10 @@ def _on_earlier(
 
 
 def estimate_alone(config: InfluenceConfig, attempt: str, design: Design) -> Analysis:
-    """The estimates from the scores of one attempt alone, as far as a design says."""
+    """The estimates from the scores of one attempt alone, as far as a design says.
+
+    That all runs of its first replications answered alike is no error: later ones may not.
+    """
     scores = {
         unit.name: storage.read_table(storage.join(attempt, "scores", f"{unit.name}.parquet"))
         for unit in design.units
@@ -106,11 +112,16 @@ def estimate_alone(config: InfluenceConfig, attempt: str, design: Design) -> Ana
     }
     by_gradient = design.estimator == "gradient"
     losses = collect_losses(design, predicted_scores(design, scores) if by_gradient else scores)
-    if config.metric == "accuracy":
-        check_some_vary(losses.loss)
     views = [(design_at(design, dose), losses_at(design, losses, dose)) for dose in design.doses]
     levels = tuple(_level(config, *view) for view in views or [(design, losses)])
     return Analysis(scores=scores, losses=losses, levels=levels)
+
+
+def _checked(config: InfluenceConfig, analysis: Analysis) -> Analysis:
+    """The analysis of all runs that there are going to be, which must have told something."""
+    if config.metric == "accuracy":
+        check_some_vary(analysis.losses.loss)
+    return analysis
 
 
 def _level(config: InfluenceConfig, design: Design, losses: Losses) -> Level:
@@ -143,8 +154,13 @@ def _flagged(design: Design, estimate: Estimate) -> Estimate:
 
 
 def matrices_of(context: StageContext, design: Design) -> dict[str, EffectMatrix]:
-    """The effects of a design per example, by direction; of several doses, of the largest."""
-    return largest_matrices(estimate_alone(context.config.influence, context.attempt, design))
+    """The effects of a design per example, by direction; of several doses, of the largest.
+
+    Raises:
+        DataError: all runs gave all answers alike.
+    """
+    config = context.config.influence
+    return largest_matrices(_checked(config, estimate_alone(config, context.attempt, design)))
 
 
 def largest_matrices(analysis: Analysis) -> dict[str, EffectMatrix]:

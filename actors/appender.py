@@ -27,9 +27,10 @@ from system.influence.append import (
     Holding,
     append_design,
     append_replication,
+    appended_plan,
     dose_size,
     earlier_unit,
-    extend_plan,
+    trained_ids,
     undrawn,
 )
 from system.influence.append_cost import append_text
@@ -130,7 +131,7 @@ def _extend(
     draw: Draw,
 ) -> tuple[Replication, dict[str, int]]:
     """Writes a replication's schedules; the replication with its new doses, and rows dropped."""
-    taken = {row for plan in plans.values() for row in plan.table.column("id").to_pylist()} | seen
+    taken = trained_ids(plans, holding.kept) | seen
     rows: dict[str, CategoryRows] = {}
     doses: dict[str, pa.Table] = {}
     dropped: dict[str, int] = {}
@@ -148,9 +149,7 @@ def _extend(
     kept = {kind: plan for kind, plan in plans.items() if kind != "append"}
     for kind, plan in kept.items():
         write_plan(plan_uri(context, found.index, kind), plan)
-    extended = plans.get("append")
-    if doses:
-        extended = extend_plan(extended or plans["main"], doses, found.seed)
+    extended = appended_plan(plans, holding.kept, doses, found.seed)
     if extended is not None:
         write_plan(plan_uri(context, found.index, "append"), extended)
     replication = append_replication(

@@ -120,9 +120,9 @@ def _external_targets(
     }
     tables: dict[str, pa.Table] = {}
     left_out: dict[str, int] = {}
-    for name, path in config.influence.targets.items():
+    for name, source in config.influence.target_sources.items():
         tables[name], lost = read_target(
-            name, path, data_dir=config.data_dir, ingest=config.ingest, exclude=trained
+            source, data_dir=config.data_dir, ingest=config.ingest, exclude=trained
         )
         left_out |= {f"{name}: {reason}": count for reason, count in lost.items()}
     return tables, left_out

@@ -12,7 +12,7 @@ asks only what has left no file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,8 @@ from system.scoring.score import Scored
 from system.selection.select import select_arm
 from system.solve import Mix, MixPredictor
 from system.training.plan import read_plan, write_plan
+
+_REJECTED = "instructmix.rejected"
 
 
 def run(context: StageContext) -> StageResult:
@@ -159,7 +161,11 @@ class _Evaluation:
     def conclude(self) -> StageResult:
         """Brings the models' files together and compares the arms."""
         config = self.context.config
-        losses, rejected = self._losses()
+        losses = pa.concat_tables(
+            _labelled(self._read("scores", model), model, LOSSES) for model in self.models
+        )
+        rejected = self._rejected("scores", self.models)
+        rejected_answers = self._rejected("answers", self._asked())
         answers = {model.name: self._read("answers", model) for model in self._asked()}
         self._write_outputs(answers)
         outcomes = pa.concat_tables(
@@ -177,6 +183,7 @@ class _Evaluation:
             confidence=config.evaluate.confidence,
         )
         summary["rejected"] = rejected
+        summary["rejected_answers"] = rejected_answers
         summary["dropped"] = storage.read_json(self._uri("dropped.json"))
         storage.write_table(self._uri("losses.parquet"), losses)
         storage.write_table(
@@ -195,6 +202,7 @@ class _Evaluation:
                 "test_rows": sum(summary["test_rows"].values()),
                 "questions": self.questions.rows.num_rows,
                 "rejected": sum(len(rows) for rows in rejected.values()),
+                "rejected_answers": sum(len(rows) for rows in rejected_answers.values()),
                 "dropped": summary["dropped"],
             },
             lines=headline(summary),
@@ -280,23 +288,22 @@ class _Evaluation:
         model = models[name]
         if kind == "scores":
             scored: Scored = done.value
-            metadata = {"instructmix.rejected": json.dumps(scored.rejected)}
-            table = scored.table.replace_schema_metadata(metadata)
+            table, rejected = scored.table, scored.rejected
         else:
-            table = check_answers(self.questions, done.value, self.tokenizer)
+            table, rejected = check_answers(self.questions, done.value, self.tokenizer)
+        table = table.replace_schema_metadata({_REJECTED: json.dumps(rejected)})
         storage.write_table(self._uri(kind, f"{name}.parquet"), table)
         if model.is_ours and self._has("scores", model) and not self._lacks_answers(model):
             storage.delete(self._uri("arms", name, "model"))
 
-    def _losses(self) -> tuple[pa.Table, dict[str, dict[str, str]]]:
-        tables, rejected = [], {}
-        for model in self.models:
-            table = self._read("scores", model)
-            lost = json.loads((table.schema.metadata or {}).get(b"instructmix.rejected", b"{}"))
-            if lost:
-                rejected[model.name] = lost
-            tables.append(_labelled(table, model, LOSSES))
-        return pa.concat_tables(tables), rejected
+    def _rejected(self, kind: str, models: Sequence[_Model]) -> dict[str, dict[str, str]]:
+        """Model -> row -> why the engine could not score it, or not answer it."""
+        found = {}
+        for model in models:
+            metadata = self._read(kind, model).schema.metadata or {}
+            if lost := json.loads(metadata.get(_REJECTED.encode(), b"{}")):
+                found[model.name] = lost
+        return found
 
     def _write_outputs(self, answers: Mapping[str, pa.Table]) -> None:
         with storage.atomic_output(self._uri("outputs.jsonl")) as file:

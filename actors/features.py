@@ -119,7 +119,7 @@ def _score(context: StageContext, corpus: Corpus) -> None:
         answers = pool.map(units, "measure")
     total = sum(block.rows for block in blocks.values())
     with context.progress.bar("select: score", total=total) as bar:
-        bar.advance(total - sum(block.rows for block in left.values()))
+        bar.skip(total - sum(block.rows for block in left.values()))
         for path, _ in answers:
             bar.advance(blocks[str(path)].rows)
 

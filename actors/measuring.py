@@ -87,7 +87,7 @@ class Measuring:
         total = len(self.design.units)
         if not ledger.is_done:
             with context.progress.bar("influence", total=total) as bar:
-                bar.advance(total - max(ledger.num_unscored, ledger.num_to_train))
+                bar.skip(total - max(ledger.num_unscored, ledger.num_to_train))
                 self._drain(ledger, bar)
         if not config.influence.keep_checkpoints:
             storage.delete(storage.join(context.attempt, "checkpoints"))

@@ -54,8 +54,8 @@ def _target_identity(config: RunConfig) -> dict[str, str]:
 
     return {
         f"{name}.{uri}": storage.stamp(uri)
-        for name, path in config.influence.targets.items()
-        for uri in resolve(path, config.data_dir)
+        for name, source in config.influence.target_sources.items()
+        for uri in resolve(source.path, config.data_dir)
     }
 
 

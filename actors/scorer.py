@@ -22,6 +22,7 @@ from actors.stage import StageContext
 from system import storage
 from system.data.corpus import Corpus
 from system.influence.accuracy_targets import score_answers
+from system.scoring.answers import Generated
 from system.scoring.engine import Engine, EngineSettings
 from system.scoring.score import Scored, score_tokens
 from system.selection.difficulty import measure_rows
@@ -77,7 +78,7 @@ class Scorer:
         prompts: list[list[int]],
         max_new_tokens: int,
         stop_token_ids: list[int],
-    ) -> list[str]:
+    ) -> Generated:
         """Loads the weights, answers the prompts greedily."""
         self._load(weights_uri)
         return self._engine.generate(prompts, max_new_tokens, stop_token_ids)

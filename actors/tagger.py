@@ -246,7 +246,7 @@ class _Tagging:
         with self.context.progress.bar(label, total=total) as bar:
             for block in blocks:
                 if f"{block.name}.parquet" in done:
-                    bar.advance(len(block.ids))
+                    bar.skip(len(block.ids))
                     continue
                 encoded = encode_choice(tokenizer, block.instructions, self.names, limit)
                 waiting[block.name] = block

@@ -20,6 +20,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+RowFormat = Literal[
+    "auto", "alpaca", "prompt-completion", "question-answer", "sharegpt", "messages", "threads",
+    "preference", "columns",
+]  # fmt: skip
+
+
 class SourceConfig(Section):
     """One source of instruction rows: a file, a glob, a directory, a URI or a hub data set."""
 
@@ -27,10 +33,7 @@ class SourceConfig(Section):
     """Relative to `data_dir`, absolute, `s3://...`, `gs://...`, or `hf://owner/name`."""
     name: str = ""
     """How reports call it; empty: the file's name without its endings."""
-    format: Literal[
-        "auto", "alpaca", "prompt-completion", "question-answer", "sharegpt", "messages",
-        "threads", "preference", "columns",
-    ] = "auto"  # fmt: skip
+    format: RowFormat = "auto"
     """Shape of a row; `auto` decides from the first rows' keys."""
     columns: dict[str, str] = {}
     """For `format: columns`: which column is `system`, `prompt`, `response`."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from system.config_data import Positive, Section, Share
+from system.config_data import Positive, RowFormat, Section, Share, SourceConfig
 from system.config_model import LoraConfig
 
 _ROWS = TypeAdapter(Positive)
@@ -35,6 +35,30 @@ class AutoConfig(Section):
     """No round begins that would train on more tokens than this, all rounds together."""
     max_tuner_hours: float | None = Field(default=None, gt=0)
     """The same in measured hours of training, summed over tuners (GPU hours where each has one)."""
+
+
+class TargetConfig(Section):
+    """Files of a target that no source owns."""
+
+    path: str
+    """Relative to `data_dir`, absolute, `s3://...`, `gs://...`, or `hf://owner/name`."""
+    format: RowFormat = "auto"
+    """Shape of a row; `auto` decides from the first rows' keys."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """For `format: columns`: which column is `system`, `prompt`, `response`."""
+    answer_column: str | None = None
+    """Column that holds a verifiable final answer."""
+    answer_pattern: str | None = None
+    """Regular expression with one group that finds the final answer inside a response."""
+
+    @model_validator(mode="after")
+    def _is_a_source(self) -> TargetConfig:
+        self.as_source("target")
+        return self
+
+    def as_source(self, name: str) -> SourceConfig:
+        """What the readers of rows understand."""
+        return SourceConfig(name=name, **self.model_dump())
 
 
 class InfluenceConfig(Section):
@@ -75,8 +99,10 @@ class InfluenceConfig(Section):
     sketch); below, inner products are exact. Memory: 4 bytes x this x categories x directions."""
     lora: LoraConfig | None = None
     """Train adapters (merged before scoring) instead of all weights."""
-    targets: dict[str, str] = Field(default_factory=dict)
-    """Further targets that no source owns: name -> instruction file relative to data_dir."""
+    targets: dict[str, str | TargetConfig] = Field(default_factory=dict)
+    """Further targets that no source owns: name -> instruction file relative to data_dir, or
+    `{path, format, columns, answer_column, answer_pattern}`, as sources have them; `metric:
+    accuracy` needs one of the last two."""
     metric: Literal["loss", "accuracy"] = "loss"
     """What is measured on held-out rows: mean token loss (nats per response token), or the share of
     right answers, on categories with verifiable rows."""
@@ -108,6 +134,14 @@ class InfluenceConfig(Section):
     def doses(self) -> tuple[int, ...]:
         """The doses in rows, ascending."""
         return self.dose_rows if isinstance(self.dose_rows, tuple) else (self.dose_rows,)
+
+    @property
+    def target_sources(self) -> dict[str, SourceConfig]:
+        """The files of `targets`, each as a source that has the target's name."""
+        return {
+            name: (TargetConfig(path=given) if isinstance(given, str) else given).as_source(name)
+            for name, given in self.targets.items()
+        }
 
     @property
     def largest_dose(self) -> int:

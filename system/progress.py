@@ -17,7 +17,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 _FORECAST_FROM = 0.1
-"""Share of the work from which the time left is told."""
+"""Share of the work to do from which the time left is told."""
 LINE_SECONDS = 15.0
 
 
@@ -28,6 +28,7 @@ class Bar:
         self._label = label
         self._total = total
         self._done = 0
+        self._found = 0
         self._started = time.monotonic()
         self._last_line = self._started
         self._bar = (
@@ -36,8 +37,17 @@ class Bar:
             else None
         )
 
+    def skip(self, amount: int) -> None:
+        """Counts units that were found finished; they took no time, which tells nothing."""
+        self._done += amount
+        self._found += amount
+        if self._bar is not None:
+            self._bar.initial += amount
+            self._bar.n += amount
+            self._bar.refresh()
+
     def advance(self, amount: int = 1) -> None:
-        """Counts finished units."""
+        """Counts units as they are finished."""
         self._done += amount
         if self._bar is not None:
             self._bar.update(amount)
@@ -46,8 +56,9 @@ class Bar:
             seconds = self._last_line - self._started
             # Early on the start of actors and engines is most of the time: no forecast from that.
             forecast = ""
-            if self._done >= _FORECAST_FROM * self._total:
-                left = seconds / self._done * (self._total - self._done)
+            worked = self._done - self._found
+            if worked and worked >= _FORECAST_FROM * (self._total - self._found):
+                left = seconds / worked * (self._total - self._done)
                 forecast = f", about {left:.0f} s left"
             print(
                 f"  {self._label}: {self._done:,} of {self._total:,}, {seconds:.0f} s{forecast}",

@@ -15,6 +15,7 @@ confidence level: of twenty ties one in twenty looks like more at 95 %.
     factors       [{factor, formula, weighting, <contrast>}]         factor `mix` | `order` |
                   `reversed order` | `interaction`
     accuracy      [{arm, category, rows, seeds, value, low, high}]
+    left_out, answers_left_out   category -> rows that some model could not score, or not answer
     predictions   [{arm, reference, targets: [<outcome>], overall: <outcome>, slope,
                   rank_correlation}], see `system.evaluation.prediction`
     prediction    that of the solved mix against the natural one; null: not both were trained
@@ -222,6 +223,7 @@ def summarise(
         "comparisons": list(_comparisons("loss", performance, trained, weightings, confidence)),
         "factors": list(_factors(performance, weightings, confidence)),
         "accuracy": [],
+        "answers_left_out": {},
         "predictions": [],
         "prediction_unit": None if forecast is None else forecast.unit,
     }
@@ -231,7 +233,7 @@ def summarise(
             performance, forecast, weightings["importance"], confidence
         )
     if outcomes.num_rows:
-        answers, _ = performance_of(outcomes, "correct")
+        answers, summary["answers_left_out"] = performance_of(outcomes, "correct")
         checked = _weightings(list(next(iter(answers.values()))), importance)
         summary["accuracy"] = list(_shares(answers, [BASE, *trained], confidence))
         if forecast is not None and predicts_answers and checked["uniform"]:

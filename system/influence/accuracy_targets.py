@@ -23,7 +23,7 @@ from system.influence.design import Target
 from system.influence.heldout import LEAST_HELDOUT, in_seeded_order
 from system.influence.interventions import seed_of
 from system.models.chat import encode_prompt
-from system.scoring.answers import draw_rows, end_of_turn
+from system.scoring.answers import Generated, draw_rows, end_of_turn
 from system.scoring.score import Scored
 from system.scoring.verify import is_correct
 
@@ -89,7 +89,8 @@ def draw_accuracy_targets(
                 raise DataError(
                     f"influence.targets {name!r} has {rows.num_rows} rows with a verifiable "
                     f"answer; with influence.metric accuracy it needs at least {LEAST_HELDOUT}: "
-                    "give its rows answers (question-answer files have them), or measure losses"
+                    "say where they are (`{path: ..., answer_column: ...}` or answer_pattern), or "
+                    "measure losses"
                 )
             left_out[f"{name}: verifiable rows too few to be a target"] = rows.num_rows
             continue
@@ -113,19 +114,28 @@ def draw_accuracy_targets(
     return pa.concat_tables(parts), tuple(targets), left_out
 
 
-def score_answers(outputs: Sequence[str], questions: pa.Table) -> Scored:
+def score_answers(generated: Generated, questions: pa.Table) -> Scored:
     """Answers as scores: `nll` is 1 for a wrong answer and 0 for a right one, of one token each.
 
+    A question on which the engine failed is rejected like a row that it could not score.
+
     Args:
-        outputs: what the model wrote, one for each question.
+        generated: what the model wrote, a text for each question.
         questions: QUESTIONS schema.
     """
     questions = schema.check_table(questions, QUESTIONS, "questions")
+    ids = questions.column("id").to_pylist()
+    rejected = {ids[place]: reason for place, reason in generated.failures.items()}
+    texts = [text for text in generated.texts if text is not None]
+    is_answered = pa.array([text is not None for text in generated.texts])
+    if len(is_answered) != questions.num_rows:
+        raise ValueError(f"{len(is_answered)} answers to {questions.num_rows} questions")
+    questions = questions.filter(is_answered)
     patterns = questions.column("answer_pattern").to_pylist()
     answers = questions.column("answer").to_pylist()
     wrong = [
         0.0 if is_correct(output, answer, pattern) else 1.0
-        for output, answer, pattern in zip(outputs, answers, patterns, strict=True)
+        for output, answer, pattern in zip(texts, answers, patterns, strict=True)
     ]
     table = pa.table(
         {
@@ -136,7 +146,7 @@ def score_answers(outputs: Sequence[str], questions: pa.Table) -> Scored:
         },
         schema=schema.SCORES,
     )
-    return Scored(table=table, rejected={})
+    return Scored(table=table, rejected=rejected)
 
 
 def check_some_vary(losses: Mapping[str, np.ndarray]) -> None:

@@ -111,6 +111,22 @@ def _num_gone(corpus: Corpus, split: str, category: str, ids: Collection[str]) -
     return len(left)
 
 
+def trained_ids(plans: Mapping[str, TrainPlan], kept: Collection[str]) -> set[str]:
+    """Ids of the rows that stay in a replication's schedules.
+
+    Args:
+        plans: of the earlier replication, by kind.
+        kept: categories whose earlier measurements hold; appended rows of others leave.
+    """
+    ids = set()
+    for plan in plans.values():
+        columns = (plan.table.column(name).to_pylist() for name in ("id", "stage", "category"))
+        for row_id, stage, category in zip(*columns, strict=True):
+            if stage != APPENDED or category in kept:
+                ids.add(row_id)
+    return ids
+
+
 def undrawn(
     ids_of: Callable[[int], Sequence[str]], wanted: int, taken: Collection[str]
 ) -> list[int]:
@@ -185,6 +201,38 @@ def extend_plan(plan: TrainPlan, doses: Mapping[str, pa.Table], seed: int) -> Tr
     whole = pa.concat_tables(parts)
     order = np.lexsort((whole.column("sequence").to_numpy(), whole.column("step").to_numpy()))
     return plan_from_table(whole.take(pa.array(order)))
+
+
+def appended_plan(
+    plans: Mapping[str, TrainPlan], kept: Collection[str], doses: Mapping[str, pa.Table], seed: int
+) -> TrainPlan | None:
+    """The schedule that holds the appended rows of a replication; None where there are none.
+
+    Args:
+        plans: of the earlier replication, by kind.
+        kept: categories whose earlier measurements hold.  Appended rows of others leave: a run
+            switches on all appended rows of its category.
+        doses: category -> TOKENS rows to append.
+        seed: of the replication.
+    """
+    extended = None if "append" not in plans else _with_appended_of(plans["append"], kept)
+    return extend_plan(extended or plans["main"], doses, seed) if doses else extended
+
+
+def _with_appended_of(plan: TrainPlan, names: Collection[str]) -> TrainPlan | None:
+    """The schedule with the appended rows of these categories alone; None where none is left."""
+    columns = (plan.table.column(name).to_pylist() for name in ("stage", "category"))
+    rows = list(zip(*columns, strict=True))
+    kept = [stage != APPENDED or category in names for stage, category in rows]
+    if not any(stage == APPENDED and category in names for stage, category in rows):
+        return None
+    table = plan.table.filter(pa.array(kept))
+    step = table.column("step").to_numpy()
+    # One row a sequence, without gaps: those that join are numbered from the count of a step.
+    sequence = np.arange(len(step)) - np.searchsorted(step, step)
+    place = table.column_names.index("sequence")
+    column = pa.array(sequence.astype(np.int32))
+    return plan_from_table(table.set_column(place, table.schema.field(place), column))
 
 
 def append_replication(

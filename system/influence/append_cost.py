@@ -14,7 +14,7 @@ from system.config import RunConfig
 from system.data.corpus import Corpus
 from system.data.lengths import RowLengths
 from system.influence.accuracy_targets import answer_tokens
-from system.influence.append import Holding, dose_size, undrawn
+from system.influence.append import Holding, dose_size, trained_ids, undrawn
 from system.influence.cost import InfluenceCost
 from system.influence.design import Replication, Unit
 from system.influence.earlier import Earlier
@@ -110,7 +110,7 @@ def _doses(
 ) -> list[float]:
     """Tokens of the dose of each new category."""
     asked = earlier.design.asked
-    trained = {row for plan in plans.values() for row in plan.table.column("id").to_pylist()}
+    trained = trained_ids(plans, holding.kept)
     found = []
     for name in holding.new:
 

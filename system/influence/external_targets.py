@@ -1,7 +1,7 @@
 """Targets that no source owns: a user's benchmark, or a general-ability set as a guard.
 
 Their files may have any shape that sources may have; rows go through the same normal form, so ids
-tell a row that is also trained on.
+tell a row that is also trained on; verifiable answers are found as a source finds them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from system.config import IngestConfig, SourceConfig
 from system.data.conversation import Conversation, RowRejected, normalise
 from system.data.formats import Format, choose_format
+from system.data.labels import Labels
 from system.data.readers import Defect, Piece, read_rows
 from system.data.sources import list_files
 from system.errors import DataError
@@ -25,13 +26,12 @@ _HEAD_ROWS = 64
 
 
 def read_target(
-    name: str, path: str, *, data_dir: str, ingest: IngestConfig, exclude: Collection[str]
+    source: SourceConfig, *, data_dir: str, ingest: IngestConfig, exclude: Collection[str]
 ) -> tuple[pa.Table, dict[str, int]]:
     """The rows of one target's files, each once, without those that are trained on.
 
     Args:
-        name: of the target; every row's category.
-        path: as a source's: file, glob, directory or URI.
+        source: the target's files and answers; its name is every row's category.
         data_dir: what relative paths start from.
         ingest: limits on rows.
         exclude: ids of rows that interventions train on.
@@ -43,8 +43,9 @@ def read_target(
     Raises:
         DataError: no file, an unknown format, or too large a share of broken rows.
     """
-    source = SourceConfig(path=path, name=name)
-    found: dict[str, Conversation] = {}
+    name, path = source.name, source.path
+    labels = Labels(source)
+    found: dict[str, _Row] = {}
     left_out: Counter[str] = Counter()
     num_rows = num_broken = 0
     for file in list_files([source], data_dir):
@@ -55,15 +56,15 @@ def read_target(
         )
         for _, row in itertools.chain(first, rows):
             num_rows += 1
-            conversation = _conversation(row, shape, ingest, left_out)
-            if conversation is None:
+            normal = _normal(row, shape, labels, ingest, left_out)
+            if normal is None:
                 num_broken += 1
-            elif conversation.id in exclude:
+            elif normal.conversation.id in exclude:
                 left_out["trained-on"] += 1
-            elif conversation.id in found:
+            elif normal.conversation.id in found:
                 left_out["duplicate"] += 1
             else:
-                found[conversation.id] = conversation
+                found[normal.conversation.id] = normal
     if num_broken > ingest.max_rejected_share * num_rows:
         raise DataError(
             f"influence.targets {name!r} ({path}): {num_broken} of {num_rows} rows cannot be used "
@@ -73,36 +74,51 @@ def read_target(
     return _table(name, list(found.values())), dict(left_out)
 
 
-def _conversation(
-    row: Mapping[str, Any] | Defect, shape: Format, ingest: IngestConfig, left_out: Counter[str]
-) -> Conversation | None:
+class _Row(NamedTuple):
+    conversation: Conversation
+    answer: str | None
+    answer_pattern: str | None
+
+
+def _normal(
+    row: Mapping[str, Any] | Defect,
+    shape: Format,
+    labels: Labels,
+    ingest: IngestConfig,
+    left_out: Counter[str],
+) -> _Row | None:
     if isinstance(row, Defect):
         left_out[row.reason] += 1
         return None
     try:
-        return normalise(shape.turns(row), ingest.max_chars)
+        conversation = normalise(shape.turns(row), ingest.max_chars)
     except RowRejected as rejected:
         left_out[rejected.reason] += 1
         return None
+    found, rejected = labels.of([dict(row)], [conversation.contents[-1].encode()])
+    if rejected:
+        left_out[rejected[0][1].reason] += 1
+        return None
+    return _Row(conversation, found.answer[0], found.answer_pattern[0])
 
 
-def _table(name: str, rows: list[Conversation]) -> pa.Table:
+def _table(name: str, rows: list[_Row]) -> pa.Table:
     messages = [
         [
             {"role": role, "content": content}
-            for role, content in zip(row.roles, row.contents, strict=True)
+            for role, content in zip(row.conversation.roles, row.conversation.contents, strict=True)
         ]
         for row in rows
     ]
     nothing = [None] * len(rows)
     return pa.table(
         {
-            "id": [row.id for row in rows],
+            "id": [row.conversation.id for row in rows],
             "category": [name] * len(rows),
             "source": [name] * len(rows),
             "messages": messages,
-            "answer": nothing,
-            "answer_pattern": nothing,
+            "answer": [row.answer for row in rows],
+            "answer_pattern": [row.answer_pattern for row in rows],
             "score": nothing,
             "embedding": nothing,
         },

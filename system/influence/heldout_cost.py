@@ -127,10 +127,10 @@ def question_lengths(
 
 def _targets(config: RunConfig, trained: Collection[str]) -> dict[str, pa.Table]:
     return {
-        name: read_target(
-            name, path, data_dir=config.data_dir, ingest=config.ingest, exclude=trained
-        )[0]
-        for name, path in config.influence.targets.items()
+        name: read_target(source, data_dir=config.data_dir, ingest=config.ingest, exclude=trained)[
+            0
+        ]
+        for name, source in config.influence.target_sources.items()
     }
 
 

@@ -356,7 +356,8 @@ def _accuracy(evaluation: Evaluation) -> list[Block]:
                 ]
                 for category in dict.fromkeys(row["category"] for row in rows)
             ],
-            note="Mean over trainings, with Wilson intervals of the examples in brackets.",
+            note="Mean over trainings, with Wilson intervals of the examples in brackets."
+            + _unanswered(summary),
         )
     )
     against = [
@@ -372,6 +373,14 @@ def _accuracy(evaluation: Evaluation) -> list[Block]:
             )
         )
     return blocks
+
+
+def _unanswered(summary: dict[str, Any]) -> str:
+    lost = sum(summary["answers_left_out"].values())
+    if not lost:
+        return ""
+    were = plural(lost, "question was", "questions were")
+    return f" {were} left out because the engine failed on some model's answer."
 
 
 def _share_cell(row: dict[str, Any]) -> str:

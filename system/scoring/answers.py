@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +27,16 @@ ANSWERS = pa.schema(
     ]
 )
 """One model's answers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """What a model wrote."""
+
+    texts: list[str | None]
+    """One for each prompt; None where the engine failed, which says nothing of the model."""
+    failures: dict[int, str]
+    """Place of such a prompt -> reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +84,16 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def check_answers(
-    questions: Questions, outputs: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> pa.Table:
-    """The ANSWERS table of what a model wrote."""
-    rows = []
-    for row, prompt, output in zip(
-        questions.rows.to_pylist(), questions.prompts, outputs, strict=True
+    questions: Questions, generated: Generated, tokenizer: PreTrainedTokenizerBase
+) -> tuple[pa.Table, dict[str, str]]:
+    """The ANSWERS table of what a model wrote, and id -> reason where it could not be asked."""
+    rows, rejected = [], {}
+    for place, (row, prompt, output) in enumerate(
+        zip(questions.rows.to_pylist(), questions.prompts, generated.texts, strict=True)
     ):
+        if output is None:
+            rejected[row["id"]] = generated.failures[place]
+            continue
         rows.append(
             {
                 "id": row["id"],
@@ -92,7 +104,7 @@ def check_answers(
                 "correct": is_correct(output, row["answer"], row["answer_pattern"]),
             }
         )
-    return pa.Table.from_pylist(rows, schema=ANSWERS)
+    return pa.Table.from_pylist(rows, schema=ANSWERS), rejected
 
 
 def draw_rows(corpus: Corpus, split: str, category: str, num_rows: int, seed: int) -> pa.Table:

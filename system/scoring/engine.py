@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from system.errors import DataError, ModelError, StageError
+from system.scoring.answers import Generated
 from system.scoring.llm import EngineSettings, read_config, repack_tied_weights, start_llm
 from system.scoring.parity import ParityTest
 
@@ -171,8 +172,8 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         stop_token_ids: Sequence[int] = (),
-    ) -> list[str]:
-        """Greedy continuations as text, special tokens left out; empty where the engine failed.
+    ) -> Generated:
+        """Greedy continuations as text, special tokens left out.
 
         A prompt that leaves less than `max_new_tokens` of the context gets what is left.
 
@@ -183,6 +184,7 @@ class Engine:
 
         Raises:
             DataError: a prompt fills the whole context.
+            StageError: the engine itself fails.
         """
         from vllm import SamplingParams
 
@@ -206,13 +208,15 @@ class Engine:
                 )
             )
         order = sorted(range(len(requests)), key=lambda b: -len(requests[b][0]))
-        outputs, _ = self._run_all([requests[b] for b in order])
-        answers = [""] * len(requests)
+        outputs, failures = self._run_all([requests[b] for b in order])
+        texts: list[str | None] = [None] * len(requests)
         for b, output in zip(order, outputs, strict=True):
             if output is not None:
                 ids = list(output.outputs[0].token_ids)
-                answers[b] = tokenizer.decode(ids, skip_special_tokens=True)
-        return answers
+                texts[b] = tokenizer.decode(ids, skip_special_tokens=True)
+        return Generated(
+            texts=texts, failures={order[place]: reason for place, reason in failures.items()}
+        )
 
     def _log_probs(
         self, rows: Sequence[Sequence[int]], starts: Sequence[int], *, share_prefix: bool

@@ -143,7 +143,8 @@ def test_it_answers_and_stops_where_the_template_ends_a_turn(engine, model_dir):
     tokenizer = load_tokenizer(model_dir)
     turns = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = encode_prompt(tokenizer, turns, MAX_LENGTH)
-    (answer,) = engine.generate([prompt], 48, end_of_turn(tokenizer))
+    (answer,) = engine.generate([prompt], 48, end_of_turn(tokenizer)).texts
+    assert answer is not None
     assert "Paris" in answer
     assert "<|im_end|>" not in answer
     assert len(answer) < 100

@@ -217,7 +217,7 @@ def test_generation_is_the_greedy_continuation_of_transformers(engine, model_dir
     prompts = [
         encode_prompt(tokenizer, [{"role": "user", "content": text}], CONTEXT) for text in texts
     ]
-    answers = engine.generate(prompts, 12)
+    answers = engine.generate(prompts, 12).texts
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = list(prompt)
         with torch.inference_mode():
@@ -232,11 +232,23 @@ def test_generation_is_the_greedy_continuation_of_transformers(engine, model_dir
 
 def test_generation_stops_at_the_ids_it_is_given(engine):
     prompt = engine.tokenizer("name the capital")["input_ids"]
-    longest = engine.generate([prompt], 12)[0]
+    longest = engine.generate([prompt], 12).texts[0]
+    assert longest
     ids = engine.tokenizer(longest)["input_ids"]
-    assert len(longest) > 0
     first = next(i for i in range(VOCABULARY) if engine.tokenizer.decode([i]) == longest[0])
-    assert engine.generate([prompt], 12, [first, ids[0]])[0] in ("", longest[0])
+    assert engine.generate([prompt], 12, [first, ids[0]]).texts[0] in ("", longest[0])
+
+
+def test_a_prompt_on_which_the_engine_fails_is_named_and_has_no_answer(engine):
+    prompts = [[5, 6, 7], [5, 77, 7, 8], [9, 10]]
+    handle = fail_on(engine, 77)
+    try:
+        found = engine.generate(prompts, 4)
+    finally:
+        handle.remove()
+    assert list(found.failures) == [1] and "injected fault" in found.failures[1]
+    assert found.texts[1] is None
+    assert None not in (found.texts[0], found.texts[2])
 
 
 def test_an_engine_that_differs_from_transformers_is_refused(engine, model_dirs):

@@ -56,15 +56,18 @@ class StopsAfter(Progress):
         super().__init__(is_terminal=False)
         self.left = finished
         self.found: int | None = None
-        """Runs that were there already: they come in one step, the first."""
+        """Runs that were there already."""
 
     def bar(self, label: str, total: int) -> Bar:
         owner = self
 
         class Counting(Bar):
-            def advance(self, amount: int = 1) -> None:
+            def skip(self, amount: int) -> None:
                 if owner.found is None:
                     owner.found = amount
+                self.advance(amount)
+
+            def advance(self, amount: int = 1) -> None:
                 owner.left -= amount
                 if owner.left < 0:
                     raise Killed
@@ -73,7 +76,7 @@ class StopsAfter(Progress):
 
 
 class Trainings(Progress):
-    """Counts the runs that a stage makes itself; those that it finds come in one step."""
+    """Counts the runs that a stage makes itself."""
 
     def __init__(self) -> None:
         super().__init__(is_terminal=False)
@@ -83,11 +86,8 @@ class Trainings(Progress):
         owner = self
 
         class Counting(Bar):
-            found = True
-
             def advance(self, amount: int = 1) -> None:
-                owner.finished += 0 if self.found else amount
-                self.found = False
+                owner.finished += amount
 
         return Counting(label, total, False)
 

@@ -1,11 +1,14 @@
 """Targets measured by right answers: which rows are asked, and what an answer counts."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from test_answers import corpus_of, tokenizer  # noqa: F401  (a fixture)
 
 from system import storage
+from system.config import InfluenceConfig, IngestConfig
 from system.data.corpus import Corpus
 from system.errors import DataError
 from system.influence.accuracy_targets import (
@@ -14,6 +17,8 @@ from system.influence.accuracy_targets import (
     draw_accuracy_targets,
     score_answers,
 )
+from system.influence.external_targets import read_target
+from system.scoring.answers import Generated
 
 ROWS = {
     "math": [(f"{n}+{n}?", str(2 * n)) for n in range(12)],
@@ -70,6 +75,39 @@ def test_a_further_target_needs_answers_too(tmp_path, tokenizer):  # noqa: F811
         draw(tmp_path, tokenizer, external={"bench": silent})
 
 
+@pytest.mark.parametrize(
+    "where",
+    [{"answer_pattern": "#### (.+)"}, {"answer_column": "final"}],
+    ids=lambda w: next(iter(w)),
+)
+def test_a_further_target_s_answers_are_read_from_its_files(tmp_path, tokenizer, where):  # noqa: F811
+    lines = [
+        {"question": f"{n} and {n}?", "answer": f"so it is\n#### {2 * n}", "final": f"{2 * n}"}
+        for n in range(9)
+    ]
+    (tmp_path / "bench.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    values = {"targets": {"bench": {"path": "bench.jsonl", **where}}, "metric": "accuracy"}
+    source = InfluenceConfig.model_validate(values).target_sources["bench"]
+    table, left_out = read_target(source, data_dir=str(tmp_path), ingest=IngestConfig(), exclude=())
+    assert left_out == {}
+    assert sorted(table["answer"].to_pylist()) == sorted(f"{2 * n}" for n in range(9))
+    assert set(table["answer_pattern"].to_pylist()) == {where.get("answer_pattern")}
+    questions, targets, _ = draw(tmp_path, tokenizer, external={"bench": table})
+    assert [target.name for target in targets] == ["math", "bench"]
+    assert questions["category"].to_pylist().count("bench") == 8
+
+
+def test_the_answers_of_a_target_are_checked_when_the_configuration_is_read():
+    targets = {"bench": {"path": "x", "answer_pattern": "no group"}}
+    with pytest.raises(ValueError, match="exactly one group"):
+        InfluenceConfig.model_validate({"targets": targets})
+
+
+def wrote(*texts: str | None) -> Generated:
+    failures = {place: "the engine failed" for place, text in enumerate(texts) if text is None}
+    return Generated(texts=list(texts), failures=failures)
+
+
 def test_a_wrong_answer_is_a_loss_of_one():
     questions = pa.table(
         {
@@ -79,11 +117,15 @@ def test_a_wrong_answer_is_a_loss_of_one():
         },
         schema=QUESTIONS,
     )  # fmt: skip
-    found = score_answers(["so #### 4.0", "4", "Yes."], questions)
+    found = score_answers(wrote("so #### 4.0", "4", "Yes."), questions)
     assert found.table["nll"].to_pylist() == [0.0, 1.0, 0.0]
     assert found.table["num_tokens"].to_pylist() == [1, 1, 1]
-    with pytest.raises(ValueError, match="zip"):
-        score_answers(["4"], questions)
+    with pytest.raises(ValueError, match="1 answers to 3 questions"):
+        score_answers(wrote("4"), questions)
+    lost = score_answers(wrote("#### 4", None, "no"), questions)
+    assert lost.table["id"].to_pylist() == ["a", "c"], "a failed engine is no wrong answer"
+    assert lost.table["nll"].to_pylist() == [0.0, 1.0]
+    assert lost.rejected == {"b": "the engine failed"}
 
 
 def test_runs_that_answer_alike_measure_nothing():

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from system.data.corpus import Corpus, make_manifest, write_manifest, write_shard
 from system.models.base import CHATML
 from system.schema import CORPUS
-from system.scoring.answers import ANSWERS, check_answers, draw_questions, end_of_turn
+from system.scoring.answers import ANSWERS, Generated, check_answers, draw_questions, end_of_turn
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +87,16 @@ def test_outputs_are_checked_against_the_expected_answers(tmp_path, tokenizer):
     corpus = corpus_of(tmp_path, {"math": [("1+1?", "2"), ("2+2?", "4")]})
     questions = draw(corpus, tokenizer, 2)
     expected = questions.rows["answer"].to_pylist()
-    outputs = [f"I say #### {expected[0]}.0", "#### 99"]
-    answers = check_answers(questions, outputs, tokenizer)
+    outputs: list[str | None] = [f"I say #### {expected[0]}.0", "#### 99"]
+    answers, rejected = check_answers(questions, Generated(texts=outputs, failures={}), tokenizer)
+    assert rejected == {}
     assert answers.schema == ANSWERS
     assert answers["correct"].to_pylist() == [True, False]
     assert answers["expected"].to_pylist() == expected
+    failed = Generated(texts=[None, "#### 99"], failures={0: "out of memory"})
+    answers, rejected = check_answers(questions, failed, tokenizer)
+    assert answers["correct"].to_pylist() == [False]
+    assert rejected == {questions.rows["id"][0].as_py(): "out of memory"}
 
 
 def test_a_corpus_without_answers_asks_nothing(tmp_path, tokenizer):

@@ -19,6 +19,7 @@ from append_corpus import (
     source,
 )
 from influence_corpus import TASKS, build_inputs, influence_config
+from ingest_builders import write_lines
 
 from actors.appender import Appending, draw_appended
 from actors.pipeline import stage_inputs
@@ -227,6 +228,69 @@ def test_appends_follow_each_other(tmp_path):
     assert Earlier(attempts, Path(second).name).checkpoint(unit) is None
     folder.mkdir(parents=True)
     assert Earlier(attempts, Path(second).name).checkpoint(unit) == str(folder)
+
+
+def appended_ids(uri: str, category: str) -> list[set[str]]:
+    """Of each replication, the rows of a category that a run with it trains on beside the base."""
+    design = design_at(uri)
+    found = []
+    for index in range(2):
+        path = storage.join(uri, "plans", f"r{index:02d}-append.arrow")
+        plan = read_plan(path)
+        reference = active_rows(plan, Unit(replication=index, kind="reference", source=-1), design)
+        active = reference
+        if category in design.sources:
+            place = design.sources.index(category)
+            active = active_rows(plan, Unit(replication=index, kind="append", source=place), design)
+        rows = plan.table.filter(pa.array(active & ~reference))
+        ids = rows.column("id").to_pylist()
+        assert set(rows.column("category").to_pylist()) <= {category}
+        assert len(ids) == len(set(ids))
+        found.append(set(ids))
+    return found
+
+
+def test_a_retagged_appended_category_is_measured_on_its_own_dose_alone(tmp_path):
+    run = Grown(tmp_path)
+    attempts = RunDir(run.config.run_dir).stage_uri("influence")
+    run.prepare(*map(source, (*TASKS, FOURTH)))
+    run.measure()
+    lines = (tmp_path / "data" / f"{FOURTH}.jsonl").read_bytes().splitlines()
+    write_lines(tmp_path / "data" / "place-left.jsonl", lines[40:])
+    run.prepare(*map(source, TASKS), source(FOURTH, "place-left"))
+    earlier = Earlier(attempts, run.records["influence"].fingerprint)
+    cost = append_cost(run.config, earlier, run.corpus(), SeededLengths(run.corpus()), lambda: None)
+    uri = storage.join(attempts, run.measure())
+    design = design_at(uri)
+    assert design.append is not None and FOURTH in design.append.stale
+    assert [rows.rows[FOURTH].dose for rows in design.replications] == [32, 32]
+    assert [len(ids) for ids in appended_ids(uri, FOURTH)] == [32, 32]
+    files = [storage.join(uri, "units", f"{unit.name}.json") for unit in design.units]
+    assert cost.trained_tokens == sum(storage.read_json(file)["trained_tokens"] for file in files)
+    # What was measured is in the corpus, so the next append finds that it holds.
+    holding = Earlier(attempts, Path(uri).name).holding(run.corpus())
+    assert holding.stale == {} and holding.new == ()
+
+
+def test_an_appended_category_may_leave_and_return(tmp_path):
+    run = Grown(tmp_path)
+    attempts = RunDir(run.config.run_dir).stage_uri("influence")
+    run.prepare(*map(source, (*TASKS, FOURTH)))
+    run.measure()
+    run.prepare(*map(source, (*TASKS, FIFTH)))
+    without = storage.join(attempts, run.measure())
+    kept = appended_ids(without, FIFTH)
+    plan = read_plan(storage.join(without, "plans", "r00-append.arrow"))
+    assert FOURTH not in plan.table.column("category").to_pylist()
+    run.prepare(*map(source, (*TASKS, FIFTH, FOURTH)))
+    back = storage.join(attempts, run.measure())
+    assert [len(ids) for ids in appended_ids(back, FOURTH)] == [32, 32]
+    assert appended_ids(back, FIFTH) == kept
+    plan = read_plan(storage.join(back, "plans", "r00-append.arrow"))
+    steps = plan.table.column("step").to_numpy()
+    np.testing.assert_array_equal(
+        plan.sequences, np.arange(len(steps)) - np.searchsorted(steps, steps)
+    )
 
 
 def test_scores_of_earlier_runs_are_completed_not_replaced(grown, appended):

@@ -76,10 +76,10 @@ def planned(root: Path, config: RunConfig, corpus: Corpus) -> tuple[Design, list
         for name in plan.table["id"].to_pylist()
     }
     external = {
-        name: read_target(
-            name, path, data_dir=config.data_dir, ingest=config.ingest, exclude=trained
-        )[0]
-        for name, path in config.influence.targets.items()
+        name: read_target(source, data_dir=config.data_dir, ingest=config.ingest, exclude=trained)[
+            0
+        ]
+        for name, source in config.influence.target_sources.items()
     }
     heldout, targets, _ = draw_targets(
         run_seed=config.seed,

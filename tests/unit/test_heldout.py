@@ -5,7 +5,7 @@ import pytest
 from influence_corpus import TASKS, build_inputs
 from ingest_builders import Ingested, run_config, write_lines
 
-from system.config import IngestConfig, SourceConfig
+from system.config import InfluenceConfig, IngestConfig, SourceConfig
 from system.data.corpus import Corpus
 from system.errors import DataError
 from system.influence.external_targets import read_target
@@ -100,9 +100,11 @@ def test_too_few_held_out_rows_are_named(corpus, tokenizer):
 
 
 def read(root, name="bench", exclude=(), **ingest):
+    config = InfluenceConfig(targets={name: f"{name}.jsonl"})
     return read_target(
-        name, f"{name}.jsonl", data_dir=str(root), ingest=IngestConfig(**ingest), exclude=exclude
-    )
+        config.target_sources[name],
+        data_dir=str(root), ingest=IngestConfig(**ingest), exclude=exclude,
+    )  # fmt: skip
 
 
 def test_an_external_target_is_a_target_without_a_source(corpus, tokenizer, tmp_path):
