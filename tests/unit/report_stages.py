@@ -23,7 +23,7 @@ from system.influence.summary import Cost
 from system.influence.summary import summarise as summarise_influence
 from system.planning import dependency_effects, mix_options, mix_problem, why_not_believed
 from system.rundir import RunDir, StageRecord, fingerprint
-from system.solve import solve_mix, sweep_move
+from system.solve import nearest_mix, solve_mix, sweep_move
 from system.stages import STAGE_FOLDERS, STAGE_NAMES
 from system.taxonomy import estimate_taxonomy
 
@@ -187,7 +187,7 @@ class StageWriter:
         problem = mix_problem(solve, self.matrices, self.run.train_rows(), None)
         doubt = why_not_believed(self.summary)
         options = mix_options(solve, is_believed=not doubt)
-        self.mix = solve_mix(problem, options)
+        self.mix = (nearest_mix if doubt else solve_mix)(problem, options)
         if doubt:
             self.mix = dataclasses.replace(self.mix, notes=(doubt, *self.mix.notes))
         storage.write_bytes(storage.join(self.base, "mix.json"), self.mix.to_json().encode())
