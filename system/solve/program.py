@@ -56,6 +56,8 @@ class Program:
         self.row_lower_R, self.row_upper_R = np.zeros(0), np.zeros(0)
         self._row_scale_R = np.zeros(0)
         self._cost_scale = _power_of_two(np.abs(self.cost_C * self.unit_C).max(initial=0.0))
+        self.was_solved = False
+        """True from the first solve on, even one that needed no step."""
         self._solver = Solver(gap=gap)
         self._solver.add_columns(
             self.cost_C * self.unit_C / self._cost_scale,
@@ -138,6 +140,7 @@ class Program:
         Raises:
             ModelInfeasibleError, StageError: as ``Solver.solve``.
         """
+        self.was_solved = True
         solution = self._solver.solve()
         x_C = np.clip(solution.x_C * self.unit_C, self.lower_C, self.upper_C)
         if self.is_integer_C is not None:

@@ -290,6 +290,16 @@ def test_what_if_starts_from_the_last_basis():
     assert again.solver.iterations == before, "no simplex step is needed when nothing changes"
 
 
+def test_what_if_goes_on_from_a_guessed_basis_that_was_optimal_at_once():
+    n = 260
+    p = problem(np.diag(np.arange(n) / n), np.full(n, 100.0), importance_T=np.ones(n))
+    session = MixSession(p, MixOptions(guard_nats=5.0))
+    assert session.mix.solver.iterations == 0, "the guess is meant to be optimal"
+    narrower = session.what_if(move=0.05)
+    assert narrower.gain == pytest.approx(solve_mix(p, MixOptions(guard_nats=5.0, move=0.05)).gain)
+    assert narrower.solver.rows == session.mix.solver.rows
+
+
 def test_what_if_refuses_names_it_does_not_know():
     session = MixSession(problem(EFFECT, [1, 1, 1]), MixOptions())
     with pytest.raises(ConfigError, match="unknown category 'nope'"):
