@@ -139,6 +139,11 @@ def test_every_single_relaxation_that_is_offered_does_help(seed):
         ("base_S", [1.0, 2.0], "one base count for each of the 3"),
         ("supply_S", [1.0, 2.0, -3.0], "every supply"),
         ("tokens_S", [1.0, 0.0, 1.0], "tokens per example must be > 0"),
+        (
+            "tokens_S",
+            [1.0, float("inf"), 1.0],
+            "tokens per example must be > 0 and finite, found inf",
+        ),
         ("importance_T", [0.0, 0.0, 0.0], "at least one target needs a positive importance"),
         ("se_TS", -np.ones((3, 3)), "standard errors must be >= 0"),
         ("identifiable_TS", np.ones((3, 3)), "must be a bool table"),
