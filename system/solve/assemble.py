@@ -117,7 +117,7 @@ def _counts(model: Model, u_S: np.ndarray, v_S: np.ndarray) -> np.ndarray:
     at_ceiling = (u_S > 0) & (u_S == model.up_S) & (model.ceiling_S <= model.base_S + model.cap_S)
     at_lower = (v_S > 0) & (v_S == model.down_S) & (model.lower_S >= model.base_S - model.cap_S)
     count_S = np.where(at_ceiling, np.minimum(model.ceiling_S, count_S), count_S)
-    return np.where(at_lower, model.lower_S, count_S)
+    return np.where(at_lower, model.lower_S, count_S) + 0.0
 
 
 def _places(model: Model, count_S: np.ndarray) -> list[At]:
