@@ -34,7 +34,14 @@ from system.planning import (
     mix_problem,
     why_not_believed,
 )
-from system.solve import Mix, MixProblem, expected_regret, solve_mix, sweep_move
+from system.solve import (
+    Mix,
+    MixProblem,
+    expected_regret,
+    nearest_mix,
+    solve_mix,
+    sweep_move,
+)
 from system.taxonomy import estimate_taxonomy
 
 
@@ -81,10 +88,11 @@ def run_solve(context: StageContext) -> StageResult:
     problem, deciding = measured_problem(context, solve)
     doubt = why_not_believed(summary)
     options = mix_options(solve, is_believed=not doubt)
-    mix = solve_mix(problem, options)
     if doubt:
+        mix = nearest_mix(problem, options)
         mix = dataclasses.replace(mix, notes=(doubt, *mix.notes))
     else:
+        mix = solve_mix(problem, options)
         draws = 100 if len(mix.categories) <= 64 else 20  # each costs as much as a mix
         regret = expected_regret(problem, options, num_draws=draws, seed=context.config.seed)
         mix = dataclasses.replace(mix, expected_regret=regret.value)

@@ -263,6 +263,8 @@ def _without_prices(mix: Mix) -> str:
 
 
 def _sweep(sweep: list[dict[str, Any]], mix: Mix) -> list[Block]:
+    if not sweep:
+        return [Prose(text="No fractional mix within the limits was found at any of the shares.")]
     digits = decimals([row["gain"] for row in sweep], least=4)
     best = max(sweep, key=lambda row: row["gain"])
     table = _sweep_table(sweep, digits)

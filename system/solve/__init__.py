@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from system.solve.mix import CategoryMix, GroupMix, Mix, Relaxation, SolverInfo, TargetMix
+    from system.solve.nearest import nearest_mix
     from system.solve.predict import MixPredictor, Promise
     from system.solve.problem import GroupLimit, MixOptions, MixProblem
     from system.solve.regret import Regret, expected_regret
@@ -28,6 +29,7 @@ __all__ = [
     "SolverInfo",
     "TargetMix",
     "expected_regret",
+    "nearest_mix",
     "solve_mix",
     "sweep_move",
 ]
@@ -48,6 +50,7 @@ _HOME = {
     "SolverInfo": "mix",
     "TargetMix": "mix",
     "expected_regret": "regret",
+    "nearest_mix": "nearest",
     "solve_mix": "solve",
     "sweep_move": "solve",
 }

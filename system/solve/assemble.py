@@ -72,9 +72,9 @@ def _relaxation(model: Model, outcome: Outcome) -> Relaxation | None:
     prices, problem = outcome.relaxed_prices, model.problem
     # What stops u is the nearer of supply and cap; only the supply's price is one of supply.
     is_stock_S = model.is_supply_S & (model.ceiling_S <= model.base_S + model.cap_S)
-    value_S = np.where(is_stock_S, np.maximum(prices.reduced_add_S, 0.0), 0.0)
-    value_S = value_S * model.options.max_epochs
-    limit_S = np.maximum(np.maximum(prices.reduced_add_S, prices.reduced_remove_S), 0.0)
+    ceiling_S = _ceiling_prices(model, prices)
+    value_S = np.where(is_stock_S, ceiling_S, 0.0) * model.options.max_epochs
+    limit_S = np.maximum(ceiling_S, np.maximum(prices.reduced_remove_S, 0.0))
     return Relaxation(
         gain=outcome.relaxed_gain,
         move_price=prices.move,
@@ -83,6 +83,15 @@ def _relaxation(model: Model, outcome: Outcome) -> Relaxation | None:
         limit_prices=dict(zip(problem.categories, limit_S.tolist(), strict=True)),
         guard_prices=dict(zip(problem.targets, prices.guard_T.tolist(), strict=True)),
     )
+
+
+def _ceiling_prices(model: Model, prices: Prices) -> np.ndarray:
+    """[S] gain per example by which a ceiling rises.
+
+    A ceiling below the base is the least that must be removed, so its price is that of less of it.
+    """
+    is_forced_S = model.must_remove_S > 0
+    return np.maximum(np.where(is_forced_S, -prices.reduced_remove_S, prices.reduced_add_S), 0.0)
 
 
 def gain_error(model: Model, u_S: np.ndarray, v_S: np.ndarray) -> float | None:
@@ -108,7 +117,7 @@ def _counts(model: Model, u_S: np.ndarray, v_S: np.ndarray) -> np.ndarray:
     at_ceiling = (u_S > 0) & (u_S == model.up_S) & (model.ceiling_S <= model.base_S + model.cap_S)
     at_lower = (v_S > 0) & (v_S == model.down_S) & (model.lower_S >= model.base_S - model.cap_S)
     count_S = np.where(at_ceiling, np.minimum(model.ceiling_S, count_S), count_S)
-    return np.where(at_lower, model.lower_S, count_S)
+    return np.where(at_lower, model.lower_S, count_S) + 0.0
 
 
 def _places(model: Model, count_S: np.ndarray) -> list[At]:
@@ -138,28 +147,32 @@ def _categories(
     share_S = weight_S / weight_S.sum() if weight_S.sum() > 0 else weight_S
     epochs = model.options.max_epochs
     records, places = [], _places(model, count_S)
+    ceiling_S = None if prices is None else _ceiling_prices(model, prices)
     for j, name in enumerate(model.problem.categories):
         at = places[j]
         reduced = supply = limit = None
-        if prices is not None:
+        if prices is not None and ceiling_S is not None:
             up, down = float(prices.reduced_add_S[j]), float(prices.reduced_remove_S[j])
             is_below = count_S[j] < model.base_S[j] or (at == "lower" and down > 0)
             reduced = (-down if is_below else up) + 0.0
-            held = max(down if is_below else up, 0.0)
-            limit = 0.0 if at in ("free", "base") else held
-            supply = held * epochs if at == "supply" and not is_below else 0.0
+            limit = 0.0
+            if at in ("supply", "upper"):
+                limit = float(ceiling_S[j])
+            elif at in ("lower", "cap"):
+                limit = max(down if is_below or at == "lower" else up, 0.0)
+            supply = limit * epochs if at == "supply" else 0.0
         low = high = supply_low = supply_high = None
         score = float(model.score_add_S[j])
         if ranges is not None:
             low = _end(score - ranges.score_down_S[j])
             high = _end(score + ranges.score_up_S[j])
-            if model.problem.supply_S is not None and np.isfinite(model.problem.supply_S[j]):
-                stock = float(model.problem.supply_S[j])
-                if at == "supply":
-                    supply_low = _end(max(stock - ranges.bound_down_S[j] / epochs, 0.0))
-                    supply_high = _end(stock + ranges.bound_up_S[j] / epochs)
-                else:
-                    supply_low = float(count_S[j]) / epochs
+            supply_S = model.problem.supply_S
+            if at == "supply":
+                stock = float(model.ceiling_S[j]) / epochs
+                supply_low = _end(max(stock - ranges.bound_down_S[j] / epochs, 0.0))
+                supply_high = _end(stock + ranges.bound_up_S[j] / epochs)
+            elif supply_S is not None and np.isfinite(supply_S[j]):
+                supply_low = float(count_S[j]) / epochs
         records.append(
             CategoryMix(
                 category=name,

@@ -67,7 +67,7 @@ class Ranges:
     score_down_S: np.ndarray
     score_up_S: np.ndarray
     bound_down_S: np.ndarray
-    """[S] for the upper bound of u (the ceiling of a category), in examples."""
+    """[S] for the ceiling of a category, in examples."""
     bound_up_S: np.ndarray
 
 
@@ -161,23 +161,30 @@ class _Basis:
         return room[0], room[1]
 
     def bound_room(self) -> tuple[np.ndarray, np.ndarray]:
-        """[S] how far the upper bound of u may rise and fall."""
-        S = self.model.num_sources
+        """[S] how far the ceiling of a category may rise and fall."""
+        model, S = self.model, self.model.num_sources
         x_C, program = self.point.x_C, self.program
         up_S = np.full(S, np.inf)
         down_S = program.upper_C[:S] - x_C[:S]
-        held = np.flatnonzero(self.at_upper_C[:S])
+        held, column, step = self._held_by_ceiling()
         if not len(held):
             return up_S, down_S
-        fall = self.answer[:, held]
-        # What the other rows gain per example: guards that are not in the program included.
+        upper_S = np.inf if model.problem.upper_S is None else model.problem.upper_S
+        # Beyond its cap or its other upper limit a ceiling does not matter.
+        reach_S = np.minimum(model.base_S + model.cap_S, upper_S)
+        rise_S = np.full(S, np.inf)
+        np.subtract(reach_S, model.ceiling_S, out=rise_S, where=np.isfinite(model.ceiling_S))
+        up_S[held] = np.where(column >= S, program.lower_C[column], np.maximum(rise_S, 0.0)[held])
+        down_S[held] = program.upper_C[column] - program.lower_C[column]
+        # How basic columns fall and rows rise for each example by which the ceiling rises.
+        fall = self.answer[:, column] * step
         below = x_C[self.basic] - program.lower_C[self.basic]
         above = program.upper_C[self.basic] - x_C[self.basic]
-        up_S[held] = _box_room(fall, below, above)
-        down_S[held] = np.minimum(_box_room(-fall, below, above), program.upper_C[held])
+        up_S[held] = np.minimum(up_S[held], _box_room(fall, below, above))
+        down_S[held] = np.minimum(down_S[held], _box_room(-fall, below, above))
         slack_rows = np.flatnonzero(self.is_basic_R)
         rows_RC = program.rows[slack_rows]
-        drift = rows_RC[:, held] - rows_RC[:, self.basic] @ fall
+        drift = rows_RC[:, column] * step - rows_RC[:, self.basic] @ fall
         row_R = rows_RC @ x_C
         blocks = [
             (
@@ -186,9 +193,10 @@ class _Basis:
                 program.row_upper_R[slack_rows] - row_R,
             )
         ]
-        floor_T = -self.model.guard_T
+        # Guards that are not in the program count as well.
+        floor_T = -model.guard_T
         absent = np.flatnonzero(np.isfinite(floor_T) & ~self._guards_in_program())
-        effects = self.model.effects
+        effects = model.effects
         if len(absent) and effects.off_add_TS is None:
             # Row by row in blocks: a thousand targets by two thousand columns is fine, but a copy
             # of it for every block is not.
@@ -196,13 +204,33 @@ class _Basis:
                 rows = effects.rows(block)
                 basic = self.basic[self.basic < 2 * S]
                 inside = fall[self.basic < 2 * S]
-                moved = rows[:, held] - rows[:, basic] @ inside
+                moved = rows[:, column] * step - rows[:, basic] @ inside
                 room = rows @ x_C[: 2 * S] - floor_T[block]
                 blocks.append((moved, room, np.full(len(block), np.inf)))
         for moved, below_rows, above_rows in blocks:
             up_S[held] = np.minimum(up_S[held], _box_room(-moved, below_rows, above_rows))
             down_S[held] = np.minimum(down_S[held], _box_room(moved, below_rows, above_rows))
         return up_S, down_S
+
+    def _held_by_ceiling(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[k] categories whose ceiling has a price, the column it bounds, and which way.
+
+        A ceiling at or above the base is the upper end of u, which may leave u no room at all; one
+        below the base is the lower end of v, which falls as the ceiling rises.
+        """
+        S, program = self.model.num_sources, self.program
+        zero_C = program.zero_costs()
+        is_fixed_C = ~self.is_basic_C & (program.upper_C == program.lower_C)
+        is_forced_S = self.model.must_remove_S > 0
+        at_top_S = self.at_upper_C[:S] | (is_fixed_C & (self.reduced_C > zero_C))[:S]
+        at_bottom_S = ((self.at_lower_C | is_fixed_C) & (self.reduced_C < -zero_C))[S : 2 * S]
+        top = np.flatnonzero(at_top_S & ~is_forced_S)
+        bottom = np.flatnonzero(at_bottom_S & is_forced_S)
+        return (
+            np.r_[top, bottom],
+            np.r_[top, S + bottom],
+            np.r_[np.ones(len(top)), -np.ones(len(bottom))],
+        )
 
     def _guards_in_program(self) -> np.ndarray:
         names = {label[1] for label in self.program.labels if label[0] == "guard"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import highspy
 import numpy as np
+from scipy.sparse import csr_array
 
 from system.errors import StageError
 
@@ -98,26 +99,33 @@ class Solver:
             self._is_mip = True
         self._num_columns += n
 
-    def add_rows(self, rows_RC: np.ndarray, lower_R: np.ndarray, upper_R: np.ndarray) -> None:
-        """Append rows given as a dense block over all columns; exact zeros are not stored."""
-        _require_finite("row", rows_RC)
+    def add_rows(
+        self, rows_RC: np.ndarray | csr_array, lower_R: np.ndarray, upper_R: np.ndarray
+    ) -> None:
+        """Append rows over all columns; exact zeros of a dense block are not stored."""
+        count = len(lower_R)
+        if isinstance(rows_RC, csr_array):
+            starts, columns, values = rows_RC.indptr[:-1], rows_RC.indices, rows_RC.data
+        else:
+            where_r, columns = np.nonzero(rows_RC)
+            starts = np.searchsorted(where_r, np.arange(count))
+            values = rows_RC[where_r, columns]
+        values = np.ascontiguousarray(values, dtype=np.float64)
+        _require_finite("row", values)
         _require_no_nan("row bound", lower_R, upper_R)
-        where_r, where_c = np.nonzero(rows_RC)
-        starts = np.searchsorted(where_r, np.arange(len(rows_RC))).astype(np.int32)
-        values = np.ascontiguousarray(rows_RC[where_r, where_c])
         self._check(
             self._highs.addRows(
-                len(rows_RC),
+                count,
                 np.ascontiguousarray(lower_R, dtype=np.float64),
                 np.ascontiguousarray(upper_R, dtype=np.float64),
                 len(values),
-                starts,
-                where_c.astype(np.int32),
+                starts.astype(np.int32),
+                columns.astype(np.int32),
                 values,
             ),
             "add rows",
         )
-        self._num_rows += len(rows_RC)
+        self._num_rows += count
 
     def set_costs(self, cost_C: np.ndarray) -> None:
         """Replace the objective."""

@@ -8,22 +8,27 @@ is relaxed alone, as little as possible, all others held.
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.sparse import csr_array, hstack
 
 from system.errors import InfeasibleMixError
 from system.solve.highs import ModelInfeasibleError
 from system.solve.model import Model, new_program
-from system.solve.program import Program
+from system.solve.program import Point, Program
 from system.solve.row_generation import Cuts, GuardCuts
+from system.solve.segments import expand, padded
+from system.solve.whole import is_possible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Limit:
-    """One of the user's limits as ``row @ (u, v) >= bound``."""
+    """One of the user's limits as ``coefficient @ (u, v)[index] >= bound``."""
 
     words: str
     advice: str
     """How to loosen it; ``{to}`` is the value that just fits, ``{by}`` the difference."""
-    row_C: np.ndarray
+    index: np.ndarray
+    """Columns, those of ``v`` after all of ``u``; no guard has any, its row is made when needed."""
+    coefficient: np.ndarray
     bound: float
     value: float
     """As the user gave it."""
@@ -35,6 +40,8 @@ class _Limit:
 
 _MOST_FILTERED = 40
 """Larger conflicts are named as the prices give them: filtering takes one LP a limit."""
+_NEGLIGIBLE = 1e-7
+"""Violations, as a share of what they are measured against, that whole counts may be blamed for."""
 _MOST_TOLD = 12
 """No one reads more limits than this."""
 
@@ -45,13 +52,20 @@ def infeasibility(model: Model) -> InfeasibleMixError:
     relaxed = replace(model, options=fractional)
     conflict = _Conflict(relaxed)
     if conflict.is_feasible():
-        if model.options.max_categories is not None:
+        unlimited = replace(model, options=replace(model.options, max_categories=None))
+        if model.options.max_categories is not None and is_possible(unlimited):
             return _too_few_categories(model)
-        return InfeasibleMixError(
-            "no whole-number mix satisfies all limits (fractional counts would); widen the trust "
-            "region (move), the caps or the guards slightly, or leave integer out"
-        )
+        if model.options.integer:
+            return InfeasibleMixError(
+                "no whole-number mix satisfies all limits (fractional counts would); widen the "
+                "trust region (move), the caps or the guards slightly, or leave integer out"
+            )
     limits = conflict.minimal()
+    if not limits:
+        return InfeasibleMixError(
+            f"no mix of {model.budget:.10g} {model.options.unit} satisfies all limits, but only by "
+            "less than can be told apart from rounding; widen one of them by a millionth"
+        )
     asked = limits[:_MOST_TOLD]
     advice = [words for limit in asked if (words := conflict.relaxation(limit)) is not None]
     names = "; ".join(conflict.limits[k].words for k in asked)
@@ -72,8 +86,6 @@ def infeasibility(model: Model) -> InfeasibleMixError:
 
 def _too_few_categories(model: Model) -> InfeasibleMixError:
     low, high = (model.options.max_categories or 0) + 1, model.num_sources
-    from system.solve.whole import is_possible
-
     while low < high:
         middle = (low + high) // 2
         if is_possible(replace(model, options=replace(model.options, max_categories=middle))):
@@ -95,57 +107,77 @@ class _Conflict:
         self.model = model
         self.limits = _limits(model)
         self._num_rows = len(self.limits)
-        self._finder = GuardCuts(model, -model.guard_T)
         S = model.num_sources
-        self._first = 2 * S
-        guarded = np.flatnonzero(np.isfinite(model.guard_T))
-        self._guarded = {int(i): self._num_rows + k for k, i in enumerate(guarded)}
-        for i in guarded:
-            self.limits.append(_guard_limit(model, int(i), float(self._finder.scales()[i])))
         open_model = replace(
             model,
             up_S=np.full(S, 2.0 * model.budget / model.length_S.min()),
             down_S=model.base_S,
+            must_remove_S=np.zeros(S),
             groups=(),
             move_budget=float(model.length_S.sum() * 2.0 * model.budget),
         )
-        slacks = len(self.limits)
+        if model.curve is not None:
+            open_model = expand(open_model, padded(model.curve))
+        self._finder = GuardCuts(open_model, -model.guard_T)
+        self._first = 2 * open_model.num_sources
+        guarded = np.flatnonzero(np.isfinite(model.guard_T))
+        self._guarded = {int(i): self._num_rows + k for k, i in enumerate(guarded)}
+        scale_T = self._finder.scales()
+        self.limits += [_guard_limit(model, int(i), float(scale_T[i])) for i in guarded]
         size_K = np.array([limit.size for limit in self.limits])
         self._weight_K = 1.0 / size_K
         self.program: Program = new_program(
             open_model,
-            cost_C=np.r_[np.zeros(2 * S), -self._weight_K],
-            extra_upper=np.full(slacks, np.inf),
+            cost_C=np.r_[np.zeros(self._first), -self._weight_K],
+            extra_upper=np.full(len(self.limits), np.inf),
             extra_unit=np.exp2(np.floor(np.log2(size_K))),
         )
-        rows = np.zeros((self._num_rows, 2 * S + slacks))
-        for k in range(self._num_rows):
-            rows[k, : 2 * S] = self.limits[k].row_C
-            rows[k, 2 * S + k] = 1.0
-        bound_K = np.array([limit.bound for limit in self.limits[: self._num_rows]])
         self.program.add_rows(
             [("limit", k) for k in range(self._num_rows)],
-            rows,
-            bound_K,
+            self._limit_rows(),
+            np.array([limit.bound for limit in self.limits[: self._num_rows]]),
             np.full(self._num_rows, np.inf),
         )
 
+    def _limit_rows(self) -> csr_array:
+        """One row for each limit but guards, over ``u``, ``v`` (or their segments) and slacks."""
+        S, X = self.model.num_sources, self._first // 2
+        rows, columns, values = [], [], []
+        for k, limit in enumerate(self.limits[: self._num_rows]):
+            side, source = np.divmod(limit.index, S)
+            inner = side * X + source
+            for start in range(0, X, S):
+                rows.append(np.full(len(inner), k))
+                columns.append(inner + start)
+                values.append(limit.coefficient)
+        slack = np.arange(self._num_rows)
+        rows, columns = np.concatenate([*rows, slack]), np.concatenate([*columns, X + X + slack])
+        values = np.concatenate([*values, np.ones(self._num_rows)])
+        shape = (self._num_rows, self._first + len(self.limits))
+        return csr_array((values, (rows, columns)), shape=shape)
+
     def is_feasible(self) -> bool:
-        """Whether all limits hold together with fractional counts."""
-        return self._violation(set(range(len(self.limits)))) <= 1e-7
+        """Whether all limits hold together with fractional counts, up to a hair."""
+        return self._violation(set(range(len(self.limits)))) <= _NEGLIGIBLE
 
     def minimal(self) -> list[int]:
-        """A set of limits that conflict; none could be left out, unless it is a large set."""
-        self._violation(set(range(len(self.limits))))
+        """A set of limits that conflict; none could be left out, unless it is a large set.
+
+        Empty where the solver cannot tell the conflict from rounding.
+        """
+        total = self._violation(set(range(len(self.limits))))
+        if total <= 0.0:
+            return []
+        negligible = min(_NEGLIGIBLE, 0.5 * total)
         point = self._solve()
         reduced = np.abs(np.asarray(point.reduced_cost_C)[self._first :] + self._weight_K)
         # A slack whose limit has a price takes part in this infeasibility; only those can be in
         # a minimal conflict, the filter removes what is left over.
         active = {k for k in range(len(self.limits)) if reduced[k] > 1e-7 * self._weight_K[k]}
-        if self._violation(active) <= 1e-7:
+        if self._violation(active) <= negligible:
             active = set(range(len(self.limits)))
         for k in sorted(active) if len(active) <= _MOST_FILTERED else ():
-            if self._violation(active - {k}) > 1e-7:
+            if self._violation(active - {k}) > negligible:
                 active = active - {k}
         return sorted(active)
 
@@ -189,7 +221,7 @@ class _Conflict:
         self.program.set_costs(cost_C)
         return -self._solve(chosen).objective
 
-    def _solve(self, chosen: np.ndarray | None = None):
+    def _solve(self, chosen: np.ndarray | None = None) -> Point:
         while True:
             point = self.program.solve()
             cuts = self._finder(point.x_C)
@@ -198,28 +230,26 @@ class _Conflict:
                 return point
             self.program.add_rows(*rows)
 
-    def _guard_rows(self, cuts: Cuts, x_C: np.ndarray, chosen: np.ndarray | None):
+    def _guard_rows(
+        self, cuts: Cuts, x_C: np.ndarray, chosen: np.ndarray | None
+    ) -> tuple[list[tuple[str, int]], csr_array, np.ndarray, np.ndarray] | None:
         """The guards' rows that their own slacks do not cover yet."""
         position = {name: i for i, name in enumerate(self.model.problem.targets)}
-        scale_T = self._finder.scales()
-        labels, rows, lower = [], [], []
-        for label, row_C, bound in zip(cuts.labels, cuts.rows_RC, cuts.lower_R, strict=True):
-            i = position[label[1]]
-            k = self._guarded[i]
-            column = self._first + k
-            missing = bound - float(row_C @ x_C[: self._first]) - float(x_C[column])
-            is_left_out = chosen is not None and not chosen[k]
-            if is_left_out or missing <= 4e-9 * scale_T[i]:
-                continue
-            full_C = np.zeros(len(x_C))
-            full_C[: self._first] = row_C
-            full_C[column] = 1.0
-            labels.append(("limit", k))
-            rows.append(full_C)
-            lower.append(bound)
-        if not rows:
+        place = np.array([position[label[1]] for label in cuts.labels])
+        slack = np.array([self._guarded[int(i)] for i in place])
+        missing = cuts.lower_R - cuts.rows_RC @ x_C[: self._first] - x_C[self._first + slack]
+        is_wanted = missing > 4e-9 * self._finder.scales()[place]
+        if chosen is not None:
+            is_wanted &= chosen[slack]
+        if not is_wanted.any():
             return None
-        return labels, np.array(rows), np.array(lower), np.full(len(rows), np.inf)
+        slack = slack[is_wanted]
+        count = len(slack)
+        shape = (count, len(self.limits))
+        own = csr_array((np.ones(count), (np.arange(count), slack)), shape=shape)
+        rows = hstack([csr_array(cuts.rows_RC[is_wanted]), own], format="csr")
+        labels = [("limit", int(k)) for k in slack]
+        return labels, csr_array(rows), cuts.lower_R[is_wanted], np.full(count, np.inf)
 
 
 def _upward(value: float, step: float) -> str:
@@ -236,7 +266,8 @@ def _guard_limit(model: Model, i: int, scale: float) -> _Limit:
     return _Limit(
         words=f"the guard of target {name!r} (may lose at most {guard:.6g})",
         advice=f"let target {name!r} lose {{to}} (guard now {guard:.6g})",
-        row_C=np.zeros(0),
+        index=np.zeros(0, np.int64),
+        coefficient=np.zeros(0),
         bound=-guard,
         value=guard,
         step=1.0,
@@ -252,7 +283,8 @@ def _limits(model: Model) -> list[_Limit]:
         _Limit(
             words=f"the trust region (move = {model.options.move:g} of the budget)",
             advice=f"raise move from {model.options.move:g} to {{to}}",
-            row_C=-np.r_[model.length_S, np.zeros(S)],
+            index=np.arange(S),
+            coefficient=-model.length_S,
             bound=-model.move_budget,
             value=model.options.move,
             step=1.0 / budget,
@@ -261,15 +293,16 @@ def _limits(model: Model) -> list[_Limit]:
     ]
     for group in model.groups:
         held = float(model.base_S[group.members].sum())
-        row_C = np.zeros(2 * S)
-        row_C[group.members], row_C[S + group.members] = 1.0, -1.0
+        index = np.r_[group.members, S + group.members]
+        added = np.repeat([1.0, -1.0], len(group.members))
         size = float(room[group.members].max())
         if group.lower > 0:
             limits.append(
                 _Limit(
                     words=f"the minimum of group {group.name!r} ({group.lower:.10g})",
                     advice=f"lower the minimum of group {group.name!r} to {{to}}",
-                    row_C=row_C,
+                    index=index,
+                    coefficient=added,
                     bound=group.lower - held,
                     value=group.lower,
                     step=-1.0,
@@ -281,7 +314,8 @@ def _limits(model: Model) -> list[_Limit]:
                 _Limit(
                     words=f"the maximum of group {group.name!r} ({group.upper:.10g})",
                     advice=f"raise the maximum of group {group.name!r} to {{to}}",
-                    row_C=-row_C,
+                    index=index,
+                    coefficient=-added,
                     bound=held - group.upper,
                     value=group.upper,
                     step=1.0,
@@ -297,15 +331,15 @@ def _category_limits(model: Model, j: int, size: float) -> list[_Limit]:
     S, name = model.num_sources, model.problem.categories[j]
     base, cap = float(model.base_S[j]), float(model.cap_S[j])
     lower, ceiling = float(model.lower_S[j]), float(model.ceiling_S[j])
-    up_C, down_C = np.zeros(2 * S), np.zeros(2 * S)
-    up_C[j], down_C[S + j] = 1.0, 1.0
+    both, added = np.array([j, S + j]), np.array([1.0, -1.0])
     limits = []
     if lower > 0:
         limits.append(
             _Limit(
                 words=f"the lower limit of category {name!r} ({lower:.10g})",
                 advice=f"lower the lower limit of category {name!r} to {{to}}",
-                row_C=up_C - down_C,
+                index=both,
+                coefficient=added,
                 bound=lower - base,
                 value=lower,
                 step=-1.0,
@@ -324,7 +358,8 @@ def _category_limits(model: Model, j: int, size: float) -> list[_Limit]:
             _Limit(
                 words=words,
                 advice=advice,
-                row_C=down_C - up_C,
+                index=both,
+                coefficient=-added,
                 bound=base - ceiling,
                 value=ceiling,
                 step=1.0,
@@ -332,12 +367,13 @@ def _category_limits(model: Model, j: int, size: float) -> list[_Limit]:
             )
         )
     if np.isfinite(cap):
-        for row_C in (up_C, down_C):
+        for column in both:
             limits.append(
                 _Limit(
                     words=f"the cap on the move of category {name!r} ({cap:.10g} examples)",
                     advice=f"let category {name!r} move by {{to}} examples (cap now {cap:.10g})",
-                    row_C=-row_C,
+                    index=np.array([column]),
+                    coefficient=np.array([-1.0]),
                     bound=-cap,
                     value=cap,
                     step=1.0,

@@ -65,7 +65,7 @@ def solve_scores(model: Model, program: Program | None = None) -> Outcome:
     if program is None:
         program = score_program(model)
     guards = GuardCuts(model, -model.guard_T)
-    if program.iterations == 0:
+    if not program.was_solved:
         _start(program, model, guards)
     point = _without_cycles(program, model, solve_with_cuts(program, guards), guards)
     nearest = nearest_optimum(model, program, point, [guards])

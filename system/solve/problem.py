@@ -93,7 +93,7 @@ class MixProblem:
     cap_S: np.ndarray | None = None
     """[S] most examples by which a category may move away from the base mix, either way."""
     tokens_S: np.ndarray | None = None
-    """[S] mean tokens per example, > 0; needed for a budget in tokens."""
+    """[S] mean tokens per example, > 0, finite; needed for a budget in tokens."""
     group_S: tuple[str | None, ...] | None = None
     """[S] name of the group that each category belongs to."""
     guard_T: np.ndarray | None = None
@@ -142,12 +142,13 @@ class MixProblem:
             )
 
     def _check_vectors(self) -> None:
-        if self.tokens_S is not None and not np.all(self.tokens_S > 0):
-            j = int(np.argmin(self.tokens_S))
-            raise DataError(
-                f"tokens per example must be > 0, found {self.tokens_S[j]} for category "
-                f"{self.categories[j]!r}"
-            )
+        if self.tokens_S is not None:
+            is_usable_S = np.isfinite(self.tokens_S) & (self.tokens_S > 0)
+            for j in np.flatnonzero(~is_usable_S)[:1]:
+                raise DataError(
+                    f"tokens per example must be > 0 and finite, found {self.tokens_S[j]} for "
+                    f"category {self.categories[j]!r}"
+                )
         for (low, low_name), (high, high_name) in (
             ((self.lower_S, "lower"), (self.upper_S, "upper")),
         ):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from system.solve.highs import Solution, Solver
 
@@ -52,10 +53,12 @@ class Program:
         self.lower_C, self.upper_C = np.asarray(lower_C, float), np.asarray(upper_C, float)
         self.is_integer_C = is_integer_C
         self.labels: list[Label] = []
-        self._blocks: list[np.ndarray] = []
+        self._blocks: list[np.ndarray | csr_array] = []
         self.row_lower_R, self.row_upper_R = np.zeros(0), np.zeros(0)
         self._row_scale_R = np.zeros(0)
         self._cost_scale = _power_of_two(np.abs(self.cost_C * self.unit_C).max(initial=0.0))
+        self.was_solved = False
+        """True from the first solve on, even one that needed no step."""
         self._solver = Solver(gap=gap)
         self._solver.add_columns(
             self.cost_C * self.unit_C / self._cost_scale,
@@ -67,10 +70,12 @@ class Program:
     @property
     def rows(self) -> np.ndarray:
         """[R, C] all rows in user units."""
-        if len(self._blocks) != 1:
-            empty = np.zeros((0, len(self.cost_C)))
-            self._blocks = [np.concatenate(self._blocks) if self._blocks else empty]
-        return self._blocks[0]
+        first = self._blocks[0] if len(self._blocks) == 1 else None
+        if not isinstance(first, np.ndarray):
+            blocks = [b if isinstance(b, np.ndarray) else b.toarray() for b in self._blocks]
+            first = np.concatenate([np.zeros((0, len(self.cost_C))), *blocks])
+            self._blocks = [first]
+        return first
 
     @property
     def iterations(self) -> int:
@@ -80,17 +85,20 @@ class Program:
     def add_rows(
         self,
         labels: Sequence[Label],
-        rows_RC: np.ndarray,
+        rows_RC: np.ndarray | csr_array,
         lower_R: np.ndarray,
         upper_R: np.ndarray,
     ) -> None:
         """Append ``lower <= rows @ x <= upper``; the labels are how callers find them again."""
-        rows_RC = np.asarray(rows_RC, float)
         lower_R, upper_R = np.asarray(lower_R, float), np.asarray(upper_R, float)
-        scaled_RC = rows_RC * self.unit_C
-        scale_R = _power_of_two(np.abs(scaled_RC).max(axis=1, initial=0.0))
-        scaled_RC = scaled_RC / scale_R[:, None]
-        scaled_RC[np.abs(scaled_RC) < DROP] = 0.0
+        if isinstance(rows_RC, csr_array):
+            scaled_RC, scale_R = _scaled_sparse(rows_RC, self.unit_C)
+        else:
+            rows_RC = np.asarray(rows_RC, float)
+            scaled_RC = rows_RC * self.unit_C
+            scale_R = _power_of_two(np.abs(scaled_RC).max(axis=1, initial=0.0))
+            scaled_RC = scaled_RC / scale_R[:, None]
+            scaled_RC[np.abs(scaled_RC) < DROP] = 0.0
         self._solver.add_rows(scaled_RC, lower_R / scale_R, upper_R / scale_R)
         self.labels.extend(labels)
         self._blocks.append(rows_RC)
@@ -138,6 +146,7 @@ class Program:
         Raises:
             ModelInfeasibleError, StageError: as ``Solver.solve``.
         """
+        self.was_solved = True
         solution = self._solver.solve()
         x_C = np.clip(solution.x_C * self.unit_C, self.lower_C, self.upper_C)
         if self.is_integer_C is not None:
@@ -167,6 +176,21 @@ class Program:
     def zero_duals(self) -> np.ndarray:
         """[R] a dual of this size or less is zero."""
         return 4e-9 * self._cost_scale / self._row_scale_R
+
+
+def _scaled_sparse(rows_RC: csr_array, unit_C: np.ndarray) -> tuple[csr_array, np.ndarray]:
+    """Rows in the solver's units, and what each was divided by."""
+    count = len(rows_RC.indptr) - 1
+    row_of = np.repeat(np.arange(count), np.diff(rows_RC.indptr))
+    value = rows_RC.data * unit_C[rows_RC.indices]
+    largest_R = np.zeros(count)
+    np.maximum.at(largest_R, row_of, np.abs(value))
+    scale_R = _power_of_two(largest_R)
+    value = value / scale_R[row_of]
+    value[np.abs(value) < DROP] = 0.0
+    scaled_RC = csr_array((value, rows_RC.indices, rows_RC.indptr), shape=rows_RC.shape)
+    scaled_RC.eliminate_zeros()
+    return scaled_RC, scale_R
 
 
 def _power_of_two(value: np.ndarray | float) -> np.ndarray:

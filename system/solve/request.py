@@ -90,7 +90,7 @@ def _complete(
     """An empty standard error is only fine where the effect is empty too (then it is not used)."""
     if flag == "remove":
         return values_TS
-    lacking = ~measured_TS & np.broadcast_to(mask_TS, measured_TS.shape)
+    lacking = ~measured_TS & mask_TS
     if lacking.any():
         raise DataError(
             f"{path}: {int(lacking.sum())} measured effects have no standard error; fill the cells"
@@ -185,20 +185,21 @@ class _Limits:
     def merge_categories(self, numbers: dict[str, np.ndarray]) -> None:
         """Add limits of single categories to the columns; a number given twice is an error."""
         position = {name: j for j, name in enumerate(self._base.categories)}
-        for name, body in self._section("categories").items():
+        for key, body in self._section("categories").items():
+            name = str(key)
             if name not in position:
                 raise DataError(f"{self._path}: categories: unknown category {name!r}")
             body = self._mapping(body, f"categories: {name}", _CATEGORY_LIMITS)
-            for key, value in body.items():
+            for limit, value in body.items():
                 empty = np.full(len(position), np.nan)
-                column = numbers.get(key, empty).copy()
+                column = numbers.get(limit, empty).copy()
                 if not np.isnan(column[position[name]]):
                     raise ConfigError(
-                        f"the {key} of category {name!r} is given twice, in {self._base.path} and "
-                        f"in {self._path}; remove one"
+                        f"the {limit} of category {name!r} is given twice, in {self._base.path} "
+                        f"and in {self._path}; remove one"
                     )
-                column[position[name]] = self._value(value, f"categories: {name}: {key}")
-                numbers[key] = column
+                column[position[name]] = self._value(value, f"categories: {name}: {limit}")
+                numbers[limit] = column
 
     def guards(self, targets: tuple[str, ...]) -> np.ndarray | None:
         """[T] nats per target, inf where the file says nothing."""

@@ -24,13 +24,16 @@ def solve_curved(model: Model) -> Outcome:
     Ties are settled between segments: least total move, then least sum of squares over segments.
     """
     assert model.curve is not None
-    count = max(len(side.width_KS) for side in (model.curve.add, model.curve.remove))
-    curve = replace(
-        model.curve, add=pad(model.curve.add, count), remove=pad(model.curve.remove, count)
-    )
+    curve = padded(model.curve)
     expanded = expand(model, curve)
     solve = solve_whole if model.options.integer else solve_fractional
     return collapse(model, curve, expanded, solve(expanded))
+
+
+def padded(curve: Curve) -> Curve:
+    """The curve with equally many segments on both sides."""
+    count = max(len(side.width_KS) for side in (curve.add, curve.remove))
+    return replace(curve, add=pad(curve.add, count), remove=pad(curve.remove, count))
 
 
 def expand(model: Model, curve: Curve) -> Model:

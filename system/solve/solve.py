@@ -143,6 +143,7 @@ def sweep_move(problem: MixProblem, options: MixOptions, moves: Sequence[float])
     """Predicted gain, with its band, for each trust region in ``moves`` (shares of the budget).
 
     Counts are fractional even where the options ask for whole ones: a curve needs no rounding.
+    Moves at which no mix satisfies the other limits (groups, ``max_categories``) have no point.
 
     The prediction is linear in the measured effects and errs on the bright side: the mix is chosen
     on the same numbers. The band covers their standard errors only.
@@ -154,26 +155,31 @@ def sweep_move(problem: MixProblem, options: MixOptions, moves: Sequence[float])
         return []
     for move in moves:
         replace(options, move=move)
-    session = MixSession(problem, replace(options, move=max(moves), integer=False))
-    points = []
-    for move in moves:
-        mix = session.what_if(move=move)
-        se = mix.expected_gain_se
-        points.append(
-            MovePoint(
-                move=float(move),
-                moved=mix.moved,
-                objective_gain=mix.gain,
-                gain=mix.expected_gain,
-                gain_se=se,
-                gain_low=None if se is None else mix.expected_gain - 1.96 * se,
-                gain_high=None if se is None else mix.expected_gain + 1.96 * se,
-                move_price=mix.move_price,
-                worst_change=min(t.change for t in mix.targets),
-                mix=mix,
-            )
-        )
-    return points
+    found: dict[float, Mix] = {}
+    try:
+        session = MixSession(problem, replace(options, move=max(moves), integer=False))
+        # From the widest on: where one trust region is too narrow, so are all narrower ones.
+        for move in sorted(set(moves), reverse=True):
+            found[move] = session.what_if(move=move)
+    except InfeasibleMixError:
+        pass
+    return [_move_point(move, found[move]) for move in moves if move in found]
+
+
+def _move_point(move: float, mix: Mix) -> MovePoint:
+    se = mix.expected_gain_se
+    return MovePoint(
+        move=float(move),
+        moved=mix.moved,
+        objective_gain=mix.gain,
+        gain=mix.expected_gain,
+        gain_se=se,
+        gain_low=None if se is None else mix.expected_gain - 1.96 * se,
+        gain_high=None if se is None else mix.expected_gain + 1.96 * se,
+        move_price=mix.move_price,
+        worst_change=min(t.change for t in mix.targets),
+        mix=mix,
+    )
 
 
 def _is_scored(options: MixOptions) -> bool:

@@ -23,6 +23,7 @@ class MatrixTable:
     values_TS: np.ndarray
     """Zero where a cell was empty."""
     is_measured_TS: np.ndarray
+    """[T, S] bool, read only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -187,7 +188,8 @@ def _read_npy(path: str, base: BaseTable) -> MatrixTable:
         targets=base.categories,
         categories=base.categories,
         values_TS=values,
-        is_measured_TS=np.ones((1, 1), bool),
+        # Every entry, in the memory of one.
+        is_measured_TS=np.broadcast_to(np.True_, values.shape),
     )
 
 

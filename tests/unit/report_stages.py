@@ -31,7 +31,7 @@ from system.planning import (
     why_not_believed,
 )
 from system.rundir import RunDir, StageRecord, fingerprint
-from system.solve import MixPredictor, solve_mix, sweep_move
+from system.solve import MixPredictor, nearest_mix, solve_mix, sweep_move
 from system.stages import STAGE_FOLDERS, STAGE_NAMES
 from system.taxonomy import estimate_taxonomy
 
@@ -196,7 +196,7 @@ class StageWriter:
         problem = mix_problem(solve, self.matrices, self.run.train_rows(), None)
         doubt = why_not_believed(self.summary)
         options = mix_options(solve, is_believed=not doubt)
-        self.mix = solve_mix(problem, options)
+        self.mix = (nearest_mix if doubt else solve_mix)(problem, options)
         self.predictor = MixPredictor(problem, options)
         if doubt:
             self.mix = dataclasses.replace(self.mix, notes=(doubt, *self.mix.notes))

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from system.solve.command import add_arguments, run
 ROOT = Path(__file__).parents[2]
 WORKED = ROOT / "tests" / "golden" / "solve" / "worked"
 BASE = "category,count,supply\na,100,150\nb,100,110\nc,100,300\n"
+ERRORS = "target,a,b,c\na,0.1,0.2,0.3\nb,0.4,0.5,0.6\nc,0.7,0.8,0.9\n"
 EFFECT = "target,a,b,c\na,1,0.5,0\nb,0.2,1,0.1\nc,-0.3,0.1,1\n"
 
 
@@ -138,6 +140,23 @@ def test_csv_parquet_and_npy_give_the_same_mix(files):
     assert counts[0] == counts[1] == counts[2]
 
 
+def test_a_npy_matrix_goes_with_tables_of_either_order(files):
+    where = files(turned="target,c,a,b\nb,0.1,0.2,1\nc,1,-0.3,0.1\na,0,1,0.5\n", errors=ERRORS)
+    errors = np.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])
+    np.save(where / "errors.npy", errors)
+    np.save(where / "effect.npy", np.array([[1, 0.5, 0], [0.2, 1, 0.1], [-0.3, 0.1, 1]]))
+    words = ["--objective", "concave", "--effect", where / "turned.csv"]
+    words += ["--remove", where / "effect.npy"]
+    expected = solved(where, *words, "--stderr", where / "errors.csv")
+    found = solved(where, *words, "--stderr", where / "errors.npy")
+    assert replace(found, solver=expected.solver) == expected
+    straight = solved(where, "--effect", where / "effect.csv")
+    assert found.counts() == pytest.approx(straight.counts()), "removing is as adding"
+    assert {t.target: t.base_effect for t in found.targets} == {
+        t.target: pytest.approx(t.base_effect) for t in straight.targets
+    }
+
+
 def test_rows_and_columns_are_matched_by_name_not_by_place(files):
     where = files(turned="target,c,a,b\nb,0.1,0.2,1\nc,1,-0.3,0.1\na,0,1,0.5\n")
     straight = solved(where, "--gamma", where / "effect.csv")
@@ -173,6 +192,16 @@ guards: {a: 30}
     assert counts["c"] <= 115 and counts["a"] >= 80 and counts["a"] + counts["b"] <= 190
     assert mix.groups[0].group == "ab" and mix.groups[0].upper == 190
     assert mix.targets[0].guard == 30 and mix.targets[1].guard is None
+
+
+def test_a_category_whose_name_is_a_number_has_limits(files):
+    where = files(
+        base="category,count\n2024,100\n2025,100\n",
+        effect="target,2024,2025\n2024,1,0\n2025,0,2\n",
+        limits="categories: {2025: {upper: 105}}\n",
+    )
+    mix = solved(where, "--effect", where / "effect.csv", "--limits", where / "limits.yaml")
+    assert mix.counts() == {"2024": 95, "2025": 105}
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from mix_reference import named, problem, questions, random_question
 
-from system.errors import ConfigError, InfeasibleMixError
+from system.errors import ConfigError, DataError, InfeasibleMixError
 from system.solve import GroupLimit, Mix, MixOptions, MixSession, solve_mix, sweep_move
 
 EFFECT = [[1.0, 0.5, 0.0], [0.2, 1.0, 0.1], [-0.3, 0.1, 1.0]]
@@ -42,6 +43,36 @@ def gain_if(session: MixSession, **change) -> float | None:
         return None
 
 
+def effect_size(p) -> float:
+    remove = p.effect_add_TS if p.effect_remove_TS is None else p.effect_remove_TS
+    return max(np.abs(p.effect_add_TS).max(), np.abs(remove).max(), 1e-300)
+
+
+def check_price(price: float, mix: Mix, ask, step: float, size: float) -> None:
+    """The gain of one more <= price <= the loss of one less."""
+    more, less = ask(step), ask(-step)
+    if more is not None:
+        assert price >= (more - mix.gain) / step - 1e-5 * size
+    if less is not None:
+        assert price <= (mix.gain - less) / step + 1e-5 * size
+
+
+def check_supply_prices(p, session: MixSession, mix: Mix, supply: dict[str, float]) -> None:
+    step = 1e-6 * mix.budget
+    for c in mix.categories:
+        stock = supply[c.category]
+        if stock > step:
+            check_price(
+                c.supply_price,
+                mix,
+                lambda e, c=c, stock=stock: gain_if(
+                    session, supply=supply | {c.category: stock + e}
+                ),
+                step,
+                effect_size(p),
+            )
+
+
 @settings(max_examples=120, deadline=None)
 @given(questions())
 def test_every_price_lies_between_the_gain_of_one_more_and_the_loss_of_one_less(question):
@@ -52,36 +83,128 @@ def test_every_price_lies_between_the_gain_of_one_more_and_the_loss_of_one_less(
     except InfeasibleMixError:
         return
     mix = session.mix
-    step = 1e-6 * mix.budget
-    remove = p.effect_add_TS if p.effect_remove_TS is None else p.effect_remove_TS
-    size = max(np.abs(p.effect_add_TS).max(), np.abs(remove).max(), 1e-300)
-
-    def check(price: float, ask) -> None:
-        more, less = ask(step), ask(-step)
-        if more is not None:
-            assert price >= (more - mix.gain) / step - 1e-5 * size
-        if less is not None:
-            assert price <= (mix.gain - less) / step + 1e-5 * size
-
-    check(mix.budget_price, lambda e: gain_if(session, budget=mix.budget + e))
+    step, size = 1e-6 * mix.budget, effect_size(p)
+    check_price(
+        mix.budget_price, mix, lambda e: gain_if(session, budget=mix.budget + e), step, size
+    )
     if options.move > 0:
         width = options.move * mix.budget
-        check(mix.move_price, lambda e: gain_if(session, move_budget=width + e))
-    for j, c in enumerate(mix.categories):
-        if p.supply_S is not None and p.supply_S[j] > c.base + step:
-            stock = p.supply_S[j]
-            check(
-                c.supply_price,
-                lambda e, c=c, stock=stock: gain_if(session, supply={c.category: stock + e}),
-            )
+        check_price(
+            mix.move_price, mix, lambda e: gain_if(session, move_budget=width + e), step, size
+        )
+    if p.supply_S is not None:
+        check_supply_prices(p, session, mix, dict(zip(p.categories, p.supply_S, strict=True)))
     for t in mix.targets:
         if t.guard is not None and np.isfinite(t.guard):
-            check(
+            check_price(
                 t.guard_price,
+                mix,
                 lambda e, t=t: (
                     gain_if(session, guard={t.target: t.guard + e}) if t.guard + e >= 0 else None
                 ),
+                step,
+                size,
             )
+
+
+@settings(max_examples=60, deadline=None)
+@given(questions(), st.integers(0, 2**32 - 1))
+def test_supply_prices_hold_where_a_supply_is_at_or_below_the_base(question, seed):
+    p, options = question
+    rng = np.random.default_rng(seed)
+    share_S = rng.choice([0.9, 0.97, 1.0, 1.0, 1.05], len(p.categories))
+    p = replace(p, supply_S=p.base_S * 1.3, upper_S=None)
+    try:
+        session = MixSession(p, options)
+    except InfeasibleMixError:
+        return
+    base = {c.category: c.base for c in session.mix.categories}
+    supply = {name: base[name] * share for name, share in zip(base, share_S, strict=True)}
+    try:
+        mix = session.what_if(supply=supply)
+    except InfeasibleMixError:
+        return
+    check_supply_prices(p, session, mix, supply)
+
+
+def solved_gain(p, options: MixOptions) -> float | None:
+    try:
+        return solve_mix(p, options).gain
+    except (InfeasibleMixError, DataError, ConfigError):
+        return None
+
+
+@settings(max_examples=60, deadline=None)
+@given(questions())
+def test_prices_of_groups_and_of_the_limits_of_categories_are_squeezed_as_well(question):
+    """All but the base stays: a group, a cap or a limit away from the base does not change w0."""
+    p, options = question
+    try:
+        mix = solve_mix(p, options)
+    except InfeasibleMixError:
+        return
+    step, size = 1e-6 * mix.budget, effect_size(p)
+    length_S = np.ones(len(p.categories)) if options.unit == "examples" else p.tokens_S
+    step /= length_S.max()
+    for group in mix.groups:
+        (limit,) = (g for g in options.groups if g.name == group.group)
+        ends = {
+            "lower": lambda e, g=limit: replace(g, lower=g.lower - e),
+            "upper": lambda e, g=limit: replace(g, upper=g.upper + e),
+        }
+        for name, loosened in ends.items():
+            if abs(group.count - getattr(limit, name)) < 10 * step:
+                check_price(
+                    group.price,
+                    mix,
+                    lambda e, f=loosened: solved_gain(p, replace(options, groups=(f(e),))),
+                    step,
+                    size,
+                )
+    ceilings = {"lower": ("lower_S", -1.0), "upper": ("upper_S", 1.0), "cap": ("cap_S", 1.0)}
+    for j, c in enumerate(mix.categories):
+        if c.at in ("free", "base"):
+            assert c.limit_price == 0
+        elif c.at in ceilings and abs(c.count - c.base) > 10 * step:
+            field, sign = ceilings[c.at]
+            now_S = getattr(p, field)
+            if now_S is None and c.at == "lower":
+                continue  # less than nothing
+            if c.at == "cap":
+                now_S = np.full(len(p.categories), options.cap * mix.budget) / length_S
+
+            def ask(e, j=j, field=field, sign=sign, now_S=now_S):
+                limit_S = now_S.copy()
+                limit_S[j] += sign * e
+                shared = replace(options, cap=None) if field == "cap_S" else options
+                return solved_gain(replace(p, **{field: limit_S}), shared)
+
+            check_price(c.limit_price, mix, ask, step, size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(questions())
+def test_a_reduced_cost_is_what_pushing_a_count_brings_or_costs(question):
+    """Pinned by a group of its own, a count moves within its limits, all else re-optimised."""
+    p, options = question
+    try:
+        mix = solve_mix(p, options)
+    except InfeasibleMixError:
+        return
+    step = 1e-6 * mix.budget
+    if p.tokens_S is not None:
+        step /= p.tokens_S.max()
+    for c in mix.categories:
+        if c.count <= step:
+            continue
+
+        def ask(e, c=c):
+            pin = GroupLimit(
+                name="pin", members=(c.category,), lower=c.count + e, upper=c.count + e
+            )
+            return solved_gain(p, replace(options, groups=(*options.groups, pin)))
+
+        check_price(c.reduced_cost, mix, ask, step, effect_size(p))
 
 
 def test_prices_equal_the_difference_quotient_where_the_optimum_is_not_degenerate():
@@ -157,6 +280,23 @@ def test_supply_range_is_where_its_price_holds():
     outside = session.what_if(supply={"c1": 131}).categories[1].supply_price
     assert inside == pytest.approx(c.supply_price)
     assert outside == 0
+
+
+def test_supply_range_of_a_category_that_is_at_its_supply_in_the_base():
+    """The docs' example with all 1,000 of code in the base: it takes math's place in the move."""
+    effect = [[0.004, 0.002, -0.001], [0.001, 0.003, 0.0], [-0.001, 0.0, 0.001]]
+    p = problem(effect, [1000, 1000, 2000], supply_S=[4000, 1000, 8000])
+    session = MixSession(p, MixOptions())
+    code = session.mix.categories[1]
+    assert code.supply_price == pytest.approx(0.0005)
+    assert (code.supply_low, code.supply_high) == pytest.approx((1000, 1400))
+    assert session.what_if(supply={"c1": 1399}).categories[1].supply_price == pytest.approx(0.0005)
+    assert session.what_if(supply={"c1": 1401}).categories[1].supply_price == 0
+    fewer = session.what_if(supply={"c1": 900}).categories[1]
+    assert fewer.supply_price == pytest.approx(0.001), "code stays, chat is what is removed"
+    assert (fewer.supply_low, fewer.supply_high) == pytest.approx((600, 1000))
+    capped = solve_mix(replace(p, supply_S=[4000, 1100, 8000], cap_S=[500, 250, 500]), MixOptions())
+    assert capped.categories[1].supply_high == pytest.approx(1250), "from there on the cap holds"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -288,6 +428,16 @@ def test_what_if_starts_from_the_last_basis():
     again = session.what_if()
     assert again.counts() == session.mix.counts()
     assert again.solver.iterations == before, "no simplex step is needed when nothing changes"
+
+
+def test_what_if_goes_on_from_a_guessed_basis_that_was_optimal_at_once():
+    n = 260
+    p = problem(np.diag(np.arange(n) / n), np.full(n, 100.0), importance_T=np.ones(n))
+    session = MixSession(p, MixOptions(guard_nats=5.0))
+    assert session.mix.solver.iterations == 0, "the guess is meant to be optimal"
+    narrower = session.what_if(move=0.05)
+    assert narrower.gain == pytest.approx(solve_mix(p, MixOptions(guard_nats=5.0, move=0.05)).gain)
+    assert narrower.solver.rows == session.mix.solver.rows
 
 
 def test_what_if_refuses_names_it_does_not_know():

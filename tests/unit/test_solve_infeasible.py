@@ -1,14 +1,16 @@
 """Limits that conflict are named, and the relaxation that is offered is right and smallest."""
 
 import re
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from mix_reference import problem, random_question
+from test_solve_curves import curved_problem
 
 from system.errors import DataError, InfeasibleMixError
-from system.solve import GroupLimit, MixOptions, solve_mix
+from system.solve import GroupLimit, MixOptions, MixSession, solve_mix
 
 EFFECT = [[1.0, 0.5, 0.0], [0.2, 1.0, 0.1], [-0.3, 0.1, 1.0]]
 
@@ -97,6 +99,67 @@ def test_whole_numbers_that_do_not_exist_are_blamed_on_integer():
     assert "no whole-number mix" in message(p, MixOptions(move=1.0, integer=True, groups=(group,)))
 
 
+def test_whole_numbers_that_do_not_exist_are_not_blamed_on_the_number_of_categories():
+    p = problem(np.eye(2), [10, 10])
+    group = GroupLimit(name="a", members=("c0",), lower=10.2, upper=10.8)
+    for most in (1, 2):
+        limits = {"move": 1.0, "integer": True, "max_categories": most, "groups": (group,)}
+        text = message(p, MixOptions(**limits))
+        assert "no whole-number mix" in text and "raise max_categories" not in text
+
+
+@pytest.mark.parametrize("missing", [1e-9, 1e-7, 1e-5])
+def test_a_conflict_by_a_hair_is_not_blamed_on_whole_numbers(missing):
+    p = problem(np.eye(2), [100, 100])
+    group = GroupLimit(name="a", members=("c0",), lower=120.0 + 200.0 * missing)
+    text = message(p, MixOptions(move=0.1, groups=(group,)))
+    assert "whole" not in text
+    if missing > 1e-9:
+        assert "the trust region" in text and "lower the minimum of group 'a' to 120" in text
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("is_concave", [True, False])
+def test_guards_that_follow_a_curve_are_named_and_their_relaxations_help(seed, is_concave):
+    p = curved_problem(seed, is_concave=is_concave)
+    group = GroupLimit(name="a", members=("c0",), lower=150.0)
+    options = MixOptions(objective="concave", move=0.5, budget=400.0, groups=(group,))
+    try:
+        solve_mix(p, replace(options, guard_nats=20.0))
+    except InfeasibleMixError as error:
+        text = str(error)
+    else:
+        return
+    assert "whole" not in text and "the guard of target" in text
+    for name, loss in re.findall(r"let target '(c\d)' lose ([0-9.e+-]+)", text):
+        if "any one of these" not in text.lower():
+            return
+        guard_T = np.full(4, 20.0)
+        guard_T[int(name[1])] = float(loss) * (1 + 1e-6)
+        assert solve_mix(replace(p, guard_T=guard_T), options).counts()["c0"] >= 150 - 1e-6
+
+
+def test_a_smaller_supply_that_a_guard_forbids_offers_the_supply():
+    session = MixSession(
+        problem(np.eye(2), [100, 100], supply_S=[200, 200]), MixOptions(guard=0.02)
+    )
+    with pytest.raises(InfeasibleMixError) as caught:
+        session.what_if(supply={"c0": 95})
+    assert "use 98 examples of category 'c0' (3 more" in str(caught.value)
+
+
+def test_a_conflict_of_three_thousand_limits_takes_little_memory():
+    n = 3000
+    p = problem(np.zeros((1, n)), np.full(n, 10.0), supply_S=np.full(n, 10.4), targets=("t",))
+    group = GroupLimit(name="a", members=p.categories[:1000], lower=10_500)
+    tracemalloc.start()
+    text = message(p, MixOptions(move=0.5, groups=(group,)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "lower the minimum of group 'a' to 10400" in text
+    assert peak < 100 * 2**20, "dense rows would take 360 MiB"
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_every_single_relaxation_that_is_offered_does_help(seed):
     rng = np.random.default_rng(seed)
@@ -139,6 +202,11 @@ def test_every_single_relaxation_that_is_offered_does_help(seed):
         ("base_S", [1.0, 2.0], "one base count for each of the 3"),
         ("supply_S", [1.0, 2.0, -3.0], "every supply"),
         ("tokens_S", [1.0, 0.0, 1.0], "tokens per example must be > 0"),
+        (
+            "tokens_S",
+            [1.0, float("inf"), 1.0],
+            "tokens per example must be > 0 and finite, found inf",
+        ),
         ("importance_T", [0.0, 0.0, 0.0], "at least one target needs a positive importance"),
         ("se_TS", -np.ones((3, 3)), "standard errors must be >= 0"),
         ("identifiable_TS", np.ones((3, 3)), "must be a bool table"),
