@@ -28,7 +28,8 @@ from system.data.ingest_plan import (
 )
 from system.data.labels import LabelColumns, Labels
 from system.data.normal_batch import NormalBatch, normalise_batch, splits_of
-from system.data.readers import Defect, Piece, RawRow, read_batches, read_rows
+from system.data.raw_rows import Defect, RawRow
+from system.data.readers import Piece, read_batches, read_rows
 from system.data.spill import SpillWriter, spill_output
 from system.errors import DataError
 

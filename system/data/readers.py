@@ -9,10 +9,8 @@ truncated archive, an array without its bracket) is an error, never a short read
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,12 +23,13 @@ import pyarrow.parquet as pq
 from system import storage
 from system.data.blocks import (
     COMPRESSION_MAGIC,
-    MAX_ROW_BYTES,
     read_blocks,
     split_lines,
     split_runs,
     split_values,
 )
+from system.data.csv_rows import read_csv
+from system.data.raw_rows import TOO_LONG, Defect, RawRow
 from system.errors import DataError
 
 HUB = "hub"
@@ -40,16 +39,6 @@ _HEAD_BYTES = 1 << 20
 _BATCH_ROWS = 1024
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _decode = msgspec.json.Decoder().decode
-
-
-class Defect(NamedTuple):
-    """A row that cannot be read."""
-
-    reason: str
-    detail: str
-
-
-_TOO_LONG = Defect("too-long", f"longer than {MAX_ROW_BYTES:,} bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +53,6 @@ class Piece:
     start: int = 0
     end: int | None = None
     """Bytes of JSONL, row groups of Parquet; None: to the end of the file."""
-
-
-RawRow = dict[str, Any] | Defect | None
 
 
 class FileKind(NamedTuple):
@@ -231,7 +217,7 @@ def _lines(piece: Piece, kind: FileKind) -> Iterator[bytes | None]:
 
 def _decode_line(line: bytes | None) -> RawRow:
     if line is None:
-        return _TOO_LONG
+        return TOO_LONG
     return None if not line or line.isspace() else decode_row(line)
 
 
@@ -240,7 +226,7 @@ def _line_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
     is_start = piece.start == 0
     for run in split_runs(blocks, piece.start, piece.end):
         if run is None:
-            yield [_TOO_LONG]
+            yield [TOO_LONG]
         else:
             yield decode_lines(run.removeprefix(_BYTE_ORDER_MARK) if is_start else run)
         is_start = False
@@ -262,39 +248,12 @@ def _read_values(piece: Piece, kind: FileKind) -> Iterator[RawRow]:
     blocks = read_blocks(piece.uri, kind.compression)
     values = split_values(blocks, is_array=kind.name == "array", where=piece.uri)
     for value in values:
-        yield _TOO_LONG if value is None else decode_row(value)
+        yield TOO_LONG if value is None else decode_row(value)
 
 
 def _read_csv(piece: Piece, kind: FileKind) -> Iterator[RawRow]:
-    csv.field_size_limit(sys.maxsize)
-    blocks = read_blocks(piece.uri, kind.compression)
-    lines = (
-        "" if line is None else line.decode("utf-8", "surrogateescape") + "\n"
-        for line in split_lines(blocks, 0, None)
-    )
     delimiter = "\t" if kind.name == "tsv" else ","
-    records = csv.reader(lines, delimiter=delimiter, strict=True)
-    try:
-        header = [name.removeprefix("\ufeff") for name in next(records, [])]
-    except csv.Error as error:
-        raise DataError(f"{piece.uri}: expected a header line: {error}") from error
-    if len(set(header)) < len(header):
-        raise DataError(f"{piece.uri}: expected a header of different column names, found {header}")
-    while True:
-        try:
-            record = next(records)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Defect("bad-csv", f"line {records.line_num}: {error}")
-            continue
-        if not record:
-            continue
-        if len(record) != len(header):
-            found = f"line {records.line_num}: {len(record)} fields, the header has {len(header)}"
-            yield Defect("bad-csv", found)
-        else:
-            yield dict(zip(header, record, strict=True))
+    return read_csv(read_blocks(piece.uri, kind.compression), delimiter, piece.uri)
 
 
 _ONE_BY_ONE: dict[str, Callable[[Piece, FileKind], Iterator[RawRow]]] = {
