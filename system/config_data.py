@@ -88,6 +88,8 @@ class IngestConfig(Section):
     """Share of rows, by content hash, on which everything is judged."""
     max_rejected_share: Share = 0.05
     """The stage fails when more than this share of the rows read is rejected."""
+    unusable_files: Literal["error", "count"] = "error"
+    """A file that has rows but not one usable: the stage fails, or its rows count as rejected."""
     min_train_rows: Positive = 32
     """Smallest number of train rows of a category."""
     min_heldout_rows: Positive = 8

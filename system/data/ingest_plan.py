@@ -62,11 +62,17 @@ class IngestPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PieceCount:
-    """How many row numbers a piece takes up in its file."""
+    """What was found in a piece of a file."""
 
     file: int
     start: int
     numbers: int
+    """Row numbers that the piece takes up in its file."""
+    read: int
+    usable: int
+    """Rows that are conversations with labels, whatever becomes of them afterwards."""
+    first_rejected: str
+    """Why the first row was rejected that was no such conversation; empty: none was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

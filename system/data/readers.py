@@ -37,6 +37,9 @@ DATASET = "dataset"
 
 _HEAD_BYTES = 1 << 20
 _BATCH_ROWS = 1024
+_SNIFFED_BYTES = 64
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_NEVER_EMPTY = (".gz", ".zst", ".bz2", ".parquet", ".arrow", ".feather")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _decode = msgspec.json.Decoder().decode
 
@@ -75,7 +78,12 @@ def file_kind(uri: str) -> FileKind:
     if path is not None and path.is_dir():
         return FileKind(DATASET, None)
     with storage.open_input(uri) as file:
-        head = file.read(8)
+        head = file.read(_SNIFFED_BYTES)
+    if head.startswith(_LFS_POINTER):
+        raise DataError(
+            f"{uri}: expected data, found a Git LFS pointer: the file itself was never fetched. "
+            "Fetch it: git lfs pull"
+        )
     if head.startswith(b"PAR1"):
         return FileKind("parquet", None)
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
@@ -88,16 +96,21 @@ def file_kind(uri: str) -> FileKind:
         (name for name, magic in COMPRESSION_MAGIC.items() if head.startswith(magic)), None
     )
     name = uri.lower()
+    if not head and name.endswith(_NEVER_EMPTY):
+        raise DataError(
+            f"{uri}: expected what its name says, found 0 bytes; even without rows such a file has "
+            "some. It is damaged; fetch or write it again."
+        )
     for ending in (".gz", ".zst", ".bz2"):
         name = name.removesuffix(ending)
     if name.endswith(".tsv"):
         return FileKind("tsv", compression)
     if name.endswith(".csv"):
         return FileKind("csv", compression)
-    if name.endswith((".parquet", ".arrow", ".feather")) and head:
+    if name.endswith((".parquet", ".arrow", ".feather")):
         raise DataError(
-            f"{uri}: its name says Parquet or Arrow, but it starts with {head!r}. It is damaged, "
-            "or a pointer file whose data was never fetched."
+            f"{uri}: its name says Parquet or Arrow, but it starts with {head[:8]!r}. It is "
+            "damaged; fetch or write it again."
         )
     return FileKind(_json_kind(uri, compression), compression)
 
