@@ -33,8 +33,10 @@ def _has_any(row: Row, keys: Sequence[str]) -> bool:
 
 
 def _is_list(row: Row, *keys: str) -> bool:
+    values = [row.get(key) for key in keys]
     return any(
-        isinstance(row.get(key), list) or str(row.get(key, "")).startswith("[{") for key in keys
+        isinstance(value, list) or (isinstance(value, str) and value.startswith("[{"))
+        for value in values
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from system.data.conversation import RowRejected, find_answer
 from system.errors import DataError
 
 _MAX_KNOWN = 10_000
+_MAX_FLOAT32 = 3.4028235e38
 
 
 class LabelColumns(NamedTuple):
@@ -161,9 +162,9 @@ def _score(row: dict[str, Any], column: str | None) -> float | None:
     try:
         # One that is not finite stays as it is: stage `select` quarantines and counts the row.
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RowRejected(
-            "missing-field", f"{column!r} holds {value!r:.40}, not a number"
+            "missing-field", f"{column!r} holds {reprlib.repr(value)}, not a number"
         ) from None
 
 
@@ -172,9 +173,11 @@ def _vector(row: dict[str, Any], column: str | None) -> list[float] | None:
     if value is None:
         return None
     try:
-        vector = [float(item) for item in value]
-    except (TypeError, ValueError):
+        vector = [float(item) for item in value] if isinstance(value, list) else []
+    except (TypeError, ValueError, OverflowError):
         vector = []
-    if not vector or not all(math.isfinite(item) for item in vector):
-        raise RowRejected("missing-field", f"{column!r} holds {value!r:.40}, not finite numbers")
+    if not vector or not all(abs(item) <= _MAX_FLOAT32 for item in vector):
+        raise RowRejected(
+            "missing-field", f"{column!r} holds {reprlib.repr(value)}, not a list of finite numbers"
+        )
     return vector

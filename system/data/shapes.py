@@ -8,7 +8,9 @@ or Arrow can hold: whatever does not fit the shape rejects that row, and nothing
 from __future__ import annotations
 
 import json
+import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -88,7 +90,7 @@ def _system_turns(row: Row, *keys: str) -> list[Turn]:
     text = next((value for key in keys if (value := optional_text_of(row, key))), "")
     tools = row.get("tools")
     if tools:
-        listed = _canonical_json({"tools": _decoded(tools)})
+        listed = _canonical_json({"tools": _decoded(tools, "tools")}, "tools")
         text = f"{text}\n\n{listed}" if text.strip() else listed
     return [("system", text)] if text else []
 
@@ -153,7 +155,7 @@ def messages(row: Row) -> list[Turn]:
 
 def _chat(messages: Any, where: str = "messages") -> list[Turn]:
     """Turns from a list of OpenAI messages or of ShareGPT turns, mixed spellings allowed."""
-    messages = _decoded(messages)
+    messages = _decoded(messages, where)
     if not isinstance(messages, list):
         found = "nothing" if messages is None else type(messages).__name__
         raise RowRejected("missing-field", f"{where!r}: expected a list of turns, found {found}")
@@ -164,7 +166,7 @@ def _chat(messages: Any, where: str = "messages") -> list[Turn]:
         name = message.get("from") or message.get("role") or message.get("user")
         role = _ROLES.get(name.lower()) if isinstance(name, str) else None
         if role is None:
-            raise RowRejected("wrong-role-order", f"unknown role {name!r} in {where!r}")
+            raise RowRejected("wrong-role-order", f"unknown role {reprlib.repr(name)} in {where!r}")
         turns.append((role, _message_text(message)))
     return turns
 
@@ -180,9 +182,9 @@ def _message_text(message: Row) -> str:
     text = value if type(value) is str else _content(value, allow_none=bool(calls))
     if not calls:
         return text
-    calls = _decoded(calls)
+    calls = _decoded(calls, "tool_calls")
     listed = [_tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
-    line = _canonical_json({"tool_calls": listed})
+    line = _canonical_json({"tool_calls": listed}, "tool_calls")
     return f"{text}\n{line}" if text.strip() else line
 
 
@@ -190,21 +192,31 @@ def _tool_call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or "name" not in function:
         raise RowRejected("missing-field", "a tool call has no function name")
-    return {"name": function["name"], "arguments": _decoded(function.get("arguments", {}))}
+    arguments = _decoded(function.get("arguments", {}), "arguments")
+    return {"name": function["name"], "arguments": arguments}
 
 
-def _decoded(value: Any) -> Any:
+def _decoded(value: Any, where: str) -> Any:
     """The value of a JSON text (some writers put lists into strings); other values as they are."""
     if isinstance(value, str):
         try:
             return json.loads(value)
         except ValueError:
             return value
+        except RecursionError:
+            raise RowRejected("bad-json", f"{where!r} is nested too deeply") from None
     return value
 
 
-def _canonical_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(", ", ": "))
+def _canonical_json(value: Any, where: str) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(", ", ": "))
+    except RecursionError:
+        raise RowRejected("bad-json", f"{where!r} is nested too deeply") from None
+    except TypeError as error:
+        raise RowRejected(
+            "missing-field", f"{where!r} cannot be written as JSON: {error}"
+        ) from None
 
 
 def _content(value: Any, allow_none: bool = False) -> str:
@@ -220,7 +232,8 @@ def _content(value: Any, allow_none: bool = False) -> str:
         for part in value:
             text = part.get("text") if isinstance(part, Mapping) else part
             if not isinstance(text, str):
-                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                kind = part.get("type") if isinstance(part, Mapping) else None
+                kind = kind if isinstance(kind, str) else type(part).__name__
                 raise RowRejected("missing-field", f"a turn holds a part that is not text: {kind}")
             parts.append(text)
         return "\n".join(parts)
@@ -239,9 +252,10 @@ def threads(row: Row) -> list[Turn]:
     turns: list[Turn] = []
     node = row.get("prompt")
     while isinstance(node, Mapping):
-        role = _ROLES.get(str(node.get("role", "")).lower())
+        name = node.get("role")
+        role = _ROLES.get(name.lower()) if isinstance(name, str) else None
         if role is None:
-            raise RowRejected("wrong-role-order", f"unknown role {node.get('role')!r} in a thread")
+            raise RowRejected("wrong-role-order", f"unknown role {reprlib.repr(name)} in a thread")
         turns.append((role, text_of(node, "text")))
         node = _best_reply(node.get("replies") or [])
     if not turns:
@@ -249,20 +263,24 @@ def threads(row: Row) -> list[Turn]:
     return turns
 
 
-def _best_reply(replies: Sequence[Any]) -> Any:
+def _best_reply(replies: Any) -> Any:
     """The reply that people ranked best; unranked ones come after, in their order."""
+    if not isinstance(replies, list):
+        raise RowRejected(
+            "missing-field", f"'replies' holds a {type(replies).__name__}, not a list"
+        )
     living = [reply for reply in replies if isinstance(reply, Mapping) and not reply.get("deleted")]
 
     def rank(reply: Row) -> float:
         value = reply.get("rank")
-        return float(value) if isinstance(value, int | float) else float("inf")
+        return value if isinstance(value, int | float) else math.inf
 
     return min(living, key=rank) if living else None
 
 
 def preference(row: Row) -> list[Turn]:
     """The chosen side of a preference pair."""
-    chosen = _decoded(row.get("chosen"))
+    chosen = _decoded(row.get("chosen"), "chosen")
     if isinstance(chosen, Mapping):
         chosen = [chosen]
     prompt = row.get("prompt", row.get("question", row.get("instruction")))
