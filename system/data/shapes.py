@@ -280,21 +280,38 @@ def _best_reply(replies: Any) -> Any:
 
 def preference(row: Row) -> list[Turn]:
     """The chosen side of a preference pair."""
-    chosen = _decoded(row.get("chosen"), "chosen")
-    if isinstance(chosen, Mapping):
-        chosen = [chosen]
+    chosen = _listed_turns(row.get("chosen"))
+    beside = _system_turns(row, "system", "system_prompt")
     prompt = row.get("prompt", row.get("question", row.get("instruction")))
     if isinstance(chosen, list):
         turns = _chat(chosen, "chosen")
-        if any(role == "user" for role, _ in turns) or prompt is None:
-            return _system_turns(row, "system", "system_prompt") + turns
-        before = _chat(prompt, "prompt") if isinstance(prompt, list) else None
-        return (before or [("user", _content(prompt))]) + turns
-    text = text_of(row, "chosen")
-    if prompt is None:
-        return _human_assistant(text)
+        if prompt is None or any(role == "user" for role, _ in turns):
+            return beside + turns
+    elif prompt is None:
+        return beside + _human_assistant(text_of(row, "chosen"))
+    else:
+        turns = [("assistant", text_of(row, "chosen"))]
     before = _chat(prompt, "prompt") if isinstance(prompt, list) else [("user", _content(prompt))]
-    return [*_system_turns(row, "system", "system_prompt"), *before, ("assistant", text)]
+    return [*beside, *before, *turns]
+
+
+def _listed_turns(value: Any) -> Any:
+    """Turns as a list, where the value is one turn or the JSON text of several.
+
+    Any other JSON text is what was answered, and stays as it is.
+    """
+    if isinstance(value, Mapping):
+        return [value]
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        if found and all(
+            isinstance(item, Mapping) and {"role", "from"} & set(item) for item in found
+        ):
+            return found
+    return value
 
 
 def _human_assistant(text: str) -> list[Turn]:

@@ -141,6 +141,26 @@ def test_best_ranked_path_of_a_thread_is_taken():
     assert turns(row) == [("user", "Q"), ("assistant", "best"), ("user", "more?")]
 
 
+@pytest.mark.parametrize(
+    "answer", ["[1, 2]", '{"a": 1}', "[]", '[{"a": 1}]', "7", '{"role": "x"}', "[" * 2000, "[oops"]
+)
+def test_a_chosen_answer_that_is_json_text_stays_as_it_is(answer):
+    row = {"prompt": "Q", "chosen": answer, "rejected": "B"}
+    assert turns(row) == [("user", "Q"), ("assistant", answer)]
+
+
+def test_chosen_turns_written_as_json_text_are_turns():
+    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert turns({"chosen": json.dumps(said), "rejected": "[]"}) == PAIR
+    assert turns({"prompt": "Q", "chosen": json.dumps(said[1:]), "rejected": "[]"}) == PAIR
+
+
+@pytest.mark.parametrize("chosen", ["A", [{"role": "assistant", "content": "A"}]])
+def test_system_text_beside_a_preference_pair_is_kept(chosen):
+    row = {"system": "S", "prompt": "Q", "chosen": chosen, "rejected": "B"}
+    assert turns(row) == [("system", "S"), *PAIR]
+
+
 def test_tool_calls_and_tool_definitions_are_kept_as_json():
     row = {
         "tools": [{"name": "weather"}],
