@@ -16,6 +16,8 @@ from system.data.conversation import Turn
 from system.data.shapes import Row, Shape
 from system.errors import DataError
 
+_MESSAGE_OF_A_TREE = {"message_id", "parent_id", "text", "role"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
@@ -120,6 +122,13 @@ def choose_format(source: SourceConfig, first_rows: Sequence[Row], where: str) -
         return columns_format(source.columns)
     if source.format != "auto":
         return next(known for known in FORMATS if known.name == source.format)
+    if first_rows and all(row.keys() >= _MESSAGE_OF_A_TREE for row in first_rows):
+        raise DataError(
+            f"{where}: expected a conversation a row, found one message of a tree a row "
+            "(message_id, parent_id, text, role), as OpenAssistant's hub data sets have them. Join "
+            "each tree's messages into one row `{prompt: {text, role, replies: [...]}}` (format "
+            "`threads`; docs/data.md has the few lines that do it), or take a file of trees."
+        )
     votes = Counter(
         next((known.name for known in FORMATS if known.recognises(row)), None) for row in first_rows
     )

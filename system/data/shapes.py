@@ -259,7 +259,8 @@ def threads(row: Row) -> list[Turn]:
         turns.append((role, text_of(node, "text")))
         node = _best_reply(node.get("replies") or [])
     if not turns:
-        raise RowRejected("missing-field", f"no thread in the row; it has {sorted(row)}")
+        found = "one message of a tree" if "parent_id" in row else "no thread"
+        raise RowRejected("missing-field", f"{found} in the row; it has {sorted(row)}")
     return turns
 
 

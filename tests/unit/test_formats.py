@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,6 +200,33 @@ def test_unknown_format_shows_the_keys_found_and_the_known_formats():
     assert "['meta', 'text']" in message
     assert "data.jsonl" in message
     assert all(known.name in message for known in FORMATS)
+
+
+FLAT = [
+    {"message_id": "m1", "parent_id": None, "text": "Q", "role": "prompter", "rank": None},
+    {"message_id": "m2", "parent_id": "m1", "text": "B", "role": "assistant", "rank": 1},
+    {"message_id": "m3", "parent_id": "m1", "text": "A", "role": "assistant", "rank": 0},
+]
+
+
+def test_messages_of_a_tree_in_rows_of_their_own_are_named_with_the_way_out():
+    with pytest.raises(DataError, match=r"(?s)x: .*one message of a tree a row.*docs/data\.md"):
+        choose_format(SourceConfig(path="x"), FLAT, "x")
+    with pytest.raises(RowRejected, match="one message of a tree"):
+        turns(FLAT[1], "threads")
+
+
+def test_the_documented_lines_join_messages_into_trees(monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    guide = Path(__file__).parents[2] / "docs" / "data.md"
+    (lines,) = re.findall(r"```python\n(import json\n.*?)```", guide.read_text(), re.DOTALL)
+    rows = [{**row, "deleted": False} for row in FLAT]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    (line,) = (tmp_path / "data" / "oasst2.jsonl").read_text().splitlines()
+    assert turns(json.loads(line)) == PAIR
 
 
 def test_format_is_the_majoritys_where_first_rows_differ():
