@@ -34,7 +34,9 @@ class Labels:
     """Category, verifiable answer, score and embedding of rows, as their source says."""
 
     def __init__(self, source: SourceConfig) -> None:
+        assert isinstance(source.category_map, dict), "the plan has read the map"
         self._source = source
+        self._names = source.category_map
         self._fixed: str | None = None
         self._known: dict[str, str | None] = {}
         self._is_plain = (
@@ -53,7 +55,7 @@ class Labels:
         """Takes what the file's path says.
 
         Raises:
-            DataError: `category_pattern` does not match the path.
+            DataError: `category_pattern` does not match the path, or finds an unknown category.
         """
         source = self._source
         self._fixed = source.category
@@ -65,7 +67,10 @@ class Labels:
                     f"{source.category_pattern!r}, which names its category; it does not. Correct "
                     "the pattern or narrow the source's path."
                 )
-            self._fixed = self._mapped(match["category"])
+            try:
+                self._fixed = self._mapped(match["category"])
+            except RowRejected as why:
+                raise DataError(f"{uri}: {why.detail}, which is what its path names") from None
 
     def of(
         self, rows: Sequence[dict[str, Any]], responses: Sequence[bytes]
@@ -124,7 +129,12 @@ class Labels:
         if category is None:
             return None
         category = category.strip()
-        return self._source.category_map.get(category, category) or None
+        found = self._names.get(category)
+        if found is None and category and self._source.category_unmapped != "keep" and self._names:
+            if self._source.category_unmapped == "untagged":
+                return None
+            raise RowRejected("unknown-category", f"category_map does not have {category!r}")
+        return (category if found is None else found) or None
 
 
 def _append(columns: LabelColumns, values: tuple[Any, ...]) -> None:

@@ -81,6 +81,14 @@ def list_files(sources: Sequence[SourceConfig], data_dir: str) -> list[SourceFil
     return found
 
 
+def locate(path: str, data_dir: str) -> str:
+    """The absolute address of a path that may be relative to `data_dir`."""
+    uri = path if "://" in path or path.startswith("/") else storage.join(data_dir, path)
+    uri = storage.absolute(uri)
+    local = storage.local_path(uri)
+    return uri if local is None else os.path.normpath(str(local))
+
+
 def resolve(path: str, data_dir: str) -> list[str]:
     """The files that a source's path names, sorted.
 
@@ -89,10 +97,7 @@ def resolve(path: str, data_dir: str) -> list[str]:
     """
     if path.startswith("hf://"):
         return [path]
-    uri = path if "://" in path or path.startswith("/") else storage.join(data_dir, path)
-    uri = storage.absolute(uri)
-    if storage.local_path(uri) is not None:
-        uri = os.path.normpath(str(storage.local_path(uri)))
+    uri = locate(path, data_dir)
     if any(char in uri for char in "*?[") and not storage.exists(uri):
         files = [name for name in _glob(uri) if _is_data_file(name)]
         if not files:
