@@ -80,8 +80,14 @@ def file_kind(uri: str) -> FileKind:
     path = storage.local_path(uri)
     if path is not None and path.is_dir():
         return FileKind(DATASET, None)
-    with storage.open_input(uri) as file:
-        head = file.read(_SNIFFED_BYTES)
+    try:
+        with storage.open_input(uri) as file:
+            head = file.read(_SNIFFED_BYTES)
+    except OSError:
+        # Object stores have no directories to open; asking first would cost every file a request.
+        if path is None and storage.list_names(uri):
+            return FileKind(DATASET, None)
+        raise
     if head.startswith(_LFS_POINTER):
         raise DataError(
             f"{uri}: expected data, found a Git LFS pointer: the file itself was never fetched. "
