@@ -43,8 +43,12 @@ class SourceConfig(Section):
     """Column that holds the category."""
     category_pattern: str | None = None
     """Regular expression with a group `category`, matched against the file's path."""
-    category_map: dict[str, str] = {}
-    """Renames found categories (merges them where two map to one); others keep their name."""
+    category_map: dict[str, str] | str = {}
+    """Renames found categories (merges where two map to one), or tells what ids mean: a mapping, or
+    a file with one (CSV, JSONL, Parquet: `category` and one other column; JSON, YAML)."""
+    category_unmapped: Literal["keep", "untagged", "reject"] = "keep"
+    """A category that `category_map` does not have keeps its name, or its rows are tagged as if
+    they had none, or rejected (`unknown-category`). A map in a file needs it said."""
     answer_column: str | None = None
     """Column that holds a verifiable final answer."""
     answer_pattern: str | None = None
@@ -65,6 +69,12 @@ class SourceConfig(Section):
         ]
         if len(given) > 1:
             raise ValueError(f"give one of {given}, not several")
+        is_said = "category_unmapped" in self.model_fields_set
+        if isinstance(self.category_map, str) and not is_said:
+            raise ValueError(
+                f"category_map is the file {self.category_map!r}: say with category_unmapped what "
+                "becomes of values that it does not have (keep, untagged or reject)"
+            )
         for name in ("category_pattern", "answer_pattern"):
             pattern = getattr(self, name)
             if pattern is None:
@@ -91,6 +101,8 @@ class IngestConfig(Section):
     """Share of rows, by content hash, on which everything is judged."""
     max_rejected_share: Share = 0.05
     """The stage fails when more than this share of the rows read is rejected."""
+    unusable_files: Literal["error", "count"] = "error"
+    """A file that has rows but not one usable: the stage fails, or its rows count as rejected."""
     min_train_rows: Positive = 32
     """Smallest number of train rows of a category."""
     min_heldout_rows: Positive = 8

@@ -1,57 +1,22 @@
-"""The shapes in which people keep instruction data, and how each becomes a list of turns.
+"""The shapes in which people keep instruction data, and how to tell which one a file has.
 
-A shape turns one raw row (a dict from any reader) into turns `(role, text)` with the roles system,
-user, assistant and tool, or rejects it with a reason.  What a conversation must look like, and how
-its text is normalised, is `system.data.conversation`'s business; which file holds which shape is
-decided here from the keys of its first rows.
+How a row of each shape becomes a list of turns is `system.data.shapes`' business, and what a
+conversation must look like, and how its text is normalised, is `system.data.conversation`'s.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from system.config import SourceConfig
-from system.data.conversation import RowRejected, Turn
+from system.data import shapes
+from system.data.conversation import Turn
+from system.data.shapes import Row, Shape
 from system.errors import DataError
 
-Row = Mapping[str, Any]
-Shape = Callable[[Row], list[Turn]]
-
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "question": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "claude": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "ipython": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-}
-_ALPACA_RESPONSES = ("output", "response", "completion")
-_COMPLETIONS = ("completion", "response", "output")
-_ANSWERS = ("answer", "response", "output")
-_BESIDE = frozenset({"system", "system_prompt", "tools"})
-_CONVERSATIONS = ("conversations", "conversation")
-_HUMAN_ASSISTANT = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
+_MESSAGE_OF_A_TREE = {"message_id", "parent_id", "text", "role"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,246 +30,15 @@ class Format:
     turns: Shape
 
 
-def _text(row: Row, key: str) -> str:
-    """A text field that must be there."""
-    value = row.get(key)
-    if type(value) is str:
-        return value
-    if value is None:
-        raise RowRejected("missing-field", f"no {key!r}; the row has {sorted(row)}")
-    return _as_text(value, key)
-
-
-def _optional_text(row: Row, key: str) -> str:
-    value = row.get(key)
-    if type(value) is str:
-        return value
-    return "" if value is None else _as_text(value, key)
-
-
-def _as_text(value: Any, where: str) -> str:
-    if isinstance(value, bool | int | float):
-        return str(value)
-    raise RowRejected("missing-field", f"{where!r} holds a {type(value).__name__}, not text")
-
-
-def _first_key(row: Row, keys: Sequence[str]) -> str:
-    """The first of the keys that has a value, else the first that is there, else the first."""
-    for key in keys:
-        if row.get(key) not in (None, ""):
-            return key
-    return next((key for key in keys if key in row), keys[0])
-
-
 def _has_any(row: Row, keys: Sequence[str]) -> bool:
     return any(key in row for key in keys)
 
 
-def _system_turns(row: Row, *keys: str) -> list[Turn]:
-    """System text and tool definitions that stand beside the conversation."""
-    if row.keys().isdisjoint(_BESIDE):
-        return []
-    text = next((value for key in keys if (value := _optional_text(row, key))), "")
-    tools = row.get("tools")
-    if tools:
-        listed = _canonical_json({"tools": _decoded(tools)})
-        text = f"{text}\n\n{listed}" if text.strip() else listed
-    return [("system", text)] if text else []
-
-
-def _alpaca(row: Row) -> list[Turn]:
-    turns = _system_turns(row, "system", "system_prompt")
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise RowRejected("missing-field", "'history' is not a list of [question, answer]")
-    for pair in history:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowRejected("missing-field", "'history' is not a list of [question, answer]")
-        turns += [("user", _content(pair[0])), ("assistant", _content(pair[1]))]
-    instruction = _text(row, "instruction")
-    extra = _optional_text(row, "input") or _optional_text(row, "context")
-    if extra and not extra.isspace():
-        instruction = f"{instruction.rstrip()}\n\n{extra}" if instruction.strip() else extra
-    turns.append(("user", instruction))
-    turns.append(("assistant", _text(row, _first_key(row, _ALPACA_RESPONSES))))
-    return turns
-
-
-def _prompt_completion(row: Row) -> list[Turn]:
-    prompt, completion = row.get("prompt"), row.get("completion")
-    is_plain = row.keys().isdisjoint(_BESIDE)
-    if is_plain and type(prompt) is str and type(completion) is str and completion:
-        return [("user", prompt), ("assistant", completion)]
-    answer_key = _first_key(row, _COMPLETIONS)
-    turns = _system_turns(row, "system", "system_prompt")
-    turns += _chat(prompt) if isinstance(prompt, list) else [("user", _text(row, "prompt"))]
-    answer = row.get(answer_key)
-    if isinstance(answer, list):
-        return turns + _chat(answer)
-    return [*turns, ("assistant", _text(row, answer_key))]
-
-
-def _question_answer(row: Row) -> list[Turn]:
-    question = _text(row, "question")
-    context = _optional_text(row, "context")
-    if context and not context.isspace():
-        question = f"{context.rstrip()}\n\n{question}"
-    return [
-        *_system_turns(row, "system", "system_prompt"),
-        ("user", question),
-        ("assistant", _text(row, _first_key(row, _ANSWERS))),
-    ]
-
-
-def _sharegpt(row: Row) -> list[Turn]:
-    key = _first_key(row, _CONVERSATIONS)
-    return _system_turns(row, "system", "system_prompt") + _chat(row.get(key), key)
-
-
-def _messages(row: Row) -> list[Turn]:
-    return _system_turns(row, "system", "system_prompt") + _chat(row.get("messages"), "messages")
-
-
-def _chat(messages: Any, where: str = "messages") -> list[Turn]:
-    """Turns from a list of OpenAI messages or of ShareGPT turns, mixed spellings allowed."""
-    messages = _decoded(messages)
-    if not isinstance(messages, list):
-        found = "nothing" if messages is None else type(messages).__name__
-        raise RowRejected("missing-field", f"{where!r}: expected a list of turns, found {found}")
-    turns: list[Turn] = []
-    for message in messages:
-        if not isinstance(message, Mapping):
-            raise RowRejected("missing-field", f"{where!r} holds a {type(message).__name__}")
-        name = message.get("from") or message.get("role") or message.get("user")
-        role = _ROLES.get(name.lower()) if isinstance(name, str) else None
-        if role is None:
-            raise RowRejected("wrong-role-order", f"unknown role {name!r} in {where!r}")
-        turns.append((role, _message_text(message)))
-    return turns
-
-
-def _message_text(message: Row) -> str:
-    """The text of a message; tool calls follow it as one line of JSON."""
-    value = message.get("value")
-    if value is None:
-        value = message.get("content")
-    if value is None:
-        value = message.get("text")
-    calls = message.get("tool_calls") or message.get("function_call")
-    text = value if type(value) is str else _content(value, allow_none=bool(calls))
-    if not calls:
-        return text
-    calls = _decoded(calls)
-    listed = [_tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
-    line = _canonical_json({"tool_calls": listed})
-    return f"{text}\n{line}" if text.strip() else line
-
-
-def _tool_call(call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or "name" not in function:
-        raise RowRejected("missing-field", "a tool call has no function name")
-    return {"name": function["name"], "arguments": _decoded(function.get("arguments", {}))}
-
-
-def _decoded(value: Any) -> Any:
-    """The value of a JSON text (some writers put lists into strings); other values as they are."""
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _canonical_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(", ", ": "))
-
-
-def _content(value: Any, allow_none: bool = False) -> str:
-    """The text of a message's content: a string, or a list of text parts."""
-    if type(value) is str:
-        return value
-    if value is None:
-        if allow_none:
-            return ""
-        raise RowRejected("missing-field", "a turn has no text")
-    if isinstance(value, list):
-        parts = []
-        for part in value:
-            text = part.get("text") if isinstance(part, Mapping) else part
-            if not isinstance(text, str):
-                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-                raise RowRejected("missing-field", f"a turn holds a part that is not text: {kind}")
-            parts.append(text)
-        return "\n".join(parts)
-    return _as_text(value, "content")
-
-
-def _threads(row: Row) -> list[Turn]:
-    """UltraChat's `data` (user first, alternating) or the best path of an OpenAssistant tree."""
-    if "data" in row:
-        texts = row["data"]
-        if not isinstance(texts, list):
-            raise RowRejected("missing-field", "'data' is not a list of turns")
-        if texts and isinstance(texts[0], Mapping):
-            return _chat(texts, "data")
-        return [(("user", "assistant")[k % 2], _content(text)) for k, text in enumerate(texts)]
-    turns: list[Turn] = []
-    node = row.get("prompt")
-    while isinstance(node, Mapping):
-        role = _ROLES.get(str(node.get("role", "")).lower())
-        if role is None:
-            raise RowRejected("wrong-role-order", f"unknown role {node.get('role')!r} in a thread")
-        turns.append((role, _text(node, "text")))
-        node = _best_reply(node.get("replies") or [])
-    if not turns:
-        raise RowRejected("missing-field", f"no thread in the row; it has {sorted(row)}")
-    return turns
-
-
-def _best_reply(replies: Sequence[Any]) -> Any:
-    """The reply that people ranked best; unranked ones come after, in their order."""
-    living = [reply for reply in replies if isinstance(reply, Mapping) and not reply.get("deleted")]
-
-    def rank(reply: Row) -> float:
-        value = reply.get("rank")
-        return float(value) if isinstance(value, int | float) else float("inf")
-
-    return min(living, key=rank) if living else None
-
-
-def _preference(row: Row) -> list[Turn]:
-    """The chosen side of a preference pair."""
-    chosen = _decoded(row.get("chosen"))
-    if isinstance(chosen, Mapping):
-        chosen = [chosen]
-    prompt = row.get("prompt", row.get("question", row.get("instruction")))
-    if isinstance(chosen, list):
-        turns = _chat(chosen, "chosen")
-        if any(role == "user" for role, _ in turns) or prompt is None:
-            return _system_turns(row, "system", "system_prompt") + turns
-        before = _chat(prompt, "prompt") if isinstance(prompt, list) else None
-        return (before or [("user", _content(prompt))]) + turns
-    text = _text(row, "chosen")
-    if prompt is None:
-        return _human_assistant(text)
-    before = _chat(prompt, "prompt") if isinstance(prompt, list) else [("user", _content(prompt))]
-    return [*_system_turns(row, "system", "system_prompt"), *before, ("assistant", text)]
-
-
-def _human_assistant(text: str) -> list[Turn]:
-    """Turns of a dialogue written as `Human: ... Assistant: ...` paragraphs."""
-    parts = _HUMAN_ASSISTANT.split(text)
-    if len(parts) < 3 or parts[0].strip():
-        raise RowRejected("missing-field", "'chosen' is not a dialogue, and there is no 'prompt'")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [(roles[name], said) for name, said in zip(parts[1::2], parts[2::2], strict=True)]
-
-
 def _is_list(row: Row, *keys: str) -> bool:
+    values = [row.get(key) for key in keys]
     return any(
-        isinstance(row.get(key), list) or str(row.get(key, "")).startswith("[{") for key in keys
+        isinstance(value, list) or (isinstance(value, str) and value.startswith("[{"))
+        for value in values
     )
 
 
@@ -313,19 +47,19 @@ FORMATS: tuple[Format, ...] = (
         name="messages",
         keys="messages: [{role, content}, ...]",
         recognises=lambda row: _is_list(row, "messages"),
-        turns=_messages,
+        turns=shapes.messages,
     ),
     Format(
         name="sharegpt",
         keys="conversations: [{from, value}, ...]",
-        recognises=lambda row: _is_list(row, *_CONVERSATIONS),
-        turns=_sharegpt,
+        recognises=lambda row: _is_list(row, *shapes.CONVERSATIONS),
+        turns=shapes.sharegpt,
     ),
     Format(
         name="preference",
         keys="chosen, rejected [, prompt]",
         recognises=lambda row: "chosen" in row and "rejected" in row,
-        turns=_preference,
+        turns=shapes.preference,
     ),
     Format(
         name="threads",
@@ -334,25 +68,25 @@ FORMATS: tuple[Format, ...] = (
             isinstance(row.get("data"), list)
             or (isinstance(row.get("prompt"), Mapping) and "replies" in row["prompt"])
         ),
-        turns=_threads,
+        turns=shapes.threads,
     ),
     Format(
         name="alpaca",
         keys="instruction [, input], output",
-        recognises=lambda row: "instruction" in row and _has_any(row, _ALPACA_RESPONSES),
-        turns=_alpaca,
+        recognises=lambda row: "instruction" in row and _has_any(row, shapes.ALPACA_RESPONSES),
+        turns=shapes.alpaca,
     ),
     Format(
         name="prompt-completion",
         keys="prompt, completion",
-        recognises=lambda row: "prompt" in row and _has_any(row, _COMPLETIONS),
-        turns=_prompt_completion,
+        recognises=lambda row: "prompt" in row and _has_any(row, shapes.COMPLETIONS),
+        turns=shapes.prompt_completion,
     ),
     Format(
         name="question-answer",
         keys="question, answer",
-        recognises=lambda row: "question" in row and _has_any(row, _ANSWERS),
-        turns=_question_answer,
+        recognises=lambda row: "question" in row and _has_any(row, shapes.ANSWERS),
+        turns=shapes.question_answer,
     ),
 )
 """Known shapes; where a row fits several, the first one is meant."""
@@ -363,8 +97,12 @@ def columns_format(columns: Mapping[str, str]) -> Format:
     prompt, response, system = columns["prompt"], columns["response"], columns.get("system")
 
     def turns(row: Row) -> list[Turn]:
-        before = [("system", _optional_text(row, system))] if system is not None else []
-        return [*before, ("user", _text(row, prompt)), ("assistant", _text(row, response))]
+        before = [("system", shapes.optional_text_of(row, system))] if system is not None else []
+        return [
+            *before,
+            ("user", shapes.text_of(row, prompt)),
+            ("assistant", shapes.text_of(row, response)),
+        ]
 
     return Format(
         name="columns",
@@ -384,6 +122,13 @@ def choose_format(source: SourceConfig, first_rows: Sequence[Row], where: str) -
         return columns_format(source.columns)
     if source.format != "auto":
         return next(known for known in FORMATS if known.name == source.format)
+    if first_rows and all(row.keys() >= _MESSAGE_OF_A_TREE for row in first_rows):
+        raise DataError(
+            f"{where}: expected a conversation a row, found one message of a tree a row "
+            "(message_id, parent_id, text, role), as OpenAssistant's hub data sets have them. Join "
+            "each tree's messages into one row `{prompt: {text, role, replies: [...]}}` (format "
+            "`threads`; docs/data.md has the few lines that do it), or take a file of trees."
+        )
     votes = Counter(
         next((known.name for known in FORMATS if known.recognises(row)), None) for row in first_rows
     )

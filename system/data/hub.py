@@ -8,9 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from system.data.sources import parse_hub
+from system.data.tables import BATCH_ROWS
 from system.errors import DataError
-
-_BATCH_ROWS = 1024
 
 
 def dataset_batches(uri: str, is_hub: bool) -> Iterator[pa.RecordBatch]:
@@ -21,8 +20,8 @@ def dataset_batches(uri: str, is_hub: bool) -> Iterator[pa.RecordBatch]:
     """
     dataset = _load_hub(uri) if is_hub else _load_directory(uri)
     arrow = dataset.with_format("arrow")
-    for start in range(0, len(dataset), _BATCH_ROWS):
-        yield from arrow[start : start + _BATCH_ROWS].to_batches()
+    for start in range(0, len(dataset), BATCH_ROWS):
+        yield from arrow[start : start + BATCH_ROWS].to_batches()
 
 
 def _load_hub(uri: str) -> Any:

@@ -43,6 +43,7 @@ from system.data.ingest_plan import (
     read_outcome,
     source_fingerprint,
 )
+from system.data.lost_files import check_lost_files
 from system.data.spill import read_spill
 from system.errors import DataError, StageError
 from system.schema import REJECTED
@@ -76,12 +77,14 @@ def check_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
     """Stops an ingest whose input is not what its owner believes.
 
     Raises:
-        DataError: a source has no row, or more rows are rejected than the configuration allows.
+        DataError: a source has no row, a file no usable one, or more rows are rejected than the
+            configuration allows.
     """
     for number, source in enumerate(plan.sources):
         own = [item for item in outcomes if plan.chunks[item.index].source == number]
         if not sum(item.read for item in own):
             raise empty_source(source, [file.uri for file in plan.files if file.source == number])
+    check_lost_files(plan, outcomes)
     num_read = sum(item.read for item in outcomes)
     reasons = _reasons(outcomes)
     num_rejected = sum(reasons.values())

@@ -28,7 +28,8 @@ from system.data.ingest_plan import (
 )
 from system.data.labels import LabelColumns, Labels
 from system.data.normal_batch import NormalBatch, normalise_batch, splits_of
-from system.data.readers import Defect, Piece, RawRow, read_batches, read_rows
+from system.data.raw_rows import Defect, RawRow
+from system.data.readers import Piece, read_batches, read_rows
 from system.data.spill import SpillWriter, spill_output
 from system.errors import DataError
 
@@ -38,6 +39,8 @@ _FLUSH_REJECTED = 8192
 _DETECTION_ROWS = 32
 _SEARCHED_ROWS = 1000
 _NUM_EXAMPLES = 3
+_DETAIL_CHARS = 500
+_FIRST_DETAIL_CHARS = 200
 
 
 def ingest_chunk(plan: IngestPlan, index: int) -> ChunkOutcome:
@@ -112,6 +115,11 @@ def _first_rows(values: Sequence[RawRow], num_rows: int) -> Sequence[RawRow]:
     return values
 
 
+def _writable(text: str, max_chars: int) -> str:
+    """The beginning of a text, without what UTF-8 cannot hold."""
+    return text[:max_chars].encode("utf-8", "replace").decode()
+
+
 class _ChunkWorker:
     """The rows of one chunk on their way from the reader to the spill file."""
 
@@ -136,12 +144,15 @@ class _ChunkWorker:
         self._reasons: Counter[str] = Counter()
         self._examples: list[tuple[int, int, int, str, str]] = []
         self._pieces: list[PieceCount] = []
+        self._usable = 0
+        self._first_rejected = ""
 
     def read_piece(self, piece: Piece, max_rows: int | None) -> None:
         """Reads one piece to its end, or until the chunk has `max_rows` rows."""
         shape = detect_format(self._source, piece)
         self._labels.open_file(piece.uri)
-        num_numbers = 0
+        num_numbers, num_before = 0, self._read
+        self._usable, self._first_rejected = 0, ""
         for values in read_batches(piece):
             if max_rows is not None:
                 values = _first_rows(values, max_rows - self._read)
@@ -149,7 +160,16 @@ class _ChunkWorker:
             num_numbers += len(values)
             if max_rows is not None and self._read >= max_rows:
                 break
-        self._pieces.append(PieceCount(file=piece.file, start=piece.start, numbers=num_numbers))
+        self._pieces.append(
+            PieceCount(
+                file=piece.file,
+                start=piece.start,
+                numbers=num_numbers,
+                read=self._read - num_before,
+                usable=self._usable,
+                first_rejected=self._first_rejected,
+            )
+        )
         check_unchanged(piece)
 
     def _take(
@@ -167,6 +187,7 @@ class _ChunkWorker:
             [values[place] for place in batch.places],  # type: ignore[misc]
             batch.responses() if self._labels.need_response else (),
         )
+        self._note_usable(batch, wrong)
         settings = self._settings
         splits = splits_of(batch.prompts, settings.estimate_share, settings.test_share)
         if self._benchmarks is not None:
@@ -186,6 +207,13 @@ class _ChunkWorker:
         # Not before all rows up to here are held: filters have a say about them first.
         if len(self._held_rejected) >= _FLUSH_REJECTED:
             self._flush_rejected()
+
+    def _note_usable(self, batch: NormalBatch, wrong: Sequence[tuple[int, RowRejected]]) -> None:
+        self._usable += len(batch.places) - len(wrong)
+        found = batch.rejected + [(batch.places[row], why) for row, why in wrong]
+        if found and not self._first_rejected:
+            _, why = min(found, key=lambda item: item[0])
+            self._first_rejected = f"{why.reason}: {_writable(why.detail, _FIRST_DETAIL_CHARS)}"
 
     def _overlapping(
         self, batch: NormalBatch, splits: np.ndarray, wrong: Mapping[int, RowRejected]
@@ -225,7 +253,7 @@ class _ChunkWorker:
         self._rows.add(rows, buckets)
 
     def _reject(self, piece: Piece, row: int, why: RowRejected) -> None:
-        detail = why.detail[:500].encode("utf-8", "replace").decode()
+        detail = _writable(why.detail, _DETAIL_CHARS)
         self._note_rejected((piece.file, piece.start, row, why.reason, detail))
 
     def _note_rejected(self, rejected: tuple[int, int, int, str, str]) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from system import storage
 from system.config import IngestConfig, RunConfig, SourceConfig
 from system.data import sources
+from system.data.category_maps import category_map_digests, with_category_map
 from system.data.sources import Chunk, SourceFile
 from system.errors import DataError
 from system.functions import UserFunction
@@ -62,11 +63,17 @@ class IngestPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PieceCount:
-    """How many row numbers a piece takes up in its file."""
+    """What was found in a piece of a file."""
 
     file: int
     start: int
     numbers: int
+    """Row numbers that the piece takes up in its file."""
+    read: int
+    usable: int
+    """Rows that are conversations with labels, whatever becomes of them afterwards."""
+    first_rejected: str
+    """Why the first row was rejected that was no such conversation; empty: none was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +98,12 @@ def source_fingerprint(config: RunConfig) -> dict[str, str]:
 
     Raises:
         ConfigError: a filter's module is missing.
-        DataError: a source or benchmark file is missing.
+        DataError: a source, benchmark or category file is missing.
     """
     files = sources.list_files(config.sources, config.data_dir)
     stamps = {file.uri: file.stamp for file in files}
     stamps |= {uri: sources.stat(uri)[1] for uri in _benchmark_uris(config)}
+    stamps |= category_map_digests(config.sources, config.data_dir)
     return stamps | {item.name: item.source_digest() for item in _filters(config)}
 
 
@@ -116,7 +124,7 @@ def plan_ingest(config: RunConfig, attempt: str) -> IngestPlan:
     )
     return IngestPlan(
         settings=config.ingest,
-        sources=config.sources,
+        sources=tuple(with_category_map(item, config.data_dir) for item in config.sources),
         files=tuple(files),
         chunks=tuple(sources.plan_chunks(files, config.sources, config.ingest.chunk_bytes)),
         num_buckets=min(max(1, -(-total // BUCKET_BYTES)), MAX_BUCKETS),

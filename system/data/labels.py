@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from system.data.conversation import RowRejected, find_answer
 from system.errors import DataError
 
 _MAX_KNOWN = 10_000
+_MAX_FLOAT32 = 3.4028235e38
 
 
 class LabelColumns(NamedTuple):
@@ -33,7 +34,9 @@ class Labels:
     """Category, verifiable answer, score and embedding of rows, as their source says."""
 
     def __init__(self, source: SourceConfig) -> None:
+        assert isinstance(source.category_map, dict), "the plan has read the map"
         self._source = source
+        self._names = source.category_map
         self._fixed: str | None = None
         self._known: dict[str, str | None] = {}
         self._is_plain = (
@@ -52,7 +55,7 @@ class Labels:
         """Takes what the file's path says.
 
         Raises:
-            DataError: `category_pattern` does not match the path.
+            DataError: `category_pattern` does not match the path, or finds an unknown category.
         """
         source = self._source
         self._fixed = source.category
@@ -64,7 +67,10 @@ class Labels:
                     f"{source.category_pattern!r}, which names its category; it does not. Correct "
                     "the pattern or narrow the source's path."
                 )
-            self._fixed = self._mapped(match["category"])
+            try:
+                self._fixed = self._mapped(match["category"])
+            except RowRejected as why:
+                raise DataError(f"{uri}: {why.detail}, which is what its path names") from None
 
     def of(
         self, rows: Sequence[dict[str, Any]], responses: Sequence[bytes]
@@ -123,7 +129,12 @@ class Labels:
         if category is None:
             return None
         category = category.strip()
-        return self._source.category_map.get(category, category) or None
+        found = self._names.get(category)
+        if found is None and category and self._source.category_unmapped != "keep" and self._names:
+            if self._source.category_unmapped == "untagged":
+                return None
+            raise RowRejected("unknown-category", f"category_map does not have {category!r}")
+        return (category if found is None else found) or None
 
 
 def _append(columns: LabelColumns, values: tuple[Any, ...]) -> None:
@@ -161,9 +172,9 @@ def _score(row: dict[str, Any], column: str | None) -> float | None:
     try:
         # One that is not finite stays as it is: stage `select` quarantines and counts the row.
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RowRejected(
-            "missing-field", f"{column!r} holds {value!r:.40}, not a number"
+            "missing-field", f"{column!r} holds {reprlib.repr(value)}, not a number"
         ) from None
 
 
@@ -172,9 +183,11 @@ def _vector(row: dict[str, Any], column: str | None) -> list[float] | None:
     if value is None:
         return None
     try:
-        vector = [float(item) for item in value]
-    except (TypeError, ValueError):
+        vector = [float(item) for item in value] if isinstance(value, list) else []
+    except (TypeError, ValueError, OverflowError):
         vector = []
-    if not vector or not all(math.isfinite(item) for item in vector):
-        raise RowRejected("missing-field", f"{column!r} holds {value!r:.40}, not finite numbers")
+    if not vector or not all(abs(item) <= _MAX_FLOAT32 for item in vector):
+        raise RowRejected(
+            "missing-field", f"{column!r} holds {reprlib.repr(value)}, not a list of finite numbers"
+        )
     return vector

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from system.data.conversation import RowRejected, Turn, normalise
-from system.data.readers import RawRow
+from system.data.raw_rows import RawRow
 
 ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
 """What the codes in `NormalBatch.roles` mean."""

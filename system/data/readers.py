@@ -2,34 +2,37 @@
 
 A reader yields `(row, value)`: the 0-based number of the row within its piece (lines of JSONL,
 elements of an array, records of CSV, rows of a table), and a dict, or a `Defect` where there is a
-row that cannot be read; or the values alone, many at a time.  Every row of the file is yielded
-exactly once.  What ends in the middle (a
-truncated archive, an array without its bracket) is an error, never a short read.
+row that cannot be read; or the values alone, many at a time, but not many bytes.  Every row of the
+file is yielded exactly once.  What ends in the middle (a truncated archive, an array without its
+bracket) is an error, never a short read.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
-import pyarrow as pa
-import pyarrow.ipc
-import pyarrow.parquet as pq
 
 from system import storage
 from system.data.blocks import (
     COMPRESSION_MAGIC,
-    MAX_ROW_BYTES,
     read_blocks,
     split_lines,
     split_runs,
     split_values,
+)
+from system.data.csv_rows import read_csv
+from system.data.raw_rows import TOO_LONG, Defect, RawRow
+from system.data.tables import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    arrow_batches,
+    parquet_batches,
+    rows_of_batches,
 )
 from system.errors import DataError
 
@@ -37,19 +40,11 @@ HUB = "hub"
 DATASET = "dataset"
 
 _HEAD_BYTES = 1 << 20
-_BATCH_ROWS = 1024
+_SNIFFED_BYTES = 64
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_NEVER_EMPTY = (".gz", ".zst", ".bz2", ".parquet", ".arrow", ".feather")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _decode = msgspec.json.Decoder().decode
-
-
-class Defect(NamedTuple):
-    """A row that cannot be read."""
-
-    reason: str
-    detail: str
-
-
-_TOO_LONG = Defect("too-long", f"longer than {MAX_ROW_BYTES:,} bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +59,6 @@ class Piece:
     start: int = 0
     end: int | None = None
     """Bytes of JSONL, row groups of Parquet; None: to the end of the file."""
-
-
-RawRow = dict[str, Any] | Defect | None
 
 
 class FileKind(NamedTuple):
@@ -88,8 +80,19 @@ def file_kind(uri: str) -> FileKind:
     path = storage.local_path(uri)
     if path is not None and path.is_dir():
         return FileKind(DATASET, None)
-    with storage.open_input(uri) as file:
-        head = file.read(8)
+    try:
+        with storage.open_input(uri) as file:
+            head = file.read(_SNIFFED_BYTES)
+    except OSError:
+        # Object stores have no directories to open; asking first would cost every file a request.
+        if path is None and storage.list_names(uri):
+            return FileKind(DATASET, None)
+        raise
+    if head.startswith(_LFS_POINTER):
+        raise DataError(
+            f"{uri}: expected data, found a Git LFS pointer: the file itself was never fetched. "
+            "Fetch it: git lfs pull"
+        )
     if head.startswith(b"PAR1"):
         return FileKind("parquet", None)
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
@@ -102,16 +105,21 @@ def file_kind(uri: str) -> FileKind:
         (name for name, magic in COMPRESSION_MAGIC.items() if head.startswith(magic)), None
     )
     name = uri.lower()
+    if not head and name.endswith(_NEVER_EMPTY):
+        raise DataError(
+            f"{uri}: expected what its name says, found 0 bytes; even without rows such a file has "
+            "some. It is damaged; fetch or write it again."
+        )
     for ending in (".gz", ".zst", ".bz2"):
         name = name.removesuffix(ending)
     if name.endswith(".tsv"):
         return FileKind("tsv", compression)
     if name.endswith(".csv"):
         return FileKind("csv", compression)
-    if name.endswith((".parquet", ".arrow", ".feather")) and head:
+    if name.endswith((".parquet", ".arrow", ".feather")):
         raise DataError(
-            f"{uri}: its name says Parquet or Arrow, but it starts with {head!r}. It is damaged, "
-            "or a pointer file whose data was never fetched."
+            f"{uri}: its name says Parquet or Arrow, but it starts with {head[:8]!r}. It is "
+            "damaged; fetch or write it again."
         )
     return FileKind(_json_kind(uri, compression), compression)
 
@@ -181,7 +189,8 @@ def read_numbers(piece: Piece) -> Iterator[tuple[int, RawRow]]:
     if kind.name == "lines":
         return enumerate(map(_decode_line, _lines(piece, kind)))
     if kind.name in _ONE_BY_ONE:
-        return enumerate(_ONE_BY_ONE[kind.name](piece, kind))
+        data = read_blocks(piece.uri, kind.compression)
+        return enumerate(_ONE_BY_ONE[kind.name](data, kind, piece.uri))
     return enumerate(itertools.chain.from_iterable(_table_batches(piece, kind)))
 
 
@@ -194,18 +203,20 @@ def read_batches(piece: Piece) -> Iterator[list[RawRow]]:
     if kind.name == "lines":
         return _line_batches(piece, kind)
     if kind.name in _ONE_BY_ONE:
-        return _batches(_ONE_BY_ONE[kind.name](piece, kind))
+        data = _Counted(read_blocks(piece.uri, kind.compression))
+        return _batches(_ONE_BY_ONE[kind.name](data, kind, piece.uri), data)
     return _table_batches(piece, kind)
 
 
-def _batches(values: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+def _batches(values: Iterator[RawRow], data: _Counted) -> Iterator[list[RawRow]]:
     batch: list[RawRow] = []
+    full = BATCH_BYTES
     try:
         for value in values:
             batch.append(value)
-            if len(batch) == _BATCH_ROWS:
+            if len(batch) == BATCH_ROWS or data.num_bytes > full:
                 yield batch
-                batch = []
+                batch, full = [], data.num_bytes + BATCH_BYTES
     except DataError:
         yield batch
         raise
@@ -214,12 +225,13 @@ def _batches(values: Iterator[RawRow]) -> Iterator[list[RawRow]]:
 
 def _table_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
     if kind.name == "parquet":
-        return _rows_of_batches(_parquet_batches(piece), piece.uri)
+        batches = parquet_batches(piece.uri, piece.start, piece.end)
+        return rows_of_batches(batches, piece.uri)
     if kind.name == "arrow":
-        return _rows_of_batches(_arrow_batches(piece.uri), piece.uri)
+        return rows_of_batches(arrow_batches(piece.uri), piece.uri)
     from system.data.hub import dataset_batches
 
-    return _rows_of_batches(dataset_batches(piece.uri, kind.name == HUB), piece.uri)
+    return rows_of_batches(dataset_batches(piece.uri, kind.name == HUB), piece.uri)
 
 
 def _lines(piece: Piece, kind: FileKind) -> Iterator[bytes | None]:
@@ -231,7 +243,7 @@ def _lines(piece: Piece, kind: FileKind) -> Iterator[bytes | None]:
 
 def _decode_line(line: bytes | None) -> RawRow:
     if line is None:
-        return _TOO_LONG
+        return TOO_LONG
     return None if not line or line.isspace() else decode_row(line)
 
 
@@ -240,7 +252,7 @@ def _line_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
     is_start = piece.start == 0
     for run in split_runs(blocks, piece.start, piece.end):
         if run is None:
-            yield [_TOO_LONG]
+            yield [TOO_LONG]
         else:
             yield decode_lines(run.removeprefix(_BYTE_ORDER_MARK) if is_start else run)
         is_start = False
@@ -258,106 +270,34 @@ def decode_lines(run: bytes) -> list[RawRow]:
     return [_decode_line(line) for line in lines]
 
 
-def _read_values(piece: Piece, kind: FileKind) -> Iterator[RawRow]:
-    blocks = read_blocks(piece.uri, kind.compression)
-    values = split_values(blocks, is_array=kind.name == "array", where=piece.uri)
-    for value in values:
-        yield _TOO_LONG if value is None else decode_row(value)
+class _Counted:
+    """Blocks of a file, and how many bytes of them were taken."""
+
+    def __init__(self, data: Iterator[bytes]) -> None:
+        self._data = data
+        self.num_bytes = 0
+
+    def __iter__(self) -> _Counted:
+        return self
+
+    def __next__(self) -> bytes:
+        block = next(self._data)
+        self.num_bytes += len(block)
+        return block
 
 
-def _read_csv(piece: Piece, kind: FileKind) -> Iterator[RawRow]:
-    csv.field_size_limit(sys.maxsize)
-    blocks = read_blocks(piece.uri, kind.compression)
-    lines = (
-        "" if line is None else line.decode("utf-8", "surrogateescape") + "\n"
-        for line in split_lines(blocks, 0, None)
-    )
-    delimiter = "\t" if kind.name == "tsv" else ","
-    records = csv.reader(lines, delimiter=delimiter, strict=True)
-    try:
-        header = [name.removeprefix("\ufeff") for name in next(records, [])]
-    except csv.Error as error:
-        raise DataError(f"{piece.uri}: expected a header line: {error}") from error
-    if len(set(header)) < len(header):
-        raise DataError(f"{piece.uri}: expected a header of different column names, found {header}")
-    while True:
-        try:
-            record = next(records)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Defect("bad-csv", f"line {records.line_num}: {error}")
-            continue
-        if not record:
-            continue
-        if len(record) != len(header):
-            found = f"line {records.line_num}: {len(record)} fields, the header has {len(header)}"
-            yield Defect("bad-csv", found)
-        else:
-            yield dict(zip(header, record, strict=True))
+def _read_values(data: Iterator[bytes], kind: FileKind, where: str) -> Iterator[RawRow]:
+    for value in split_values(data, is_array=kind.name == "array", where=where):
+        yield TOO_LONG if value is None else decode_row(value)
 
 
-_ONE_BY_ONE: dict[str, Callable[[Piece, FileKind], Iterator[RawRow]]] = {
+def _read_csv(data: Iterator[bytes], kind: FileKind, where: str) -> Iterator[RawRow]:
+    return read_csv(data, "\t" if kind.name == "tsv" else ",", where)
+
+
+_ONE_BY_ONE: dict[str, Callable[[Iterator[bytes], FileKind, str], Iterator[RawRow]]] = {
     "array": _read_values,
     "values": _read_values,
     "csv": _read_csv,
     "tsv": _read_csv,
 }
-
-
-def _parquet_batches(piece: Piece) -> Iterator[pa.RecordBatch]:
-    with storage.open_input(piece.uri) as file:
-        parquet = pq.ParquetFile(file)
-        end = parquet.num_row_groups if piece.end is None else piece.end
-        groups = list(range(piece.start, end))
-        yield from parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups)
-
-
-def _arrow_batches(uri: str) -> Iterator[pa.RecordBatch]:
-    path = storage.local_path(uri)
-    source = (
-        pa.memory_map(str(path))
-        if path is not None
-        else pa.PythonFile(storage.open_input(uri), mode="r")
-    )
-    with source:
-        is_file = source.read(6) == b"ARROW1"
-        source.seek(0)
-        if is_file:
-            reader = pyarrow.ipc.open_file(source)
-            batches = (reader.get_batch(k) for k in range(reader.num_record_batches))
-        else:
-            batches = iter(pyarrow.ipc.open_stream(source))
-        for batch in batches:
-            for start in range(0, batch.num_rows, _BATCH_ROWS):
-                yield batch.slice(start, _BATCH_ROWS)
-
-
-def _rows_of_batches(batches: Iterator[pa.RecordBatch], uri: str) -> Iterator[list[RawRow]]:
-    number = 0
-    while True:
-        try:
-            batch = next(batches, None)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{uri}: expected a whole Parquet or Arrow file; row {number} and what follows "
-                f"cannot be read: {error}"
-            ) from error
-        if batch is None:
-            return
-        yield _values_of_batch(batch)
-        number += batch.num_rows
-
-
-def _values_of_batch(batch: pa.RecordBatch) -> list[RawRow]:
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        found: list[RawRow] = []
-        for k in range(batch.num_rows):
-            try:
-                found += batch.slice(k, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                byte = error.object[error.start]
-                found.append(Defect("bad-utf8", f"byte {byte:#04x} is not UTF-8"))
-        return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,14 @@ def list_files(sources: Sequence[SourceConfig], data_dir: str) -> list[SourceFil
     return found
 
 
+def locate(path: str, data_dir: str) -> str:
+    """The absolute address of a path that may be relative to `data_dir`."""
+    uri = path if "://" in path or path.startswith("/") else storage.join(data_dir, path)
+    uri = storage.absolute(uri)
+    local = storage.local_path(uri)
+    return uri if local is None else os.path.normpath(str(local))
+
+
 def resolve(path: str, data_dir: str) -> list[str]:
     """The files that a source's path names, sorted.
 
@@ -89,10 +98,7 @@ def resolve(path: str, data_dir: str) -> list[str]:
     """
     if path.startswith("hf://"):
         return [path]
-    uri = path if "://" in path or path.startswith("/") else storage.join(data_dir, path)
-    uri = storage.absolute(uri)
-    if storage.local_path(uri) is not None:
-        uri = os.path.normpath(str(storage.local_path(uri)))
+    uri = locate(path, data_dir)
     if any(char in uri for char in "*?[") and not storage.exists(uri):
         files = [name for name in _glob(uri) if _is_data_file(name)]
         if not files:
@@ -155,12 +161,12 @@ def stat(uri: str) -> tuple[int, str]:
         filesystem, key = fsspec.core.url_to_fs(uri)
         filesystem.invalidate_cache()
         info = filesystem.info(key)
-        version = next(
-            (str(info[name]) for name in ("ETag", "etag", "mtime", "LastModified", "created")
-             if info.get(name)),
-            "",
-        )  # fmt: skip
-        return int(info["size"]), f"{info['size']}-{version}"
+        if info.get("type") == "directory":
+            found = filesystem.find(key, detail=True)
+            text = "\n".join(f"{name} {_version(found[name])}" for name in sorted(found))
+            total = sum(int(item["size"]) for item in found.values())
+            return total, f"{total}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+        return int(info["size"]), _version(info)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         stats = [file.stat() for file in files]
@@ -168,6 +174,11 @@ def stat(uri: str) -> tuple[int, str]:
         return total, f"{total}-{max(item.st_mtime_ns for item in stats)}-{len(stats)}"
     found = path.stat()
     return found.st_size, f"{found.st_size}-{found.st_mtime_ns}"
+
+
+def _version(info: dict[str, Any]) -> str:
+    marks = ("ETag", "etag", "mtime", "LastModified", "created")
+    return f"{info['size']}-{next((str(info[name]) for name in marks if info.get(name)), '')}"
 
 
 @functools.cache

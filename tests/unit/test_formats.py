@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +143,26 @@ def test_best_ranked_path_of_a_thread_is_taken():
     assert turns(row) == [("user", "Q"), ("assistant", "best"), ("user", "more?")]
 
 
+@pytest.mark.parametrize(
+    "answer", ["[1, 2]", '{"a": 1}', "[]", '[{"a": 1}]', "7", '{"role": "x"}', "[" * 2000, "[oops"]
+)
+def test_a_chosen_answer_that_is_json_text_stays_as_it_is(answer):
+    row = {"prompt": "Q", "chosen": answer, "rejected": "B"}
+    assert turns(row) == [("user", "Q"), ("assistant", answer)]
+
+
+def test_chosen_turns_written_as_json_text_are_turns():
+    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert turns({"chosen": json.dumps(said), "rejected": "[]"}) == PAIR
+    assert turns({"prompt": "Q", "chosen": json.dumps(said[1:]), "rejected": "[]"}) == PAIR
+
+
+@pytest.mark.parametrize("chosen", ["A", [{"role": "assistant", "content": "A"}]])
+def test_system_text_beside_a_preference_pair_is_kept(chosen):
+    row = {"system": "S", "prompt": "Q", "chosen": chosen, "rejected": "B"}
+    assert turns(row) == [("system", "S"), *PAIR]
+
+
 def test_tool_calls_and_tool_definitions_are_kept_as_json():
     row = {
         "tools": [{"name": "weather"}],
@@ -178,6 +200,33 @@ def test_unknown_format_shows_the_keys_found_and_the_known_formats():
     assert "['meta', 'text']" in message
     assert "data.jsonl" in message
     assert all(known.name in message for known in FORMATS)
+
+
+FLAT = [
+    {"message_id": "m1", "parent_id": None, "text": "Q", "role": "prompter", "rank": None},
+    {"message_id": "m2", "parent_id": "m1", "text": "B", "role": "assistant", "rank": 1},
+    {"message_id": "m3", "parent_id": "m1", "text": "A", "role": "assistant", "rank": 0},
+]
+
+
+def test_messages_of_a_tree_in_rows_of_their_own_are_named_with_the_way_out():
+    with pytest.raises(DataError, match=r"(?s)x: .*one message of a tree a row.*docs/data\.md"):
+        choose_format(SourceConfig(path="x"), FLAT, "x")
+    with pytest.raises(RowRejected, match="one message of a tree"):
+        turns(FLAT[1], "threads")
+
+
+def test_the_documented_lines_join_messages_into_trees(monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    guide = Path(__file__).parents[2] / "docs" / "data.md"
+    (lines,) = re.findall(r"```python\n(import json\n.*?)```", guide.read_text(), re.DOTALL)
+    rows = [{**row, "deleted": False} for row in FLAT]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    (line,) = (tmp_path / "data" / "oasst2.jsonl").read_text().splitlines()
+    assert turns(json.loads(line)) == PAIR
 
 
 def test_format_is_the_majoritys_where_first_rows_differ():
