@@ -119,6 +119,14 @@ def test_buckets_and_order_of_work_never_show_in_the_rows(tmp_path, monkeypatch)
     assert len(one.manifest.shards) < len(other.manifest.shards)
 
 
+def test_more_buckets_than_rows_are_no_error(tmp_path, monkeypatch):
+    write_lines(tmp_path / "rows.jsonl", numbered(5))
+    rows = ingest(tmp_path).rows()
+    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 4)
+    assert plan_ingest(run_config(tmp_path), "").num_buckets > 50
+    assert ingest(tmp_path).rows() == rows
+
+
 def test_of_equal_rows_the_first_source_and_line_wins(tmp_path):
     pair = {"prompt": "same", "completion": "same"}
     write_lines(tmp_path / "a.jsonl", [*numbered(3), {**pair, "task": "first"}])
