@@ -118,7 +118,7 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="ingest", module="actors.ingestor",
-        reads=("sources", "ingest"), identity=_source_identity, revision=2,
+        reads=("sources", "ingest"), identity=_source_identity, revision=3,
     ),
     Stage(
         name="model", module="actors.modeler",

@@ -1,7 +1,7 @@
 """Raw files to the corpus: what is done with one chunk, with one bucket, and with all of them.
 
     files ─ plan_ingest ─> chunks ─ ingest_chunk ─> spill by id bucket ─ reduce_bucket ─> shards
-                                  (near: sign_bucket, match_bands)    finish_ingest ─> manifest
+                            (near: sign, match, decide, settle)       finish_ingest ─> manifest
 
 Chunks and buckets are independent of each other, can be done in any order by any number of workers,
 and leave a commit file each, so a killed run goes on with what is missing.  Nothing in the result
@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from system import storage
 from system.config import IngestConfig, RunConfig
-from system.data import near
+from system.data import near, near_decide
 from system.data.corpus import Manifest, make_manifest, write_manifest
 from system.data.dedup import DUPLICATES
 from system.data.ingest_bucket import (
@@ -274,6 +274,24 @@ STEPS = {
             finished=lambda plan, index: near.read_spill_outcome(plan, "near", index),
         ),
         Step(
+            name="decide",
+            label="ingest: decide which stay",
+            do=near_decide.decide,
+            finished=lambda plan, index: near.read_spill_outcome(plan, "decided", index),
+        ),
+        Step(
+            name="match-again",
+            label="ingest: find chains of near-duplicates",
+            do=near.match_again,
+            finished=lambda plan, index: near.read_spill_outcome(plan, "near-all", index),
+        ),
+        Step(
+            name="settle",
+            label="ingest: decide which of the chains stay",
+            do=near_decide.settle,
+            finished=lambda plan, index: near.read_spill_outcome(plan, "settled", index),
+        ),
+        Step(
             name="reduce",
             label="ingest: deduplicate",
             do=reduce_bucket,
@@ -305,11 +323,25 @@ def run_steps(
 
     read = outcomes_of("read", {chunk.index: chunk.index for chunk in plan.chunks})
     check_rejected(plan, read)
-    leaving: list[near.SpillOutcome] = []
+    leaving: dict[str, near.SpillOutcome] = {}
     if plan.settings.deduplicate == "near":
-        buckets = {given.index: given for given in bucket_inputs(plan, read)}
-        bands = near.band_inputs(plan, outcomes_of("sign", buckets))
-        leaving = outcomes_of("match", {given.index: given for given in bands})
+        leaving = _find_near(plan, bucket_inputs(plan, read), outcomes_of)
     inputs = bucket_inputs(plan, read, leaving)
     reduced = outcomes_of("reduce", {given.index: given for given in inputs})
     return finish_ingest(plan, read, reduced)
+
+
+def _find_near(
+    plan: IngestPlan,
+    buckets: Sequence[BucketInput],
+    outcomes_of: Callable[[str, Mapping[int, Any]], list[Any]],
+) -> dict[str, near.SpillOutcome]:
+    """Which rows leave as near-duplicates: step that decided -> its outcome."""
+    signed = outcomes_of("sign", {given.index: given for given in buckets})
+    bands = {given.index: given for given in near.spill_inputs(plan.num_buckets, signed)}
+    matched = near.spill_inputs(1, outcomes_of("match", bands))
+    leaving = {"decided": outcomes_of("decide", dict(enumerate(matched)))[0]}
+    if near_decide.has_undecided(plan):
+        matched = near.spill_inputs(1, outcomes_of("match-again", bands))
+        leaving["settled"] = outcomes_of("settle", dict(enumerate(matched)))[0]
+    return leaving

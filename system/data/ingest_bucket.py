@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
 from system import storage
-from system.data import near
+from system.data import near, near_decide
 from system.data.corpus import Shard, shard_directory, shard_of
 from system.data.dedup import DUPLICATES, in_order, is_repeat, number_repeats, split_by_category
 from system.data.ingest_plan import SPILL, ChunkOutcome, IngestPlan, chunk_uri
@@ -26,8 +26,8 @@ class BucketInput:
     """Chunk -> record batches of its spill file."""
     bases: dict[tuple[int, int], int]
     """(file, start of piece) -> number of the piece's first row in the file; 0 is left out."""
-    near: dict[int, list[int]] = field(default_factory=dict)
-    """Range of band keys -> record batches with rows of this bucket that leave."""
+    near: dict[str, list[int]] = field(default_factory=dict)
+    """Step that decided -> record batches with rows of this bucket that leave."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,18 +43,18 @@ class BucketOutcome:
 def bucket_inputs(
     plan: IngestPlan,
     outcomes: Sequence[ChunkOutcome],
-    near_outcomes: Sequence[near.SpillOutcome] = (),
+    near_outcomes: Mapping[str, near.SpillOutcome] | None = None,
 ) -> list[BucketInput]:
     """What each bucket has to read."""
     bases = row_bases(outcomes)
     batches: list[dict[int, list[int]]] = [{} for _ in range(plan.num_buckets)]
-    leaving: list[dict[int, list[int]]] = [{} for _ in range(plan.num_buckets)]
+    leaving: list[dict[str, list[int]]] = [{} for _ in range(plan.num_buckets)]
     for outcome in outcomes:
         for bucket, numbers in outcome.batches.items():
             batches[bucket][outcome.index] = numbers
-    for found in near_outcomes:
+    for step, found in (near_outcomes or {}).items():
         for bucket, numbers in found.batches.items():
-            leaving[bucket][found.index] = numbers
+            leaving[bucket][step] = numbers
     return [
         BucketInput(index=bucket, batches=rows, bases=bases, near=leaving[bucket])
         for bucket, rows in enumerate(batches)
@@ -111,16 +111,15 @@ def reduce_bucket(plan: IngestPlan, given: BucketInput) -> BucketOutcome:
     keys = in_order(table)
     if plan.settings.deduplicate == "none":
         keys = number_repeats(keys)
-    leaves = is_repeat(keys)
-    exact = keys.filter(pa.array(leaves))
+    repeats = is_repeat(keys)
+    kept_ids = _near_ids(plan, given, ~repeats)
+    is_near = kept_ids.astype(bool)
+    leaves = repeats | is_near
+    exact = keys.filter(pa.array(repeats & ~is_near))
     found = [_duplicates(exact, exact["id"].to_pylist(), "exact")] if exact.num_rows else []
-    pairs = near.read_near(plan, given.near)
-    if pairs:
-        is_near = np.array([row_id in pairs for row_id in keys["id"].to_pylist()], bool) & ~leaves
-        rows = keys.filter(pa.array(is_near))
-        kept_ids = [pairs[row_id] for row_id in rows["id"].to_pylist()]
-        found.append(_duplicates(rows, kept_ids, "near"))
-        leaves |= is_near
+    if is_near.any():
+        near_rows = keys.filter(pa.array(is_near))
+        found.append(_duplicates(near_rows, kept_ids[is_near].tolist(), "near"))
     if found:
         _write_duplicates(plan, given, pa.concat_tables(found))
     outcome = BucketOutcome(
@@ -130,6 +129,17 @@ def reduce_bucket(plan: IngestPlan, given: BucketInput) -> BucketOutcome:
     )
     storage.write_json(_bucket_uri(plan, given.index), asdict(outcome))
     return outcome
+
+
+def _near_ids(plan: IngestPlan, given: BucketInput, is_first: np.ndarray) -> np.ndarray:
+    """[rows] of each row that leaves as a near-duplicate the id of the row that stays, else "".
+
+    What a row is near to, its exact copies are near to as well.
+    """
+    leaving = near_decide.read_leaving(plan, given.near)
+    by_place = np.full(int(is_first.sum()), "", object)
+    by_place[list(leaving)] = list(leaving.values())
+    return by_place[np.cumsum(is_first) - 1]
 
 
 def _duplicates(rows: pa.Table, kept_ids: Sequence[str], kind: str) -> pa.Table:

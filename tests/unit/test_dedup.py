@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from ingest_builders import ingest, numbered, write_lines
 
 from system.config import SourceConfig
-from system.data import near
 from system.data.dedup import split_by_category
 from system.data.near import rows_per_band, signatures
 from system.data.shingles import NUM_BINS, find_words, mix, ngrams
@@ -146,16 +145,6 @@ def test_near_deduplication_does_not_depend_on_the_cut(tmp_path, monkeypatch):
     many = ingest(tmp_path, deduplicate="near", chunk_bytes=9000)
     assert len(many.manifest.shards) > 3
     assert [row["id"] for row in many.rows()] == kept
-
-
-def test_large_groups_are_compared_with_the_rows_that_stay(monkeypatch):
-    draw = np.random.default_rng(0)
-    centres = draw.integers(0, 256, (4, NUM_BINS), np.uint8)
-    rows = centres[draw.integers(0, 4, 60)]
-    small = near._matches(rows, 120)
-    monkeypatch.setattr(near, "_FULL_GROUP_ROWS", 5)
-    assert near._matches(rows, 120) == small
-    assert len(small) == 56
 
 
 def test_texts_without_a_word_are_never_near_duplicates(tmp_path):

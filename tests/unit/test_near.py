@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ingest_builders import Ingested, chained_rows, ingest, write_lines
+
+from system.data.near_decide import leaving_rows
+
+ALL_TRAIN: dict[str, Any] = {"deduplicate": "near", "estimate_share": 0.0, "test_share": 0.0}
+
+
+def kept_prompts(done: Ingested) -> list[str]:
+    return [turns[0][1] for turns in done.turns()]
+
+
+def outcome_of(done: Ingested) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return done.rows(), sorted(done.duplicates(), key=lambda row: (row["file"], row["row"]))
+
+
+def test_a_row_leaves_only_for_a_row_that_stays(tmp_path):
+    rows = chained_rows(12, 3)
+    write_lines(tmp_path / "rows.jsonl", [*rows, *rows[1::3]])
+    done = ingest(tmp_path, **ALL_TRAIN)
+    stays = {row["id"]: turns[0][1] for row, turns in zip(done.rows(), done.turns(), strict=True)}
+    near_rows = [row for row in done.duplicates() if row["kind"] == "near"]
+    chains_cut = 0
+    for row in done.duplicates():
+        assert row["id"] in stays
+        kept = rows.index({"prompt": stays[row["id"]], "completion": "ok"})
+        row_number = row["row"] if row["row"] < 36 else 3 * (row["row"] - 36) + 1
+        assert kept == row_number - (row["kind"] == "near")
+        chains_cut += row["row"] % 3 == 1 and row["row"] < 36
+    assert chains_cut > 3
+    assert len(near_rows) > chains_cut
+    for chain in range(12):
+        first, middle, last = (row["prompt"] in stays.values() for row in rows[3 * chain :][:3])
+        assert first
+        assert middle or last, "C is near to nothing that stays where B left"
+
+
+@pytest.mark.parametrize("bucket_bytes", [3000, 20_000])
+def test_chains_do_not_depend_on_the_cut(tmp_path, monkeypatch, bucket_bytes):
+    rows = chained_rows(6, 6)
+    random.Random(0).shuffle(rows)
+    write_lines(tmp_path / "rows.jsonl", [*rows, *rows[::4]])
+    whole = outcome_of(ingest(tmp_path, **ALL_TRAIN))
+    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", bucket_bytes)
+    cut = ingest(tmp_path, chunk_bytes=9000, **ALL_TRAIN)
+    assert len(list((tmp_path / "attempt" / "duplicates").iterdir())) > 1
+    assert outcome_of(cut) == whole
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sets(st.tuples(st.integers(0, 14), st.integers(0, 14)), max_size=30), st.randoms())
+def test_leaving_rows_are_those_of_the_plain_walk(pairs, draw):
+    pairs = sorted({(max(pair), min(pair)) for pair in pairs if pair[0] != pair[1]})
+    earlier = defaultdict(list)
+    for later, first in pairs:
+        earlier[later].append(first)
+    expected = set()
+    for row in range(15):
+        if any(first not in expected for first in earlier[row]):
+            expected.add(row)
+    draw.shuffle(pairs)
+    number = np.array(draw.sample(range(100), 15), np.uint64)
+    found = leaving_rows(
+        np.sort(number[sorted(earlier)]),
+        number[[later for later, _ in pairs]],
+        number[[first for _, first in pairs]],
+    )
+    assert set(found.tolist()) == {int(number[row]) for row in expected}
