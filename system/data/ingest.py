@@ -39,6 +39,7 @@ from system.data.ingest_plan import (
     IngestPlan,
     chunk_uri,
     empty_source,
+    open_plan,
     plan_ingest,
     read_outcome,
     source_fingerprint,
@@ -60,6 +61,7 @@ __all__ = [
     "finish_ingest",
     "ingest_chunk",
     "ingest_local",
+    "open_plan",
     "plan_ingest",
     "read_outcome",
     "reduce_bucket",
@@ -232,6 +234,7 @@ def ingest_local(config: RunConfig, attempt: str) -> Manifest:
 
     Raises:
         DataError: the input cannot be used.
+        StageError: the attempt was begun with other files or settings.
     """
 
     def do_all(step: Step, units: Mapping[int, Any]) -> dict[int, Any]:
@@ -240,7 +243,7 @@ def ingest_local(config: RunConfig, attempt: str) -> Manifest:
             for index, unit in units.items()
         }
 
-    plan = plan_ingest(config, attempt)
+    plan = open_plan(config, attempt)
     return run_steps(plan, do_all)
 
 
