@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from system import storage
 from system.data import near, near_decide
+from system.data.bodies import take_rows
 from system.data.corpus import Shard, shard_directory, shard_of
 from system.data.dedup import DUPLICATES, in_order, is_repeat, number_repeats, split_by_category
 from system.data.ingest_plan import SPILL, ChunkOutcome, IngestPlan, chunk_uri
@@ -102,7 +103,7 @@ def sign_bucket(plan: IngestPlan, given: BucketInput) -> near.SpillOutcome:
     table = _read_rows(plan, given)
     keys = in_order(table)
     first = keys["at"].filter(pa.array(~is_repeat(keys)))
-    return near.write_bands(plan, given.index, table.take(first))
+    return near.write_bands(plan, given.index, take_rows(table, np.asarray(first)))
 
 
 def reduce_bucket(plan: IngestPlan, given: BucketInput) -> BucketOutcome:
@@ -156,13 +157,13 @@ def _duplicates(rows: pa.Table, kept_ids: Sequence[str], kind: str) -> pa.Table:
 
 
 def _write_shards(plan: IngestPlan, bucket: int, table: pa.Table, keys: pa.Table) -> list[Shard]:
-    """Shards of the rows that `keys` lists in order; bodies are copied once, for all shards."""
+    """Shards of the rows that `keys` lists in order; no other row's body is touched."""
     parts = list(split_by_category(keys))
     if not parts:
         return []
     ids = pa.concat_tables([rows.select(["id"]) for _, _, rows in parts])["id"].combine_chunks()
     order = np.concatenate([np.asarray(rows["at"]) for _, _, rows in parts])
-    bodies = table.select(CORPUS.names).combine_chunks().take(pa.array(order))
+    bodies = take_rows(table.select(CORPUS.names), order)
     place = CORPUS.get_field_index("id")
     bodies = bodies.set_column(place, CORPUS.field("id"), ids)
     size = plan.settings.shard_rows

@@ -1,0 +1,30 @@
+"""Rows with long texts, moved without touching those that stay behind.
+
+Arrow counts the bytes of a column of texts in 32 bits.  A table may hold more in many batches, but
+no single batch can, so only rows that are wanted are ever put into one.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, where no type checker sees them)
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+
+def take_rows(table: pa.Table, places: np.ndarray) -> pa.Table:
+    """The rows at these places, in this order, as one batch; together they stay below 2 GiB."""
+    order = np.argsort(places, kind="stable")
+    ascending = places[order]
+    batches = table.to_batches()
+    starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+    cuts = np.searchsorted(ascending, starts)
+    parts = [
+        batch.take(pa.array(ascending[begin:end] - start))
+        for batch, start, begin, end in zip(batches, starts, cuts, cuts[1:], strict=False)
+        if end > begin
+    ]
+    taken = pa.Table.from_batches(parts, table.schema).combine_chunks()
+    back = np.empty(len(order), np.int64)
+    back[order] = np.arange(len(order))
+    return taken.take(pa.array(back))
