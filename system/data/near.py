@@ -14,7 +14,7 @@ Source: Broder 1997; b-bit signatures: Li & König 2010.
 # (pyarrow.compute makes its functions at import, where no type checker sees them)
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from system import storage
 from system.data.ingest_plan import IngestPlan
+from system.data.near_compare import near_pairs
 from system.data.shingles import NUM_BINS, find_words, minhash, mix, ngrams
 from system.data.spill import read_spill, spill_output
 
@@ -31,8 +32,6 @@ WORDS_PER_SHINGLE = 5
 _RECALL = 0.99
 _SIGN_ROWS = 1024
 _CHANCE = 1.0 / 256.0
-_CANDIDATES = 2**18
-_COMPARED_AT_ONCE = 8192
 
 BANDS = pa.schema(
     [
@@ -213,10 +212,10 @@ def _near_pairs(table: pa.Table, threshold: float, wanted: np.ndarray | None) ->
     if not table.num_rows:
         return NEAR.empty_table()
     rows = np.asarray(table["row"])
-    _, starts = np.unique(np.asarray(table["key"]), return_index=True)
+    groups = np.asarray(table["key"])
     is_wanted = np.ones(len(rows), bool) if wanted is None else np.isin(rows, wanted)
     least = int(np.ceil(NUM_BINS * (threshold * (1.0 - _CHANCE) + _CHANCE)))
-    later, earlier = _confirmed(_signatures_RK(table), starts, is_wanted, least)
+    later, earlier = near_pairs(_signatures_RK(table), groups, is_wanted, least)
     if wanted is None:
         later, first = np.unique(later, return_index=True)
         earlier = earlier[first]
@@ -235,48 +234,3 @@ def _signatures_RK(table: pa.Table) -> np.ndarray:
     packed = packed.chunk(0) if isinstance(packed, pa.ChunkedArray) else packed
     data = np.frombuffer(packed.buffers()[1], np.uint8).reshape(-1, NUM_BINS)
     return data[packed.offset : packed.offset + len(packed)]
-
-
-def _confirmed(
-    signatures_RK: np.ndarray, starts: np.ndarray, is_wanted: np.ndarray, least: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(later, earlier) places of near-duplicates within the groups, in that order.
-
-    Args:
-        signatures_RK: of the rows, group by group, in a group the earliest first.
-        starts: of the groups.
-        is_wanted: whether pairs are asked for of which the row is the later one.
-        least: bins that have to agree.
-    """
-    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
-    for later, earlier in _candidates(starts, len(signatures_RK)):
-        asked = is_wanted[later]
-        later, earlier = later[asked], earlier[asked]
-        hits = _agreement(signatures_RK, later, earlier) >= least
-        found.append((later[hits], earlier[hits]))
-    later, earlier = (np.concatenate(places) for places in zip(*found, strict=True))
-    order = np.lexsort([earlier, later])
-    return later[order], earlier[order]
-
-
-def _candidates(starts: np.ndarray, num_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(later, earlier) places of all pairs within the groups, some at a time."""
-    sizes = np.diff([*starts.tolist(), num_rows])
-    for size in np.unique(sizes[sizes > 1]).tolist():
-        own = starts[sizes == size]
-        for distance in range(1, size):
-            first = np.arange(size - distance)
-            step = max(1, _CANDIDATES // len(first))
-            for k in range(0, len(own), step):
-                earlier = (own[k : k + step, None] + first).ravel()
-                yield earlier + distance, earlier
-
-
-def _agreement(signatures_RK: np.ndarray, one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """[len(one)] in how many bins the signatures of each pair of rows agree."""
-    agree = np.empty(len(one), np.int64)
-    for k in range(0, len(one), _COMPARED_AT_ONCE):
-        part = slice(k, k + _COMPARED_AT_ONCE)
-        same = signatures_RK[one[part]] == signatures_RK[two[part]]
-        agree[part] = np.count_nonzero(same, axis=1)
-    return agree

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingest_builders import Ingested, chained_rows, ingest, write_lines
 
+from system.data import near_compare
 from system.data.near_decide import leaving_rows
+from system.data.shingles import NUM_BINS
 
 ALL_TRAIN: dict[str, Any] = {"deduplicate": "near", "estimate_share": 0.0, "test_share": 0.0}
 
@@ -75,3 +77,65 @@ def test_leaving_rows_are_those_of_the_plain_walk(pairs, draw):
         number[[first for _, first in pairs]],
     )
     assert set(found.tolist()) == {int(number[row]) for row in expected}
+
+
+def template_signatures(num_rows: int, seed: int = 0) -> np.ndarray:
+    """Rows of one template: a bin comes from it with 0.86, so two rows agree in three quarters."""
+    draw = np.random.default_rng(seed)
+    template = draw.integers(0, 256, NUM_BINS, np.uint8)
+    own = draw.integers(0, 256, (num_rows, NUM_BINS), np.uint8)
+    return np.where(draw.random(own.shape) < 0.86, template, own)
+
+
+def pairs_and_comparisons(
+    monkeypatch: pytest.MonkeyPatch, signatures_RK: np.ndarray
+) -> tuple[set[tuple[int, int]], int]:
+    counted = []
+    agreement = near_compare._agreement
+
+    def count(signatures_RK, one, two):
+        counted.append(len(one))
+        return agreement(signatures_RK, one, two)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(near_compare, "_agreement", count)
+        everything = np.ones(len(signatures_RK), bool)
+        found = near_compare.near_pairs(
+            signatures_RK, np.full(len(everything), 5, np.uint64), everything, 103
+        )
+    return set(zip(*(places.tolist() for places in found), strict=True)), sum(counted)
+
+
+def test_comparisons_grow_with_the_rows_of_a_template_and_not_with_their_square(monkeypatch):
+    counts = {
+        rows: pairs_and_comparisons(monkeypatch, template_signatures(rows))[1]
+        for rows in (512, 1024, 2048, 4096)
+    }
+    assert counts[512] == 512 * 511 // 2
+    most = near_compare.NUM_LEADERS + near_compare.NUM_NEIGHBOURS
+    assert all(count <= most * rows for rows, count in counts.items())
+    assert counts[4096] < 2.2 * counts[2048]
+
+
+def test_near_rows_are_found_among_those_of_a_template(monkeypatch):
+    rows = template_signatures(3000)
+    draw = np.random.default_rng(1)
+    later = draw.permutation(3000)[:200]
+    earlier = draw.permutation(np.setdiff1d(np.arange(3000), later))[:200]
+    keeps = draw.random((200, NUM_BINS)) < 0.95
+    rows[later] = np.where(keeps, rows[earlier], rows[later])
+    found, _ = pairs_and_comparisons(monkeypatch, rows)
+    planted = {
+        (max(pair), min(pair)) for pair in zip(later.tolist(), earlier.tolist(), strict=True)
+    }
+    assert len(planted & found) > 120, "in one band; a pair has many"
+
+
+def test_all_copies_of_a_text_find_its_first_row(monkeypatch):
+    draw = np.random.default_rng(2)
+    centres = draw.integers(0, 256, (4, NUM_BINS), np.uint8)
+    rows = centres[draw.integers(0, 4, 2000)]
+    rows[draw.random(rows.shape) < 0.02] += 1
+    found, count = pairs_and_comparisons(monkeypatch, rows)
+    assert len({later for later, _ in found}) == 1996
+    assert count < 100 * 2000
