@@ -6,7 +6,8 @@
 Two rows are compared when all bins of one band of their signatures agree, and are near-duplicates
 when their signatures agree in at least `threshold` of all bins (corrected for chance; the standard
 error at 0.8 is 0.035).  Bands are chosen so that a pair whose similarity is the threshold is
-compared with probability 0.99 or more.  What is done with the pairs: `system.data.near_decide`.
+compared with probability 0.99 or more; its estimate then reaches the threshold every second time.
+What is done with the pairs: `system.data.near_decide`.
 Source: Broder 1997; b-bit signatures: Li & König 2010.
 """
 
@@ -84,6 +85,11 @@ def rows_per_band(threshold: float) -> int:
         if 1.0 - missed >= _RECALL:
             best = size
     return best
+
+
+def least_bins(threshold: float) -> int:
+    """Bins that agree, some of them by chance, when the similarity is the threshold."""
+    return int(np.ceil(NUM_BINS * (threshold * (1.0 - _CHANCE) + _CHANCE)))
 
 
 def signatures(texts: list[str]) -> np.ndarray:
@@ -214,7 +220,7 @@ def _near_pairs(table: pa.Table, threshold: float, wanted: np.ndarray | None) ->
     rows = np.asarray(table["row"])
     groups = np.asarray(table["key"])
     is_wanted = np.ones(len(rows), bool) if wanted is None else np.isin(rows, wanted)
-    least = int(np.ceil(NUM_BINS * (threshold * (1.0 - _CHANCE) + _CHANCE)))
+    least = least_bins(threshold)
     later, earlier = near_pairs(_signatures_RK(table), groups, is_wanted, least)
     if wanted is None:
         later, first = np.unique(later, return_index=True)

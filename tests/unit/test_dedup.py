@@ -11,7 +11,7 @@ from ingest_builders import ingest, numbered, write_lines
 
 from system.config import SourceConfig
 from system.data.dedup import split_by_category
-from system.data.near import rows_per_band, signatures
+from system.data.near import least_bins, rows_per_band, signatures
 from system.data.shingles import NUM_BINS, find_words, mix, ngrams
 
 VOCABULARY = [f"word{k}" for k in range(3000)]
@@ -75,6 +75,20 @@ def test_bands_find_pairs_at_the_threshold(threshold):
     size = rows_per_band(threshold)
     assert 1 - (1 - threshold**size) ** (NUM_BINS // size) >= 0.99
     assert rows_per_band(1.0) == NUM_BINS
+
+
+@pytest.mark.parametrize(
+    ("similarity", "share"), [(0.70, 0.005), (0.75, 0.1), (0.8, 0.51), (0.85, 0.94), (0.88, 0.995)]
+)
+def test_pairs_are_found_as_often_as_the_documentation_says(similarity, share):
+    draw = np.random.default_rng(0)
+    same = draw.random((20_000, NUM_BINS)) < similarity
+    size = rows_per_band(0.8)
+    bands = same[:, : NUM_BINS // size * size].reshape(len(same), -1, size)
+    is_compared = bands.all(axis=2).any(axis=1)
+    agree = (same | (draw.random(same.shape) < 1 / 256)).sum(axis=1)
+    found = is_compared & (agree >= least_bins(0.8))
+    assert found.mean() == pytest.approx(share, abs=0.01)
 
 
 def near_world(seed: int) -> tuple[list[dict[str, str]], list[tuple[str, str, float]]]:
