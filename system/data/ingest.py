@@ -1,7 +1,7 @@
 """Raw files to the corpus: what is done with one chunk, with one bucket, and with all of them.
 
     files ─ plan_ingest ─> chunks ─ ingest_chunk ─> spill by id bucket ─ reduce_bucket ─> shards
-                            (near: sign, match, decide, settle)       finish_ingest ─> manifest
+                            (near: sign to settle)                    finish_ingest ─> manifest
 
 Chunks and buckets are independent of each other, can be done in any order by any number of workers,
 and leave a commit file each, so a killed run goes on with what is missing.  Nothing in the result
@@ -260,40 +260,27 @@ class Step:
     """The outcome of a unit that is done, else None."""
 
 
+def _near_step(name: str, label: str, do: Callable[[IngestPlan, Any], Any], folder: str) -> Step:
+    """A step whose units leave their outcomes in that folder below `work/`."""
+    return Step(
+        name=name,
+        label=f"ingest: {label}",
+        do=do,
+        finished=lambda plan, index: near.read_spill_outcome(plan, folder, index),
+    )
+
+
 STEPS = {
     step.name: step
     for step in (
         Step(name="read", label="ingest: read", do=ingest_chunk, finished=read_outcome),
-        Step(
-            name="sign",
-            label="ingest: sign",
-            do=sign_bucket,
-            finished=lambda plan, index: near.read_spill_outcome(plan, "bands", index),
-        ),
-        Step(
-            name="match",
-            label="ingest: find near-duplicates",
-            do=near.match_bands,
-            finished=lambda plan, index: near.read_spill_outcome(plan, "near", index),
-        ),
-        Step(
-            name="decide",
-            label="ingest: decide which stay",
-            do=near_decide.decide,
-            finished=lambda plan, index: near.read_spill_outcome(plan, "decided", index),
-        ),
-        Step(
-            name="match-again",
-            label="ingest: find chains of near-duplicates",
-            do=near.match_again,
-            finished=lambda plan, index: near.read_spill_outcome(plan, "near-all", index),
-        ),
-        Step(
-            name="settle",
-            label="ingest: decide which of the chains stay",
-            do=near_decide.settle,
-            finished=lambda plan, index: near.read_spill_outcome(plan, "settled", index),
-        ),
+        _near_step("sign", "sign", sign_bucket, "keys"),
+        _near_step("share", "find common keys", near.share_keys, "shared"),
+        _near_step("lend", "hand out signatures", near.lend_signatures, "bands"),
+        _near_step("match", "find near-duplicates", near.match_bands, "near"),
+        _near_step("decide", "decide which stay", near_decide.decide, "decided"),
+        _near_step("match-again", "find chains of near-duplicates", near.match_again, "near-all"),
+        _near_step("settle", "decide which of the chains stay", near_decide.settle, "settled"),
         Step(
             name="reduce",
             label="ingest: deduplicate",
@@ -340,11 +327,16 @@ def _find_near(
     outcomes_of: Callable[[str, Mapping[int, Any]], list[Any]],
 ) -> dict[str, near.SpillOutcome]:
     """Which rows leave as near-duplicates: step that decided -> its outcome."""
+
+    def inputs(outcomes: list[Any], num_units: int = plan.num_buckets) -> dict[int, Any]:
+        return dict(enumerate(near.spill_inputs(num_units, outcomes)))
+
     signed = outcomes_of("sign", {given.index: given for given in buckets})
-    bands = {given.index: given for given in near.spill_inputs(plan.num_buckets, signed)}
-    matched = near.spill_inputs(1, outcomes_of("match", bands))
-    leaving = {"decided": outcomes_of("decide", dict(enumerate(matched)))[0]}
+    shared = outcomes_of("share", inputs(signed))
+    bands = inputs(outcomes_of("lend", inputs(shared)))
+    matched = outcomes_of("match", bands)
+    leaving = {"decided": outcomes_of("decide", inputs(matched, 1))[0]}
     if near_decide.has_undecided(plan):
-        matched = near.spill_inputs(1, outcomes_of("match-again", bands))
-        leaving["settled"] = outcomes_of("settle", dict(enumerate(matched)))[0]
+        matched = outcomes_of("match-again", bands)
+        leaving["settled"] = outcomes_of("settle", inputs(matched, 1))[0]
     return leaving

@@ -99,11 +99,11 @@ def _read_rows(plan: IngestPlan, given: BucketInput) -> pa.Table:
 
 
 def sign_bucket(plan: IngestPlan, given: BucketInput) -> near.SpillOutcome:
-    """Signatures of a bucket's different rows, spilled by band (`deduplicate: near` only)."""
+    """Signatures of a bucket's different rows, and their keys (`deduplicate: near` only)."""
     table = _read_rows(plan, given)
     keys = in_order(table)
     first = keys["at"].filter(pa.array(~is_repeat(keys)))
-    return near.write_bands(plan, given.index, take_rows(table, np.asarray(first)))
+    return near.sign_rows(plan, given.index, take_rows(table, np.asarray(first)))
 
 
 def reduce_bucket(plan: IngestPlan, given: BucketInput) -> BucketOutcome:

@@ -1,13 +1,15 @@
 """Near-duplicates across all sources: MinHash signatures, bands, confirmed pairs.
 
-    bucket of rows ─ write_bands ─> spill by band key ─ match_bands ─> pairs ─ decide ─> rows that
-                                                     └─ match_again ─> pairs ─ settle ─> leave
+    bucket of rows ─ sign_rows ─> band keys ─ share_keys ─> keys of several rows ─ lend_signatures
+                                                                                        │
+        rows that leave <─ decide, settle ─ pairs <─ match_bands, match_again ─ rows by key
 
 Two rows are compared when all bins of one band of their signatures agree, and are near-duplicates
 when their signatures agree in at least `threshold` of all bins (corrected for chance; the standard
 error at 0.8 is 0.035).  Bands are chosen so that a pair whose similarity is the threshold is
 compared with probability 0.99 or more; its estimate then reaches the threshold every second time.
-What is done with the pairs: `system.data.near_decide`.
+A row has a key for each band, and most keys no second row: signatures are handed out only to the
+keys that have one.  What is done with the pairs: `system.data.near_decide`.
 Source: Broder 1997; b-bit signatures: Li & König 2010.
 """
 
@@ -32,11 +34,22 @@ WORDS_PER_SHINGLE = 5
 
 _RECALL = 0.99
 _SIGN_ROWS = 1024
+_LENT_ROWS = 2**18
 _CHANCE = 1.0 / 256.0
 
-BANDS = pa.schema(
+KEYS = pa.schema(
     [
         pa.field("key", pa.uint64(), nullable=False),
+        pa.field("row", pa.uint64(), nullable=False),
+    ]
+)
+"""A row once for each band of its signature.
+
+`row` is the row's bucket (high 32 bits) and its place among the bucket's different ids in their
+order; so rows are in the order of their ids, whatever the number of buckets.
+"""
+SIGNED = pa.schema(
+    [
         pa.field("row", pa.uint64(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("split", pa.int8(), nullable=False),
@@ -46,11 +59,9 @@ BANDS = pa.schema(
         pa.field("signature", pa.binary(NUM_BINS), nullable=False),
     ]
 )
-"""A row once for each band of its signature; the signature has the low byte of each bin.
-
-`row` is the row's bucket (high 32 bits) and its place among the bucket's different ids in their
-order; so rows are in the order of their ids, whatever the number of buckets.
-"""
+"""A row with a word; the signature has the low byte of each bin."""
+BANDS = pa.schema([KEYS.field("key"), *SIGNED])
+"""A row once for each key that it shares with another row."""
 NEAR = pa.schema(
     [
         pa.field("row", pa.uint64(), nullable=False),
@@ -136,43 +147,94 @@ def read_step(plan: IngestPlan, step: str, schema: pa.Schema, given: SpillInput)
     return pa.Table.from_batches(batches, schema)
 
 
-def write_bands(plan: IngestPlan, index: int, table: pa.Table) -> SpillOutcome:
-    """Spills a bucket's rows (SPILL schema, each id once, in order) by band key, then commits."""
+def sign_rows(plan: IngestPlan, index: int, table: pa.Table) -> SpillOutcome:
+    """Signs a bucket's rows (SPILL schema, each id once, in order), spills their keys, commits."""
     size = rows_per_band(plan.settings.near_threshold)
-    with spill_output(step_uri(plan, "bands", index, "arrow"), BANDS) as spill:
+    signed = [SIGNED.empty_table()]
+    with spill_output(step_uri(plan, "keys", index, "arrow"), KEYS) as spill:
+        held: list[np.ndarray] = []
         for start in range(0, table.num_rows, _SIGN_ROWS):
-            rows = _bands_of(table.slice(start, _SIGN_ROWS), (index << 32) + start, size)
-            keys = np.asarray(rows["key"])
-            # The high bits name the range; num_buckets stays far below 2^32.
-            ranges = ((keys >> np.uint64(32)) * np.uint64(plan.num_buckets)) >> np.uint64(32)
-            spill.add(rows, ranges.astype(np.int64))
+            part = table.slice(start, _SIGN_ROWS)
+            found = signatures(_texts(part))
+            some = np.flatnonzero(found[:, 0] != np.uint64(2**64 - 1))
+            signed.append(_signed(part, some, found[some], (index << 32) + start))
+            held.append(_band_keys(found[some], size))
+        rows = pa.concat_tables(signed)
+        keys = np.concatenate([np.zeros((0, NUM_BINS // size), np.uint64), *held])
+        repeated = np.repeat(np.asarray(rows["row"]), keys.shape[1])
+        whole = pa.table({"key": keys.ravel(), "row": repeated}, schema=KEYS)
+        spill.add(whole, _range_of(whole, plan.num_buckets))
         outcome = SpillOutcome(index=index, batches=spill.batches)
-    return commit_spill(plan, "bands", outcome)
+    storage.write_table(step_uri(plan, "keys", index, "signed.arrow"), rows)
+    return commit_spill(plan, "keys", outcome)
 
 
-def _bands_of(table: pa.Table, first_row: int, size: int) -> pa.Table:
+def _texts(table: pa.Table) -> list[str]:
     messages = table["messages"].to_pylist()
-    found = signatures([" ".join(turn["content"] for turn in turns) for turns in messages])
-    some = np.flatnonzero(found[:, 0] != np.uint64(2**64 - 1))
-    found = found[some]
+    return [" ".join(turn["content"] for turn in turns) for turns in messages]
+
+
+def _signed(table: pa.Table, some: np.ndarray, found: np.ndarray, first_row: int) -> pa.Table:
+    short = (found & np.uint64(0xFF)).astype(np.uint8).tobytes()
+    packed = [None, pa.py_buffer(short)]
+    columns = {name: table[name].take(pa.array(some)) for name in SIGNED.names[1:-1]}
+    columns["row"] = some.astype(np.uint64) + np.uint64(first_row)
+    columns["signature"] = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(NUM_BINS), len(some), packed
+    )
+    return pa.table({name: columns[name] for name in SIGNED.names}, schema=SIGNED)
+
+
+def _band_keys(found: np.ndarray, size: int) -> np.ndarray:
+    """[R, bands] uint64 of [R, K] signatures."""
     num_bands = NUM_BINS // size
-    keys = np.empty((len(some), num_bands), np.uint64)
+    keys = np.empty((len(found), num_bands), np.uint64)
     for band in range(num_bands):
-        key = np.full(len(some), mix(np.array([band + 1], np.uint64))[0])
+        key = np.full(len(found), mix(np.array([band + 1], np.uint64))[0])
         for place in range(band * size, (band + 1) * size):
             key = mix(key ^ found[:, place])
         keys[:, band] = key
-    short = (found & np.uint64(0xFF)).astype(np.uint8)
-    repeated = np.repeat(some, num_bands)
-    columns = {name: table[name].take(pa.array(repeated)) for name in BANDS.names[2:-1]}
-    packed = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(NUM_BINS),
-        len(repeated),
-        [None, pa.py_buffer(np.repeat(short, num_bands, axis=0).tobytes())],
-    )
-    rows = repeated.astype(np.uint64) + np.uint64(first_row)
-    columns |= {"key": keys.ravel(), "row": rows, "signature": packed}
-    return pa.table({name: columns[name] for name in BANDS.names}, schema=BANDS)
+    return keys
+
+
+def _range_of(table: pa.Table, num_ranges: int) -> np.ndarray:
+    """[rows] int64: the range of keys that each row is in."""
+    # The high bits name the range; there are far fewer than 2^32.
+    heads = np.asarray(table["key"]) >> np.uint64(32)
+    return ((heads * np.uint64(num_ranges)) >> np.uint64(32)).astype(np.int64)
+
+
+def share_keys(plan: IngestPlan, given: SpillInput) -> SpillOutcome:
+    """Spills, by bucket, the rows of those keys of a range that several rows have; commits."""
+    table = read_step(plan, "keys", KEYS, given)
+    keys = np.asarray(table["key"])
+    order = np.argsort(keys, kind="stable")
+    is_same = keys[order[1:]] == keys[order[:-1]]
+    is_shared = np.zeros(len(keys), bool)
+    is_shared[order[1:][is_same]] = True
+    is_shared[order[:-1][is_same]] = True
+    shared = table.filter(pa.array(is_shared))
+    with spill_output(step_uri(plan, "shared", given.index, "arrow"), KEYS) as spill:
+        spill.add(shared, (np.asarray(shared["row"]) >> np.uint64(32)).astype(np.int64))
+        outcome = SpillOutcome(index=given.index, batches=spill.batches)
+    return commit_spill(plan, "shared", outcome)
+
+
+def lend_signatures(plan: IngestPlan, given: SpillInput) -> SpillOutcome:
+    """Spills a bucket's rows by the keys that they share, with their signatures; commits."""
+    shared = read_step(plan, "shared", KEYS, given)
+    with spill_output(step_uri(plan, "bands", given.index, "arrow"), BANDS) as spill:
+        if shared.num_rows:
+            signed = storage.read_table(step_uri(plan, "keys", given.index, "signed.arrow"))
+            places = np.searchsorted(np.asarray(signed["row"]), np.asarray(shared["row"]))
+            for start in range(0, shared.num_rows, _LENT_ROWS):
+                rows = signed.take(pa.array(places[start : start + _LENT_ROWS]))
+                rows = rows.add_column(
+                    0, BANDS.field("key"), shared["key"].slice(start, _LENT_ROWS)
+                )
+                spill.add(rows, _range_of(rows, plan.num_buckets))
+        outcome = SpillOutcome(index=given.index, batches=spill.batches)
+    return commit_spill(plan, "bands", outcome)
 
 
 def match_bands(plan: IngestPlan, given: SpillInput) -> SpillOutcome:
@@ -206,12 +268,9 @@ def _near_pairs(table: pa.Table, threshold: float, wanted: np.ndarray | None) ->
         wanted: the rows whose pairs are asked for, each with all earlier rows; None: all rows, each
             with the first row in each band.
     """
-    counted = pc.value_counts(table["key"].combine_chunks())
-    shared = counted.field("values").filter(pc.greater(counted.field("counts"), 1))
     if wanted is not None:
         own = table["key"].filter(pc.is_in(table["row"], value_set=pa.array(wanted)))
-        shared = shared.filter(pc.is_in(shared, value_set=own))
-    table = table.filter(pc.is_in(table["key"], value_set=shared))
+        table = table.filter(pc.is_in(table["key"], value_set=own.combine_chunks()))
     keys = [("key", "ascending"), ("split", "descending")]
     keys += [(name, "ascending") for name in ("file", "start", "place")]
     table = table.take(pc.sort_indices(table, sort_keys=keys)).combine_chunks()

@@ -62,7 +62,8 @@ def test_an_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
     plan = plan_ingest(config, "")
     units = {"read": len(plan.chunks), "reduce": plan.num_buckets}
     if deduplicate == "near":
-        units |= dict.fromkeys(("sign", "match", "match-again"), plan.num_buckets)
+        steps = ("sign", "share", "lend", "match", "match-again")
+        units |= dict.fromkeys(steps, plan.num_buckets)
     assert min(units.values()) > 3
     calls = dict.fromkeys(units, 0)
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ingest_builders import Ingested, chained_rows, ingest, write_lines
+from ingest_builders import Ingested, chained_rows, ingest, run_config, write_lines
 
 from system.data import near_compare
+from system.data.ingest import ingest_local
 from system.data.near_decide import leaving_rows
 from system.data.shingles import NUM_BINS
 
@@ -139,3 +140,18 @@ def test_all_copies_of_a_text_find_its_first_row(monkeypatch):
     found, count = pairs_and_comparisons(monkeypatch, rows)
     assert len({later for later, _ in found}) == 1996
     assert count < 100 * 2000
+
+
+def test_rows_without_a_neighbour_hand_out_their_keys_alone(tmp_path, monkeypatch):
+    draw = random.Random(0)
+    texts = [" ".join(str(draw.randrange(10**9)) for _ in range(60)) for _ in range(1000)]
+    write_lines(tmp_path / "rows.jsonl", [{"prompt": t, "completion": "ok"} for t in texts])
+    monkeypatch.setattr("system.data.ingest.finish_ingest", lambda plan, *outcomes: None)
+    ingest_local(run_config(tmp_path, **ALL_TRAIN), str(tmp_path / "attempt"))
+    work = tmp_path / "attempt" / "work"
+    size = {
+        step: sum(path.stat().st_size for path in (work / step).iterdir())
+        for step in ("keys", "shared", "bands", "near")
+    }
+    assert size["keys"] < 1000 * (21 * 16 + NUM_BINS + 80)
+    assert max(size["shared"], size["bands"], size["near"]) < 4000
