@@ -127,6 +127,17 @@ def test_more_buckets_than_rows_are_no_error(tmp_path, monkeypatch):
     assert ingest(tmp_path).rows() == rows
 
 
+def test_a_chunk_writes_one_batch_for_each_bucket(tmp_path, monkeypatch):
+    rows = [{"prompt": f"{k} " + "x" * 10_000, "completion": "y"} for k in range(2000)]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 2 * 2**20)
+    plan = plan_ingest(run_config(tmp_path), str(tmp_path / "attempt"))
+    (chunk,) = plan.chunks
+    outcome = ingest_chunk(plan, chunk.index)
+    assert [len(numbers) for numbers in outcome.batches.values()] == [1] * plan.num_buckets
+    assert plan.num_buckets > 8
+
+
 def test_of_equal_rows_the_first_source_and_line_wins(tmp_path):
     pair = {"prompt": "same", "completion": "same"}
     write_lines(tmp_path / "a.jsonl", [*numbered(3), {**pair, "task": "first"}])
