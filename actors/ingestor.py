@@ -2,9 +2,9 @@
 
     driver: plan ─ chunks ──> Ingestor.do("read")   ──> work/chunks/*   (spill + commit file each)
             check the share of rejected rows
-                 ─ buckets ─> Ingestor.do("sign")   ──> work/bands/*    (near-duplicates only)
-                 ─ bands ───> Ingestor.do("match")  ──> work/near/*
-                 ─ buckets ─> Ingestor.do("reduce") ──> shards/*, work/buckets/*
+                 ─ buckets ─> Ingestor.do("sign") to do("settle")       (near-duplicates only)
+                 ─ buckets ─> Ingestor.do("reduce") ──> work/buckets/*
+                 ─ shards ──> Ingestor.do("write")  ──> shards/*, work/shards/*
             add up, manifest.json, remove work/
 
 Rows go through storage and never through the driver.  What has a commit file is not done again, so

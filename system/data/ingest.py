@@ -1,12 +1,13 @@
 """Raw files to the corpus: what is done with one chunk, with one bucket, and with all of them.
 
-    files ─ plan_ingest ─> chunks ─ ingest_chunk ─> spill by id bucket ─ reduce_bucket ─> shards
-                            (near: sign to settle)                    finish_ingest ─> manifest
+    files ─ open_plan ─> chunks ─ ingest_chunk ─> spill by id bucket ─ reduce_bucket ─> kept rows
+                                (near: sign to settle)
+    kept rows of all buckets ─ write_shards ─> shards ─ finish_ingest ─> manifest
 
-Chunks and buckets are independent of each other, can be done in any order by any number of workers,
-and leave a commit file each, so a killed run goes on with what is missing.  Nothing in the result
-depends on how the input was cut: the number of buckets follows from the input's size, and of equal
-rows the first one in the input's order is kept.
+Chunks, buckets and shards are independent of each other, can be done in any order by any number of
+workers, and leave a commit file each, so a killed run goes on with what is missing.  No row and no
+shard depends on how the input was cut: of equal rows the first one in the input's order is kept,
+and shards are cut from the kept rows by number and length.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ from system.data.ingest_plan import (
     read_outcome,
     source_fingerprint,
 )
+from system.data.ingest_shards import (
+    ShardOutcome,
+    plan_shards,
+    read_shard_outcome,
+    write_shards,
+)
 from system.data.spill import read_spill
 from system.errors import DataError, StageError
 from system.schema import REJECTED
@@ -63,10 +70,12 @@ __all__ = [
     "ingest_local",
     "open_plan",
     "plan_ingest",
+    "plan_shards",
     "read_outcome",
     "reduce_bucket",
     "run_steps",
     "source_fingerprint",
+    "write_shards",
 ]
 
 MANIFEST = "manifest.json"
@@ -142,7 +151,10 @@ def check_category_sizes(manifest: Manifest, settings: IngestConfig) -> None:
 
 
 def finish_ingest(
-    plan: IngestPlan, outcomes: Sequence[ChunkOutcome], buckets: Sequence[BucketOutcome]
+    plan: IngestPlan,
+    outcomes: Sequence[ChunkOutcome],
+    buckets: Sequence[BucketOutcome],
+    written: Sequence[ShardOutcome],
 ) -> Manifest:
     """Checks that every row is accounted for, writes the rejected rows, then the manifest.
 
@@ -153,7 +165,7 @@ def finish_ingest(
     duplicates: Counter[str] = Counter()
     for bucket in buckets:
         duplicates.update(bucket.duplicates)
-    shards = [shard for bucket in buckets for shard in bucket.shards]
+    shards = [shard for unit in written for shard in unit.shards]
     rejected = dict(sorted(_reasons(outcomes).items()))
     manifest = make_manifest(
         shards,
@@ -287,6 +299,12 @@ STEPS = {
             do=reduce_bucket,
             finished=read_bucket_outcome,
         ),
+        Step(
+            name="write",
+            label="ingest: write shards",
+            do=write_shards,
+            finished=read_shard_outcome,
+        ),
     )
 }
 """What workers can do, by name."""
@@ -318,7 +336,8 @@ def run_steps(
         leaving = _find_near(plan, bucket_inputs(plan, read), outcomes_of)
     inputs = bucket_inputs(plan, read, leaving)
     reduced = outcomes_of("reduce", {given.index: given for given in inputs})
-    return finish_ingest(plan, read, reduced)
+    units = {unit.index: unit for unit in plan_shards(plan, reduced)}
+    return finish_ingest(plan, read, reduced, outcomes_of("write", units))
 
 
 def _find_near(

@@ -1,4 +1,4 @@
-"""One bucket of normalised rows: duplicates out, the rest written as shards."""
+"""One bucket of normalised rows: duplicates out, the rest kept by split and category."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import pyarrow as pa
 
 from system import storage
 from system.data import near, near_decide
-from system.data.bodies import take_rows
-from system.data.corpus import Shard, shard_directory, shard_of
+from system.data.bodies import cut_by_bytes, take_rows, text_bytes
 from system.data.dedup import DUPLICATES, in_order, is_repeat, number_repeats, split_by_category
 from system.data.ingest_plan import SPILL, ChunkOutcome, IngestPlan, chunk_uri
-from system.data.spill import read_spill
+from system.data.spill import read_spill, spill_output
 from system.schema import CORPUS
+
+_KEPT_BYTES = 64 * 2**20
+"""Text that is put in order at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +34,25 @@ class BucketInput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeptRows:
+    """A bucket's rows of one split and category, in the order of their ids."""
+
+    split: str
+    category: str | None
+    rows: int
+    text_bytes: int
+    batches: tuple[int, ...]
+    """Record batches of the bucket's file of kept rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BucketOutcome:
     """What became of a bucket's rows; its file is the bucket's commit."""
 
     index: int
     duplicates: dict[str, int]
     """exact | near -> rows."""
-    shards: tuple[Shard, ...]
+    kept: tuple[KeptRows, ...]
 
 
 def bucket_inputs(
@@ -80,13 +94,20 @@ def _bucket_uri(plan: IngestPlan, index: int) -> str:
     return storage.join(plan.attempt, "work", "buckets", f"{index:05d}.json")
 
 
+def kept_uri(plan: IngestPlan, index: int) -> str:
+    """A bucket's file of kept rows (CORPUS schema)."""
+    return storage.join(plan.attempt, "work", "buckets", f"{index:05d}.arrow")
+
+
 def read_bucket_outcome(plan: IngestPlan, index: int) -> BucketOutcome | None:
     """The outcome of a bucket that is done, else None."""
     uri = _bucket_uri(plan, index)
     if not storage.exists(uri):
         return None
     value = storage.read_json(uri)
-    value["shards"] = tuple(Shard(**shard) for shard in value["shards"])
+    value["kept"] = tuple(
+        KeptRows(**rows | {"batches": tuple(rows["batches"])}) for rows in value["kept"]
+    )
     return BucketOutcome(**value)
 
 
@@ -107,7 +128,7 @@ def sign_bucket(plan: IngestPlan, given: BucketInput) -> near.SpillOutcome:
 
 
 def reduce_bucket(plan: IngestPlan, given: BucketInput) -> BucketOutcome:
-    """Removes a bucket's duplicates, writes the rest as shards, and commits it."""
+    """Removes a bucket's duplicates, keeps the rest by split and category, and commits it."""
     table = _read_rows(plan, given)
     keys = in_order(table)
     if plan.settings.deduplicate == "none":
@@ -126,7 +147,7 @@ def reduce_bucket(plan: IngestPlan, given: BucketInput) -> BucketOutcome:
     outcome = BucketOutcome(
         index=given.index,
         duplicates={rows["kind"][0].as_py(): rows.num_rows for rows in found},
-        shards=tuple(_write_shards(plan, given.index, table, keys.filter(pa.array(~leaves)))),
+        kept=_write_kept(plan, given.index, table, keys.filter(pa.array(~leaves))),
     )
     storage.write_json(_bucket_uri(plan, given.index), asdict(outcome))
     return outcome
@@ -156,29 +177,34 @@ def _duplicates(rows: pa.Table, kept_ids: Sequence[str], kind: str) -> pa.Table:
     )
 
 
-def _write_shards(plan: IngestPlan, bucket: int, table: pa.Table, keys: pa.Table) -> list[Shard]:
-    """Shards of the rows that `keys` lists in order; no other row's body is touched."""
+def _write_kept(
+    plan: IngestPlan, bucket: int, table: pa.Table, keys: pa.Table
+) -> tuple[KeptRows, ...]:
+    """Spills the rows that `keys` lists in order; no other row's body is touched."""
     parts = list(split_by_category(keys))
-    if not parts:
-        return []
-    ids = pa.concat_tables([rows.select(["id"]) for _, _, rows in parts])["id"].combine_chunks()
-    order = np.concatenate([np.asarray(rows["at"]) for _, _, rows in parts])
-    bodies = take_rows(table.select(CORPUS.names), order)
-    place = CORPUS.get_field_index("id")
-    bodies = bodies.set_column(place, CORPUS.field("id"), ids)
-    size = plan.settings.shard_rows
-    shards: list[Shard] = []
-    begin = 0
-    with storage.Writers() as writers:
-        for split, category, rows in parts:
-            for part, start in enumerate(range(0, rows.num_rows, size)):
-                path = f"{shard_directory(split, category)}/{bucket:05d}-{part:03d}.arrow"
-                body = bodies.slice(begin + start, min(size, rows.num_rows - start))
-                shard, data = shard_of(path, body, split, category)
-                writers.write(storage.join(plan.attempt, path), data)
-                shards.append(shard)
-            begin += rows.num_rows
-    return shards
+    listed = [rows.select(["id", "at"]) for _, _, rows in parts] or [keys.select(["id", "at"])]
+    order = pa.concat_tables(listed)
+    places = np.asarray(order["at"])
+    part_of = np.repeat(np.arange(len(parts)), [rows.num_rows for _, _, rows in parts])
+    sizes = text_bytes(table)[places]
+    id_place = CORPUS.get_field_index("id")
+    with spill_output(kept_uri(plan, bucket), CORPUS) as spill:
+        for run in cut_by_bytes(sizes, _KEPT_BYTES):
+            bodies = take_rows(table.select(CORPUS.names), places[run])
+            ids = order["id"].slice(run.start, run.stop - run.start)
+            spill.add(bodies.set_column(id_place, CORPUS.field("id"), ids), part_of[run])
+        batches = spill.batches
+    text = np.bincount(part_of, weights=sizes, minlength=len(parts))
+    return tuple(
+        KeptRows(
+            split=split,
+            category=category,
+            rows=rows.num_rows,
+            text_bytes=int(text[number]),
+            batches=tuple(batches[number]),
+        )
+        for number, (split, category, rows) in enumerate(parts)
+    )
 
 
 def _write_duplicates(plan: IngestPlan, given: BucketInput, rows: pa.Table) -> None:

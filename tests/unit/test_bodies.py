@@ -44,4 +44,4 @@ def test_copies_of_more_bytes_than_arrow_can_count_are_no_error(tmp_path, monkey
     monkeypatch.setattr("system.data.ingest_bucket.read_spill", read_many_times)
     (bucket,) = [reduce_bucket(plan, given) for given in bucket_inputs(plan, outcomes)]
     assert bucket.duplicates == {"exact": 4 * 2199}
-    assert sum(shard.rows for shard in bucket.shards) == 4
+    assert sum(rows.rows for rows in bucket.kept) == 4

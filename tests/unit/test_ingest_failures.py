@@ -57,10 +57,17 @@ def test_an_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
 ):
     write_lines(tmp_path / "rows.jsonl", [*messy_rows(7), *chained_rows(6, 4)])
     monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 8000)
-    config = run_config(tmp_path, max_chars=4500, chunk_bytes=2000, deduplicate=deduplicate)
-    whole = Ingested(config, tmp_path / "whole").files()
+    monkeypatch.setattr("system.data.ingest_shards.UNIT_BYTES", 1)
+    config = run_config(
+        tmp_path, max_chars=4500, chunk_bytes=2000, deduplicate=deduplicate, shard_rows=50
+    )
+    whole = Ingested(config, tmp_path / "whole")
     plan = plan_ingest(config, "")
-    units = {"read": len(plan.chunks), "reduce": plan.num_buckets}
+    units = {
+        "read": len(plan.chunks),
+        "reduce": plan.num_buckets,
+        "write": len(whole.manifest.shards),
+    }
     if deduplicate == "near":
         steps = ("sign", "share", "lend", "match", "match-again")
         units |= dict.fromkeys(steps, plan.num_buckets)
@@ -88,7 +95,7 @@ def test_an_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
         for path in sorted((tmp_path / "again").rglob("*"))
         if path.is_file()
     }
-    assert found == whole
+    assert found == whole.files()
 
 
 def stop_at(step, call):
@@ -142,7 +149,7 @@ def test_lost_spill_rows_fail_the_stage_instead_of_the_counts(tmp_path):
     outcome = ingest_chunk(plan, 0)
     storage.write_bytes(str(tmp_path / "attempt" / "work" / "keep"), b"")
     with pytest.raises(StageError, match="20 rows were read"):
-        finish_ingest(plan, [outcome], [])
+        finish_ingest(plan, [outcome], [], [])
 
 
 def test_an_unwritable_place_is_an_error_and_leaves_nothing(tmp_path):
