@@ -194,13 +194,13 @@ class _ChunkWorker:
     ) -> list[tuple[int, RowRejected]]:
         """Train rows that share a run of words with a benchmark."""
         assert self._benchmarks is not None
-        found = []
-        for row in np.flatnonzero(splits == 0).tolist():
-            texts = [text.decode() for text in batch.turns_of(row)] if row not in wrong else []
-            overlap = self._benchmarks.find(texts) if texts else None
-            if overlap is not None:
-                found.append((row, RowRejected("benchmark-overlap", overlap)))
-        return found
+        rows = [row for row in np.flatnonzero(splits == 0).tolist() if row not in wrong]
+        ends = np.cumsum(batch.num_turns).tolist()
+        spans = [batch.texts[ends[row] - batch.num_turns[row] : ends[row]] for row in rows]
+        overlaps = self._benchmarks.find([[text.decode() for text in turns] for turns in spans])
+        return [
+            (rows[k], RowRejected("benchmark-overlap", overlap)) for k, overlap in overlaps.items()
+        ]
 
     def _hold(self, batch: NormalBatch, labels: LabelColumns, places: np.ndarray) -> None:
         if batch.num_bytes > _FLUSH_BYTES and len(places) > 1:

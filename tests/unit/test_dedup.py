@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ingest_builders import ingest, numbered, write_lines
 
 from system.config import SourceConfig
+from system.data.benchmarks import BenchmarkIndex
 from system.data.dedup import split_by_category
 from system.data.near import least_bins, rows_per_band, signatures
 from system.data.shingles import NUM_BINS, find_words, mix, ngrams
@@ -188,6 +189,28 @@ def test_train_rows_that_share_words_with_a_benchmark_are_rejected(tmp_path):
     overlapping_heldout = sum(" so: " in row["messages"][0]["content"] for row in heldout)
     assert len(rejected) == 30 - overlapping_heldout
     assert overlapping_heldout > 0
+
+
+def test_benchmarks_are_looked_for_in_many_rows_at_once(tmp_path, monkeypatch):
+    draw = random.Random(0)
+    secret = text_of(draw, 60)
+    (tmp_path / "bench.txt").write_text(" ".join(secret))
+    index = BenchmarkIndex((str(tmp_path / "bench.txt"),), 5)
+    rows = [[" ".join(text_of(draw, 30)), "short"] for _ in range(300)]
+    for row in range(0, 300, 7):
+        start = draw.randrange(50)
+        rows[row][row % 2] += " " + " ".join(secret[start : start + draw.randrange(5, 10)])
+    alone = {k: found for k, row in enumerate(rows) for found in index.find([row]).values()}
+    calls = []
+    monkeypatch.setattr(
+        "system.data.benchmarks.find_words", lambda texts: calls.append(0) or find_words(texts)
+    )
+    assert index.find(rows) == alone
+    assert list(alone) == list(range(0, 300, 7))
+    assert len(calls) == 1
+    monkeypatch.setattr("system.data.benchmarks._SEARCHED_CHARS", 3000)
+    assert index.find(rows) == alone
+    assert len(calls) > 20
 
 
 def test_rows_are_grouped_by_split_and_category_in_their_order():
