@@ -2,9 +2,9 @@
 
     driver: plan ─ chunks ──> Ingestor.do("read")   ──> work/chunks/*   (spill + commit file each)
             check the share of rejected rows
-                 ─ buckets ─> Ingestor.do("sign")   ──> work/bands/*    (near-duplicates only)
-                 ─ bands ───> Ingestor.do("match")  ──> work/near/*
-                 ─ buckets ─> Ingestor.do("reduce") ──> shards/*, work/buckets/*
+                 ─ buckets ─> Ingestor.do("sign") to do("settle")       (near-duplicates only)
+                 ─ buckets ─> Ingestor.do("reduce") ──> work/buckets/*
+                 ─ shards ──> Ingestor.do("write")  ──> shards/*, work/shards/*
             add up, manifest.json, remove work/
 
 Rows go through storage and never through the driver.  What has a commit file is not done again, so
@@ -22,7 +22,7 @@ from actors.stage import StageContext, StageResult
 from system import storage
 from system.data import ingest
 from system.data.corpus import Manifest, read_manifest
-from system.data.ingest import IngestPlan, Step, plan_ingest
+from system.data.ingest import IngestPlan, Step, open_plan
 
 POOL = "ingest"
 
@@ -43,12 +43,12 @@ def run(context: StageContext) -> StageResult:
 
     Raises:
         DataError: the input cannot be used.
-        StageError: the counts do not add up.
+        StageError: the counts do not add up, or the attempt was begun with another plan.
     """
     manifest_uri = storage.join(context.attempt, ingest.MANIFEST)
     if storage.exists(manifest_uri):
         return _result(read_manifest(manifest_uri))
-    plan = plan_ingest(context.config, context.attempt)
+    plan = open_plan(context.config, context.attempt)
     try:
         manifest = ingest.run_steps(plan, partial(_do_all, context, plan))
     finally:

@@ -121,7 +121,7 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="ingest", module="actors.ingestor",
-        reads=("sources", "ingest"), identity=_source_identity, revision=2,
+        reads=("sources", "ingest"), identity=_source_identity, revision=3,
     ),
     Stage(
         name="model", module="actors.modeler",
@@ -328,6 +328,7 @@ def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> Sta
         module, function = stage.precheck
         getattr(importlib.import_module(module), function)(context)
     run = getattr(importlib.import_module(stage.module), stage.function)
+    storage.remove_unfinished(context.attempt)
     seconds_uri = storage.join(context.attempt, "seconds.json")
     earlier = storage.read_json(seconds_uri) if storage.exists(seconds_uri) else 0.0
     started = time.monotonic()

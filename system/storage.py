@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from system.errors import DataError, StageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNFINISHED = ".unfinished"
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -139,9 +140,13 @@ def atomic_output(uri: str) -> Iterator[IO[bytes]]:
                 shutil.copyfileobj(buffer, remote, 2**20)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, temporary = tempfile.mkstemp(
+        prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent
+    )
     try:
         with os.fdopen(descriptor, "wb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -150,6 +155,32 @@ def atomic_output(uri: str) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(uri: str) -> int:
+    """Removes what killed processes have half written below a local directory.
+
+    A file that a living process still writes is locked, and stays.
+
+    Returns:
+        The number of files.
+    """
+    root = local_path(uri)
+    if root is None or not root.is_dir():
+        return 0
+    found = [
+        Path(folder, name)
+        for folder, _, names in os.walk(root)
+        for name in names
+        if name.startswith(".") and name.endswith(_UNFINISHED)
+    ]
+    count = 0
+    for path in found:
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            count += 1
+    return count
 
 
 class Writers:

@@ -7,17 +7,19 @@ texts of fewer words than the run are not looked for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from system.data.blocks import read_blocks, split_lines
+from system.data.bodies import cut_by_bytes
 from system.data.readers import Piece, read_rows
 from system.data.shingles import find_words, ngrams
 
 _BATCH_TEXTS = 1024
 _EXCERPT_CHARS = 200
+_SEARCHED_CHARS = 2**20
 
 
 class BenchmarkIndex:
@@ -44,18 +46,34 @@ class BenchmarkIndex:
             found.append(ngrams(find_words(batch), self._size, keep_short=False)[0])
         return np.unique(np.concatenate(found))
 
-    def find(self, contents: list[str]) -> str | None:
-        """The benchmark file that shares a run of words with one of the turns, with the turn."""
-        if not len(self._hashes):
-            return None
-        grams, rows = ngrams(find_words(contents), self._size, keep_short=False)
+    def find(self, rows: Sequence[Sequence[str]]) -> dict[int, str]:
+        """Number of a row, given as its turns -> the file that shares a run of words with it.
+
+        Rows are looked at many at once; what is found in one does not depend on the others.
+        """
+        found: dict[int, str] = {}
+        if len(self._hashes):
+            sizes = np.array([sum(map(len, turns)) for turns in rows], np.int64)
+            for run in cut_by_bytes(sizes, _SEARCHED_CHARS):
+                some = self._find_some(rows[run])
+                found |= {run.start + row: overlap for row, overlap in some.items()}
+        return found
+
+    def _find_some(self, rows: Sequence[Sequence[str]]) -> dict[int, str]:
+        contents = [text for turns in rows for text in turns]
+        row_of = np.repeat(np.arange(len(rows)), [len(turns) for turns in rows])
+        grams, texts = ngrams(find_words(contents), self._size, keep_short=False)
         places = np.searchsorted(self._hashes, grams).clip(max=len(self._hashes) - 1)
         hits = np.flatnonzero(self._hashes[places] == grams)
-        if not len(hits):
-            return None
-        uri = self._uris[self._files[places[hits[0]]]]
-        excerpt = contents[rows[hits[0]]][:_EXCERPT_CHARS]
-        return f"{len(hits)} runs of {self._size} words are in {uri}, in: {excerpt}"
+        present, first, counts = np.unique(
+            row_of[texts[hits]], return_index=True, return_counts=True
+        )
+        found: dict[int, str] = {}
+        for row, hit, count in zip(present.tolist(), hits[first].tolist(), counts, strict=True):
+            uri = self._uris[self._files[places[hit]]]
+            excerpt = contents[texts[hit]][:_EXCERPT_CHARS]
+            found[row] = f"{count} runs of {self._size} words are in {uri}, in: {excerpt}"
+        return found
 
 
 @functools.lru_cache(maxsize=1)

@@ -175,6 +175,9 @@ class Corpus:
         self.uri = uri
         self.manifest = manifest
         self.base = uri.rsplit("/", 1)[0]
+        self._shards: dict[tuple[str, str | None], list[Shard]] = {}
+        for shard in manifest.shards:
+            self._shards.setdefault((shard.split, shard.category), []).append(shard)
 
     @classmethod
     def open(cls, manifest_uri: str) -> Corpus:
@@ -204,11 +207,7 @@ class Corpus:
     def shards(self, split: str, category: str | None) -> list[Shard]:
         """The shards of a category, by first id."""
         self._check_category(category)
-        return [
-            shard
-            for shard in self.manifest.shards
-            if shard.split == split and shard.category == category
-        ]
+        return list(self._shards.get((split, category), ()))
 
     def shard_uri(self, shard: Shard) -> str:
         """Where the shard lies."""

@@ -70,6 +70,8 @@ def number_repeats(table: pa.Table) -> pa.Table:
 
 def split_by_category(table: pa.Table) -> Iterator[tuple[str, str | None, pa.Table]]:
     """Split, category and rows of each pair that occurs; the order of the rows is kept."""
+    if not table.num_rows:
+        return
     names = pc.unique(table["category"]).to_pylist()
     names = sorted(name for name in names if name is not None)
     codes = pc.index_in(table["category"], value_set=pa.array(names, pa.string()))

@@ -1,12 +1,13 @@
 """Raw files to the corpus: what is done with one chunk, with one bucket, and with all of them.
 
-    files ─ plan_ingest ─> chunks ─ ingest_chunk ─> spill by id bucket ─ reduce_bucket ─> shards
-                                  (near: sign_bucket, match_bands)    finish_ingest ─> manifest
+    files ─ open_plan ─> chunks ─ ingest_chunk ─> spill by id bucket ─ reduce_bucket ─> kept rows
+                                (near: sign to settle)
+    kept rows of all buckets ─ write_shards ─> shards ─ finish_ingest ─> manifest
 
-Chunks and buckets are independent of each other, can be done in any order by any number of workers,
-and leave a commit file each, so a killed run goes on with what is missing.  Nothing in the result
-depends on how the input was cut: the number of buckets follows from the input's size, and of equal
-rows the first one in the input's order is kept.
+Chunks, buckets and shards are independent of each other, can be done in any order by any number of
+workers, and leave a commit file each, so a killed run goes on with what is missing.  No row and no
+shard depends on how the input was cut: of equal rows the first one in the input's order is kept,
+and shards are cut from the kept rows by number and length.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pyarrow as pa
 
 from system import storage
 from system.config import IngestConfig, RunConfig
-from system.data import near
+from system.data import near, near_decide
 from system.data.corpus import Manifest, make_manifest, write_manifest
 from system.data.dedup import DUPLICATES
 from system.data.ingest_bucket import (
@@ -39,9 +40,16 @@ from system.data.ingest_plan import (
     IngestPlan,
     chunk_uri,
     empty_source,
+    open_plan,
     plan_ingest,
     read_outcome,
     source_fingerprint,
+)
+from system.data.ingest_shards import (
+    ShardOutcome,
+    plan_shards,
+    read_shard_outcome,
+    write_shards,
 )
 from system.data.lost_files import check_lost_files
 from system.data.spill import read_spill
@@ -61,11 +69,14 @@ __all__ = [
     "finish_ingest",
     "ingest_chunk",
     "ingest_local",
+    "open_plan",
     "plan_ingest",
+    "plan_shards",
     "read_outcome",
     "reduce_bucket",
     "run_steps",
     "source_fingerprint",
+    "write_shards",
 ]
 
 MANIFEST = "manifest.json"
@@ -143,7 +154,10 @@ def check_category_sizes(manifest: Manifest, settings: IngestConfig) -> None:
 
 
 def finish_ingest(
-    plan: IngestPlan, outcomes: Sequence[ChunkOutcome], buckets: Sequence[BucketOutcome]
+    plan: IngestPlan,
+    outcomes: Sequence[ChunkOutcome],
+    buckets: Sequence[BucketOutcome],
+    written: Sequence[ShardOutcome],
 ) -> Manifest:
     """Checks that every row is accounted for, writes the rejected rows, then the manifest.
 
@@ -154,7 +168,7 @@ def finish_ingest(
     duplicates: Counter[str] = Counter()
     for bucket in buckets:
         duplicates.update(bucket.duplicates)
-    shards = [shard for bucket in buckets for shard in bucket.shards]
+    shards = [shard for unit in written for shard in unit.shards]
     rejected = dict(sorted(_reasons(outcomes).items()))
     manifest = make_manifest(
         shards,
@@ -235,6 +249,7 @@ def ingest_local(config: RunConfig, attempt: str) -> Manifest:
 
     Raises:
         DataError: the input cannot be used.
+        StageError: the attempt was begun with other files or settings.
     """
 
     def do_all(step: Step, units: Mapping[int, Any]) -> dict[int, Any]:
@@ -243,7 +258,7 @@ def ingest_local(config: RunConfig, attempt: str) -> Manifest:
             for index, unit in units.items()
         }
 
-    plan = plan_ingest(config, attempt)
+    plan = open_plan(config, attempt)
     return run_steps(plan, do_all)
 
 
@@ -260,27 +275,38 @@ class Step:
     """The outcome of a unit that is done, else None."""
 
 
+def _near_step(name: str, label: str, do: Callable[[IngestPlan, Any], Any], folder: str) -> Step:
+    """A step whose units leave their outcomes in that folder below `work/`."""
+    return Step(
+        name=name,
+        label=f"ingest: {label}",
+        do=do,
+        finished=lambda plan, index: near.read_spill_outcome(plan, folder, index),
+    )
+
+
 STEPS = {
     step.name: step
     for step in (
         Step(name="read", label="ingest: read", do=ingest_chunk, finished=read_outcome),
-        Step(
-            name="sign",
-            label="ingest: sign",
-            do=sign_bucket,
-            finished=lambda plan, index: near.read_spill_outcome(plan, "bands", index),
-        ),
-        Step(
-            name="match",
-            label="ingest: find near-duplicates",
-            do=near.match_bands,
-            finished=lambda plan, index: near.read_spill_outcome(plan, "near", index),
-        ),
+        _near_step("sign", "sign", sign_bucket, "keys"),
+        _near_step("share", "find common keys", near.share_keys, "shared"),
+        _near_step("lend", "hand out signatures", near.lend_signatures, "bands"),
+        _near_step("match", "find near-duplicates", near.match_bands, "near"),
+        _near_step("decide", "decide which stay", near_decide.decide, "decided"),
+        _near_step("match-again", "find chains of near-duplicates", near.match_again, "near-all"),
+        _near_step("settle", "decide which of the chains stay", near_decide.settle, "settled"),
         Step(
             name="reduce",
             label="ingest: deduplicate",
             do=reduce_bucket,
             finished=read_bucket_outcome,
+        ),
+        Step(
+            name="write",
+            label="ingest: write shards",
+            do=write_shards,
+            finished=read_shard_outcome,
         ),
     )
 }
@@ -308,11 +334,31 @@ def run_steps(
 
     read = outcomes_of("read", {chunk.index: chunk.index for chunk in plan.chunks})
     check_rejected(plan, read)
-    leaving: list[near.SpillOutcome] = []
+    leaving: dict[str, near.SpillOutcome] = {}
     if plan.settings.deduplicate == "near":
-        buckets = {given.index: given for given in bucket_inputs(plan, read)}
-        bands = near.band_inputs(plan, outcomes_of("sign", buckets))
-        leaving = outcomes_of("match", {given.index: given for given in bands})
+        leaving = _find_near(plan, bucket_inputs(plan, read), outcomes_of)
     inputs = bucket_inputs(plan, read, leaving)
     reduced = outcomes_of("reduce", {given.index: given for given in inputs})
-    return finish_ingest(plan, read, reduced)
+    units = {unit.index: unit for unit in plan_shards(plan, reduced)}
+    return finish_ingest(plan, read, reduced, outcomes_of("write", units))
+
+
+def _find_near(
+    plan: IngestPlan,
+    buckets: Sequence[BucketInput],
+    outcomes_of: Callable[[str, Mapping[int, Any]], list[Any]],
+) -> dict[str, near.SpillOutcome]:
+    """Which rows leave as near-duplicates: step that decided -> its outcome."""
+
+    def inputs(outcomes: list[Any], num_units: int = plan.num_buckets) -> dict[int, Any]:
+        return dict(enumerate(near.spill_inputs(num_units, outcomes)))
+
+    signed = outcomes_of("sign", {given.index: given for given in buckets})
+    shared = outcomes_of("share", inputs(signed))
+    bands = inputs(outcomes_of("lend", inputs(shared)))
+    matched = outcomes_of("match", bands)
+    leaving = {"decided": outcomes_of("decide", inputs(matched, 1))[0]}
+    if near_decide.has_undecided(plan):
+        matched = outcomes_of("match-again", bands)
+        leaving["settled"] = outcomes_of("settle", inputs(matched, 1))[0]
+    return leaving

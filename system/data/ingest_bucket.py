@@ -1,20 +1,23 @@
-"""One bucket of normalised rows: duplicates out, the rest written as shards."""
+"""One bucket of normalised rows: duplicates out, the rest kept by split and category."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
 from system import storage
-from system.data import near
-from system.data.corpus import Shard, shard_directory, shard_of
+from system.data import near, near_decide
+from system.data.bodies import cut_by_bytes, take_rows, text_bytes
 from system.data.dedup import DUPLICATES, in_order, is_repeat, number_repeats, split_by_category
 from system.data.ingest_plan import SPILL, ChunkOutcome, IngestPlan, chunk_uri
-from system.data.spill import read_spill
+from system.data.spill import read_spill, spill_output
 from system.schema import CORPUS
+
+_KEPT_BYTES = 64 * 2**20
+"""Text that is put in order at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +29,20 @@ class BucketInput:
     """Chunk -> record batches of its spill file."""
     bases: dict[tuple[int, int], int]
     """(file, start of piece) -> number of the piece's first row in the file; 0 is left out."""
-    near: dict[int, list[int]] = field(default_factory=dict)
-    """Range of band keys -> record batches with rows of this bucket that leave."""
+    near: dict[str, list[int]] = field(default_factory=dict)
+    """Step that decided -> record batches with rows of this bucket that leave."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptRows:
+    """A bucket's rows of one split and category, in the order of their ids."""
+
+    split: str
+    category: str | None
+    rows: int
+    text_bytes: int
+    batches: tuple[int, ...]
+    """Record batches of the bucket's file of kept rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,24 +52,24 @@ class BucketOutcome:
     index: int
     duplicates: dict[str, int]
     """exact | near -> rows."""
-    shards: tuple[Shard, ...]
+    kept: tuple[KeptRows, ...]
 
 
 def bucket_inputs(
     plan: IngestPlan,
     outcomes: Sequence[ChunkOutcome],
-    near_outcomes: Sequence[near.SpillOutcome] = (),
+    near_outcomes: Mapping[str, near.SpillOutcome] | None = None,
 ) -> list[BucketInput]:
     """What each bucket has to read."""
     bases = row_bases(outcomes)
     batches: list[dict[int, list[int]]] = [{} for _ in range(plan.num_buckets)]
-    leaving: list[dict[int, list[int]]] = [{} for _ in range(plan.num_buckets)]
+    leaving: list[dict[str, list[int]]] = [{} for _ in range(plan.num_buckets)]
     for outcome in outcomes:
         for bucket, numbers in outcome.batches.items():
             batches[bucket][outcome.index] = numbers
-    for found in near_outcomes:
+    for step, found in (near_outcomes or {}).items():
         for bucket, numbers in found.batches.items():
-            leaving[bucket][found.index] = numbers
+            leaving[bucket][step] = numbers
     return [
         BucketInput(index=bucket, batches=rows, bases=bases, near=leaving[bucket])
         for bucket, rows in enumerate(batches)
@@ -79,13 +94,20 @@ def _bucket_uri(plan: IngestPlan, index: int) -> str:
     return storage.join(plan.attempt, "work", "buckets", f"{index:05d}.json")
 
 
+def kept_uri(plan: IngestPlan, index: int) -> str:
+    """A bucket's file of kept rows (CORPUS schema)."""
+    return storage.join(plan.attempt, "work", "buckets", f"{index:05d}.arrow")
+
+
 def read_bucket_outcome(plan: IngestPlan, index: int) -> BucketOutcome | None:
     """The outcome of a bucket that is done, else None."""
     uri = _bucket_uri(plan, index)
     if not storage.exists(uri):
         return None
     value = storage.read_json(uri)
-    value["shards"] = tuple(Shard(**shard) for shard in value["shards"])
+    value["kept"] = tuple(
+        KeptRows(**rows | {"batches": tuple(rows["batches"])}) for rows in value["kept"]
+    )
     return BucketOutcome(**value)
 
 
@@ -98,38 +120,48 @@ def _read_rows(plan: IngestPlan, given: BucketInput) -> pa.Table:
 
 
 def sign_bucket(plan: IngestPlan, given: BucketInput) -> near.SpillOutcome:
-    """Signatures of a bucket's different rows, spilled by band (`deduplicate: near` only)."""
+    """Signatures of a bucket's different rows, and their keys (`deduplicate: near` only)."""
     table = _read_rows(plan, given)
     keys = in_order(table)
     first = keys["at"].filter(pa.array(~is_repeat(keys)))
-    return near.write_bands(plan, given.index, table.take(first))
+    return near.sign_rows(plan, given.index, take_rows(table, np.asarray(first)))
 
 
 def reduce_bucket(plan: IngestPlan, given: BucketInput) -> BucketOutcome:
-    """Removes a bucket's duplicates, writes the rest as shards, and commits it."""
+    """Removes a bucket's duplicates, keeps the rest by split and category, and commits it."""
     table = _read_rows(plan, given)
     keys = in_order(table)
     if plan.settings.deduplicate == "none":
         keys = number_repeats(keys)
-    leaves = is_repeat(keys)
-    exact = keys.filter(pa.array(leaves))
+    repeats = is_repeat(keys)
+    kept_ids = _near_ids(plan, given, ~repeats)
+    is_near = kept_ids.astype(bool)
+    leaves = repeats | is_near
+    exact = keys.filter(pa.array(repeats & ~is_near))
     found = [_duplicates(exact, exact["id"].to_pylist(), "exact")] if exact.num_rows else []
-    pairs = near.read_near(plan, given.near)
-    if pairs:
-        is_near = np.array([row_id in pairs for row_id in keys["id"].to_pylist()], bool) & ~leaves
-        rows = keys.filter(pa.array(is_near))
-        kept_ids = [pairs[row_id] for row_id in rows["id"].to_pylist()]
-        found.append(_duplicates(rows, kept_ids, "near"))
-        leaves |= is_near
+    if is_near.any():
+        near_rows = keys.filter(pa.array(is_near))
+        found.append(_duplicates(near_rows, kept_ids[is_near].tolist(), "near"))
     if found:
         _write_duplicates(plan, given, pa.concat_tables(found))
     outcome = BucketOutcome(
         index=given.index,
         duplicates={rows["kind"][0].as_py(): rows.num_rows for rows in found},
-        shards=tuple(_write_shards(plan, given.index, table, keys.filter(pa.array(~leaves)))),
+        kept=_write_kept(plan, given.index, table, keys.filter(pa.array(~leaves))),
     )
     storage.write_json(_bucket_uri(plan, given.index), asdict(outcome))
     return outcome
+
+
+def _near_ids(plan: IngestPlan, given: BucketInput, is_first: np.ndarray) -> np.ndarray:
+    """[rows] of each row that leaves as a near-duplicate the id of the row that stays, else "".
+
+    What a row is near to, its exact copies are near to as well.
+    """
+    leaving = near_decide.read_leaving(plan, given.near)
+    by_place = np.full(int(is_first.sum()), "", object)
+    by_place[list(leaving)] = list(leaving.values())
+    return by_place[np.cumsum(is_first) - 1]
 
 
 def _duplicates(rows: pa.Table, kept_ids: Sequence[str], kind: str) -> pa.Table:
@@ -145,29 +177,34 @@ def _duplicates(rows: pa.Table, kept_ids: Sequence[str], kind: str) -> pa.Table:
     )
 
 
-def _write_shards(plan: IngestPlan, bucket: int, table: pa.Table, keys: pa.Table) -> list[Shard]:
-    """Shards of the rows that `keys` lists in order; bodies are copied once, for all shards."""
+def _write_kept(
+    plan: IngestPlan, bucket: int, table: pa.Table, keys: pa.Table
+) -> tuple[KeptRows, ...]:
+    """Spills the rows that `keys` lists in order; no other row's body is touched."""
     parts = list(split_by_category(keys))
-    if not parts:
-        return []
-    ids = pa.concat_tables([rows.select(["id"]) for _, _, rows in parts])["id"].combine_chunks()
-    order = np.concatenate([np.asarray(rows["at"]) for _, _, rows in parts])
-    bodies = table.select(CORPUS.names).combine_chunks().take(pa.array(order))
-    place = CORPUS.get_field_index("id")
-    bodies = bodies.set_column(place, CORPUS.field("id"), ids)
-    size = plan.settings.shard_rows
-    shards: list[Shard] = []
-    begin = 0
-    with storage.Writers() as writers:
-        for split, category, rows in parts:
-            for part, start in enumerate(range(0, rows.num_rows, size)):
-                path = f"{shard_directory(split, category)}/{bucket:05d}-{part:03d}.arrow"
-                body = bodies.slice(begin + start, min(size, rows.num_rows - start))
-                shard, data = shard_of(path, body, split, category)
-                writers.write(storage.join(plan.attempt, path), data)
-                shards.append(shard)
-            begin += rows.num_rows
-    return shards
+    listed = [rows.select(["id", "at"]) for _, _, rows in parts] or [keys.select(["id", "at"])]
+    order = pa.concat_tables(listed)
+    places = np.asarray(order["at"])
+    part_of = np.repeat(np.arange(len(parts)), [rows.num_rows for _, _, rows in parts])
+    sizes = text_bytes(table)[places]
+    id_place = CORPUS.get_field_index("id")
+    with spill_output(kept_uri(plan, bucket), CORPUS) as spill:
+        for run in cut_by_bytes(sizes, _KEPT_BYTES):
+            bodies = take_rows(table.select(CORPUS.names), places[run])
+            ids = order["id"].slice(run.start, run.stop - run.start)
+            spill.add(bodies.set_column(id_place, CORPUS.field("id"), ids), part_of[run])
+        batches = spill.batches
+    text = np.bincount(part_of, weights=sizes, minlength=len(parts))
+    return tuple(
+        KeptRows(
+            split=split,
+            category=category,
+            rows=rows.num_rows,
+            text_bytes=int(text[number]),
+            batches=tuple(batches[number]),
+        )
+        for number, (split, category, rows) in enumerate(parts)
+    )
 
 
 def _write_duplicates(plan: IngestPlan, given: BucketInput, rows: pa.Table) -> None:

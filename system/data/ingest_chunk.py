@@ -33,8 +33,10 @@ from system.data.readers import Piece, read_batches, read_rows
 from system.data.spill import SpillWriter, spill_output
 from system.errors import DataError
 
-_FLUSH_BYTES = 8 * 2**20
-_FLUSH_ROWS = 65536
+_FLUSH_BYTES = 64 * 2**20
+"""Text that is written at once, a record batch for each bucket: as much as most chunks hold, since
+a batch has a cost of its own and there are as many of them as chunks times buckets."""
+_FLUSH_ROWS = 2**19
 _FLUSH_REJECTED = 8192
 _DETECTION_ROWS = 32
 _SEARCHED_ROWS = 1000
@@ -220,13 +222,13 @@ class _ChunkWorker:
     ) -> list[tuple[int, RowRejected]]:
         """Train rows that share a run of words with a benchmark."""
         assert self._benchmarks is not None
-        found = []
-        for row in np.flatnonzero(splits == 0).tolist():
-            texts = [text.decode() for text in batch.turns_of(row)] if row not in wrong else []
-            overlap = self._benchmarks.find(texts) if texts else None
-            if overlap is not None:
-                found.append((row, RowRejected("benchmark-overlap", overlap)))
-        return found
+        rows = [row for row in np.flatnonzero(splits == 0).tolist() if row not in wrong]
+        ends = np.cumsum(batch.num_turns).tolist()
+        spans = [batch.texts[ends[row] - batch.num_turns[row] : ends[row]] for row in rows]
+        overlaps = self._benchmarks.find([[text.decode() for text in turns] for turns in spans])
+        return [
+            (rows[k], RowRejected("benchmark-overlap", overlap)) for k, overlap in overlaps.items()
+        ]
 
     def _hold(self, batch: NormalBatch, labels: LabelColumns, places: np.ndarray) -> None:
         if batch.num_bytes > _FLUSH_BYTES and len(places) > 1:

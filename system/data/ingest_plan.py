@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,11 @@ from system import storage
 from system.config import IngestConfig, RunConfig, SourceConfig
 from system.data import sources
 from system.data.category_maps import category_map_digests, with_category_map
+from system.data.readers import Piece
 from system.data.sources import Chunk, SourceFile
-from system.errors import DataError
+from system.errors import DataError, StageError
 from system.functions import UserFunction
+from system.rundir import describe_change, flatten
 from system.schema import CORPUS
 
 BUCKET_BYTES = 64 * 2**20
@@ -22,6 +25,8 @@ BUCKET_BYTES = 64 * 2**20
 MAX_BUCKETS = 65536
 
 _COMPRESSED_GROWTH = 4
+_UNKNOWN_BYTES = 16 * 2**30
+"""Taken for a hub data set that does not tell its size: too many buckets cost less than too few."""
 _DENSE = (".gz", ".zst", ".bz2", ".parquet")
 _PLACE = (
     pa.field("file", pa.int32(), nullable=False),
@@ -118,10 +123,7 @@ def plan_ingest(config: RunConfig, attempt: str) -> IngestPlan:
         own = [file for file in files if file.source == number]
         if not any(file.size or file.uri.startswith("hf://") for file in own):
             raise empty_source(source, [file.uri for file in own])
-    total = sum(
-        file.size * (_COMPRESSED_GROWTH if file.uri.lower().endswith(_DENSE) else 1)
-        for file in files
-    )
+    total = sum(_text_bytes(file) for file in files)
     return IngestPlan(
         settings=config.ingest,
         sources=tuple(with_category_map(item, config.data_dir) for item in config.sources),
@@ -132,6 +134,60 @@ def plan_ingest(config: RunConfig, attempt: str) -> IngestPlan:
         benchmark_uris=tuple(_benchmark_uris(config)),
         filters=_filters(config),
     )
+
+
+def _text_bytes(file: SourceFile) -> int:
+    if file.uri.startswith("hf://") and not file.size:
+        return _UNKNOWN_BYTES
+    return file.size * (_COMPRESSED_GROWTH if file.uri.lower().endswith(_DENSE) else 1)
+
+
+def open_plan(config: RunConfig, attempt: str) -> IngestPlan:
+    """The plan of an attempt: written down by the session that begins it, kept by all others.
+
+    What is committed was cut by the first plan.  A data set may tell its size only once it has been
+    read, and with another number of buckets equal rows would lie in different ones.
+
+    Raises:
+        DataError: a source is missing, or has no byte to read.
+        StageError: the attempt was begun with other files or settings.
+    """
+    plan = plan_ingest(config, attempt)
+    uri = storage.join(attempt, "work", "plan.json")
+    given = _givens(plan)
+    if not storage.exists(uri):
+        files, chunks = (list(map(asdict, items)) for items in (plan.files, plan.chunks))
+        cut = {"num_buckets": plan.num_buckets, "files": files, "chunks": chunks}
+        storage.write_json(uri, {"given": given, "cut": cut})
+        return plan
+    value = storage.read_json(uri)
+    if value["given"] != given:
+        raise StageError(
+            f"{uri}: the rows read so far are those of another plan "
+            f"({describe_change(flatten('', value['given']), flatten('', given))}). Run again with "
+            "the files and settings that it was begun with, or start over with --redo."
+        )
+    cut = value["cut"]
+    chunks = [
+        chunk | {"pieces": tuple(Piece(**p) for p in chunk["pieces"])} for chunk in cut["chunks"]
+    ]
+    return replace(
+        plan,
+        num_buckets=cut["num_buckets"],
+        files=tuple(SourceFile(**file) for file in cut["files"]),
+        chunks=tuple(Chunk(**chunk) for chunk in chunks),
+    )
+
+
+def _givens(plan: IngestPlan) -> dict[str, Any]:
+    """What a plan is made from, as JSON gives it back."""
+    return {
+        "ingest": plan.settings.model_dump(mode="json"),
+        "sources": [source.model_dump(mode="json") for source in plan.sources],
+        "files": {f"{file.index} {file.uri}": file.stamp for file in plan.files},
+        "benchmarks": list(plan.benchmark_uris),
+        "filters": {item.name: item.source_digest() for item in plan.filters},
+    }
 
 
 def empty_source(source: SourceConfig, uris: list[str]) -> DataError:

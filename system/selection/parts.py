@@ -23,7 +23,7 @@ from system import storage
 from system.config import SelectConfig
 from system.data.canonical import canonical_table
 from system.data.corpus import Corpus, Shard
-from system.data.spill import read_spill, spill_output
+from system.data.spill import SpillWriter, read_spill, spill_output
 from system.errors import StageError
 from system.schema import SELECTION
 from system.selection.choose import QUARANTINED, Chosen
@@ -33,6 +33,9 @@ PART_ROWS = 32768
 """Examples in one Parquet file."""
 GROUP_ROWS = 65536
 """Selected examples that one gathering step covers, unless one shard alone has more."""
+
+SPILL_BYTES = 256 * 2**20
+"""Rows of a group that are put in order at once; a group of longer rows takes several turns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,15 +127,28 @@ def read_group_outcome(attempt: str, index: int) -> GroupOutcome | None:
 def gather_group(corpus: Corpus, group: Group, attempt: str) -> GroupOutcome:
     """Fetches the group's rows and spills them by part, then commits."""
     with spill_output(_group_uri(attempt, group.index, "arrow"), SELECTION) as spill:
+        held: list[pa.Table] = []
+        num_bytes = 0
         for shard, rows, positions, stages in zip(
             group.shards, group.rows, group.positions, group.stages, strict=True
         ):
             names = [group.stage_names[stage] for stage in stages]
-            table = fetch_rows(corpus, shard, rows, positions, names)
-            spill.add(table, positions // PART_ROWS)
+            held.append(fetch_rows(corpus, shard, rows, positions, names))
+            num_bytes += held[-1].nbytes
+            if num_bytes >= SPILL_BYTES:
+                _spill_by_part(spill, held)
+                held, num_bytes = [], 0
+        if held:
+            _spill_by_part(spill, held)
         outcome = GroupOutcome(index=group.index, batches=spill.batches)
     storage.write_json(_group_uri(attempt, group.index, "json"), asdict(outcome))
     return outcome
+
+
+def _spill_by_part(spill: SpillWriter, tables: Sequence[pa.Table]) -> None:
+    """One record batch for each part, however many shards the rows come from."""
+    table = pa.concat_tables(tables).combine_chunks()
+    spill.add(table, np.asarray(table["position"]) // PART_ROWS)
 
 
 def part_inputs(num_rows: int, outcomes: Sequence[GroupOutcome]) -> list[PartInput]:

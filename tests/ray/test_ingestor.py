@@ -189,7 +189,7 @@ def test_a_killed_driver_goes_on_where_it_was(config, reference, tmp_path, phase
     config_path = tmp_path / "config.json"
     config_path.write_text(config.model_dump_json())
     attempt = tmp_path / "attempt"
-    # Many buckets make the second phase long enough to be hit; they change where shards end.
+    # Many buckets make the second phase long enough to be hit.
     bucket_bytes = 15_000
     command = [sys.executable, "-c", DRIVER, str(config_path), str(attempt), str(bucket_bytes)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -69,6 +69,20 @@ def messy_rows(seed: int, count: int = 400) -> list:
     return rows
 
 
+def chained_rows(chains: int, links: int, words: int = 300) -> list[dict[str, str]]:
+    """Chains of rows, each near to the one before it (similarity 0.8) and to no other."""
+    draw = random.Random(1)
+    rows = []
+    for chain in range(chains):
+        text = [f"c{chain}w{draw.randrange(10**6)}" for _ in range(words)]
+        for link in range(links):
+            rows.append({"prompt": " ".join(text), "completion": "ok"})
+            changed = range(link * words // links, link * words // links + words // 11)
+            text = [f"x{link}w{draw.randrange(10**6)}" if k in changed else word
+                    for k, word in enumerate(text)]  # fmt: skip
+    return rows
+
+
 class Ingested:
     """A finished ingest, read back."""
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from ingest_builders import ingest, numbered, write_lines
 
 from system.config import SourceConfig
-from system.data import near
+from system.data.benchmarks import BenchmarkIndex
 from system.data.dedup import split_by_category
-from system.data.near import rows_per_band, signatures
+from system.data.near import least_bins, rows_per_band, signatures
 from system.data.shingles import NUM_BINS, find_words, mix, ngrams
 
 VOCABULARY = [f"word{k}" for k in range(3000)]
@@ -76,6 +76,20 @@ def test_bands_find_pairs_at_the_threshold(threshold):
     size = rows_per_band(threshold)
     assert 1 - (1 - threshold**size) ** (NUM_BINS // size) >= 0.99
     assert rows_per_band(1.0) == NUM_BINS
+
+
+@pytest.mark.parametrize(
+    ("similarity", "share"), [(0.70, 0.005), (0.75, 0.1), (0.8, 0.51), (0.85, 0.94), (0.88, 0.995)]
+)
+def test_pairs_are_found_as_often_as_the_documentation_says(similarity, share):
+    draw = np.random.default_rng(0)
+    same = draw.random((20_000, NUM_BINS)) < similarity
+    size = rows_per_band(0.8)
+    bands = same[:, : NUM_BINS // size * size].reshape(len(same), -1, size)
+    is_compared = bands.all(axis=2).any(axis=1)
+    agree = (same | (draw.random(same.shape) < 1 / 256)).sum(axis=1)
+    found = is_compared & (agree >= least_bins(0.8))
+    assert found.mean() == pytest.approx(share, abs=0.01)
 
 
 def near_world(seed: int) -> tuple[list[dict[str, str]], list[tuple[str, str, float]]]:
@@ -148,16 +162,6 @@ def test_near_deduplication_does_not_depend_on_the_cut(tmp_path, monkeypatch):
     assert [row["id"] for row in many.rows()] == kept
 
 
-def test_large_groups_are_compared_with_the_rows_that_stay(monkeypatch):
-    draw = np.random.default_rng(0)
-    centres = draw.integers(0, 256, (4, NUM_BINS), np.uint8)
-    rows = centres[draw.integers(0, 4, 60)]
-    small = near._matches(rows, 120)
-    monkeypatch.setattr(near, "_FULL_GROUP_ROWS", 5)
-    assert near._matches(rows, 120) == small
-    assert len(small) == 56
-
-
 def test_texts_without_a_word_are_never_near_duplicates(tmp_path):
     rows = [{"prompt": mark * k, "completion": "!"} for mark in "?!." for k in range(1, 6)]
     write_lines(tmp_path / "rows.jsonl", rows)
@@ -185,6 +189,28 @@ def test_train_rows_that_share_words_with_a_benchmark_are_rejected(tmp_path):
     overlapping_heldout = sum(" so: " in row["messages"][0]["content"] for row in heldout)
     assert len(rejected) == 30 - overlapping_heldout
     assert overlapping_heldout > 0
+
+
+def test_benchmarks_are_looked_for_in_many_rows_at_once(tmp_path, monkeypatch):
+    draw = random.Random(0)
+    secret = text_of(draw, 60)
+    (tmp_path / "bench.txt").write_text(" ".join(secret))
+    index = BenchmarkIndex((str(tmp_path / "bench.txt"),), 5)
+    rows = [[" ".join(text_of(draw, 30)), "short"] for _ in range(300)]
+    for row in range(0, 300, 7):
+        start = draw.randrange(50)
+        rows[row][row % 2] += " " + " ".join(secret[start : start + draw.randrange(5, 10)])
+    alone = {k: found for k, row in enumerate(rows) for found in index.find([row]).values()}
+    calls = []
+    monkeypatch.setattr(
+        "system.data.benchmarks.find_words", lambda texts: calls.append(0) or find_words(texts)
+    )
+    assert index.find(rows) == alone
+    assert list(alone) == list(range(0, 300, 7))
+    assert len(calls) == 1
+    monkeypatch.setattr("system.data.benchmarks._SEARCHED_CHARS", 3000)
+    assert index.find(rows) == alone
+    assert len(calls) > 20
 
 
 def test_rows_are_grouped_by_split_and_category_in_their_order():

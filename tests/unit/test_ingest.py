@@ -27,9 +27,11 @@ from system.data.ingest import (
     ingest_chunk,
     ingest_local,
     plan_ingest,
+    plan_shards,
     read_outcome,
     reduce_bucket,
     source_fingerprint,
+    write_shards,
 )
 from system.errors import DataError
 
@@ -110,13 +112,67 @@ def test_buckets_and_order_of_work_never_show_in_the_rows(tmp_path, monkeypatch)
     outcomes = [read_outcome(plan, chunk.index) for chunk in plan.chunks]
     inputs = bucket_inputs(plan, outcomes)
     buckets = [reduce_bucket(plan, given) for given in random.Random(6).sample(inputs, len(inputs))]
-    manifest = finish_ingest(plan, outcomes, buckets)
+    units = plan_shards(plan, buckets)
+    written = [write_shards(plan, unit) for unit in random.Random(7).sample(units, len(units))]
+    manifest = finish_ingest(plan, outcomes, buckets, written)
     other = Ingested(config, tmp_path / "third")
     assert (manifest.kept, manifest.duplicates, manifest.rejected) == (
         one.manifest.kept, one.manifest.duplicates, one.manifest.rejected,
     )  # fmt: skip
     assert other.rows() == one.rows()
-    assert len(one.manifest.shards) < len(other.manifest.shards)
+    for other_attempt in ("other", "third"):
+        root = tmp_path / other_attempt
+        assert {
+            str(path.relative_to(root)): path.read_bytes()
+            for path in sorted((root / "shards").rglob("*.arrow"))
+        } == {name: data for name, data in one.files().items() if name.startswith("shards/")}
+
+
+def test_more_buckets_than_rows_are_no_error(tmp_path, monkeypatch):
+    write_lines(tmp_path / "rows.jsonl", numbered(5))
+    rows = ingest(tmp_path).rows()
+    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 4)
+    assert plan_ingest(run_config(tmp_path), "").num_buckets > 50
+    assert ingest(tmp_path).rows() == rows
+
+
+def test_a_chunk_writes_one_batch_for_each_bucket(tmp_path, monkeypatch):
+    rows = [{"prompt": f"{k} " + "x" * 10_000, "completion": "y"} for k in range(2000)]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 2 * 2**20)
+    plan = plan_ingest(run_config(tmp_path), str(tmp_path / "attempt"))
+    (chunk,) = plan.chunks
+    outcome = ingest_chunk(plan, chunk.index)
+    assert [len(numbers) for numbers in outcome.batches.values()] == [1] * plan.num_buckets
+    assert plan.num_buckets > 8
+
+
+def test_shards_are_full_whatever_the_number_of_buckets(tmp_path, monkeypatch):
+    rows = [{**row, "task": "ab"[k % 2]} for k, row in enumerate(numbered(900))]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 2000)
+    monkeypatch.setattr("system.data.ingest_shards.UNIT_BYTES", 3000)
+    source = SourceConfig(path="rows.jsonl", category_column="task")
+    done = ingest(tmp_path, source, shard_rows=100)
+    sizes: dict = {}
+    for shard in done.manifest.shards:
+        sizes.setdefault((shard.split, shard.category), []).append(shard.rows)
+    assert len(sizes) == 6
+    for found in sizes.values():
+        assert found[:-1] == [100] * (len(found) - 1)
+    assert len(sizes["train", "a"]) > 2
+    ids = [row["id"] for row in done.rows() if (row["split"], row["category"]) == ("train", "a")]
+    assert ids == sorted(ids)
+
+
+def test_shards_of_long_rows_have_fewer(tmp_path, monkeypatch):
+    rows = [{"prompt": f"{k}", "completion": "y" * 1000} for k in range(100)]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr("system.data.ingest_shards.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("system.data.ingest_bucket._KEPT_BYTES", 7000)
+    done = ingest(tmp_path, estimate_share=0.0, test_share=0.0)
+    assert [shard.rows for shard in done.manifest.shards][:-1] == [19] * 5
+    assert done.manifest.kept == 100
 
 
 def test_of_equal_rows_the_first_source_and_line_wins(tmp_path):

@@ -9,7 +9,15 @@ import sys
 from dataclasses import replace
 
 import pytest
-from ingest_builders import Ingested, ingest, messy_rows, numbered, run_config, write_lines
+from ingest_builders import (
+    Ingested,
+    chained_rows,
+    ingest,
+    messy_rows,
+    numbered,
+    run_config,
+    write_lines,
+)
 
 from system import storage
 from system.config import SourceConfig
@@ -39,21 +47,30 @@ def test_a_truncated_archive_leaves_no_manifest(tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(whole)[:-2000])
     with pytest.raises(DataError, match="cut off"):
         ingest(tmp_path, SourceConfig(path="rows.jsonl.gz"))
-    assert not list((tmp_path / "attempt").rglob("*.json"))
+    left = [path.name for path in (tmp_path / "attempt").rglob("*.json")]
+    assert left == ["plan.json"]
 
 
 @pytest.mark.parametrize("deduplicate", ["exact", "near"])
 def test_an_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
     tmp_path, monkeypatch, deduplicate
 ):
-    write_lines(tmp_path / "rows.jsonl", messy_rows(7))
+    write_lines(tmp_path / "rows.jsonl", [*messy_rows(7), *chained_rows(6, 4)])
     monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 8000)
-    config = run_config(tmp_path, max_chars=1000, chunk_bytes=2000, deduplicate=deduplicate)
-    whole = Ingested(config, tmp_path / "whole").files()
+    monkeypatch.setattr("system.data.ingest_shards.UNIT_BYTES", 1)
+    config = run_config(
+        tmp_path, max_chars=4500, chunk_bytes=2000, deduplicate=deduplicate, shard_rows=50
+    )
+    whole = Ingested(config, tmp_path / "whole")
     plan = plan_ingest(config, "")
-    units = {"read": len(plan.chunks), "reduce": plan.num_buckets}
+    units = {
+        "read": len(plan.chunks),
+        "reduce": plan.num_buckets,
+        "write": len(whole.manifest.shards),
+    }
     if deduplicate == "near":
-        units |= {"sign": plan.num_buckets, "match": plan.num_buckets}
+        steps = ("sign", "share", "lend", "match", "match-again")
+        units |= dict.fromkeys(steps, plan.num_buckets)
     assert min(units.values()) > 3
     calls = dict.fromkeys(units, 0)
 
@@ -78,7 +95,52 @@ def test_an_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
         for path in sorted((tmp_path / "again").rglob("*"))
         if path.is_file()
     }
-    assert found == whole
+    assert found == whole.files()
+
+
+def stop_at(step, call):
+    """The step, which is stopped in that call of it."""
+    calls = []
+
+    def do(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return step.do(*args)
+
+    return replace(step, do=do)
+
+
+def test_an_ingest_goes_on_with_the_buckets_it_began_with(tmp_path, monkeypatch):
+    write_lines(tmp_path / "rows.jsonl", numbered(200) * 2)
+    config = run_config(tmp_path, chunk_bytes=4000)
+    whole = Ingested(config, tmp_path / "whole")
+    monkeypatch.setitem(STEPS, "read", stop_at(STEPS["read"], 4))
+    with pytest.raises(KeyboardInterrupt):
+        ingest_local(config, str(tmp_path / "again"))
+    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 500)
+    again = Ingested(config, tmp_path / "again")
+    assert again.files() == whole.files()
+    assert again.manifest.kept == again.manifest.duplicates == 200
+
+
+def test_an_ingest_does_not_go_on_with_other_files_or_settings(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "rows.jsonl", numbered(200))
+    monkeypatch.setitem(STEPS, "read", stop_at(STEPS["read"], 2))
+    with pytest.raises(KeyboardInterrupt):
+        ingest_local(run_config(tmp_path, chunk_bytes=4000), str(tmp_path / "again"))
+    with pytest.raises(StageError, match=r"plan.json.*ingest.max_chars 200000 -> 900.*--redo"):
+        ingest_local(run_config(tmp_path, chunk_bytes=4000, max_chars=900), str(tmp_path / "again"))
+    with path.open("ab") as file:
+        file.write(b"{}")
+    with pytest.raises(StageError, match=r"files.0 .*rows.jsonl"):
+        ingest_local(run_config(tmp_path, chunk_bytes=4000), str(tmp_path / "again"))
+
+
+def test_a_data_set_of_unknown_size_is_cut_into_many_buckets(tmp_path, monkeypatch):
+    monkeypatch.setattr("system.data.sources.stat", lambda uri: (0, "version"))
+    config = run_config(tmp_path, SourceConfig(path="hf://owner/name"))
+    assert plan_ingest(config, "").num_buckets == 256
 
 
 def test_lost_spill_rows_fail_the_stage_instead_of_the_counts(tmp_path):
@@ -87,7 +149,7 @@ def test_lost_spill_rows_fail_the_stage_instead_of_the_counts(tmp_path):
     outcome = ingest_chunk(plan, 0)
     storage.write_bytes(str(tmp_path / "attempt" / "work" / "keep"), b"")
     with pytest.raises(StageError, match="20 rows were read"):
-        finish_ingest(plan, [outcome], [])
+        finish_ingest(plan, [outcome], [], [])
 
 
 def test_an_unwritable_place_is_an_error_and_leaves_nothing(tmp_path):

@@ -195,6 +195,26 @@ def test_bytes_do_not_depend_on_shards_groups_or_order_of_work(corpus, tmp_path,
     assert not (tmp_path / "one" / "work").exists()
 
 
+@pytest.mark.parametrize("spill_bytes", [2**28, 1])
+def test_a_group_writes_one_batch_for_each_part(corpus, tmp_path, monkeypatch, spill_bytes):
+    monkeypatch.setattr(selection, "PART_ROWS", 100)
+    monkeypatch.setattr(selection, "SPILL_BYTES", spill_bytes)
+    other = resharded(corpus, str(tmp_path / "other"), 20)
+    quotas = read_quotas(curriculum({"a": 300, "b": 60}))
+    chosen = {
+        category: choose_rows(other, category, count, RANDOM, 0)
+        for category, count in totals(quotas).items()
+    }
+    (group,) = selection.plan_gather(arrange(other, quotas, chosen, 0))
+    assert len(group.shards) > 15
+    outcome = selection.gather_group(other, group, str(tmp_path / "attempt"))
+    batches = [len(numbers) for numbers in outcome.batches.values()]
+    assert len(batches) == 4
+    assert batches == [1] * 4 if spill_bytes > 1 else min(batches) > 10
+    (first, *_) = selection.part_inputs(360, [outcome])
+    assert selection.write_part(first, str(tmp_path / "attempt")).rows == 100
+
+
 def test_the_order_mixes_categories_within_a_stage(corpus):
     table = select_arm(corpus, {"a": 90, "b": 90}, 0)
     places = np.flatnonzero(np.array(table["category"].to_pylist()) == "a")

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +46,24 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
         raise RuntimeError
     assert storage.read_bytes(uri) == b"old"
     assert storage.list_names(str(tmp_path)) == ["x.txt"]
+
+
+def test_what_a_killed_process_has_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from system import storage\n"
+        "with storage.atomic_output(sys.argv[1]) as file:\n"
+        "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    target = tmp_path / "parts" / "x.txt"
+    subprocess.run([sys.executable, "-c", program, str(target)], check=False)
+    (litter,) = (tmp_path / "parts").iterdir()
+    assert litter.name.startswith(".x.txt.")
+    (tmp_path / "parts" / ".keep").touch()
+    with storage.atomic_output(str(tmp_path / "parts" / "y.txt")) as file:
+        file.write(b"whole")
+        assert storage.remove_unfinished(str(tmp_path)) == 1
+    assert storage.list_names(str(tmp_path / "parts")) == [".keep", "y.txt"]
+    assert storage.remove_unfinished("memory://no/such") == 0
 
 
 def test_a_failed_write_to_an_object_store_writes_nothing() -> None:

@@ -1,0 +1,56 @@
+"""Rows with long texts, moved without touching those that stay behind.
+
+Arrow counts the bytes of a column of texts in 32 bits.  A table may hold more in many batches, but
+no single batch can, so only rows that are wanted are ever put into one.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, where no type checker sees them)
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+
+def text_bytes(table: pa.Table) -> np.ndarray:
+    """[rows] int64: UTF-8 bytes of all turns of each row."""
+    found = [np.zeros(0, np.int64)]
+    for turns in table["messages"].chunks:
+        if not len(turns):
+            continue
+        contents = turns.values.field("content")
+        ends = np.frombuffer(contents.buffers()[1], np.int32)[contents.offset :].astype(np.int64)
+        bounds = np.asarray(turns.offsets)
+        found.append(ends[bounds[1:]] - ends[bounds[:-1]])
+    return np.concatenate(found)
+
+
+def take_rows(table: pa.Table, places: np.ndarray) -> pa.Table:
+    """The rows at these places, in this order, as one batch; together they stay below 2 GiB."""
+    order = np.argsort(places, kind="stable")
+    ascending = places[order]
+    batches = table.to_batches()
+    starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+    cuts = np.searchsorted(ascending, starts)
+    parts = [
+        batch.take(pa.array(ascending[begin:end] - start))
+        for batch, start, begin, end in zip(batches, starts, cuts, cuts[1:], strict=False)
+        if end > begin
+    ]
+    taken = pa.Table.from_batches(parts, table.schema).combine_chunks()
+    back = np.empty(len(order), np.int64)
+    back[order] = np.arange(len(order))
+    return taken.take(pa.array(back))
+
+
+def cut_by_bytes(sizes: np.ndarray, most: int) -> Iterator[slice]:
+    """Runs of rows of at most so many bytes; a row that alone has more is a run of its own."""
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        before = int(ends[start - 1]) if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
+        yield slice(start, end)
+        start = end
