@@ -281,9 +281,8 @@ def _batch(training: Training, plan: TrainPlan, rows: np.ndarray):
     return build_microbatch(
         plan,
         rows,
-        is_flat=training.objective.layout.is_flat,
+        layout=training.objective.layout,
         device=training.device,
-        compute_dtype=training.compute_dtype,
     )
 
 

@@ -1,9 +1,9 @@
 """Attention inside rows that lie end to end: block-diagonal, exact, without a mask of its size.
 
 A forward pass holds its rows one behind the other, [1, N], with no padding; every layer but
-attention is blind to that.  Attention runs row by row: on CUDA with torch's variable-length
-FlashAttention, elsewhere with SDPA over buckets of rows of similar length.  Rows in a bucket are
-padded at their end, which a causal query never sees, so the result is the unpacked one.
+attention is blind to that.  Attention runs row by row: in half precision on CUDA with torch's
+variable-length FlashAttention, elsewhere with SDPA over buckets of rows of similar length.  Rows in
+a bucket are padded at their end, which a causal query never sees, so the result is as unpacked.
 
 Registered with transformers under `NAME`; the layout travels in the keyword `segments`.
 
@@ -53,18 +53,20 @@ class Segments:
     """Empty: FlashAttention needs none."""
 
 
-def build_segments(
-    lengths: np.ndarray, device: torch.device, compute_dtype: torch.dtype
-) -> Segments:
+def may_use_flash(device: torch.device, compute_dtype: torch.dtype) -> bool:
+    """Whether FlashAttention can be tried: it knows CUDA and the two half precisions."""
+    return device.type == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
+
+
+def build_segments(lengths: np.ndarray, device: torch.device, *, has_flash: bool) -> Segments:
     """The layout of rows that lie end to end; rows should come longest first.
 
     Args:
         lengths: [rows] int64.
         device: where the tensors go.
-        compute_dtype: precision of attention; FlashAttention knows the two half precisions.
+        has_flash: attention is FlashAttention, which needs no buckets.
     """
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    has_flash = device.type == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
     return Segments(
         torch.from_numpy(starts.astype(np.int32)).to(device),
         int(lengths.max()),
@@ -174,12 +176,18 @@ def _varlen(
     segments: Segments,
     scaling: float | None,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
-    out = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+    # Rotary embedding gives float32 where the hidden states are float32, and no autocast rule
+    # lowers the inputs of this operator as one does for SDPA.
+    device = value.device.type
+    lowers = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if lowers else value.dtype
+    query, key, value = (s[0].transpose(0, 1).to(dtype) for s in (query, key, value))
+    out = varlen.varlen_attn(
+        query,
+        key,
+        value,
         segments.starts,
         segments.starts,
         segments.max_length,

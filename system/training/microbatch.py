@@ -18,6 +18,18 @@ from system.training.attention import Segments, build_segments
 from system.training.plan import TrainPlan
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Which of the fast ways a training takes; each was found to be exact for its model."""
+
+    is_flat: bool
+    """Rows may lie end to end."""
+    has_plain_head: bool
+    """Logits are the output embedding times the last hidden state."""
+    has_flash: bool = False
+    """Flat rows attend with FlashAttention, else with SDPA over buckets."""
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """One forward pass."""
@@ -44,18 +56,16 @@ def build_microbatch(
     plan: TrainPlan,
     rows: np.ndarray,
     *,
-    is_flat: bool,
+    layout: Layout,
     device: torch.device,
-    compute_dtype: torch.dtype,
 ) -> MicroBatch:
     """The tensors of some rows of a plan.
 
     Args:
         plan: the plan.
         rows: [B] plan rows.
-        is_flat: which layout.
+        layout: how they lie, and the kernel of attention.
         device: where the tensors go.
-        compute_dtype: precision of attention, which decides the kernel.
     """
     lengths = plan.lengths(rows)
     order = np.argsort(-lengths, kind="stable")
@@ -68,7 +78,7 @@ def build_microbatch(
     labels = np.flatnonzero(is_label)
     owner = np.repeat(np.arange(len(rows)), lengths)
     width = int(lengths[0])
-    if is_flat:
+    if layout.is_flat:
         place = np.arange(len(ids))
         shape = (1, len(ids))
     else:
@@ -85,8 +95,10 @@ def build_microbatch(
         rows=rows,
         input_ids=spread(ids, 0),
         position_ids=spread(within, 0),
-        attention_mask=None if is_flat else spread(np.ones_like(ids), 0),
-        segments=build_segments(lengths, device, compute_dtype) if is_flat else None,
+        attention_mask=None if layout.is_flat else spread(np.ones_like(ids), 0),
+        segments=(
+            build_segments(lengths, device, has_flash=layout.has_flash) if layout.is_flat else None
+        ),
         label_places=torch.from_numpy(place[labels] - 1).to(device, non_blocking=True),
         targets=torch.from_numpy(ids[labels]).to(device, non_blocking=True),
         label_rows=rows[owner[labels]],

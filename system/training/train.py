@@ -26,9 +26,10 @@ import torch.distributed as dist
 
 from system.errors import ModelError, StageError
 from system.training.kernels import compiled_layers, use_kernels
+from system.training.layout import training_layout
 from system.training.lora import add_adapters, merge_adapters
 from system.training.microbatch import MicroBatch, build_microbatch
-from system.training.objective import Objective, training_layout
+from system.training.objective import Objective
 from system.training.optim import learning_rate, set_learning_rate
 from system.training.pack import group_by_tokens
 from system.training.parallel import make_parallel
@@ -232,9 +233,8 @@ class Training:
         return build_microbatch(
             plan,
             rows,
-            is_flat=self.objective.layout.is_flat,
+            layout=self.objective.layout,
             device=self.device,
-            compute_dtype=self.compute_dtype,
         )
 
     def step(self, step: int) -> StepStats:

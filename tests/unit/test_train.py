@@ -20,9 +20,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from system.config import LoraConfig
 from system.errors import ModelError, StageError
 from system.training.attention import build_segments, segment_attention
+from system.training.layout import training_layout
 from system.training.loss import head_loss
-from system.training.microbatch import build_microbatch
-from system.training.objective import Layout, Objective, training_layout
+from system.training.microbatch import Layout, build_microbatch
+from system.training.objective import Objective
 from system.training.optim import learning_rate
 from system.training.train import Training, train_on_plan
 
@@ -80,9 +81,7 @@ def test_rows_do_not_see_their_neighbours_in_a_pass():
         assert layout == Layout(is_flat=True, has_plain_head=True)
 
         def losses(rows: list[int]) -> dict[int, np.ndarray]:
-            batch = build_microbatch(
-                plan, np.array(rows), is_flat=True, device=device, compute_dtype=torch.float32
-            )
+            batch = build_microbatch(plan, np.array(rows), layout=layout, device=device)
             nll_M = objective(batch)[1].numpy()
             return {row: nll_M[batch.label_rows == row] for row in rows}
 
@@ -177,7 +176,7 @@ def test_contaminating_attention_is_noticed_and_not_used(monkeypatch):
 
 def test_attention_dropout_that_flash_attention_lacks_is_refused():
     lengths = np.array([3, 2])
-    segments = build_segments(lengths, torch.device("cpu"), torch.float32)
+    segments = build_segments(lengths, torch.device("cpu"), has_flash=False)
     flash = replace(segments, buckets=())  # as on a GPU in bfloat16
     states = torch.ones(1, 2, 5, 8)
     with pytest.raises(ModelError, match="attention_dropout to 0"):

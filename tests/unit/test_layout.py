@@ -1,0 +1,119 @@
+"""Layouts of a pass: which one a model gets, and that FlashAttention is fed what it can take.
+
+There is no GPU in these tests: a stand-in takes the place of torch's variable-length attention,
+as strict about its inputs, and bf16 comes from autocast on the CPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.nn.attention import varlen
+from training_builders import build_model, build_small_plan
+
+from system.training import attention
+from system.training.layout import training_layout
+from system.training.microbatch import build_microbatch
+from system.training.objective import Objective
+
+
+def strict_varlen(
+    query, key, value, starts, starts_k, longest, longest_k, *, scale, window_size, enable_gqa
+):
+    """What torch's operator computes, row by row, with its demands on the inputs."""
+    assert query.dim() == 3 and torch.equal(starts, starts_k)
+    for states in (query, key, value):
+        if states.dtype not in (torch.bfloat16, torch.float16):
+            raise RuntimeError(f"FlashAttention only support fp16 and bf16, not {states.dtype}")
+    parts = []
+    for start, stop in itertools.pairwise(starts):
+        rows = [s[start:stop].transpose(0, 1)[None] for s in (query, key, value)]
+        places = torch.arange(int(stop - start))
+        distance = places[:, None] - places[None, :]
+        mask = distance >= -window_size[1]
+        if window_size[0] >= 0:
+            mask &= distance <= window_size[0]
+        out = functional.scaled_dot_product_attention(
+            *rows, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+        )
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Lets the CPU take the way of a GPU; the dtypes that reached the operator."""
+    seen: list[tuple[torch.dtype, ...]] = []
+
+    def watched(query, key, value, *args, **kwargs):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return strict_varlen(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", watched)
+    monkeypatch.setattr(attention, "may_use_flash", lambda device, dtype: dtype == torch.bfloat16)
+    return seen
+
+
+def losses(objective, layout):
+    batch = build_microbatch(
+        build_small_plan(), torch.arange(6).numpy(), layout=layout, device=torch.device("cpu")
+    )
+    return objective(batch)
+
+
+def test_flash_attention_gets_half_precision_from_float32_weights_under_autocast(flash):
+    model = build_model(spread=0.05)
+    exact = Objective(model, torch.float32)
+    with training_layout(exact) as layout:
+        assert not layout.has_flash
+        _, expected = losses(exact, layout)
+    assert not flash
+    objective = Objective(model, torch.bfloat16)
+    with training_layout(objective) as layout:
+        assert layout.is_flat and layout.has_flash
+        total, found = losses(objective, layout)
+        total.backward()
+    assert {dtype for call in flash for dtype in call} == {torch.bfloat16}
+    assert float((found - expected).abs().mean()) < 0.02
+    gradient = model.model.layers[0].self_attn.q_proj.weight.grad
+    assert gradient is not None and bool(torch.isfinite(gradient).all())
+    assert float(gradient.abs().max()) > 0.0
+
+
+def test_device_without_flash_attention_falls_back_to_buckets(flash, monkeypatch):
+    def too_old(*_args, **_kwargs):
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    monkeypatch.setattr(varlen, "varlen_attn", too_old)
+    objective = Objective(build_model(spread=0.05), torch.bfloat16)
+    with training_layout(objective) as layout:
+        assert layout.is_flat and not layout.has_flash
+        assert bool(torch.isfinite(losses(objective, layout)[1]).all())
+
+
+def test_flash_attention_that_lets_rows_see_one_another_is_not_used(flash, monkeypatch):
+    def leaky(query, key, value, starts, starts_k, *args, **kwargs):
+        whole = starts[[0, -1]]
+        return strict_varlen(query, key, value, whole, whole, *args, **kwargs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", leaky)
+    objective = Objective(build_model(spread=0.2), torch.bfloat16)
+    with training_layout(objective) as layout:
+        assert layout.is_flat and not layout.has_flash
+
+
+def test_memory_that_runs_out_while_layouts_are_tried_is_not_taken_for_an_answer(
+    flash, monkeypatch
+):
+    def hungry(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(varlen, "varlen_attn", hungry)
+    with (
+        pytest.raises(torch.OutOfMemoryError),
+        training_layout(Objective(build_model(), torch.bfloat16)),
+    ):
+        pass
