@@ -5,6 +5,9 @@ attention is blind to that.  Attention runs row by row: in half precision on CUD
 variable-length FlashAttention, elsewhere with SDPA over buckets of rows of similar length.  Rows in
 a bucket are padded at their end, which a causal query never sees, so the result is as unpacked.
 
+Sliding windows are honoured: a query sees its own key and the window - 1 before it.  What else a
+layer asks for (sinks, caps, chunks, biases) is not known here and refused, never ignored.
+
 Registered with transformers under `NAME`; the layout travels in the keyword `segments`.
 
 N = tokens of a pass, H = heads, D = head dimension.
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,9 +25,27 @@ from torch.nn import functional
 
 from system.errors import ModelError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 NAME = "instructmix_segments"
 _MIN_FILL = 0.8
 """A row joins a bucket when it is at least this share of the bucket's longest."""
+_HARMLESS = frozenset(
+    {
+        "position_ids",
+        "position_embeddings",
+        "cache_position",
+        "past_key_values",
+        "use_cache",
+        "layer_past",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "is_causal",
+    }
+)
+"""Keywords of layers that say nothing about what attention computes in a causal training pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +95,26 @@ def build_segments(lengths: np.ndarray, device: torch.device, *, has_flash: bool
     )
 
 
+def declared_windows(config: PretrainedConfig) -> list[int | None]:
+    """What each layer of a decoder may look back to, as its configuration says; None: everything.
+
+    Raises:
+        NotImplementedError: a layer attends in another way.
+    """
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is None:
+        if getattr(config, "attention_chunk_size", None) is not None:
+            raise NotImplementedError("its layers attend within chunks")
+        if getattr(config, "use_sliding_window", True) is False:
+            window = None
+        return [window] * config.num_hidden_layers
+    others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if others:
+        raise NotImplementedError(f"it has layers of the kind {', '.join(others)}")
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
 def _buckets(lengths: np.ndarray, starts: np.ndarray, device: torch.device) -> list[Bucket]:
     buckets = []
     first = 0
@@ -107,6 +148,7 @@ def segment_attention(
     segments: Segments,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment, in transformers' attention interface.
@@ -120,6 +162,7 @@ def segment_attention(
         segments: where the rows lie.
         scaling: factor of the scores.
         dropout: probability with which attention weights are dropped.
+        sliding_window: keys that a query sees, its own included; null: all before it.
         kwargs: what other implementations need.
 
     Returns:
@@ -127,7 +170,13 @@ def segment_attention(
 
     Raises:
         ModelError: dropout where FlashAttention is used, which has none.
+        NotImplementedError: the layer asks for more than causal attention in a window.
     """
+    unknown = [name for name in kwargs.keys() - _HARMLESS if kwargs[name] is not None]
+    if unknown:
+        raise NotImplementedError(f"its attention takes {', '.join(sorted(unknown))}")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError("its attention is not causal")
     if not segments.buckets:
         if dropout:
             raise ModelError(
@@ -135,8 +184,11 @@ def segment_attention(
                 "variable-length FlashAttention does not have: set attention_dropout to 0 in its "
                 "config.json, or train in float32 (model.dtype)"
             )
-        return _varlen(query, key, value, segments, scaling), None
-    parts = [_bucket(query, key, value, bucket, scaling, dropout) for bucket in segments.buckets]
+        return _varlen(query, key, value, segments, scaling, sliding_window), None
+    parts = [
+        _bucket(query, key, value, bucket, scaling, dropout, sliding_window)
+        for bucket in segments.buckets
+    ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
@@ -147,8 +199,18 @@ def _bucket(
     bucket: Bucket,
     scaling: float | None,
     dropout: float,
+    window: int | None,
 ) -> torch.Tensor:
     """[tokens of the bucket, H, D]."""
+    is_shared = query.shape[1] != key.shape[1]
+    mask = None
+    if window is not None and window < bucket.width:
+        mask = _band(bucket.width, window, query.device)
+        if is_shared:  # no fast kernel of a GPU takes a mask and shared heads together
+            key, value = (
+                s.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for s in (key, value)
+            )
+            is_shared = False
 
     def padded(states: torch.Tensor) -> torch.Tensor:
         states = states[0, :, bucket.start : bucket.stop]
@@ -160,13 +222,21 @@ def _bucket(
         padded(query),
         padded(key),
         padded(value),
-        is_causal=True,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scaling,
         dropout_p=dropout,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=is_shared,
     )
     flat = out.transpose(1, 2).flatten(0, 1)
     return flat if bucket.scatter is None else flat.index_select(0, bucket.scatter)
+
+
+def _band(width: int, window: int, device: torch.device) -> torch.Tensor:
+    """[width, width] bool, the keys that each query sees."""
+    place = torch.arange(width, device=device)
+    distance = place[:, None] - place[None, :]
+    return (distance >= 0) & (distance < window)
 
 
 def _varlen(
@@ -175,6 +245,7 @@ def _varlen(
     value: torch.Tensor,
     segments: Segments,
     scaling: float | None,
+    window: int | None,
 ) -> torch.Tensor:
     from torch.nn.attention import varlen
 
@@ -193,7 +264,7 @@ def _varlen(
         segments.max_length,
         segments.max_length,
         scale=scaling,
-        window_size=(-1, 0),
+        window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out, torch.Tensor)

@@ -9,6 +9,10 @@ FlashAttention knows half precision only, where small differences hide.  It is a
 precision of the training, forward and backward: it may be as far from the float32 losses as SDPA is
 in that precision, and a little more.
 
+Sliding windows are longer than most probes, so agreement is not enough there: every layer that the
+configuration gives a window must hand it to attention, and where the window is short a row longer
+than it goes through the model too.
+
 M = labels.
 """
 
@@ -17,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,14 +31,18 @@ from system import schema
 from system.errors import ModelError
 from system.training import attention
 from system.training.microbatch import Layout, build_microbatch
-from system.training.plan import build_plan
+from system.training.plan import TrainPlan, build_plan
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from system.training.objective import Objective
 
 _PROBE_LENGTHS = (13, 9, 12)
 _PROBE_TOLERANCE = 1e-4
 """Nats per token, float32; contamination between rows is orders of magnitude larger."""
+_LONGEST_PROBE = 1024
+"""Tokens; a longer window is only looked for in what attention is told."""
 _FLASH_FACTOR = 3.0
 _FLASH_TOLERANCE = 1e-2
 """Mean error of FlashAttention: at most the factor times SDPA's, and the tolerance times the mean
@@ -95,15 +103,43 @@ def _agreeing(objective: Objective, expected: torch.Tensor) -> Layout | None:
     model = objective.model
     own_attention = model.config._attn_implementation or "eager"
     if model._supports_attention_backend:
-        attention.register()
-        model.set_attn_implementation(attention.NAME)
-        for has_plain_head in (True, False):
-            layout = Layout(is_flat=True, has_plain_head=has_plain_head)
-            if _agrees(objective, layout, expected):
-                return layout
+        with _watched_windows() as told:
+            model.set_attn_implementation(attention.NAME)
+            for has_plain_head in (True, False):
+                layout = Layout(is_flat=True, has_plain_head=has_plain_head)
+                told.clear()
+                if _agrees(objective, layout, expected) and _tells_windows(objective, told):
+                    return layout
         model.set_attn_implementation(own_attention)
     padded = Layout(is_flat=False, has_plain_head=True)
     return padded if _agrees(objective, padded, expected) else None
+
+
+@contextmanager
+def _watched_windows() -> Iterator[list[int | None]]:
+    """Within the block flat attention works, and notes the window of each call."""
+    told: list[int | None] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        told.append(kwargs.get("sliding_window"))
+        return attention.segment_attention(*args, **kwargs)
+
+    attention.register(watched)
+    try:
+        yield told
+    finally:
+        attention.register()
+
+
+def _tells_windows(objective: Objective, told: list[int | None]) -> bool:
+    """Whether attention was told the windows that the configuration declares, and no others."""
+    try:
+        declared = attention.declared_windows(objective.model.config.get_text_config())
+    except NotImplementedError:
+        return False
+    if not any(declared) and not any(told):
+        return True
+    return told == declared * (len(told) // len(declared))
 
 
 def _agrees(objective: Objective, layout: Layout, expected: torch.Tensor) -> bool:
@@ -133,35 +169,57 @@ def _probe(objective: Objective, layout: Layout, *, with_backward: bool = False)
     """Losses of a few fixed rows, in plan order."""
     model = objective.model
     device = next(model.parameters()).device
-    vocabulary = model.config.get_text_config().vocab_size
+    plan = _probe_plan(model.config.get_text_config())
+    parts = []
+    before, objective.layout = objective.layout, layout
+    try:
+        for step in range(plan.num_steps):
+            batch = build_microbatch(plan, plan.rows(step), layout=layout, device=device)
+            with torch.set_grad_enabled(with_backward):
+                total, nll_M = objective(batch)
+            if with_backward:
+                _backward(model, total)
+            parts.append(nll_M)
+    finally:
+        objective.layout = before
+    losses_M = torch.cat(parts)
+    if not bool(torch.isfinite(losses_M).all()):
+        raise ModelError(
+            "the model gives losses that are not finite for a probe of random tokens: its weights "
+            "are damaged, or were stored in a precision that they overflow"
+        )
+    return losses_M
+
+
+def _probe_plan(config: PretrainedConfig) -> TrainPlan:
+    """Three short rows, and in a step of its own one that is longer than a short window.
+
+    Of the long row only the end is a label: it costs one pass, and few logits.
+    """
     generator = np.random.default_rng(0)
-    rows = [generator.integers(0, vocabulary, size=n).tolist() for n in _PROBE_LENGTHS]
+    rows = [generator.integers(0, config.vocab_size, size=n).tolist() for n in _PROBE_LENGTHS]
+    labels = [[False] + [True] * (len(row) - 1) for row in rows]
+    window = getattr(config, "sliding_window", None)
+    longest = min(_LONGEST_PROBE, getattr(config, "max_position_embeddings", _LONGEST_PROBE))
+    size = (window or 0) + max(_PROBE_LENGTHS)
+    if window is not None and size <= longest:
+        rows.append(generator.integers(0, config.vocab_size, size=size).tolist())
+        labels.append([place >= window for place in range(size)])
     tokens = pa.table(
         {
             "id": [str(k) for k in range(len(rows))],
             "category": ["probe"] * len(rows),
             "input_ids": rows,
-            "response_mask": [[False] + [True] * (len(row) - 1) for row in rows],
+            "response_mask": labels,
         }
     ).cast(schema.TOKENS)
-    plan = build_plan(
-        tokens, ["probe"] * len(rows), batch_size=len(rows), max_length=64, packing=True
+    return build_plan(
+        tokens,
+        ["probe"] * len(rows),
+        batch_size=len(_PROBE_LENGTHS),
+        max_length=_LONGEST_PROBE,
+        packing=True,
     )
-    batch = build_microbatch(plan, np.arange(len(rows)), layout=layout, device=device)
-    before, objective.layout = objective.layout, layout
-    try:
-        with torch.set_grad_enabled(with_backward):
-            total, nll_M = objective(batch)
-        if with_backward:
-            _backward(model, total)
-    finally:
-        objective.layout = before
-    if not bool(torch.isfinite(nll_M).all()):
-        raise ModelError(
-            "the model gives losses that are not finite for a probe of random tokens: its weights "
-            "are damaged, or were stored in a precision that they overflow"
-        )
-    return nll_M
 
 
 def _backward(model: torch.nn.Module, total: torch.Tensor) -> None:
