@@ -2,7 +2,15 @@
 
 Only the hidden states in front of a response token meet the language-model head, and they meet it
 a block at a time: a block's logits become its losses and its gradient at once, in place, and are
-gone.  Memory follows `BLOCK_BYTES`, whatever the vocabulary.
+gone.  At its peak the loss holds
+
+    block       its logits in float32; in half precision also before and after, at half the bytes
+    [V, E]      the head's gradient in float32; in half precision also the head, and a block's
+                share of the gradient, in that precision
+    [M, E]      the hidden states and their gradient
+
+so it does not grow with the logits of a pass.  Every block writes the whole [V, E] gradient once:
+blocks should be large where that is slow beside the products, which is on a GPU.
 
 M = labels, V = vocabulary, E = hidden size.
 """
@@ -14,7 +22,19 @@ from typing import Any
 import torch
 
 BLOCK_BYTES = 64 * 2**20
-"""Bytes of float32 logits that live at a time."""
+"""Bytes of float32 logits that live at a time on a CPU."""
+_GPU_BLOCK_BYTES = 2**30
+"""On a GPU, at most; of a small one at most this share of its memory, which equal GPUs share, so
+that they add in the same order."""
+_GPU_SHARE = 1 / 64
+
+
+def block_bytes(device: torch.device) -> int:
+    """Bytes of float32 logits that live at a time on a device."""
+    if device.type != "cuda":
+        return BLOCK_BYTES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(BLOCK_BYTES, min(_GPU_BLOCK_BYTES, int(memory * _GPU_SHARE)))
 
 
 def head_loss(
@@ -65,7 +85,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(states) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None  # pyright: ignore
-        block = max(1, BLOCK_BYTES // (4 * len(weight)))
+        block = max(1, block_bytes(hidden.device) // (4 * len(weight)))
         for start in range(0, len(targets), block):
             part = slice(start, start + block)
             logits = states[part] @ table.T
@@ -78,8 +98,8 @@ class _HeadLoss(torch.autograd.Function):
             if grad_weight is not None:
                 if dtype == torch.float32:
                     grad_weight.addmm_(lowered.T, states[part])
-                else:
-                    grad_weight += (lowered.T @ states[part]).float()
+                else:  # raised to float32 as it is added, with no copy in between
+                    grad_weight += lowered.T @ states[part]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         ctx.dtypes = (hidden.dtype, weight.dtype)
@@ -92,10 +112,10 @@ class _HeadLoss(torch.autograd.Function):
         grad_total = grads[0]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
-        return (
-            None if grad_hidden is None else (grad_hidden * grad_total).to(hidden_dtype),
-            None if grad_weight is None else (grad_weight * grad_total).to(weight_dtype),
-            None if grad_bias is None else grad_bias * grad_total,
+        return (  # in place: torch refuses a second backward pass, which would scale twice
+            None if grad_hidden is None else grad_hidden.mul_(grad_total).to(hidden_dtype),
+            None if grad_weight is None else grad_weight.mul_(grad_total).to(weight_dtype),
+            None if grad_bias is None else grad_bias.mul_(grad_total),
             None,
             None,
             None,

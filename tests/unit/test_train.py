@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from system.config import LoraConfig
 from system.errors import ModelError, StageError
 from system.training.attention import build_segments, segment_attention
 from system.training.layout import training_layout
-from system.training.loss import head_loss
+from system.training.loss import block_bytes, head_loss
 from system.training.microbatch import Layout, build_microbatch
 from system.training.objective import Objective
 from system.training.optim import learning_rate
@@ -272,6 +273,42 @@ def test_blockwise_head_loss_equals_autograd(monkeypatch, with_bias):
     torch.testing.assert_close(nll_M, reference.detach())
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left, right)
+
+
+def test_head_loss_in_half_precision_and_small_blocks_stays_near_float32(monkeypatch):
+    monkeypatch.setattr("system.training.loss.BLOCK_BYTES", 4 * 50 * 7)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 16, generator=generator).requires_grad_()
+    weight = torch.randn(50, 16, generator=generator).requires_grad_()
+    targets = torch.randint(0, 50, (23,), generator=generator)
+    exact = torch.autograd.grad(head_loss(hidden, weight, None, targets)[0], [hidden, weight])
+    total, _ = head_loss(hidden, weight, None, targets, torch.bfloat16)
+    found = torch.autograd.grad(total, [hidden, weight])
+    for left, right in zip(found, exact, strict=True):
+        assert left.dtype == torch.float32
+        torch.testing.assert_close(left, right, atol=0.05, rtol=0.05)
+
+
+def test_backward_of_the_head_loss_makes_no_second_gradient_of_the_head():
+    weight = torch.randn(50, 16, requires_grad=True)
+    total, _ = head_loss(torch.randn(23, 16), weight, None, torch.arange(23))
+    assert total.grad_fn is not None
+    saved = total.grad_fn.saved_tensors[1]
+    (gradient,) = torch.autograd.grad(total, [weight], retain_graph=True)
+    assert gradient.data_ptr() == saved.data_ptr()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(total, [weight])
+
+
+def test_blocks_of_a_gpu_follow_its_memory(monkeypatch):
+    def blocks(gib: float) -> int:
+        found = SimpleNamespace(total_memory=int(gib * 2**30))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+        return block_bytes(torch.device("cuda"))
+
+    assert blocks(139) == blocks(80) == 2**30
+    assert blocks(24) == 24 * 2**24
+    assert blocks(1) == block_bytes(torch.device("cpu")) == 64 * 2**20
 
 
 def test_loss_of_huge_logits_stays_finite():
