@@ -74,6 +74,14 @@ class Segments:
     """Empty: FlashAttention needs none."""
 
 
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The values on a device; nobody waits for what the device has to do before."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from other memory waits for the GPU
+    return tensor.to(device, non_blocking=True)
+
+
 def may_use_flash(device: torch.device, compute_dtype: torch.dtype) -> bool:
     """Whether FlashAttention can be tried: it knows CUDA and the two half precisions."""
     return device.type == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
@@ -89,7 +97,7 @@ def build_segments(lengths: np.ndarray, device: torch.device, *, has_flash: bool
     """
     starts = np.concatenate([[0], np.cumsum(lengths)])
     return Segments(
-        torch.from_numpy(starts.astype(np.int32)).to(device),
+        to_device(starts.astype(np.int32), device),
         int(lengths.max()),
         () if has_flash else tuple(_buckets(lengths, starts, device)),
     )
@@ -130,8 +138,8 @@ def _buckets(lengths: np.ndarray, starts: np.ndarray, device: torch.device) -> l
             place = np.arange(width)[None, :]
             begins = (starts[first:row] - starts[first])[:, None]
             valid = place < part[:, None]
-            gather = torch.from_numpy((begins + np.where(valid, place, 0)).reshape(-1)).to(device)
-            scatter = torch.from_numpy(np.flatnonzero(valid.reshape(-1))).to(device)
+            gather = to_device((begins + np.where(valid, place, 0)).reshape(-1), device)
+            scatter = to_device(np.flatnonzero(valid.reshape(-1)), device)
         start, stop = int(starts[first]), int(starts[row])
         buckets.append(Bucket(start, stop, row - first, width, gather, scatter))
         first = row

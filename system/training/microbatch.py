@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from system.training.attention import Segments, build_segments
+from system.training.attention import Segments, build_segments, to_device
 from system.training.plan import TrainPlan
 
 
@@ -89,7 +89,7 @@ def build_microbatch(
     def spread(values: np.ndarray, fill: int) -> torch.Tensor:
         full = np.full(size, fill, dtype=np.int64)
         full[place] = values
-        return torch.from_numpy(full).view(shape).to(device, non_blocking=True)
+        return to_device(full.reshape(shape), device)
 
     return MicroBatch(
         rows=rows,
@@ -99,7 +99,7 @@ def build_microbatch(
         segments=(
             build_segments(lengths, device, has_flash=layout.has_flash) if layout.is_flat else None
         ),
-        label_places=torch.from_numpy(place[labels] - 1).to(device, non_blocking=True),
-        targets=torch.from_numpy(ids[labels]).to(device, non_blocking=True),
+        label_places=to_device(place[labels] - 1, device),
+        targets=to_device(ids[labels], device),
         label_rows=rows[owner[labels]],
     )

@@ -274,26 +274,38 @@ class Training:
         """Gradient over all ranks; [2 C + 1] float64: nats and labels by category, tokens."""
         self.parallel.zero_gradient()
         scale = 1.0 / float(self.plan.denominators[step])
-        num_categories = len(self.categories)
-        totals = np.zeros(2 * num_categories + 1)
+        losses: list[torch.Tensor] = []
+        owners: list[np.ndarray] = []
+        num_tokens = 0
         for rows, counts in self.passes(self.plan, step, self.active):
             batch = self.microbatch(self.plan, rows)
             total, nll_M = self.objective(batch)
             (total * (scale if counts else 0.0)).backward()
-            if not counts:
-                continue
-            category_M = self._category_of_row[batch.label_rows]
-            totals[:num_categories] += np.bincount(
-                category_M, nll_M.double().cpu().numpy(), num_categories
-            )
-            totals[num_categories:-1] += np.bincount(category_M, minlength=num_categories)
-            totals[-1] += int(self.plan.lengths(rows).sum())
+            if counts:
+                losses.append(nll_M)
+                owners.append(self._category_of_row[batch.label_rows])
+                num_tokens += int(self.plan.lengths(rows).sum())
+        totals = self._by_category(losses, owners, num_tokens)
         self.parallel.sum_gradient()
         summed = torch.from_numpy(totals)
         if self.group is not None:
             summed = summed.to(self.device)
             dist.all_reduce(summed, group=self.group)
         return summed
+
+    def _by_category(
+        self, losses: list[torch.Tensor], owners: list[np.ndarray], num_tokens: int
+    ) -> np.ndarray:
+        """[2 C + 1]; the losses of all passes are read at once, so that no pass waits for one."""
+        num_categories = len(self.categories)
+        totals = np.zeros(2 * num_categories + 1)
+        totals[-1] = num_tokens
+        if losses:
+            pieces = torch.cat(losses).double().cpu().split([len(nll_M) for nll_M in losses])
+            for category_M, nll_M in zip(owners, pieces, strict=True):
+                totals[:num_categories] += np.bincount(category_M, nll_M.numpy(), num_categories)
+                totals[num_categories:-1] += np.bincount(category_M, minlength=num_categories)
+        return totals
 
     def _totals(self, totals: torch.Tensor) -> tuple[np.ndarray, np.ndarray, int]:
         values = totals.cpu().numpy()

@@ -138,6 +138,23 @@ def test_losses_are_means_over_response_tokens_by_category():
     assert sorted(stats.category_nll) == ["code", "math", "poem"]
 
 
+def test_losses_are_read_once_a_step_however_many_passes_it_has(monkeypatch):
+    reads = []
+    own = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: reads.append(1) or own(self))
+    counts = {}
+    for micro_batch_tokens in (1, 100_000):
+        settings = build_settings(micro_batch_tokens=micro_batch_tokens)
+        with Training(build_model(), build_small_plan(), settings) as training:
+            assert len(list(training.passes(training.plan, 0))) == {1: 16}.get(
+                micro_batch_tokens, 1
+            )
+            reads.clear()
+            training.step(0)
+            counts[micro_batch_tokens] = len(reads)
+    assert len(set(counts.values())) == 1
+
+
 def test_model_that_is_not_flat_safe_trains_in_the_padded_layout_to_the_same_weights():
     def model():
         torch.manual_seed(0)
