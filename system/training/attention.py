@@ -276,7 +276,26 @@ def _varlen(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out, torch.Tensor)
+    if out.grad_fn is not None and torch.is_deterministic_algorithms_warn_only_enabled():
+        _add_in_order(out.grad_fn)
     return out[None]
+
+
+def _add_in_order(node: torch.autograd.graph.Node) -> None:
+    """Lets FlashAttention's backward pass add in a fixed order, at some cost in speed.
+
+    Where torch may only warn about operators without one, it would not even take this one: the
+    order is fixed where it must be.  So torch is strict for the length of this operator.
+    """
+
+    def before(_: object) -> None:
+        torch.use_deterministic_algorithms(True, warn_only=False)
+
+    def after(*_: object) -> None:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    node.register_prehook(before)
+    node.register_hook(after)
 
 
 def register(implementation: Callable[..., Any] | None = None) -> None:

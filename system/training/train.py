@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils import deterministic
 
 from system.errors import ModelError, StageError
 from system.training.kernels import compiled_layers, use_kernels
@@ -345,12 +346,18 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Kernels that give equal bits for equal work, wherever torch has them."""
+    """Kernels that give equal bits for equal work, wherever torch has them.
+
+    Nothing here reads memory that nobody wrote, so torch need not fill it beforehand.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        deterministic.fill_uninitialized_memory = fills

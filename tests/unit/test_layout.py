@@ -7,17 +7,20 @@ as strict about its inputs, and bf16 comes from autocast on the CPU.
 from __future__ import annotations
 
 import itertools
+from typing import ClassVar
 
 import pytest
 import torch
 from torch.nn import functional
 from torch.nn.attention import varlen
-from training_builders import build_model, build_small_plan
+from torch.utils import deterministic
+from training_builders import build_model, build_settings, build_small_plan
 
 from system.training import attention
 from system.training.layout import training_layout
 from system.training.microbatch import build_microbatch
 from system.training.objective import Objective
+from system.training.train import Training
 
 
 def strict_varlen(
@@ -81,6 +84,48 @@ def test_flash_attention_gets_half_precision_from_float32_weights_under_autocast
     gradient = model.model.layers[0].self_attn.q_proj.weight.grad
     assert gradient is not None and bool(torch.isfinite(gradient).all())
     assert float(gradient.abs().max()) > 0.0
+
+
+class Strictness(torch.autograd.Function):
+    """The values as they are; notes how strict torch is when their gradient passes."""
+
+    seen: ClassVar[list[tuple[bool, bool]]] = []
+
+    @staticmethod
+    def forward(ctx, states):
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        Strictness.seen.append(strictness())
+        return grads[0]
+
+
+def strictness() -> tuple[bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+
+
+def test_backward_of_flash_attention_alone_is_strictly_deterministic(flash, monkeypatch):
+    monkeypatch.setattr(
+        varlen, "varlen_attn", lambda *a, **k: Strictness.apply(strict_varlen(*a, **k))
+    )
+    Strictness.seen.clear()
+    model = build_model(spread=0.05)
+    before = strictness()
+    settings = build_settings(dtype="bfloat16")
+    training = Training(model, build_small_plan(), settings)
+    training.objective.compute_dtype = training.compute_dtype = torch.bfloat16  # as on a GPU
+    with training:
+        assert training.objective.layout.has_flash
+        assert not deterministic.fill_uninitialized_memory
+        Strictness.seen.clear()
+        training.step(0)
+        assert strictness() == (True, True)
+    assert Strictness.seen and set(Strictness.seen) == {(True, False)}
+    assert strictness() == before and deterministic.fill_uninitialized_memory
 
 
 def test_device_without_flash_attention_falls_back_to_buckets(flash, monkeypatch):
