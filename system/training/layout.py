@@ -18,6 +18,8 @@ M = labels.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,9 +28,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 
 from system import schema
-from system.errors import ModelError
+from system.errors import InstructMixError, ModelError
 from system.training import attention
 from system.training.microbatch import Layout, build_microbatch
 from system.training.plan import TrainPlan, build_plan
@@ -40,7 +43,8 @@ if TYPE_CHECKING:
 
 _PROBE_LENGTHS = (13, 9, 12)
 _PROBE_TOLERANCE = 1e-4
-"""Nats per token, float32; contamination between rows is orders of magnitude larger."""
+"""Of the largest loss, at least of one nat, float32; contamination between rows is orders of
+magnitude larger."""
 _LONGEST_PROBE = 1024
 """Tokens; a longer window is only looked for in what attention is told."""
 _FLASH_FACTOR = 3.0
@@ -50,34 +54,79 @@ loss.  A row that sees its neighbours is off by tenths of it."""
 
 
 @contextmanager
-def training_layout(objective: Objective) -> Iterator[Layout]:
-    """Within the block the objective uses the fastest layout that is exact for its model."""
+def training_layout(
+    objective: Objective, group: dist.ProcessGroup | None = None
+) -> Iterator[Layout]:
+    """Within the block the objective uses the fastest layout that is exact for its model.
+
+    Args:
+        objective: its model whole, on its device.
+        group: ranks that train together; they take what the first of them finds, so that all make
+            the same passes.
+
+    Raises:
+        ModelError: the model's losses are not finite.
+    """
     before = objective.model.config._attn_implementation or "eager"
-    objective.layout = find_layout(objective)
     try:
+        objective.layout = _decide(objective, group)
+        if objective.layout.is_flat:
+            attention.register()
+            objective.model.set_attn_implementation(attention.NAME)
+        if objective.layout.reason and (group is None or dist.get_rank(group) == 0):
+            _tell_once(str(objective.layout))
         yield objective.layout
     finally:
         objective.model.set_attn_implementation(before)
 
 
+def _decide(objective: Objective, group: dist.ProcessGroup | None) -> Layout:
+    if group is None:
+        return find_layout(objective)
+    box: list[Layout | InstructMixError | None] = [None]
+    try:
+        if dist.get_rank(group) == 0:
+            box[0] = find_layout(objective)
+    except InstructMixError as error:
+        box[0] = error
+    finally:  # whatever happened: the others wait for it
+        device = next(objective.model.parameters()).device
+        dist.broadcast_object_list(
+            box, src=dist.get_global_rank(group, 0), group=group, device=device
+        )
+    if isinstance(box[0], InstructMixError):
+        raise box[0]
+    if box[0] is None:
+        raise RuntimeError("the first rank failed while it tried layouts; its own error says why")
+    return box[0]
+
+
+@functools.cache
+def _tell_once(layout: str) -> None:
+    """A slower way is worth a line, but not one for each of many short trainings."""
+    logging.getLogger(__name__).warning("training layout: %s", layout)
+
+
 def find_layout(objective: Objective) -> Layout:
     """The fastest layout that equals transformers' own forward.
-
-    Leaves the model with the attention implementation that the layout needs.
 
     Raises:
         ModelError: the model's losses are not finite.
     """
     compute_dtype = objective.compute_dtype
-    with _exact(objective):
-        own = Layout(is_flat=False, has_plain_head=False)
-        expected = _probe(objective, own)
-        layout = _agreeing(objective, expected) or own
-        device = next(objective.model.parameters()).device
-        if layout.is_flat and attention.may_use_flash(device, compute_dtype):
-            objective.compute_dtype = compute_dtype
-            layout = _with_flash(objective, layout, expected)
-        return layout
+    before = objective.model.config._attn_implementation or "eager"
+    try:
+        with _exact(objective):
+            own = Layout(is_flat=False, has_plain_head=False)
+            expected = _probe(objective, own)
+            layout = _fastest(objective, expected)
+            device = next(objective.model.parameters()).device
+            if layout.is_flat and attention.may_use_flash(device, compute_dtype):
+                objective.compute_dtype = compute_dtype
+                layout = _with_flash(objective, layout, expected)
+            return layout
+    finally:
+        objective.model.set_attn_implementation(before)
 
 
 def probe_losses(objective: Objective) -> torch.Tensor:
@@ -99,20 +148,31 @@ def _exact(objective: Objective) -> Iterator[None]:
         objective.model.train(was_training)
 
 
-def _agreeing(objective: Objective, expected: torch.Tensor) -> Layout | None:
+def _fastest(objective: Objective, expected: torch.Tensor) -> Layout:
+    """Leaves the model with the attention that the layout needs."""
     model = objective.model
     own_attention = model.config._attn_implementation or "eager"
+    reasons = []
     if model._supports_attention_backend:
         with _watched_windows() as told:
             model.set_attn_implementation(attention.NAME)
             for has_plain_head in (True, False):
                 layout = Layout(is_flat=True, has_plain_head=has_plain_head)
                 told.clear()
-                if _agrees(objective, layout, expected) and _tells_windows(objective, told):
-                    return layout
+                reason = _refusal(objective, layout, expected) or _deaf(objective, told)
+                if not reason:
+                    return replace(layout, reason="; ".join(reasons))
+                reasons.append(reason)
         model.set_attn_implementation(own_attention)
-    padded = Layout(is_flat=False, has_plain_head=True)
-    return padded if _agrees(objective, padded, expected) else None
+    else:
+        reasons.append("its attention cannot be replaced")
+    for has_plain_head in (True, False):
+        padded = Layout(is_flat=False, has_plain_head=has_plain_head)
+        reason = "" if not has_plain_head else _refusal(objective, padded, expected)
+        if not reason:
+            break
+        reasons.append(reason)
+    return replace(padded, reason="; ".join(dict.fromkeys(reasons)))
 
 
 @contextmanager
@@ -131,23 +191,41 @@ def _watched_windows() -> Iterator[list[int | None]]:
         attention.register()
 
 
-def _tells_windows(objective: Objective, told: list[int | None]) -> bool:
-    """Whether attention was told the windows that the configuration declares, and no others."""
+def _deaf(objective: Objective, told: list[int | None]) -> str:
+    """Why attention does not know the windows that the configuration declares; empty: it does."""
     try:
         declared = attention.declared_windows(objective.model.config.get_text_config())
-    except NotImplementedError:
-        return False
+    except NotImplementedError as error:
+        return str(error)
     if not any(declared) and not any(told):
-        return True
-    return told == declared * (len(told) // len(declared))
+        return ""
+    if told == declared * (len(told) // len(declared)):
+        return ""
+    return "its layers do not hand their sliding windows to attention"
 
 
-def _agrees(objective: Objective, layout: Layout, expected: torch.Tensor) -> bool:
+def _refusal(objective: Objective, layout: Layout, expected: torch.Tensor) -> str:
+    """Why a layout is not for the model; empty: it is."""
     try:
         found = _probe(objective, layout)
-    except (TypeError, AttributeError, RuntimeError):
-        return False  # the model does not take these inputs, so this layout is not for it
-    return bool((found - expected).abs().max() <= _PROBE_TOLERANCE)
+    except (TypeError, AttributeError, RuntimeError) as error:
+        return _reason(error)
+    gap = float((found - expected).abs().max())
+    if gap <= _PROBE_TOLERANCE * max(1.0, float(expected.abs().max())):
+        return ""
+    return f"its losses would differ by {gap:.2g} nats on a probe"
+
+
+def _reason(error: Exception) -> str:
+    """What an error says about a layout.
+
+    Raises:
+        Exception: the error itself, where it is the machine's: no memory, a broken GPU.
+    """
+    machine = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+    if machine or "allocate memory" in str(error):
+        raise error
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _with_flash(objective: Objective, layout: Layout, expected: torch.Tensor) -> Layout:
@@ -156,13 +234,15 @@ def _with_flash(objective: Objective, layout: Layout, expected: torch.Tensor) ->
     flash = replace(layout, has_flash=True)
     try:
         found = _probe(objective, flash, with_backward=True)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        return layout  # the GPU is older than Ampere, or the heads have a size that it lacks
-    gap = float((found - expected).abs().mean())
-    most = _FLASH_FACTOR * usual + _FLASH_TOLERANCE * float(expected.abs().mean())
-    return flash if gap <= most else layout
+    except RuntimeError as error:  # an old GPU, or heads of a size that the operator lacks
+        reason = _reason(error)
+    else:
+        gap = float((found - expected).abs().mean())
+        most = _FLASH_FACTOR * usual + _FLASH_TOLERANCE * float(expected.abs().mean())
+        if gap <= most:
+            return flash
+        reason = f"FlashAttention is off by {gap:.2g} nats on a probe, SDPA by {usual:.2g}"
+    return replace(layout, reason="; ".join(filter(None, (layout.reason, reason))))
 
 
 def _probe(objective: Objective, layout: Layout, *, with_backward: bool = False) -> torch.Tensor:

@@ -9,7 +9,7 @@ B = rows of a pass, L = longest of them, N = their tokens, M = labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,6 +28,17 @@ class Layout:
     """Logits are the output embedding times the last hidden state."""
     has_flash: bool = False
     """Flat rows attend with FlashAttention, else with SDPA over buckets."""
+    reason: str = field(default="", compare=False)
+    """Why a faster way is not taken; empty where none is left out."""
+
+    def __str__(self) -> str:
+        """For logs."""
+        attends = "FlashAttention" if self.has_flash else "SDPA over buckets"
+        parts = [
+            f"flat rows, {attends}" if self.is_flat else "padded rows, transformers' attention",
+            "head in blocks" if self.has_plain_head else "the model's own head",
+        ]
+        return ", ".join(parts) + (f" (because {self.reason})" if self.reason else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -62,6 +62,8 @@ class StepStats:
     seconds: float
     category_nll: dict[str, tuple[float, int]]
     """Per category: summed nats and response tokens."""
+    layout: str
+    """How rows lie in a pass, and why not in a faster way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +165,7 @@ class Training:
         with ExitStack() as stack:
             stack.callback(self.model.eval)
             stack.enter_context(_deterministic())
-            stack.enter_context(training_layout(self.objective))
+            stack.enter_context(training_layout(self.objective, self.group))
             self.kernels = use_kernels(self.objective, settings.kernels)
             if settings.activation_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -269,6 +271,7 @@ class Training:
                 for name, nll, count in zip(self.categories, nll_C, labels_C, strict=True)
                 if count
             },
+            layout=str(self.objective.layout),
         )
 
     def _accumulate(self, step: int) -> torch.Tensor:
@@ -353,11 +356,12 @@ def _deterministic() -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = deterministic.fill_uninitialized_memory
+    memory: Any = deterministic  # its one attribute is a property of the module
+    fills = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        deterministic.fill_uninitialized_memory = fills
+        memory.fill_uninitialized_memory = fills

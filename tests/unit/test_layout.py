@@ -7,7 +7,7 @@ as strict about its inputs, and bf16 comes from autocast on the CPU.
 from __future__ import annotations
 
 import itertools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,9 +16,10 @@ from torch.nn.attention import varlen
 from torch.utils import deterministic
 from training_builders import build_model, build_settings, build_small_plan
 
+from system.errors import ModelError
 from system.training import attention
 from system.training.layout import training_layout
-from system.training.microbatch import build_microbatch
+from system.training.microbatch import Layout, build_microbatch
 from system.training.objective import Objective
 from system.training.train import Training
 
@@ -136,6 +137,10 @@ def test_device_without_flash_attention_falls_back_to_buckets(flash, monkeypatch
     objective = Objective(build_model(spread=0.05), torch.bfloat16)
     with training_layout(objective) as layout:
         assert layout.is_flat and not layout.has_flash
+        assert str(layout) == (
+            "flat rows, SDPA over buckets, head in blocks "
+            "(because FlashAttention only supports Ampere GPUs or newer.)"
+        )
         assert bool(torch.isfinite(losses(objective, layout)[1]).all())
 
 
@@ -160,5 +165,97 @@ def test_memory_that_runs_out_while_layouts_are_tried_is_not_taken_for_an_answer
     with (
         pytest.raises(torch.OutOfMemoryError),
         training_layout(Objective(build_model(), torch.bfloat16)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"),
+    ],
+)
+def test_memory_that_runs_out_in_the_flat_layout_is_not_taken_for_an_answer(monkeypatch, error):
+    def hungry(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(attention, "segment_attention", hungry)
+    model = build_model()
+    with pytest.raises(type(error)), training_layout(Objective(model, torch.float32)):
+        pass
+    assert model.config._attn_implementation == "sdpa"
+    monkeypatch.undo()
+    attention.register()
+
+
+def test_layout_and_the_reason_for_a_slow_one_are_part_of_every_step(monkeypatch, caplog):
+    with Training(build_model(), build_small_plan(), build_settings()) as training:
+        stats = training.step(0)
+    assert stats.layout == "flat rows, SDPA over buckets, head in blocks" and not caplog.text
+    model = build_model()
+    model._supports_attention_backend = False
+    with Training(model, build_small_plan(), build_settings()) as training:
+        stats = training.step(0)
+    told = "padded rows, transformers' attention, head in blocks (because its attention cannot"
+    assert stats.layout.startswith(told) and told in caplog.text
+
+
+def test_large_losses_do_not_cost_the_fast_layout():
+    model = build_model()
+    with torch.no_grad():
+        model.lm_head.weight *= 100.0  # losses of hundreds of nats, rounded to hundred-thousandths
+    with training_layout(Objective(model, torch.float32)) as layout:
+        assert layout == Layout(is_flat=True, has_plain_head=True)
+
+
+def as_rank(monkeypatch, rank: int, sent: list) -> None:
+    """This process as a rank of a group; what the first rank sends is in `sent`."""
+
+    def broadcast(box, **_):
+        if rank == 0:
+            sent.append(box[0])
+        else:
+            box[0] = sent[0]
+
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda _: rank)
+    monkeypatch.setattr(torch.distributed, "get_global_rank", lambda *_: 0)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+
+
+def test_other_ranks_take_the_layout_of_the_first(monkeypatch):
+    sent: list = []
+    group: Any = object()
+    as_rank(monkeypatch, 0, sent)
+    slow = build_model()
+    slow._supports_attention_backend = False
+    with training_layout(Objective(slow, torch.float32), group) as layout:
+        assert not layout.is_flat and sent == [layout]
+    as_rank(monkeypatch, 1, sent)
+    with training_layout(Objective(build_model(), torch.float32), group) as layout:
+        assert layout is sent[0], "alone it would have found a faster one"
+    model = build_model()
+    sent[:] = [Layout(is_flat=True, has_plain_head=True)]
+    with training_layout(Objective(model, torch.float32), group):
+        assert model.config._attn_implementation == attention.NAME
+
+
+def test_every_rank_hears_that_the_first_one_failed(monkeypatch):
+    sent: list = []
+    group: Any = object()
+    broken = build_model()
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    for rank in (0, 1):
+        as_rank(monkeypatch, rank, sent)
+        with (
+            pytest.raises(ModelError, match="not finite"),
+            training_layout(Objective(broken, torch.float32), group),
+        ):
+            pass
+    sent[:] = [None]
+    with (
+        pytest.raises(RuntimeError, match="the first rank failed"),
+        training_layout(Objective(build_model(), torch.float32), group),
     ):
         pass
