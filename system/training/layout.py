@@ -1,9 +1,9 @@
 """Which fast ways are exact for a model, found by trying.
 
-What a model does beyond the plain case (its own masks, recurrent layers, scaled logits) cannot be
-told from its class, so it is asked: short rows go through it in the fast layout and through
-transformers' own forward, in float32; only where the losses agree is the fast way taken.  All ways
-give the same training, they differ in speed and memory.
+What a model does beyond the plain case (its own masks, recurrent layers, its own way with logits)
+cannot be told from its class, so it is asked: short rows go through it in the fast layout and
+through transformers' own forward, in float32; only where the losses agree is the fast way taken.
+All ways give the same training, they differ in speed and memory.
 
 FlashAttention knows half precision only, where small differences hide.  It is asked last, in the
 precision of the training, forward and backward: it may be as far from the float32 losses as SDPA is
@@ -33,7 +33,7 @@ import torch.distributed as dist
 from system import schema
 from system.errors import InstructMixError, ModelError
 from system.training import attention
-from system.training.microbatch import Layout, build_microbatch
+from system.training.microbatch import Head, Layout, build_microbatch
 from system.training.plan import TrainPlan, build_plan
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ _PROBE_TOLERANCE = 1e-4
 magnitude larger."""
 _LONGEST_PROBE = 1024
 """Tokens; a longer window is only looked for in what attention is told."""
+_HEADS: tuple[Head, ...] = ("blocks", "labels", "whole")
+"""The leanest first."""
 _FLASH_FACTOR = 3.0
 _FLASH_TOLERANCE = 1e-2
 """Mean error of FlashAttention: at most the factor times SDPA's, and the tolerance times the mean
@@ -117,7 +119,7 @@ def find_layout(objective: Objective) -> Layout:
     before = objective.model.config._attn_implementation or "eager"
     try:
         with _exact(objective):
-            own = Layout(is_flat=False, has_plain_head=False)
+            own = Layout(is_flat=False, head="whole")
             expected = _probe(objective, own)
             layout = _fastest(objective, expected)
             device = next(objective.model.parameters()).device
@@ -156,19 +158,19 @@ def _fastest(objective: Objective, expected: torch.Tensor) -> Layout:
     if model._supports_attention_backend:
         with _watched_windows() as told:
             model.set_attn_implementation(attention.NAME)
-            for has_plain_head in (True, False):
-                layout = Layout(is_flat=True, has_plain_head=has_plain_head)
+            for head in _HEADS:
+                layout = Layout(is_flat=True, head=head)
                 told.clear()
                 reason = _refusal(objective, layout, expected) or _deaf(objective, told)
                 if not reason:
-                    return replace(layout, reason="; ".join(reasons))
+                    return replace(layout, reason="; ".join(dict.fromkeys(reasons)))
                 reasons.append(reason)
         model.set_attn_implementation(own_attention)
     else:
         reasons.append("its attention cannot be replaced")
-    for has_plain_head in (True, False):
-        padded = Layout(is_flat=False, has_plain_head=has_plain_head)
-        reason = "" if not has_plain_head else _refusal(objective, padded, expected)
+    for head in _HEADS:
+        padded = Layout(is_flat=False, head=head)
+        reason = "" if head == "whole" else _refusal(objective, padded, expected)
         if not reason:
             break
         reasons.append(reason)

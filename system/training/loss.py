@@ -4,7 +4,8 @@ Only the hidden states in front of a response token meet the language-model head
 a block at a time: a block's logits become its losses and its gradient at once, in place, and are
 gone.  At its peak the loss holds
 
-    block       its logits in float32; in half precision also before and after, at half the bytes
+    block       its logits in float32, twice where they are capped; in half precision also before
+                and after, at half the bytes
     [V, E]      the head's gradient in float32; in half precision also the head, and a block's
                 share of the gradient, in that precision
     [M, E]      the hidden states and their gradient
@@ -17,9 +18,13 @@ M = labels, V = vocabulary, E = hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 BLOCK_BYTES = 64 * 2**20
 """Bytes of float32 logits that live at a time on a CPU."""
@@ -37,12 +42,33 @@ def block_bytes(device: torch.device) -> int:
     return max(BLOCK_BYTES, min(_GPU_BLOCK_BYTES, int(memory * _GPU_SHARE)))
 
 
+@dataclass(frozen=True, slots=True)
+class LogitForm:
+    """What a model does to its logits x before they are log-probabilities."""
+
+    scale: float = 1.0
+    """x becomes scale * x."""
+    cap: float | None = None
+    """Then x becomes cap * tanh(x / cap)."""
+
+
+_PLAIN = LogitForm()
+
+
+def logit_form(config: PretrainedConfig) -> LogitForm:
+    """What the configuration of a decoder says: Cohere and Granite scale, Gemma caps."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return LogitForm(scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+
 def head_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     compute_dtype: torch.dtype | None = None,
+    form: LogitForm = _PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum and values of the token losses.
 
@@ -52,6 +78,7 @@ def head_loss(
         bias: [V] or none.
         targets: [M] int64, the labels.
         compute_dtype: precision of the matrix products (losses are float32); null: the weight's.
+        form: what happens to logits, in float32.
 
     Returns:
         The sum in nats, differentiable in hidden, weight and bias; and [M] float32 losses in
@@ -59,7 +86,7 @@ def head_loss(
     """
     with_grad = torch.is_grad_enabled()
     total, nll_M = _HeadLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, weight, bias, targets, compute_dtype or weight.dtype, with_grad
+        hidden, weight, bias, targets, compute_dtype or weight.dtype, form, with_grad
     )
     return total, nll_M
 
@@ -75,6 +102,7 @@ class _HeadLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         dtype: torch.dtype,
+        form: LogitForm,
         with_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         for_hidden, for_weight, for_bias = (
@@ -91,7 +119,10 @@ class _HeadLoss(torch.autograd.Function):
             logits = states[part] @ table.T
             if bias is not None:
                 logits = logits + bias
-            grad, nll_M[part] = _softmax_step(logits.float(), targets[part])
+            logits, slope = _shape(logits.float(), form)
+            grad, nll_M[part] = _softmax_step(logits, targets[part])
+            if slope is not None:
+                grad *= slope
             lowered = grad.to(dtype)
             if grad_hidden is not None:
                 torch.matmul(lowered, table, out=grad_hidden[part])
@@ -119,7 +150,23 @@ class _HeadLoss(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def _shape(
+    logits: torch.Tensor, form: LogitForm
+) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+    """Logits in their final form, made in their place, and how steep that form is; null: 1."""
+    if form.scale != 1.0:
+        logits *= form.scale
+    if form.cap is None:
+        return logits, None if form.scale == 1.0 else form.scale
+    logits /= form.cap
+    logits.tanh_()
+    slope = logits.square().neg_().add_(1.0).mul_(form.scale)
+    logits *= form.cap
+    return logits, slope
 
 
 def _softmax_step(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

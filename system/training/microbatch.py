@@ -10,12 +10,20 @@ B = rows of a pass, L = longest of them, N = their tokens, M = labels.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 
 from system.training.attention import Segments, build_segments, to_device
 from system.training.plan import TrainPlan
+
+Head = Literal["blocks", "labels", "whole"]
+_HEADS: dict[Head, str] = {
+    "blocks": "head in blocks",
+    "labels": "the model's own head at labels",
+    "whole": "the model's own head everywhere",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +32,9 @@ class Layout:
 
     is_flat: bool
     """Rows may lie end to end."""
-    has_plain_head: bool
-    """Logits are the output embedding times the last hidden state."""
+    head: Head
+    """How hidden states meet the head: a block of labels at a time, with what the configuration
+    says of logits; all labels at once through the model's own head; or every token through it."""
     has_flash: bool = False
     """Flat rows attend with FlashAttention, else with SDPA over buckets."""
     reason: str = field(default="", compare=False)
@@ -36,7 +45,7 @@ class Layout:
         attends = "FlashAttention" if self.has_flash else "SDPA over buckets"
         parts = [
             f"flat rows, {attends}" if self.is_flat else "padded rows, transformers' attention",
-            "head in blocks" if self.has_plain_head else "the model's own head",
+            _HEADS[self.head],
         ]
         return ", ".join(parts) + (f" (because {self.reason})" if self.reason else "")
 

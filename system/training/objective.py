@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from system.training.loss import head_loss
+from system.training.loss import head_loss, logit_form
 from system.training.microbatch import Layout, MicroBatch
 
 if TYPE_CHECKING:
@@ -28,23 +28,26 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.model = model
         self.compute_dtype = compute_dtype
-        self.layout = Layout(is_flat=False, has_plain_head=False)
+        self.layout = Layout(is_flat=False, head="whole")
+        self.form = logit_form(model.config.get_text_config())
 
     def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the batch's token losses in nats, differentiable; [M] float32 losses, detached."""
         with self._precision(batch.input_ids.device):
-            if self.layout.has_plain_head:
+            if self.layout.head == "blocks":
                 head: Any = self.model.get_output_embeddings()
-                hidden = self._hidden(batch)
-                states = hidden.flatten(0, 1).index_select(0, batch.label_places)
                 return head_loss(
-                    states,
+                    _at_labels(self._hidden(batch), batch),
                     head.weight,
                     getattr(head, "bias", None),
                     batch.targets,
                     self.compute_dtype,
+                    self.form,
                 )
-            logits = self._logits(batch).flatten(0, 1).index_select(0, batch.label_places)
+            if self.layout.head == "labels":
+                logits = self._label_logits(batch)
+            else:
+                logits = _at_labels(self._logits(batch), batch)
         nll_M = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
         return nll_M.sum(), nll_M.detach()
 
@@ -70,3 +73,19 @@ class Objective(torch.nn.Module):
 
     def _logits(self, batch: MicroBatch) -> torch.Tensor:
         return self.model(**self._inputs(batch)).logits
+
+    def _label_logits(self, batch: MicroBatch) -> torch.Tensor:
+        """[M, V], whatever the model does to them: its head never meets the other tokens."""
+        head: Any = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(
+            lambda _, inputs: (_at_labels(inputs[0], batch)[None], *inputs[1:])
+        )
+        try:
+            return self._logits(batch)[0]
+        finally:
+            hook.remove()
+
+
+def _at_labels(states: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """[M, ...] of [B, L, ...]: what lies in front of each label."""
+    return states.flatten(0, 1).index_select(0, batch.label_places)

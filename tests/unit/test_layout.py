@@ -206,7 +206,7 @@ def test_large_losses_do_not_cost_the_fast_layout():
     with torch.no_grad():
         model.lm_head.weight *= 100.0  # losses of hundreds of nats, rounded to hundred-thousandths
     with training_layout(Objective(model, torch.float32)) as layout:
-        assert layout == Layout(is_flat=True, has_plain_head=True)
+        assert layout == Layout(is_flat=True, head="blocks")
 
 
 def as_rank(monkeypatch, rank: int, sent: list) -> None:
@@ -235,7 +235,7 @@ def test_other_ranks_take_the_layout_of_the_first(monkeypatch):
     with training_layout(Objective(build_model(), torch.float32), group) as layout:
         assert layout is sent[0], "alone it would have found a faster one"
     model = build_model()
-    sent[:] = [Layout(is_flat=True, has_plain_head=True)]
+    sent[:] = [Layout(is_flat=True, head="blocks")]
     with training_layout(Objective(model, torch.float32), group):
         assert model.config._attn_implementation == attention.NAME
 

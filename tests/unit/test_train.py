@@ -79,7 +79,7 @@ def test_rows_do_not_see_their_neighbours_in_a_pass():
     objective = Objective(model, torch.float32)
     device = torch.device("cpu")
     with training_layout(objective) as layout:
-        assert layout == Layout(is_flat=True, has_plain_head=True)
+        assert layout == Layout(is_flat=True, head="blocks")
 
         def losses(rows: list[int]) -> dict[int, np.ndarray]:
             batch = build_microbatch(plan, np.array(rows), layout=layout, device=device)
