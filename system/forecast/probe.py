@@ -19,8 +19,9 @@ import torch
 
 from system.forecast.rates import Rate, Rates
 from system.models.base import describe_model, load_model
+from system.training.layout import training_layout
 from system.training.microbatch import build_microbatch
-from system.training.objective import Objective, training_layout
+from system.training.objective import Objective
 from system.training.pack import group_by_tokens
 from system.training.plan import TrainPlan, build_plan
 from system.training.train import Training
@@ -161,13 +162,7 @@ def _time_forward(
     with training_layout(objective) as layout, torch.no_grad():
         for rows in _passes(plan, most, is_padded=not layout.is_flat):
             began = time.perf_counter()
-            batch = build_microbatch(
-                plan,
-                rows,
-                is_flat=layout.is_flat,
-                device=device,
-                compute_dtype=objective.compute_dtype,
-            )
+            batch = build_microbatch(plan, rows, layout=layout, device=device)
             objective(batch)[1].cpu()  # waits for the device
             pieces.append((int(plan.lengths(rows).sum()), time.perf_counter() - began))
             if len(pieces) > _FEWEST and time.perf_counter() - started > _SCORE_SECONDS:

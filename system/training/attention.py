@@ -1,9 +1,12 @@
 """Attention inside rows that lie end to end: block-diagonal, exact, without a mask of its size.
 
 A forward pass holds its rows one behind the other, [1, N], with no padding; every layer but
-attention is blind to that.  Attention runs row by row: on CUDA with torch's variable-length
-FlashAttention, elsewhere with SDPA over buckets of rows of similar length.  Rows in a bucket are
-padded at their end, which a causal query never sees, so the result is the unpacked one.
+attention is blind to that.  Attention runs row by row: in half precision on CUDA with torch's
+variable-length FlashAttention, elsewhere with SDPA over buckets of rows of similar length.  Rows in
+a bucket are padded at their end, which a causal query never sees, so the result is as unpacked.
+
+Sliding windows are honoured: a query sees its own key and the window - 1 before it.  What else a
+layer asks for (sinks, caps, chunks, biases) is not known here and refused, never ignored.
 
 Registered with transformers under `NAME`; the layout travels in the keyword `segments`.
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,9 +25,27 @@ from torch.nn import functional
 
 from system.errors import ModelError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 NAME = "instructmix_segments"
 _MIN_FILL = 0.8
 """A row joins a bucket when it is at least this share of the bucket's longest."""
+_HARMLESS = frozenset(
+    {
+        "position_ids",
+        "position_embeddings",
+        "cache_position",
+        "past_key_values",
+        "use_cache",
+        "layer_past",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "is_causal",
+    }
+)
+"""Keywords of layers that say nothing about what attention computes in a causal training pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +74,53 @@ class Segments:
     """Empty: FlashAttention needs none."""
 
 
-def build_segments(
-    lengths: np.ndarray, device: torch.device, compute_dtype: torch.dtype
-) -> Segments:
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The values on a device; nobody waits for what the device has to do before."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from other memory waits for the GPU
+    return tensor.to(device, non_blocking=True)
+
+
+def may_use_flash(device: torch.device, compute_dtype: torch.dtype) -> bool:
+    """Whether FlashAttention can be tried: it knows CUDA and the two half precisions."""
+    return device.type == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
+
+
+def build_segments(lengths: np.ndarray, device: torch.device, *, has_flash: bool) -> Segments:
     """The layout of rows that lie end to end; rows should come longest first.
 
     Args:
         lengths: [rows] int64.
         device: where the tensors go.
-        compute_dtype: precision of attention; FlashAttention knows the two half precisions.
+        has_flash: attention is FlashAttention, which needs no buckets.
     """
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    has_flash = device.type == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
     return Segments(
-        torch.from_numpy(starts.astype(np.int32)).to(device),
+        to_device(starts.astype(np.int32), device),
         int(lengths.max()),
         () if has_flash else tuple(_buckets(lengths, starts, device)),
     )
+
+
+def declared_windows(config: PretrainedConfig) -> list[int | None]:
+    """What each layer of a decoder may look back to, as its configuration says; None: everything.
+
+    Raises:
+        NotImplementedError: a layer attends in another way.
+    """
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is None:
+        if getattr(config, "attention_chunk_size", None) is not None:
+            raise NotImplementedError("its layers attend within chunks")
+        if getattr(config, "use_sliding_window", True) is False:
+            window = None
+        return [window] * config.num_hidden_layers
+    others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if others:
+        raise NotImplementedError(f"it has layers of the kind {', '.join(others)}")
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _buckets(lengths: np.ndarray, starts: np.ndarray, device: torch.device) -> list[Bucket]:
@@ -87,8 +138,8 @@ def _buckets(lengths: np.ndarray, starts: np.ndarray, device: torch.device) -> l
             place = np.arange(width)[None, :]
             begins = (starts[first:row] - starts[first])[:, None]
             valid = place < part[:, None]
-            gather = torch.from_numpy((begins + np.where(valid, place, 0)).reshape(-1)).to(device)
-            scatter = torch.from_numpy(np.flatnonzero(valid.reshape(-1))).to(device)
+            gather = to_device((begins + np.where(valid, place, 0)).reshape(-1), device)
+            scatter = to_device(np.flatnonzero(valid.reshape(-1)), device)
         start, stop = int(starts[first]), int(starts[row])
         buckets.append(Bucket(start, stop, row - first, width, gather, scatter))
         first = row
@@ -105,6 +156,7 @@ def segment_attention(
     segments: Segments,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment, in transformers' attention interface.
@@ -118,6 +170,7 @@ def segment_attention(
         segments: where the rows lie.
         scaling: factor of the scores.
         dropout: probability with which attention weights are dropped.
+        sliding_window: keys that a query sees, its own included; null: all before it.
         kwargs: what other implementations need.
 
     Returns:
@@ -125,7 +178,13 @@ def segment_attention(
 
     Raises:
         ModelError: dropout where FlashAttention is used, which has none.
+        NotImplementedError: the layer asks for more than causal attention in a window.
     """
+    unknown = [name for name in kwargs.keys() - _HARMLESS if kwargs[name] is not None]
+    if unknown:
+        raise NotImplementedError(f"its attention takes {', '.join(sorted(unknown))}")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError("its attention is not causal")
     if not segments.buckets:
         if dropout:
             raise ModelError(
@@ -133,8 +192,11 @@ def segment_attention(
                 "variable-length FlashAttention does not have: set attention_dropout to 0 in its "
                 "config.json, or train in float32 (model.dtype)"
             )
-        return _varlen(query, key, value, segments, scaling), None
-    parts = [_bucket(query, key, value, bucket, scaling, dropout) for bucket in segments.buckets]
+        return _varlen(query, key, value, segments, scaling, sliding_window), None
+    parts = [
+        _bucket(query, key, value, bucket, scaling, dropout, sliding_window)
+        for bucket in segments.buckets
+    ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
@@ -145,8 +207,18 @@ def _bucket(
     bucket: Bucket,
     scaling: float | None,
     dropout: float,
+    window: int | None,
 ) -> torch.Tensor:
     """[tokens of the bucket, H, D]."""
+    is_shared = query.shape[1] != key.shape[1]
+    mask = None
+    if window is not None and window < bucket.width:
+        mask = _band(bucket.width, window, query.device)
+        if is_shared:  # no fast kernel of a GPU takes a mask and shared heads together
+            key, value = (
+                s.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for s in (key, value)
+            )
+            is_shared = False
 
     def padded(states: torch.Tensor) -> torch.Tensor:
         states = states[0, :, bucket.start : bucket.stop]
@@ -158,13 +230,21 @@ def _bucket(
         padded(query),
         padded(key),
         padded(value),
-        is_causal=True,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scaling,
         dropout_p=dropout,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=is_shared,
     )
     flat = out.transpose(1, 2).flatten(0, 1)
     return flat if bucket.scatter is None else flat.index_select(0, bucket.scatter)
+
+
+def _band(width: int, window: int, device: torch.device) -> torch.Tensor:
+    """[width, width] bool, the keys that each query sees."""
+    place = torch.arange(width, device=device)
+    distance = place[:, None] - place[None, :]
+    return (distance >= 0) & (distance < window)
 
 
 def _varlen(
@@ -173,23 +253,49 @@ def _varlen(
     value: torch.Tensor,
     segments: Segments,
     scaling: float | None,
+    window: int | None,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
-    out = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+    # Rotary embedding gives float32 where the hidden states are float32, and no autocast rule
+    # lowers the inputs of this operator as one does for SDPA.
+    device = value.device.type
+    lowers = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if lowers else value.dtype
+    query, key, value = (s[0].transpose(0, 1).to(dtype) for s in (query, key, value))
+    out = varlen.varlen_attn(
+        query,
+        key,
+        value,
         segments.starts,
         segments.starts,
         segments.max_length,
         segments.max_length,
         scale=scaling,
-        window_size=(-1, 0),
+        window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out, torch.Tensor)
+    if out.grad_fn is not None and torch.is_deterministic_algorithms_warn_only_enabled():
+        _add_in_order(out.grad_fn)
     return out[None]
+
+
+def _add_in_order(node: torch.autograd.graph.Node) -> None:
+    """Lets FlashAttention's backward pass add in a fixed order, at some cost in speed.
+
+    Where torch may only warn about operators without one, it would not even take this one: the
+    order is fixed where it must be.  So torch is strict for the length of this operator.
+    """
+
+    def before(_: object) -> None:
+        torch.use_deterministic_algorithms(True, warn_only=False)
+
+    def after(*_: object) -> None:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    node.register_prehook(before)
+    node.register_hook(after)
 
 
 def register(implementation: Callable[..., Any] | None = None) -> None:

@@ -18,7 +18,8 @@ import torch
 
 from system.errors import ConfigError, ModelError
 from system.training import attention
-from system.training.objective import Objective, probe_losses
+from system.training.layout import probe_losses
+from system.training.objective import Objective
 from system.training.parallel import decoder_layers
 
 Kernels = Literal["auto", "torch", "liger"]

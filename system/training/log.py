@@ -143,6 +143,7 @@ class TrainLog:
             "memory_bytes": peak_memory(self._device),
             "world_size": self._world_size,
             "attempt": self._attempt,
+            "layout": stats.layout,
             "time": round(time.time(), 3),
             "category_loss": {
                 name: nll / count for name, (nll, count) in sorted(stats.category_nll.items())

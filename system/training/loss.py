@@ -2,19 +2,64 @@
 
 Only the hidden states in front of a response token meet the language-model head, and they meet it
 a block at a time: a block's logits become its losses and its gradient at once, in place, and are
-gone.  Memory follows `BLOCK_BYTES`, whatever the vocabulary.
+gone.  At its peak the loss holds
+
+    block       its logits in float32, twice where they are capped; in half precision also before
+                and after, at half the bytes
+    [V, E]      the head's gradient in float32; in half precision also the head, and a block's
+                share of the gradient, in that precision
+    [M, E]      the hidden states and their gradient
+
+so it does not grow with the logits of a pass.  Every block writes the whole [V, E] gradient once:
+blocks should be large where that is slow beside the products, which is on a GPU.
 
 M = labels, V = vocabulary, E = hidden size.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 BLOCK_BYTES = 64 * 2**20
-"""Bytes of float32 logits that live at a time."""
+"""Bytes of float32 logits that live at a time on a CPU."""
+_GPU_BLOCK_BYTES = 2**30
+"""On a GPU, at most; of a small one at most this share of its memory, which equal GPUs share, so
+that they add in the same order."""
+_GPU_SHARE = 1 / 64
+
+
+def block_bytes(device: torch.device) -> int:
+    """Bytes of float32 logits that live at a time on a device."""
+    if device.type != "cuda":
+        return BLOCK_BYTES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(BLOCK_BYTES, min(_GPU_BLOCK_BYTES, int(memory * _GPU_SHARE)))
+
+
+@dataclass(frozen=True, slots=True)
+class LogitForm:
+    """What a model does to its logits x before they are log-probabilities."""
+
+    scale: float = 1.0
+    """x becomes scale * x."""
+    cap: float | None = None
+    """Then x becomes cap * tanh(x / cap)."""
+
+
+_PLAIN = LogitForm()
+
+
+def logit_form(config: PretrainedConfig) -> LogitForm:
+    """What the configuration of a decoder says: Cohere and Granite scale, Gemma caps."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return LogitForm(scale / divisor, getattr(config, "final_logit_softcapping", None))
 
 
 def head_loss(
@@ -23,6 +68,7 @@ def head_loss(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     compute_dtype: torch.dtype | None = None,
+    form: LogitForm = _PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum and values of the token losses.
 
@@ -32,6 +78,7 @@ def head_loss(
         bias: [V] or none.
         targets: [M] int64, the labels.
         compute_dtype: precision of the matrix products (losses are float32); null: the weight's.
+        form: what happens to logits, in float32.
 
     Returns:
         The sum in nats, differentiable in hidden, weight and bias; and [M] float32 losses in
@@ -39,7 +86,7 @@ def head_loss(
     """
     with_grad = torch.is_grad_enabled()
     total, nll_M = _HeadLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, weight, bias, targets, compute_dtype or weight.dtype, with_grad
+        hidden, weight, bias, targets, compute_dtype or weight.dtype, form, with_grad
     )
     return total, nll_M
 
@@ -55,6 +102,7 @@ class _HeadLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         dtype: torch.dtype,
+        form: LogitForm,
         with_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         for_hidden, for_weight, for_bias = (
@@ -65,21 +113,24 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(states) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None  # pyright: ignore
-        block = max(1, BLOCK_BYTES // (4 * len(weight)))
+        block = max(1, block_bytes(hidden.device) // (4 * len(weight)))
         for start in range(0, len(targets), block):
             part = slice(start, start + block)
             logits = states[part] @ table.T
             if bias is not None:
                 logits = logits + bias
-            grad, nll_M[part] = _softmax_step(logits.float(), targets[part])
+            logits, slope = _shape(logits.float(), form)
+            grad, nll_M[part] = _softmax_step(logits, targets[part])
+            if slope is not None:
+                grad *= slope
             lowered = grad.to(dtype)
             if grad_hidden is not None:
                 torch.matmul(lowered, table, out=grad_hidden[part])
             if grad_weight is not None:
                 if dtype == torch.float32:
                     grad_weight.addmm_(lowered.T, states[part])
-                else:
-                    grad_weight += (lowered.T @ states[part]).float()
+                else:  # raised to float32 as it is added, with no copy in between
+                    grad_weight += lowered.T @ states[part]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         ctx.dtypes = (hidden.dtype, weight.dtype)
@@ -92,14 +143,30 @@ class _HeadLoss(torch.autograd.Function):
         grad_total = grads[0]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
-        return (
-            None if grad_hidden is None else (grad_hidden * grad_total).to(hidden_dtype),
-            None if grad_weight is None else (grad_weight * grad_total).to(weight_dtype),
-            None if grad_bias is None else grad_bias * grad_total,
+        return (  # in place: torch refuses a second backward pass, which would scale twice
+            None if grad_hidden is None else grad_hidden.mul_(grad_total).to(hidden_dtype),
+            None if grad_weight is None else grad_weight.mul_(grad_total).to(weight_dtype),
+            None if grad_bias is None else grad_bias.mul_(grad_total),
+            None,
             None,
             None,
             None,
         )
+
+
+def _shape(
+    logits: torch.Tensor, form: LogitForm
+) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+    """Logits in their final form, made in their place, and how steep that form is; null: 1."""
+    if form.scale != 1.0:
+        logits *= form.scale
+    if form.cap is None:
+        return logits, None if form.scale == 1.0 else form.scale
+    logits /= form.cap
+    logits.tanh_()
+    slope = logits.square().neg_().add_(1.0).mul_(form.scale)
+    logits *= form.cap
+    return logits, slope
 
 
 def _softmax_step(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

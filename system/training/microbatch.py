@@ -9,13 +9,45 @@ B = rows of a pass, L = longest of them, N = their tokens, M = labels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 
-from system.training.attention import Segments, build_segments
+from system.training.attention import Segments, build_segments, to_device
 from system.training.plan import TrainPlan
+
+Head = Literal["blocks", "labels", "whole"]
+_HEADS: dict[Head, str] = {
+    "blocks": "head in blocks",
+    "labels": "the model's own head at labels",
+    "whole": "the model's own head everywhere",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Which of the fast ways a training takes; each was found to be exact for its model."""
+
+    is_flat: bool
+    """Rows may lie end to end."""
+    head: Head
+    """How hidden states meet the head: a block of labels at a time, with what the configuration
+    says of logits; all labels at once through the model's own head; or every token through it."""
+    has_flash: bool = False
+    """Flat rows attend with FlashAttention, else with SDPA over buckets."""
+    reason: str = field(default="", compare=False)
+    """Why a faster way is not taken; empty where none is left out."""
+
+    def __str__(self) -> str:
+        """For logs."""
+        attends = "FlashAttention" if self.has_flash else "SDPA over buckets"
+        parts = [
+            f"flat rows, {attends}" if self.is_flat else "padded rows, transformers' attention",
+            _HEADS[self.head],
+        ]
+        return ", ".join(parts) + (f" (because {self.reason})" if self.reason else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +76,16 @@ def build_microbatch(
     plan: TrainPlan,
     rows: np.ndarray,
     *,
-    is_flat: bool,
+    layout: Layout,
     device: torch.device,
-    compute_dtype: torch.dtype,
 ) -> MicroBatch:
     """The tensors of some rows of a plan.
 
     Args:
         plan: the plan.
         rows: [B] plan rows.
-        is_flat: which layout.
+        layout: how they lie, and the kernel of attention.
         device: where the tensors go.
-        compute_dtype: precision of attention, which decides the kernel.
     """
     lengths = plan.lengths(rows)
     order = np.argsort(-lengths, kind="stable")
@@ -68,7 +98,7 @@ def build_microbatch(
     labels = np.flatnonzero(is_label)
     owner = np.repeat(np.arange(len(rows)), lengths)
     width = int(lengths[0])
-    if is_flat:
+    if layout.is_flat:
         place = np.arange(len(ids))
         shape = (1, len(ids))
     else:
@@ -79,15 +109,17 @@ def build_microbatch(
     def spread(values: np.ndarray, fill: int) -> torch.Tensor:
         full = np.full(size, fill, dtype=np.int64)
         full[place] = values
-        return torch.from_numpy(full).view(shape).to(device, non_blocking=True)
+        return to_device(full.reshape(shape), device)
 
     return MicroBatch(
         rows=rows,
         input_ids=spread(ids, 0),
         position_ids=spread(within, 0),
-        attention_mask=None if is_flat else spread(np.ones_like(ids), 0),
-        segments=build_segments(lengths, device, compute_dtype) if is_flat else None,
-        label_places=torch.from_numpy(place[labels] - 1).to(device, non_blocking=True),
-        targets=torch.from_numpy(ids[labels]).to(device, non_blocking=True),
+        attention_mask=None if layout.is_flat else spread(np.ones_like(ids), 0),
+        segments=(
+            build_segments(lengths, device, has_flash=layout.has_flash) if layout.is_flat else None
+        ),
+        label_places=to_device(place[labels] - 1, device),
+        targets=to_device(ids[labels], device),
         label_rows=rows[owner[labels]],
     )

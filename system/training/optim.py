@@ -36,6 +36,15 @@ def learning_rate(step: int, num_steps: int, settings: TrainSettings) -> float:
     return settings.learning_rate * (floor + (1.0 - floor) * factor)
 
 
+def fused_choice(device: torch.device, *, is_sharded: bool) -> bool | None:
+    """What AdamW is told about its fused kernel: `True` where it can be had.
+
+    Elsewhere nothing: `False` would switch the grouped kernels off too.  Sharded parameters have
+    the fused kernel on a GPU; on a CPU they stay with the loop that torch takes by itself.
+    """
+    return True if device.type == "cuda" or not is_sharded else None
+
+
 def build_optimizer(
     parameters: Iterable[tuple[str, torch.nn.Parameter]],
     settings: TrainSettings,
@@ -47,7 +56,7 @@ def build_optimizer(
     Args:
         parameters: names and trainable parameters.
         settings: betas, epsilon, decay.
-        is_sharded: parameters are DTensors, for which the fused CPU kernel does not exist.
+        is_sharded: parameters are DTensors.
     """
     trainable = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     groups = [
@@ -65,12 +74,11 @@ def build_optimizer(
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
-        fused=not is_sharded,
+        fused=fused_choice(trainable[0][1].device, is_sharded=is_sharded),
     )
     for _, parameter in trainable:  # now, not in the first step: a checkpoint loads into it
-        device = torch.device("cpu") if is_sharded else parameter.device
         optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

@@ -18,17 +18,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils import deterministic
 
 from system.errors import ModelError, StageError
 from system.training.kernels import compiled_layers, use_kernels
+from system.training.layout import training_layout
 from system.training.lora import add_adapters, merge_adapters
 from system.training.microbatch import MicroBatch, build_microbatch
-from system.training.objective import Objective, training_layout
+from system.training.objective import Objective
 from system.training.optim import learning_rate, set_learning_rate
 from system.training.pack import group_by_tokens
 from system.training.parallel import make_parallel
@@ -60,6 +62,8 @@ class StepStats:
     seconds: float
     category_nll: dict[str, tuple[float, int]]
     """Per category: summed nats and response tokens."""
+    layout: str
+    """How rows lie in a pass, and why not in a faster way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +165,7 @@ class Training:
         with ExitStack() as stack:
             stack.callback(self.model.eval)
             stack.enter_context(_deterministic())
-            stack.enter_context(training_layout(self.objective))
+            stack.enter_context(training_layout(self.objective, self.group))
             self.kernels = use_kernels(self.objective, settings.kernels)
             if settings.activation_checkpointing:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -232,9 +236,8 @@ class Training:
         return build_microbatch(
             plan,
             rows,
-            is_flat=self.objective.layout.is_flat,
+            layout=self.objective.layout,
             device=self.device,
-            compute_dtype=self.compute_dtype,
         )
 
     def step(self, step: int) -> StepStats:
@@ -268,32 +271,45 @@ class Training:
                 for name, nll, count in zip(self.categories, nll_C, labels_C, strict=True)
                 if count
             },
+            layout=str(self.objective.layout),
         )
 
     def _accumulate(self, step: int) -> torch.Tensor:
         """Gradient over all ranks; [2 C + 1] float64: nats and labels by category, tokens."""
         self.parallel.zero_gradient()
         scale = 1.0 / float(self.plan.denominators[step])
-        num_categories = len(self.categories)
-        totals = np.zeros(2 * num_categories + 1)
+        losses: list[torch.Tensor] = []
+        owners: list[np.ndarray] = []
+        num_tokens = 0
         for rows, counts in self.passes(self.plan, step, self.active):
             batch = self.microbatch(self.plan, rows)
             total, nll_M = self.objective(batch)
             (total * (scale if counts else 0.0)).backward()
-            if not counts:
-                continue
-            category_M = self._category_of_row[batch.label_rows]
-            totals[:num_categories] += np.bincount(
-                category_M, nll_M.double().cpu().numpy(), num_categories
-            )
-            totals[num_categories:-1] += np.bincount(category_M, minlength=num_categories)
-            totals[-1] += int(self.plan.lengths(rows).sum())
+            if counts:
+                losses.append(nll_M)
+                owners.append(self._category_of_row[batch.label_rows])
+                num_tokens += int(self.plan.lengths(rows).sum())
+        totals = self._by_category(losses, owners, num_tokens)
         self.parallel.sum_gradient()
         summed = torch.from_numpy(totals)
         if self.group is not None:
             summed = summed.to(self.device)
             dist.all_reduce(summed, group=self.group)
         return summed
+
+    def _by_category(
+        self, losses: list[torch.Tensor], owners: list[np.ndarray], num_tokens: int
+    ) -> np.ndarray:
+        """[2 C + 1]; the losses of all passes are read at once, so that no pass waits for one."""
+        num_categories = len(self.categories)
+        totals = np.zeros(2 * num_categories + 1)
+        totals[-1] = num_tokens
+        if losses:
+            pieces = torch.cat(losses).double().cpu().split([len(nll_M) for nll_M in losses])
+            for category_M, nll_M in zip(owners, pieces, strict=True):
+                totals[:num_categories] += np.bincount(category_M, nll_M.numpy(), num_categories)
+                totals[num_categories:-1] += np.bincount(category_M, minlength=num_categories)
+        return totals
 
     def _totals(self, totals: torch.Tensor) -> tuple[np.ndarray, np.ndarray, int]:
         values = totals.cpu().numpy()
@@ -333,12 +349,19 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Kernels that give equal bits for equal work, wherever torch has them."""
+    """Kernels that give equal bits for equal work, wherever torch has them.
+
+    Nothing here reads memory that nobody wrote, so torch need not fill it beforehand.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = deterministic  # its one attribute is a property of the module
+    fills = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fills

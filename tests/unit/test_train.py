@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from system.config import LoraConfig
 from system.errors import ModelError, StageError
 from system.training.attention import build_segments, segment_attention
-from system.training.loss import head_loss
-from system.training.microbatch import build_microbatch
-from system.training.objective import Layout, Objective, training_layout
+from system.training.layout import training_layout
+from system.training.loss import block_bytes, head_loss
+from system.training.microbatch import Layout, build_microbatch
+from system.training.objective import Objective
 from system.training.optim import learning_rate
 from system.training.train import Training, train_on_plan
 
@@ -77,12 +79,10 @@ def test_rows_do_not_see_their_neighbours_in_a_pass():
     objective = Objective(model, torch.float32)
     device = torch.device("cpu")
     with training_layout(objective) as layout:
-        assert layout == Layout(is_flat=True, has_plain_head=True)
+        assert layout == Layout(is_flat=True, head="blocks")
 
         def losses(rows: list[int]) -> dict[int, np.ndarray]:
-            batch = build_microbatch(
-                plan, np.array(rows), is_flat=True, device=device, compute_dtype=torch.float32
-            )
+            batch = build_microbatch(plan, np.array(rows), layout=layout, device=device)
             nll_M = objective(batch)[1].numpy()
             return {row: nll_M[batch.label_rows == row] for row in rows}
 
@@ -138,6 +138,23 @@ def test_losses_are_means_over_response_tokens_by_category():
     assert sorted(stats.category_nll) == ["code", "math", "poem"]
 
 
+def test_losses_are_read_once_a_step_however_many_passes_it_has(monkeypatch):
+    reads = []
+    own = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: reads.append(1) or own(self))
+    counts = {}
+    for micro_batch_tokens in (1, 100_000):
+        settings = build_settings(micro_batch_tokens=micro_batch_tokens)
+        with Training(build_model(), build_small_plan(), settings) as training:
+            assert len(list(training.passes(training.plan, 0))) == {1: 16}.get(
+                micro_batch_tokens, 1
+            )
+            reads.clear()
+            training.step(0)
+            counts[micro_batch_tokens] = len(reads)
+    assert len(set(counts.values())) == 1
+
+
 def test_model_that_is_not_flat_safe_trains_in_the_padded_layout_to_the_same_weights():
     def model():
         torch.manual_seed(0)
@@ -177,7 +194,7 @@ def test_contaminating_attention_is_noticed_and_not_used(monkeypatch):
 
 def test_attention_dropout_that_flash_attention_lacks_is_refused():
     lengths = np.array([3, 2])
-    segments = build_segments(lengths, torch.device("cpu"), torch.float32)
+    segments = build_segments(lengths, torch.device("cpu"), has_flash=False)
     flash = replace(segments, buckets=())  # as on a GPU in bfloat16
     states = torch.ones(1, 2, 5, 8)
     with pytest.raises(ModelError, match="attention_dropout to 0"):
@@ -273,6 +290,42 @@ def test_blockwise_head_loss_equals_autograd(monkeypatch, with_bias):
     torch.testing.assert_close(nll_M, reference.detach())
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left, right)
+
+
+def test_head_loss_in_half_precision_and_small_blocks_stays_near_float32(monkeypatch):
+    monkeypatch.setattr("system.training.loss.BLOCK_BYTES", 4 * 50 * 7)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 16, generator=generator).requires_grad_()
+    weight = torch.randn(50, 16, generator=generator).requires_grad_()
+    targets = torch.randint(0, 50, (23,), generator=generator)
+    exact = torch.autograd.grad(head_loss(hidden, weight, None, targets)[0], [hidden, weight])
+    total, _ = head_loss(hidden, weight, None, targets, torch.bfloat16)
+    found = torch.autograd.grad(total, [hidden, weight])
+    for left, right in zip(found, exact, strict=True):
+        assert left.dtype == torch.float32
+        torch.testing.assert_close(left, right, atol=0.05, rtol=0.05)
+
+
+def test_backward_of_the_head_loss_makes_no_second_gradient_of_the_head():
+    weight = torch.randn(50, 16, requires_grad=True)
+    total, _ = head_loss(torch.randn(23, 16), weight, None, torch.arange(23))
+    assert total.grad_fn is not None
+    saved = total.grad_fn.saved_tensors[1]
+    (gradient,) = torch.autograd.grad(total, [weight], retain_graph=True)
+    assert gradient.data_ptr() == saved.data_ptr()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(total, [weight])
+
+
+def test_blocks_of_a_gpu_follow_its_memory(monkeypatch):
+    def blocks(gib: float) -> int:
+        found = SimpleNamespace(total_memory=int(gib * 2**30))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+        return block_bytes(torch.device("cuda"))
+
+    assert blocks(139) == blocks(80) == 2**30
+    assert blocks(24) == 24 * 2**24
+    assert blocks(1) == block_bytes(torch.device("cpu")) == 64 * 2**20
 
 
 def test_loss_of_huge_logits_stays_finite():

@@ -8,11 +8,12 @@ import shutil
 import pytest
 import torch
 from test_train import loop_gradient, trained
-from training_builders import build_model, build_small_plan, largest_difference
+from training_builders import build_model, build_settings, build_small_plan, largest_difference
 
 from system.config import LoraConfig, RunConfig
 from system.errors import ConfigError
 from system.training.kernels import resolve_kernels
+from system.training.optim import build_optimizer, fused_choice
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -58,6 +59,15 @@ def test_layers_really_run_compiled_and_lengths_share_what_was_compiled(switched
         assert torch._dynamo.config.disable == switched_off, "the setting of others is left"
     captured = counters["stats"]["unique_graphs"]
     assert 0 < captured <= 12, "two equal layers and many lengths need a few graphs, not hundreds"
+
+
+def test_optimiser_never_switches_its_grouped_kernels_off():
+    assert fused_choice(CUDA, is_sharded=True) is True
+    assert fused_choice(CUDA, is_sharded=False) is True
+    assert fused_choice(CPU, is_sharded=False) is True
+    assert fused_choice(CPU, is_sharded=True) is None
+    optimizer = build_optimizer(build_model().named_parameters(), build_settings(), is_sharded=True)
+    assert optimizer.defaults["fused"] is None and optimizer.defaults["foreach"] is None
 
 
 def test_missing_compiler_is_named(monkeypatch):
