@@ -25,6 +25,7 @@ from system.planning import (
     SWEEP_MOVES,
     appended_notes,
     check_limits,
+    choose_shrinkage,
     dependency_effects,
     evidence_notes,
     extrapolation_notes,
@@ -75,8 +76,8 @@ def _tokenizer(context: StageContext) -> Any:
 
 def run_solve(context: StageContext) -> StageResult:
     """The mix: mix.json, and the sweep of the trust region."""
-    solve = context.config.solve
     summary = storage.read_json(context.input("influence", "summary"))
+    solve, chosen = choose_shrinkage(context.config.solve, summary)
     corpus = Corpus.open(context.input("tag", "manifest"))
     tokens = mean_response_tokens(corpus) if solve.unit == "tokens" else None
     counts = corpus.counts("train")
@@ -100,6 +101,7 @@ def run_solve(context: StageContext) -> StageResult:
         appended=tuple(append["categories"]) if (append := summary.get("append")) else (),
         notes=(
             *evidence_notes(mix, summary),
+            *chosen,
             *mix.notes,
             *deciding,
             *_extrapolation(mix, summary),
