@@ -42,7 +42,7 @@ from system.evaluation.prediction import ArmForecast
 from system.influence.heldout import seeded_draw
 from system.influence.interventions import seed_of
 from system.models.base import load_tokenizer
-from system.planning import mix_options
+from system.planning import choose_shrinkage, mix_options
 from system.scoring.answers import ANSWERS, Questions, check_answers, draw_questions
 from system.scoring.score import Scored
 from system.selection.select import select_arm
@@ -210,9 +210,10 @@ class _Evaluation:
 
     def _forecast(self) -> ArmForecast:
         """What the matrix says of the arms: in its own unit, also where gamma decided the mix."""
-        solve = self.context.config.solve.model_copy(update={"matrix": "effect"})
-        problem, _ = measured_problem(self.context, solve)
         summary = storage.read_json(self.context.input("influence", "summary"))
+        solve = self.context.config.solve.model_copy(update={"matrix": "effect"})
+        solve, _ = choose_shrinkage(solve, summary)
+        problem, _ = measured_problem(self.context, solve)
         passes = self.curriculum.epochs
         return ArmForecast(
             predictor=MixPredictor(problem, mix_options(solve, is_believed=True)),

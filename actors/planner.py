@@ -26,6 +26,7 @@ from system.planning import (
     SWEEP_MOVES,
     appended_notes,
     check_limits,
+    choose_shrinkage,
     dependency_effects,
     evidence_notes,
     extrapolation_notes,
@@ -83,8 +84,8 @@ def _tokenizer(context: StageContext) -> Any:
 
 def run_solve(context: StageContext) -> StageResult:
     """The mix: mix.json, and the sweep of the trust region."""
-    solve = context.config.solve
     summary = storage.read_json(context.input("influence", "summary"))
+    solve, chosen = choose_shrinkage(context.config.solve, summary)
     problem, deciding = measured_problem(context, solve)
     doubt = why_not_believed(summary)
     options = mix_options(solve, is_believed=not doubt)
@@ -102,6 +103,7 @@ def run_solve(context: StageContext) -> StageResult:
         appended=tuple(append["categories"]) if (append := summary.get("append")) else (),
         notes=(
             *evidence_notes(mix, summary),
+            *chosen,
             *mix.notes,
             *deciding,
             *_extrapolation(mix, summary),

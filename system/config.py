@@ -79,8 +79,10 @@ class SolveConfig(Section):
     """`robust`: how many standard errors an effect may be off."""
     robust_sources: float | None = Field(default=None, gt=0)
     """`robust`: how many sources may be off at once; null: all of them (a box)."""
-    shrinkage: bool = True
-    """Solve with empirical-Bayes shrunken effects instead of the raw ones."""
+    shrinkage: bool | Literal["auto"] = True
+    """Solve with empirical-Bayes shrunken effects instead of the raw ones. `auto`: with those that
+    predict a replication better that was left out (`prediction` in the influence stage's
+    summary.json, all directions together); shrunken where one replication cannot tell."""
     dose: Literal["nearest", "largest", "smallest"] | Positive = "nearest"
     """Several `influence.dose_rows`: whose effects decide the mix. `nearest`: for each category
     the dose nearest to the largest move that the limits let it make; a number: the dose nearest to

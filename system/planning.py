@@ -281,6 +281,33 @@ def why_not_believed(summary: Mapping[str, Any]) -> str:
     )
 
 
+def choose_shrinkage(
+    solve: SolveConfig, summary: Mapping[str, Any]
+) -> tuple[SolveConfig, tuple[str, ...]]:
+    """`solve.shrinkage: auto` settled by what predicts better, and a note that says so.
+
+    Args:
+        solve: any setting; one that is not `auto` comes back as it is.
+        summary: of the influence stage.
+    """
+    if solve.shrinkage != "auto" or solve.matrix == "gamma":
+        return solve, ()
+    found = [part["prediction"] for part in summary["directions"].values()]
+    if any(prediction is None for prediction in found):
+        return solve.model_copy(update={"shrinkage": True}), (
+            "solved with shrunken effects: with one replication nothing tells whether they predict "
+            "better than the raw ones",
+        )
+    raw, shrunk = (sum(prediction[name] for prediction in found) for name in ("raw", "shrunk"))
+    is_shrunk = bool(shrunk <= raw)
+    note = (
+        f"solved with {'shrunken' if is_shrunk else 'raw'} effects: they predict a replication "
+        "that was left out better (mean squared error "
+        f"{min(raw, shrunk):.3g} against {max(raw, shrunk):.3g})"
+    )
+    return solve.model_copy(update={"shrinkage": is_shrunk}), (note,)
+
+
 def evidence_notes(mix: Mix, summary: Mapping[str, Any]) -> tuple[str, ...]:
     """What a mix that was allowed to move is not known by; nothing where it stays at the base.
 

@@ -9,7 +9,7 @@ A world (`influence_worlds`: planted truth, or real categories with `--data`) is
 each estimator then runs one replication after the other, in this process, scored by transformers.
 Every replication is a file of its own: what is there is not measured again, so the whole can be had
 in several sittings.  `retrain-reference` is `retrain` on schedules that no estimate has seen: the
-truth to compare with, and (its halves against each other) the noise ceiling.
+truth to compare with; its halves against each other say how well it is known.
 
 Reported for every estimator and number of replications: cost in token equivalents (forward +
 backward = 1, forward = 1/3) relative to the reference; median over targets of the rank correlation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def write_report(path: Path, conditions: dict[str, str], worlds: list[dict[str, 
         "median over targets, 95 % bootstrap interval over targets. *linear*: correlation over all",
         "pairs off the diagonal. *signs*: pairs with the reference's sign. *planted*: signs that",
         "the construction fixes. *zeros*: unrelated pairs whose interval covers zero. *scale*:",
-        "own effects as a multiple of the reference's, median.",
+        "own effects as a multiple of the reference's, median. *ceiling*: what an estimator",
+        "without any error would have as *rank*, since the reference has errors: the square root",
+        "of its reliability.",
     ]
     for world in worlds:
         lines += _world(world)
@@ -61,7 +64,7 @@ def _world(found: dict[str, Any]) -> list[str]:
         f"Reference: {reference} replications, {found['reference_equivalents']:,.0f} token",
         f"equivalents, {found['reference_seconds']:.0f} s.",
         "",
-        "Noise ceiling, `retrain` with itself:",
+        "How well the reference is known, `retrain` with itself:",
         "",
         "| replications against as many others | rank |",
         "|---|---|",
@@ -120,6 +123,38 @@ def _curve(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def reliability(agreement: float, replications: int, reference: int) -> float:
+    """Correlation of two references of `reference` replications each, if there were two.
+
+    Source: Spearman 1910 and Brown 1910, from the agreement of two estimates of `replications`.
+    """
+    times = reference / replications
+    return times * agreement / (1.0 + (times - 1.0) * agreement)
+
+
+def _ceiling(found: dict[str, Any]) -> str:
+    """What an estimator without errors would have as rank correlation with the noisy reference.
+
+    A correlation with a noisy measurement is the one with the truth times the square root of the
+    measurement's reliability (Spearman's attenuation).
+    """
+    if not found["ceiling"]:
+        return ""
+    size, values = max(found["ceiling"].items(), key=lambda item: int(item[0]))
+    text = f" `retrain` with itself reaches {_interval(values)} with {size} replications a side"
+    if values[0] <= 0:
+        return f"{text}: the reference is not known well enough to judge by."
+    known = reliability(values[0], int(size), found["reference_replications"])
+    ceiling = math.sqrt(known)
+    text += (
+        f", so the whole reference has a reliability of about {known:.2f}, and the ceiling for an "
+        f"estimator without errors is about {ceiling:.2f}."
+    )
+    if ceiling < BAR:
+        text += " The bar lies above that: here it asks for more than the truth is known."
+    return text
+
+
 def _verdict(found: dict[str, Any]) -> str:
     cheap = [
         row for row in found["rows"] if row["cost"] <= BAR_COST and row["setting"] not in BASELINES
@@ -128,14 +163,7 @@ def _verdict(found: dict[str, Any]) -> str:
         f"Asked: a cheap estimator with a median rank correlation of at least {BAR} at "
         f"{BAR_COST:.0%} or less of the reference's token equivalents."
     )
-    ceiling = ""
-    if found["ceiling"]:
-        size, values = max(found["ceiling"].items(), key=lambda item: int(item[0]))
-        ceiling = (
-            f" `retrain` with itself reaches {_interval(values)} with {size} replications a side."
-        )
-        if values[0] < BAR:
-            ceiling += " The bar lies above that: here it asks for more than the truth is known."
+    ceiling = _ceiling(found)
     if not cheap:
         return f"{asked} **Not judged**: no estimate was measured at that cost.{ceiling}"
     best = max(cheap, key=lambda row: row["target_rank_median"])

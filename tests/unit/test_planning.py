@@ -13,6 +13,7 @@ from system.influence.matrix import estimate_effects
 from system.planning import (
     EXTRAPOLATES,
     appended_notes,
+    choose_shrinkage,
     evidence_notes,
     extrapolation_notes,
     importance_weights,
@@ -116,6 +117,31 @@ def test_belief_is_weighed_like_the_mix(importance):
     asked = mix_problem(solve, {"remove": matrix}, counts, None)
     weights = importance_weights(solve, matrix.targets, counts)
     np.testing.assert_allclose(weights, asked.importance_T)
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([(3.0, 2.0)], True),
+        ([(2.0, 3.0)], False),
+        ([(2.0, 3.0), (5.0, 1.0)], True),
+    ],
+    ids=["shrunken better", "raw better", "both directions together"],
+)
+def test_automatic_shrinkage_follows_what_predicts_better(errors, expected):
+    directions = {
+        str(place): {"prediction": {"zero": 9.0, "raw": raw, "shrunk": shrunk}}
+        for place, (raw, shrunk) in enumerate(errors)
+    }
+    asked = SolveConfig(budget=300, shrinkage="auto")
+    solve, (note,) = choose_shrinkage(asked, {"directions": directions})
+    assert solve.shrinkage is expected
+    assert note.startswith(f"solved with {'shrunken' if expected else 'raw'} effects")
+    fixed = SolveConfig(budget=300, shrinkage=False)
+    assert choose_shrinkage(fixed, {"directions": directions}) == (fixed, ())
+    unknown = {"directions": {"add": {"prediction": None}}}
+    solve, (note,) = choose_shrinkage(asked, unknown)
+    assert solve.shrinkage is True and "one replication" in note
 
 
 @pytest.mark.parametrize("weight", [1.0, 6.0])
