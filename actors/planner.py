@@ -93,7 +93,7 @@ def run_solve(context: StageContext) -> StageResult:
         mix = solve_mix(problem, options)
         draws = 100 if len(mix.categories) <= 64 else 20  # each costs as much as a mix
         regret = expected_regret(problem, options, num_draws=draws, seed=context.config.seed)
-        mix = dataclasses.replace(mix, expected_regret=regret.value)
+        mix = dataclasses.replace(mix, expected_regret=regret.known_value)
     mix = dataclasses.replace(
         mix,
         effect_unit=summary["unit"],
