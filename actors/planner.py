@@ -96,7 +96,7 @@ def run_solve(context: StageContext) -> StageResult:
         mix = solve_mix(problem, options)
         draws = 100 if len(mix.categories) <= 64 else 20  # each costs as much as a mix
         regret = expected_regret(problem, options, num_draws=draws, seed=context.config.seed)
-        mix = dataclasses.replace(mix, expected_regret=regret.value)
+        mix = dataclasses.replace(mix, expected_regret=regret.known_value)
     mix = dataclasses.replace(
         mix,
         effect_unit=summary["unit"],
@@ -119,7 +119,7 @@ def run_solve(context: StageContext) -> StageResult:
     return StageResult(
         outputs={"mix": "mix.json", "sweep": "sweep.json"},
         counts={"categories": len(mix.categories), "examples": sum(mix.counts().values())},
-        lines=_mix_lines(mix),
+        lines=mix_lines(mix),
     )
 
 
@@ -229,7 +229,8 @@ def _extrapolation(mix: Mix, summary: dict[str, Any]) -> tuple[str, ...]:
     return extrapolation_notes(mix, doses, summary["reference_rows"])
 
 
-def _mix_lines(mix: Mix) -> tuple[str, ...]:
+def mix_lines(mix: Mix) -> tuple[str, ...]:
+    """What a mix does, for the log of the run."""
     error = "" if mix.expected_gain_se is None else f" +- {mix.expected_gain_se:.4f}"
     lines = [
         f"moved {mix.moved:.1%} of {mix.budget:,.0f} {mix.unit}; predicted gain "
@@ -238,9 +239,11 @@ def _mix_lines(mix: Mix) -> tuple[str, ...]:
     if mix.expected_regret is not None:
         lines[0] += f"; knowing the effects exactly would add {mix.expected_regret:.4f} on average"
     if mix.status != "optimal":
+        share = "" if mix.gap_share is None else f", {mix.gap_share:.2%} of its gain"
         lines.append(
-            f"the search for whole counts stopped at its limit: this is the best mix found, within "
-            f"{mix.solver.gap:.2%} of the proven bound; solve.mip_max_nodes raises the limit"
+            "the search for whole counts stopped at its limit: this is the best mix found, within "
+            f"{mix.solver.gap:.2g} {mix.effect_unit} of the proven bound{share}; "
+            "solve.mip_max_nodes raises the limit"
         )
     changes = sorted(mix.categories, key=lambda item: item.count - item.base)
     up = [item for item in reversed(changes) if item.count - item.base >= 1][:3]

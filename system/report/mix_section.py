@@ -97,11 +97,13 @@ def _lead(mix: Mix) -> str:
             f" Knowing the effects exactly would add {value} {short_unit(mix.effect_unit)} on "
             "average (expected regret): more measuring cannot be worth more."
         )
-    proven = (
-        "proven optimal"
-        if mix.status == "optimal"
-        else f"the best found, within {percent(mix.solver.gap, 2)} of the proven bound"
-    )
+    proven = "proven optimal"
+    if mix.status != "optimal":
+        gap = fixed(mix.solver.gap, decimals([mix.solver.gap], least=4))
+        share = "" if mix.gap_share is None else f", {percent(mix.gap_share, 2)} of its gain"
+        proven = (
+            f"the best found, within {gap} {short_unit(mix.effect_unit)} of the proven bound{share}"
+        )
     return (
         f"The solved mix moves {percent(mix.moved)} of a budget of {count(mix.budget)} {mix.unit} "
         f"(at most {percent(mix.move)} may move). It maximises {_OBJECTIVES[mix.kind]} and is "

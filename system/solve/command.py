@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     mix = solve_mix(problem, options)
     if args.regret is not None:
         regret = expected_regret(problem, options, num_draws=args.regret)
-        mix = dataclasses.replace(mix, expected_regret=regret.value)
+        mix = dataclasses.replace(mix, expected_regret=regret.known_value)
     if args.out == "-":
         sys.stdout.write(mix.to_json() + "\n")
         return 0

@@ -111,7 +111,7 @@ class SolverInfo:
     rows: int = 0
     """Rows in the final program; guards that never mattered are not among them."""
     gap: float = 0.0
-    """Distance from the proven bound; 0: proven optimal."""
+    """Distance of the gain from its proven bound, in the unit of the gain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +161,11 @@ class Mix:
     def counts(self) -> dict[str, float]:
         """Category to examples."""
         return {c.category: c.count for c in self.categories}
+
+    @property
+    def gap_share(self) -> float | None:
+        """``solver.gap`` as a share of the gain; None where nothing is gained."""
+        return self.solver.gap / self.gain if self.gain > 0 else None
 
     def to_json(self) -> str:
         """JSON text; numbers keep full precision."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from system.errors import ConfigError
+from system.errors import ConfigError, InfeasibleMixError
 from system.solve.mix import Mix
 from system.solve.model import build_model
 from system.solve.problem import DoseCurve, MixOptions, MixProblem
@@ -29,12 +29,19 @@ class Regret:
     gain: float
     """Expected gain of the mix over the base at the estimated effects."""
     value: float
-    """Mean over the draws, >= 0."""
+    """Mean over the draws, >= 0; NaN where none of them allows any mix."""
     error: float
     """Monte Carlo standard error of `value`."""
     undecided: dict[str, float]
     """Category -> mean distance of its best count under a draw from its chosen count, as a share of
     the budget; categories that no draw moves are left out."""
+    num_infeasible: int = 0
+    """Draws under which no mix satisfies the guards together with the other limits: left out."""
+
+    @property
+    def known_value(self) -> float | None:
+        """`value`, None where it is not known."""
+        return None if np.isnan(self.value) else self.value
 
 
 def expected_regret(
@@ -65,21 +72,26 @@ def expected_regret(
     rng = np.random.default_rng(seed)
     for _ in range(num_draws):
         drawn = _draw(problem, rng)
-        best = solve_mix(drawn, known)
+        try:
+            best = solve_mix(drawn, known)
+        except InfeasibleMixError:
+            continue
         change_T = build_model(drawn, known).effects.change(
             np.maximum(counts_S - base_S, 0.0), np.maximum(base_S - counts_S, 0.0)
         )
         regrets.append(best.expected_gain - float(problem.importance_T @ change_T))
-        distance_S += np.abs(_counts(best)[0] - counts_S) / num_draws
+        distance_S += np.abs(_counts(best)[0] - counts_S)
     lengths_S = np.ones(len(counts_S))
     if options.unit == "tokens" and problem.tokens_S is not None:
         lengths_S = problem.tokens_S
-    share_S = distance_S * lengths_S / chosen.budget
+    used = len(regrets)
+    share_S = distance_S / max(used, 1) * lengths_S / chosen.budget
     return Regret(
         gain=chosen.expected_gain,
         # Guards may hold the best mix of a draw back where the chosen one, not knowing it, moved.
-        value=max(float(np.mean(regrets)), 0.0),
-        error=float(np.std(regrets, ddof=1) / np.sqrt(num_draws)) if num_draws > 1 else 0.0,
+        value=max(float(np.mean(regrets)), 0.0) if used else float("nan"),
+        error=float(np.std(regrets, ddof=1) / np.sqrt(used)) if used > 1 else 0.0,
+        num_infeasible=num_draws - used,
         undecided={
             name: float(share)
             for name, share in zip(problem.categories, share_S, strict=True)

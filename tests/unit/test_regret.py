@@ -1,12 +1,14 @@
 """The expected regret of a mix against a closed form, and where it must vanish."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from mix_reference import problem
 from scipy import stats
 
 from system.errors import ConfigError
-from system.solve import MixOptions, expected_regret
+from system.solve import GroupLimit, MixOptions, expected_regret
 
 
 def two_categories(difference, error, **fields):
@@ -71,3 +73,26 @@ def test_equal_seeds_give_equal_answers_and_two_slopes_are_drawn_apart():
 def test_it_needs_standard_errors():
     with pytest.raises(ConfigError, match="standard errors"):
         expected_regret(problem(np.eye(2), [10.0, 10.0]), OPTIONS)
+
+
+def test_draws_that_allow_no_mix_are_left_out_and_counted():
+    """A group asks for a move that a guard allows at the estimate, but not in every draw."""
+    made = problem(
+        np.array([[1e-2, 0.0], [-1e-2, 0.0]]),
+        [100.0, 100.0],
+        se_TS=np.array([[1e-3, 0.0], [2e-3, 0.0]]),
+        targets=("t0", "t1"),
+        importance_T=[1.0, 0.5],
+    )
+    group = GroupLimit(name="a", members=("c0",), lower=110.0)
+    options = MixOptions(move=0.2, guard_nats=0.12, groups=(group,))
+    found = expected_regret(made, options, num_draws=200)
+    assert 10 < found.num_infeasible < 60, "a loss above 0.12 lies one standard error away"
+    assert found.value >= 0 and found.known_value == found.value
+    never = expected_regret(
+        replace(made, se_TS=np.array([[0.0, 0.0], [1e3, 0.0]])),
+        replace(options, objective="linear"),
+        num_draws=1,
+        seed=2,
+    )
+    assert never.num_infeasible == 1 and never.known_value is None and never.undecided == {}
