@@ -19,6 +19,8 @@ MAX_ROW_BYTES = 64 * 2**20
 
 _BLOCK_BYTES = 1 << 20
 _ZSTD_INPUT_BYTES = 1 << 16
+_ZSTD_WINDOW_BYTES = 1 << 31
+"""What `zstd --long=31` looks back; a file takes as much memory as it was written with."""
 _QUOTE = 0x22
 _TOKEN = re.compile(rb'[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*("?)', re.DOTALL)
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -62,7 +64,7 @@ def _damaged(uri: str, what: str) -> DataError:
 
 def _zstd_blocks(raw: object, uri: str) -> Iterator[bytes]:
     """Frame after frame: the library's own stream reader takes a cut-off frame for a whole one."""
-    context = zstandard.ZstdDecompressor()
+    context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
     frame = None
     while data := raw.read(_ZSTD_INPUT_BYTES):  # type: ignore[attr-defined]
         while data:

@@ -26,12 +26,15 @@ def dataset_batches(uri: str, is_hub: bool) -> Iterator[pa.RecordBatch]:
 
 def _load_hub(uri: str) -> Any:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     hub = parse_hub(uri)
     try:
         return datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{uri}: the data set cannot be loaded: {error}") from error
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(
+            f"{uri}: the data set cannot be loaded: {error.__cause__ or error}"
+        ) from error
 
 
 def _load_directory(uri: str) -> Any:

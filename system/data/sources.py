@@ -99,8 +99,9 @@ def resolve(path: str, data_dir: str) -> list[str]:
     if path.startswith("hf://"):
         return [path]
     uri = locate(path, data_dir)
-    if any(char in uri for char in "*?[") and not storage.exists(uri):
-        files = [name for name in _glob(uri) if _is_data_file(name)]
+    if glob.has_magic(path) and not storage.exists(uri):
+        pattern = locate(path, glob.escape(storage.absolute(data_dir)))
+        files = [name for name in _glob(pattern) if _is_data_file(name)]
         if not files:
             raise DataError(f"{path!r}: no data file matches {uri}; a data file ends in {_known()}")
         return sorted(files)
@@ -113,7 +114,7 @@ def resolve(path: str, data_dir: str) -> list[str]:
         return [uri]
     if {"dataset_dict.json", "state.json"} & set(storage.list_names(uri)):
         return [uri]
-    files = [name for name in _glob(storage.join(uri, "**")) if _is_data_file(name)]
+    files = [name for name in _files_below(uri) if _is_data_file(name)]
     if not files:
         raise DataError(f"{uri}: the directory holds no data file; a data file ends in {_known()}")
     return sorted(files)
@@ -139,6 +140,13 @@ def _is_directory(uri: str) -> bool:
         return path.is_dir()
     filesystem, key = fsspec.core.url_to_fs(uri)
     return filesystem.isdir(key)
+
+
+def _files_below(uri: str) -> list[str]:
+    if storage.local_path(uri) is not None:
+        return _glob(storage.join(glob.escape(uri), "**"))
+    filesystem, key = fsspec.core.url_to_fs(uri)
+    return [filesystem.unstrip_protocol(name) for name in filesystem.find(key)]
 
 
 def _glob(pattern: str) -> list[str]:
@@ -185,11 +193,12 @@ def _version(info: dict[str, Any]) -> str:
 def _stat_hub(uri: str) -> tuple[int, str]:
     """The version of a hub data set: its builder's directory ends in the hash of its files."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     hub = parse_hub(uri)
     try:
         builder = datasets.load_dataset_builder(hub.path, hub.config, revision=hub.revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"{uri}: expected a data set of the Hugging Face hub, `hf://owner/name[@revision]"
             f"[?config=...&split=...]`; it cannot be opened: {error}"
@@ -289,7 +298,7 @@ def _row_group_ranges(uri: str, chunk_bytes: int) -> Iterator[tuple[int, int]]:
             yield start, group
             start, held = group, 0
         held += size
-    if held or not metadata.num_row_groups:
+    if start < metadata.num_row_groups or not metadata.num_row_groups:
         yield start, metadata.num_row_groups
 
 
