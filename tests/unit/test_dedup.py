@@ -12,6 +12,7 @@ from ingest_builders import ingest, numbered, write_lines
 from system.config import SourceConfig
 from system.data.benchmarks import BenchmarkIndex
 from system.data.dedup import split_by_category
+from system.data.ingest_plan import bucket_of_heads
 from system.data.near import least_bins, rows_per_band, signatures
 from system.data.shingles import NUM_BINS, find_words, mix, ngrams
 
@@ -150,16 +151,28 @@ def test_near_duplicates_of_heldout_rows_never_train(tmp_path):
     assert across > 5
 
 
+def shards(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if name.startswith("shards/")}
+
+
 def test_near_deduplication_does_not_depend_on_the_cut(tmp_path, monkeypatch):
     rows, _ = near_world(5)
     write_lines(tmp_path / "rows.jsonl", rows)
     whole = ingest(tmp_path, deduplicate="near").files()
     assert whole == ingest(tmp_path, deduplicate="near", chunk_bytes=9000).files()
     kept = [row["id"] for row in ingest(tmp_path, deduplicate="near").rows()]
+    cuts: set[int] = set()
+
+    def counted(heads: np.ndarray, num_buckets: int) -> np.ndarray:
+        cuts.add(num_buckets)
+        return bucket_of_heads(heads, num_buckets)
+
     monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 20_000)
+    monkeypatch.setattr("system.data.held_rows.bucket_of_heads", counted)
     many = ingest(tmp_path, deduplicate="near", chunk_bytes=9000)
-    assert len(many.manifest.shards) > 3
+    assert min(cuts) > 3
     assert [row["id"] for row in many.rows()] == kept
+    assert shards(many.files()) == shards(whole)
 
 
 def test_texts_without_a_word_are_never_near_duplicates(tmp_path):
