@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from influence_world import World
+from influence_world import FITTED, World
 from scipy import stats
 
 from system.config import InfluenceConfig
@@ -66,6 +66,42 @@ def test_coverage_holds_in_other_worlds_with_two_replications(knobs):
     off, own, gamma = coverage(2, worlds=40, **knobs)
     assert off == pytest.approx(0.95, abs=0.035)
     assert min(own, gamma) > 0.92
+
+
+def test_a_world_made_from_fitted_components_gives_them_back():
+    """Fit, simulate, fit: what the intervals rest on is what the world was made of."""
+    training, heldout, relative, signal = [], [], [], []
+    for seed in range(20):
+        estimate = estimate_effects(World(seed=seed, **FITTED).measure(2))
+        noise, other_TS = estimate.errors.training, ~estimate.matrix.own_TS
+        assert noise is not None
+        training.append(noise.variance_TS[other_TS].mean())
+        heldout.append(estimate.errors.heldout_TS[other_TS].mean() * 64)
+        relative.append(noise.relative)
+        prior = estimate.shrunken.others
+        signal.append(prior.entry_variance + prior.row_variance)
+    low, high = FITTED["target_noise"]
+    scale_square = (low**2 + low * high + high**2) / 3
+    # Noise of single examples is in the mean over them too.
+    made = FITTED["run_noise"] ** 2 * scale_square + FITTED["example_noise"] ** 2 / 64
+    assert np.mean(training) == pytest.approx(made, rel=0.2)
+    assert np.sqrt(np.mean(heldout)) == pytest.approx(FITTED["example_effect"], rel=0.15)
+    assert np.mean(relative) == pytest.approx(FITTED["relative_noise"], rel=0.35)
+    assert np.sqrt(np.mean(signal)) * FITTED["dose"] == pytest.approx(FITTED["spread"], rel=0.25)
+
+
+@pytest.mark.parametrize("replications", [2, 4])
+def test_coverage_holds_with_the_components_of_a_real_run(replications):
+    off, own, gamma = coverage(replications, worlds=40, **FITTED)
+    assert off == pytest.approx(0.95, abs=0.035)
+    assert min(own, gamma) > 0.9
+
+
+@pytest.mark.parametrize("doses", [(8.0,) + (64.0,) * 7, (8.0, 8.0, 16.0, 16.0) + (64.0,) * 4])
+def test_coverage_holds_with_unequal_doses(doses):
+    off, own, gamma = coverage(3, worlds=40, dose=64.0, doses=doses)
+    assert off == pytest.approx(0.95, abs=0.035)
+    assert min(own, gamma) > 0.9
 
 
 ONE_SMALL_DOSE = (8.0,) + (64.0,) * 7
