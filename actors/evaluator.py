@@ -89,13 +89,13 @@ class _Evaluation:
         self.tokenizer = load_tokenizer(
             context.input("model", "model"), trust_remote_code=config.model.trust_remote_code
         )
-        mix = Mix.from_json(storage.read_bytes(context.input("solve", "mix")).decode())
+        self.mix = Mix.from_json(storage.read_bytes(context.input("solve", "mix")).decode())
         self.plans = {
             (arm.name, seed): arm
             for seed in range(config.evaluate.seeds)
             for arm in plan_arms(
                 config.evaluate.arms,
-                mix=mix,
+                mix=self.mix,
                 curriculum=self.curriculum,
                 settings=config.curriculum,
                 supply=self.corpus.counts("train"),
@@ -364,12 +364,13 @@ class _Evaluation:
         return by_arm
 
     def _importance(self) -> dict[str, float]:
+        """Weight of each target, as the solver had it."""
         importance = self.context.config.solve.importance
         if isinstance(importance, dict):
             return importance
         counts = self.corpus.counts("train")
         if importance == "uniform":
-            return dict.fromkeys(counts, 1.0)
+            return dict.fromkeys([*counts, *(t.target for t in self.mix.targets)], 1.0)
         return {name: float(count) for name, count in counts.items()}
 
     def _asked(self) -> list[_Model]:

@@ -158,7 +158,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="evaluate", module="actors.evaluator",
         reads=("evaluate", "train", "curriculum", "select", "seed"),
-        after=("tag", "model", "influence", "solve", "curriculum", "select", "train"), revision=4,
+        after=("tag", "model", "influence", "solve", "curriculum", "select", "train"), revision=5,
     ),
     Stage(
         name="report", module="actors.reporter", reads=(),

@@ -62,7 +62,8 @@ def ablation_tables(summary: Mapping[str, Any]) -> str:
     trained = [arm["name"] for arm in summary["arms"] if arm["name"] in ARMS]
     against_natural = [arm for arm in trained if arm != NATURAL]
     orders = [arm for arm in trained if arm.startswith(f"{SOLVED}-")]
-    lines = ["Difference to the natural mix, shuffled", ""]
+    note = [summary["importance_note"]] if summary["importance_note"] else []
+    lines = ["Difference to the natural mix, shuffled", *note, ""]
     lines += _table(summary, against_natural, NATURAL)
     if orders and SOLVED in trained:
         lines += ["", "Order alone: difference to the solved mix, shuffled", ""]

@@ -15,6 +15,8 @@ confidence level: of twenty ties one in twenty looks like more at 95 %.
     factors       [{factor, formula, weighting, <contrast>}]         factor `mix` | `order` |
                   `reversed order` | `interaction`
     accuracy      [{arm, category, rows, seeds, value, low, high}]
+    importance    weights of the categories; importance_note says what of `solve.importance` they
+                  lack, empty: nothing
     left_out, answers_left_out   category -> rows that some model could not score, or not answer
     predictions   [{arm, reference, targets: [<outcome>], overall: <outcome>, slope,
                   rank_correlation}], see `system.evaluation.prediction`
@@ -196,7 +198,7 @@ def summarise(
         losses: LOSSES of all arms and seeds; arm `base` is the untrained model.
         outcomes: OUTCOMES, possibly empty.
         arms: what was trained, in the order in which people should read it.
-        importance: weight of each category; normalised here over those that were scored.
+        importance: weight of each target; normalised here over the categories that were scored.
         forecast: what the measured effects promise for the arms; None: no prediction.
         confidence: level of all intervals.
 
@@ -216,6 +218,7 @@ def summarise(
         "confidence": confidence,
         "unit": "nats per response token; positive values favour the arm",
         "importance": weightings["importance"],
+        "importance_note": importance_note(categories, importance),
         "test_rows": {c: performance[BASE][c].shape[1] for c in categories},
         "left_out": left_out,
         "arms": [asdict(arm) for arm in arms],
@@ -275,7 +278,7 @@ def accuracy_table(outcomes: pa.Table, confidence: float) -> pa.Table:
 
 def headline(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """The comparisons that people ask for first, a line each."""
-    lines = []
+    lines = [summary["importance_note"]] if summary["importance_note"] else []
     for row in summary["comparisons"]:
         is_overall = row["category"] is None and row["weighting"] == "importance"
         if not is_overall or row["metric"] != "loss":
@@ -287,6 +290,25 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, ...]:
                 f"({row['low']:+.4f} to {row['high']:+.4f}{note}): {row['verdict']}"
             )
     return tuple(lines)
+
+
+def importance_note(categories: Sequence[str], importance: Mapping[str, float]) -> str:
+    """What the weights of the categories lack of those of the targets; empty: nothing.
+
+    Only categories have test rows.  A further target (`influence.targets`) has one set of rows, on
+    which the matrix was measured.
+    """
+    lost = {name: w for name, w in importance.items() if w > 0 and name not in categories}
+    if not lost:
+        return ""
+    share = sum(lost.values()) / sum(importance.values())
+    names = ", ".join(sorted(lost))
+    rest = (
+        "the categories weigh as they do beside it"
+        if any(importance.get(name, 0.0) > 0 for name in categories)
+        else "`by importance` here means all categories equally"
+    )
+    return f"targets without test rows ({names}) hold {share:.0%} of solve.importance: {rest}"
 
 
 def _weightings(

@@ -45,7 +45,8 @@ def prediction_tables(summary: Mapping[str, Any]) -> str:
         for found in summary["predictions"]
     ]
     level, unit = f"{summary['confidence']:.0%} interval", summary["prediction_unit"]
-    lines = [f"All targets by importance, {unit}, positive for better", ""]
+    lines = [f"All targets by importance, {unit}, positive for better"]
+    lines += [summary["importance_note"], ""] if summary["importance_note"] else [""]
     lines += _table("arms", rows, level)
     trained = {item["name"]: item["seeds"] for item in summary["arms"]}
     seeds = [trained[found["arm"]] for found in summary["predictions"]]

@@ -27,6 +27,7 @@ from system.report.formatting import (
     interval,
     percent,
     plural,
+    sentence,
     signed,
 )
 from system.report.promise_blocks import VERDICT_TONES, promise_blocks
@@ -44,7 +45,10 @@ def evaluation_section(view: RunView) -> Section:
     if evaluation is None:
         return waiting("evaluation", TITLE, "Evaluation", "evaluate")
     summary = evaluation.summary
-    blocks: list[Block] = [Prose(text=_lead(summary), tone="lead"), _arm_table(summary)]
+    blocks: list[Block] = [Prose(text=_lead(summary), tone="lead")]
+    if summary["importance_note"]:
+        blocks.append(Prose(text=sentence(summary["importance_note"]), tone="warn"))
+    blocks.append(_arm_table(summary))
     against = comparisons(evaluation, "loss", NATURAL)
     if against:
         blocks += [

@@ -147,6 +147,8 @@ def _gain(view: RunView) -> tuple[str, ...]:
     if natural is not None:
         first += f" That mix's held-out loss is {fixed(natural, 4)}."
     lines = [first]
+    if note := view.evaluation.summary["importance_note"]:
+        lines.append(sentence(note))
     for arm in dict.fromkeys(row["arm"] for row in reversed(rows)):
         row = overall(rows, arm, "importance")
         assert row is not None, "every compared arm is compared over all categories"

@@ -194,14 +194,14 @@ def arm_info(name: str, seeds: int = 3) -> ArmInfo:
     )  # fmt: skip
 
 
-def full_summary(performance, outcomes=None, forecast=None):
+def full_summary(performance, outcomes=None, forecast=None, importance=None):
     outcomes = OUTCOMES.empty_table() if outcomes is None else outcomes
     trained = [name for name in performance if name != "base"]
     return summarise(
         losses=loss_table(performance),
         outcomes=outcomes,
         arms=[arm_info(name) for name in trained],
-        importance={"a": 30.0, "b": 10.0},
+        importance={"a": 30.0, "b": 10.0} if importance is None else importance,
         forecast=forecast,
         confidence=0.95,
     )
@@ -332,3 +332,16 @@ def test_an_ablation_of_one_seed_is_refused():
     assert ablation_config(config, 4).evaluate.seeds == 4
     with pytest.raises(ConfigError, match="two seeds"):
         ablation_config(config, 1)
+
+
+def test_importance_of_what_has_no_test_rows_is_said_aloud():
+    performance = simulate(np.random.default_rng(13))
+    alone = full_summary(performance, importance={"benchmark": 2.0})
+    assert alone["importance"] == {"a": 0.5, "b": 0.5}
+    assert "(benchmark) hold 100% of solve.importance" in alone["importance_note"]
+    assert "all categories equally" in alone["importance_note"]
+    assert headline(alone)[0] == alone["importance_note"]
+    beside = full_summary(performance, importance={"benchmark": 1.0, "a": 3.0, "b": 0.0})
+    assert beside["importance"] == {"a": 1.0, "b": 0.0}
+    assert "(benchmark) hold 25% of solve.importance" in beside["importance_note"]
+    assert full_summary(performance)["importance_note"] == ""
