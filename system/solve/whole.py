@@ -1,6 +1,6 @@
 """Whole examples and a limited number of categories: branch and bound in HiGHS.
 
-First the best objective, then, with it held, the smallest total move. Counts come out of the
+First the best objective, then, with it held, a total move within the gap of the smallest. Counts come out of the
 search as whole numbers; nothing is rounded afterwards. Duals do not exist, so prices are null.
 """
 
@@ -48,7 +48,8 @@ def solve_whole(model: Model) -> Outcome:
         cost_S = np.r_[model.score_add_S, -model.score_remove_S]
         best = _next_stage(program, best, cost_S, guards)
     if is_proven:
-        # Equal moves are told apart by position: at most one part in a thousand, first is cheaper.
+        # A slight preference for earlier categories, at most one part in a thousand, guides the
+        # search; within its gap (`mip_gap`) any mix may come out, the same one everywhere.
         order_S = 1.0 + 1e-3 * np.arange(model.num_sources) / model.num_sources
         best = _next_stage(program, best, -np.tile(model.length_S * order_S, 2), guards)
     if not model.options.integer:
