@@ -1,6 +1,8 @@
 """Training speed against TRL's SFTTrainer and a plain transformers Trainer, in the same run.
 
     python tests/benchmarks/bench_train.py [--model DIR] [--rows 480] [--rounds 3] [--out FILE]
+    python tests/benchmarks/bench_train.py --model 1b --max-length 2048 --batch-rows 64 \\
+        --micro-batch-tokens 16384          on a GPU
 
 Every trainer gets the same encoded rows, the same number of rows per optimiser step and the same
 model, fp32 on CPU or bf16 on a GPU, no checkpoints, no evaluation.  Rate = tokens of rows (prompt
@@ -10,7 +12,11 @@ machine that others use too, tokens per CPU second with `--threads 1` is the ste
 
 Competitors:
     trl-packed    SFTTrainer(packing=True), its best-fit packing, flattened to one sequence a
-                  batch; transformers then masks rows apart (exact, quadratic in the batch)
+                  batch.  With the package flash-attn on a GPU it gets FlashAttention and pays
+                  for rows alone; without, transformers masks rows apart with SDPA (exact,
+                  quadratic in the batch): it does not use torch's own variable-length kernel
+    trl-flex      the same with FlexAttention, which skips what the mask hides; needs a GPU and no
+                  further package
     trl           SFTTrainer defaults
     trainer       transformers.Trainer with DataCollatorForSeq2Seq padding
     instructmix   this project's loop
@@ -19,6 +25,7 @@ Competitors:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -30,82 +37,12 @@ from typing import Any
 
 import numpy as np
 from conditions import commit, hardware, last_json, run_contender, versions
+from train_workload import Workload, build_model, build_packed_plan, build_workload, labelled
 
-TRAINERS = ("instructmix", "trl-packed", "trl", "trainer")
-MAX_LENGTH = 512
-BATCH_ROWS = 16
-MICRO_BATCH_TOKENS = 4096
+TRAINERS = ("instructmix", "trl-packed", "trl-flex", "trl", "trainer")
 
 
-def build_rows(num_rows: int, vocab_size: int) -> list[dict[str, Any]]:
-    """Rows with the length profile of instruction data: log-normal, median about 120 tokens."""
-    generator = np.random.default_rng(0)
-    lengths = np.clip(generator.lognormal(np.log(120), 0.7, num_rows), 16, MAX_LENGTH).astype(int)
-    rows = []
-    for number, length in enumerate(lengths):
-        ids = generator.integers(5, vocab_size, size=length)
-        prompt = int(length * generator.uniform(0.2, 0.7))
-        rows.append({"id": f"row-{number}", "input_ids": ids.tolist(), "prompt": prompt})
-    return rows
-
-
-def build_model(folder: Path, size: str) -> None:
-    """A Llama of about 1, 4 or 30 million parameters with random weights, and its tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    hidden, layers, vocabulary = {
-        "1m": (96, 4, 4096),
-        "4m": (192, 6, 8192),
-        "30m": (384, 8, 32768),
-    }[size]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 48,
-        num_key_value_heads=hidden // 96,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = {f"w{k}": k for k in range(vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w2")
-    fast.save_pretrained(folder)
-
-
-def labelled(row: dict[str, Any]) -> list[int]:
-    """Labels with the prompt masked out."""
-    return [-100] * row["prompt"] + row["input_ids"][row["prompt"] :]
-
-
-def build_packed_plan(rows: list[dict[str, Any]]) -> Any:
-    """This project's plan for the rows."""
-    import pyarrow as pa
-
-    from system import schema
-    from system.training.plan import build_plan
-
-    tokens = pa.table(
-        {
-            "id": [row["id"] for row in rows],
-            "category": ["all"] * len(rows),
-            "input_ids": [row["input_ids"] for row in rows],
-            "response_mask": [
-                [place >= row["prompt"] for place in range(len(row["input_ids"]))] for row in rows
-            ],
-        }
-    ).cast(schema.TOKENS)
-    return build_plan(
-        tokens, ["all"] * len(rows), batch_size=BATCH_ROWS, max_length=MAX_LENGTH, packing=True
-    )
-
-
-def run_instructmix(model_dir: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def run_instructmix(model_dir: str, work: Workload) -> dict[str, Any]:
     """This project's loop."""
     import torch
 
@@ -118,10 +55,10 @@ def run_instructmix(model_dir: str, rows: list[dict[str, Any]]) -> dict[str, Any
         learning_rate=1e-4,
         lr_schedule="linear",
         warmup_share=0.0,
-        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        micro_batch_tokens=work.micro_batch_tokens,
         dtype="bfloat16" if device == "cuda" else "float32",
     )
-    plan = build_packed_plan(rows)
+    plan = build_packed_plan(work)
     model = load_model(model_dir, device=device)
     start, cpu_start = time.perf_counter(), time.process_time()
     result = train_on_plan(model, plan, settings)
@@ -132,7 +69,7 @@ def run_instructmix(model_dir: str, rows: list[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def run_transformers(model_dir: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def run_transformers(model_dir: str, work: Workload) -> dict[str, Any]:
     """A plain Trainer: padded batches of the rows of a step."""
     from datasets import Dataset
     from transformers import (
@@ -144,27 +81,42 @@ def run_transformers(model_dir: str, rows: list[dict[str, Any]]) -> dict[str, An
     )
 
     data = Dataset.from_list(
-        [{"input_ids": row["input_ids"], "labels": labelled(row)} for row in rows]
+        [{"input_ids": row["input_ids"], "labels": labelled(row)} for row in work.rows]
     )
     trainer = Trainer(
         model=AutoModelForCausalLM.from_pretrained(model_dir),
-        args=TrainingArguments(**common_arguments(BATCH_ROWS)),
+        args=TrainingArguments(**common_arguments(work.batch_rows)),
         train_dataset=data,
         data_collator=DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model_dir)),
     )
     return timed(trainer)
 
 
-def run_trl(model_dir: str, rows: list[dict[str, Any]], *, packing: bool) -> dict[str, Any]:
+def packed_attention() -> str:
+    """What TRL's packing is made for, where it is installed; else transformers' default."""
+    has_flash = torch_has_gpu() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash else "sdpa"
+
+
+def torch_has_gpu() -> bool:
+    """Whether torch sees a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def run_trl(
+    model_dir: str, work: Workload, *, packing: bool, attention: str = "sdpa"
+) -> dict[str, Any]:
     """TRL's SFTTrainer; with packing its batch is as many full sequences as the rows fill."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    batch = BATCH_ROWS
+    batch = work.batch_rows
     if packing:
-        mean = float(np.mean([len(row["input_ids"]) for row in rows]))
-        batch = max(1, round(BATCH_ROWS * mean / MAX_LENGTH))
+        mean = float(np.mean([len(row["input_ids"]) for row in work.rows]))
+        batch = max(1, round(batch * mean / work.max_length))
     data = Dataset.from_list(
         [
             {
@@ -173,12 +125,12 @@ def run_trl(model_dir: str, rows: list[dict[str, Any]], *, packing: bool) -> dic
                     int(place >= row["prompt"]) for place in range(len(row["input_ids"]))
                 ],
             }
-            for row in rows
+            for row in work.rows
         ]
     )
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_dir),
-        args=SFTConfig(**common_arguments(batch), packing=packing, max_length=MAX_LENGTH),
+        model=AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation=attention),
+        args=SFTConfig(**common_arguments(batch), packing=packing, max_length=work.max_length),
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )
@@ -213,23 +165,23 @@ def timed(trainer: Any) -> dict[str, Any]:
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "loss": output.training_loss}
 
 
-def run_one(name: str, model_dir: str, num_rows: int) -> None:
+def run_one(name: str, model_dir: str, args: argparse.Namespace) -> None:
     """One trainer in this process; prints one JSON line."""
     import resource
 
     import torch
-    from transformers import AutoConfig
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    vocabulary = AutoConfig.from_pretrained(model_dir).vocab_size
-    rows = build_rows(num_rows, vocabulary)
+    work = build_workload(model_dir, args)
+    rows = work.rows
     run = {
         "instructmix": run_instructmix,
         "trainer": run_transformers,
         "trl": lambda *a: run_trl(*a, packing=False),
-        "trl-packed": lambda *a: run_trl(*a, packing=True),
+        "trl-packed": lambda *a: run_trl(*a, packing=True, attention=packed_attention()),
+        "trl-flex": lambda *a: run_trl(*a, packing=True, attention="flex_attention"),
     }[name]
-    result = run(model_dir, rows)
+    result = run(model_dir, work)
     tokens = sum(len(row["input_ids"]) for row in rows)
     memory = (
         torch.cuda.max_memory_allocated()
@@ -285,17 +237,24 @@ def needed_flops(model_dir: str, rows: list[dict[str, Any]]) -> float:
 def main() -> None:
     """Runs all trainers, interleaved, and prints (or writes) a JSON record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="4m", help="1m, 4m, 30m or a model directory")
+    parser.add_argument("--model", default="4m", help="1m, 4m, 30m, 1b or a model directory")
     parser.add_argument("--rows", type=int, default=480)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--batch-rows", type=int, default=16)
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=TRAINERS)
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS)
     parser.add_argument("--one", choices=TRAINERS)
     parser.add_argument("--out")
     args = parser.parse_args()
     if args.one:
-        run_one(args.one, args.model, args.rows)
+        run_one(args.one, args.model, args)
         return
+    if args.model == "1b" and not torch_has_gpu():
+        parser.error("--model 1b needs a GPU: a step on a CPU takes minutes")
+    if args.trainers is None:
+        args.trainers = [name for name in TRAINERS if name != "trl-flex" or torch_has_gpu()]
     model_dir = args.model
     if not Path(model_dir).is_dir():
         model_dir = tempfile.mkdtemp()
@@ -309,9 +268,18 @@ def main() -> None:
     print(json.dumps(report(runs, model_dir, args), indent=2))
 
 
+def gpu_name() -> str | None:
+    """The GPU that torch sees first."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 def run_process(name: str, model_dir: str, args: argparse.Namespace) -> dict[str, Any]:
     """One trainer in a fresh process."""
-    command = [__file__, "--one", name, "--model", model_dir, "--rows", str(args.rows)]
+    command = [__file__, "--one", name, "--model", model_dir]
+    for option in ("rows", "max_length", "batch_rows", "micro_batch_tokens"):
+        command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
     environment = {"OMP_NUM_THREADS": str(args.threads), "TRANSFORMERS_VERBOSITY": "error"}
     return last_json(run_contender(name, command, environment))
 
@@ -320,9 +288,7 @@ def report(
     runs: dict[str, list[dict[str, Any]]], model_dir: str, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Medians over rounds, ratios, machine, versions, commit."""
-    from transformers import AutoConfig
-
-    rows = build_rows(args.rows, AutoConfig.from_pretrained(model_dir).vocab_size)
+    rows = build_workload(model_dir, args).rows
     peak, needed = peak_of(args.threads), needed_flops(model_dir, rows)
     summary = {
         name: {
@@ -340,9 +306,10 @@ def report(
     ours = summary.get("instructmix")
     record = {
         "benchmark": "train",
-        "config": {**vars(args), "max_length": MAX_LENGTH, "batch_rows": BATCH_ROWS},
-        "machine": hardware(),
-        "versions": versions("torch", "transformers", "trl"),
+        "config": vars(args),
+        "packed_attention_of_trl": packed_attention(),
+        "machine": {**hardware(), "gpu": gpu_name()},
+        "versions": versions("torch", "transformers", "trl", "flash_attn"),
         "commit": commit(),
         "matmul_peak_gflops": peak / 1e9,
         "results": summary,

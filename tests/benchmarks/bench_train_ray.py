@@ -28,10 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from bench_train import BATCH_ROWS, build_model, build_packed_plan, build_rows
 from conditions import ROOT, commit, hardware, run_contender, versions
+from train_workload import Workload, build_model, build_packed_plan, build_rows
 
 CHECKPOINT_EVERY = 20
+MAX_LENGTH = 512
+BATCH_ROWS = 16
 WAYS = ("bare", "ray")
 
 
@@ -45,10 +47,16 @@ def build_job(root: Path, model: str, num_rows: int) -> Any:
 
     if not (root / "model").exists():
         build_model(root / "model", model)
-    rows = build_rows(num_rows, AutoConfig.from_pretrained(root / "model").vocab_size)
+    vocabulary = AutoConfig.from_pretrained(root / "model").vocab_size
+    work = Workload(
+        rows=build_rows(num_rows, vocabulary, MAX_LENGTH),
+        max_length=MAX_LENGTH,
+        batch_rows=BATCH_ROWS,
+        micro_batch_tokens=4096,
+    )
     plan_uri = str(root / "plan.arrow")
     if not Path(plan_uri).exists():
-        write_plan(plan_uri, build_packed_plan(rows))
+        write_plan(plan_uri, build_packed_plan(work))
     return TrainJob(
         name="bench",
         plan_uri=plan_uri,

@@ -47,6 +47,18 @@ def test_compiled_layers_train_the_same_model(lora, packing):
 
 @needs_compiler
 @pytest.mark.slow
+def test_compiled_layers_that_are_recomputed_train_the_same_model():
+    plan = build_small_plan()
+    gradients = loop_gradient(build_model(), plan, 0)
+    both = loop_gradient(build_model(), plan, 0, compile=True, activation_checkpointing=True)
+    for name, found in both.items():
+        torch.testing.assert_close(found, gradients[name], atol=2e-6, rtol=2e-5)
+    together = trained(plan, compile=True, activation_checkpointing=True)
+    assert largest_difference(trained(plan), together) < 5e-6
+
+
+@needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("switched_off", [False, True], ids=["alone", "beside-an-eager-engine"])
 def test_layers_really_run_compiled_and_lengths_share_what_was_compiled(switched_off):
     import torch._dynamo

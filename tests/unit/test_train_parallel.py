@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,8 @@ CASES = {
     "fsdp-small-passes": {"parallel": "fsdp", "micro_batch_tokens": 40},
     "fsdp-recomputed": {"parallel": "fsdp", "activation_checkpointing": True},
 }
+if shutil.which("g++") or shutil.which("clang++"):
+    CASES["fsdp-compiled"] = {"parallel": "fsdp", "compile": True}
 HELD_OUT = build_small_plan(build_tokens(13, seed=7), batch_size=5)
 """An odd number of rows, so that ranks differ in their number of passes."""
 MASKED = np.arange(48) % 5 != 0
