@@ -234,16 +234,17 @@ def _last_line(error: BaseException) -> str:
 def _shown_progress(jobs: Sequence[TrainJob], progress: Progress) -> Iterator[None]:
     """Shows how far the jobs are while the block runs, from the files that they leave."""
     stop = threading.Event()
-    found = sum(_done_share(job) for job in jobs)
     label = "train" if len(jobs) == 1 else f"train {len(jobs)} models"
 
+    def percent() -> int:
+        return int(100 * sum(_done_share(job) for job in jobs) / len(jobs))
+
     def watch() -> None:
-        with progress.bar(label, total=1000 * len(jobs)) as bar:
-            shown = int(1000 * found)
+        with progress.bar(f"{label}, % of the steps", total=100) as bar:
+            shown = percent()
             bar.skip(shown)
             while not stop.wait(_POLL_SECONDS):
-                share = sum(_done_share(job) for job in jobs)
-                if (now := int(1000 * share)) > shown:
+                if (now := percent()) > shown:
                     bar.advance(now - shown)
                     shown = now
 
