@@ -41,8 +41,9 @@ from system.evaluation.evaluate import (
 from system.evaluation.prediction import ArmForecast
 from system.influence.heldout import seeded_draw
 from system.influence.interventions import seed_of
+from system.mix_notes import choose_shrinkage
 from system.models.base import load_tokenizer
-from system.planning import choose_shrinkage, mix_options
+from system.planning import mix_options
 from system.scoring.answers import ANSWERS, Questions, check_answers, draw_questions
 from system.scoring.score import Scored
 from system.selection.select import select_arm

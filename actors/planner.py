@@ -21,19 +21,21 @@ from system.influence.deciding_dose import choose_doses, deciding_note
 from system.influence.dose_views import read_levels
 from system.influence.heldout_cost import stage_heldout
 from system.influence.matrix import EffectMatrix
+from system.mix_notes import (
+    appended_notes,
+    choose_shrinkage,
+    evidence_notes,
+    extrapolation_notes,
+    why_not_believed,
+)
 from system.models.base import load_tokenizer
 from system.planning import (
     SWEEP_MOVES,
-    appended_notes,
     check_limits,
-    choose_shrinkage,
     dependency_effects,
-    evidence_notes,
-    extrapolation_notes,
     largest_moves,
     mix_options,
     mix_problem,
-    why_not_believed,
 )
 from system.solve import (
     Mix,

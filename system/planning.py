@@ -14,15 +14,11 @@ import numpy as np
 
 from system.config import SolveConfig
 from system.errors import ConfigError
-from system.influence.estimators import FIRST_ORDER
 from system.influence.matrix import EffectMatrix
-from system.influence.summary import worth_agreement
-from system.solve import GroupLimit, Mix, MixOptions, MixProblem, solve_mix
+from system.solve import GroupLimit, MixOptions, MixProblem, solve_mix
 from system.solve.model import build_model
 from system.solve.problem import DoseCurve
 
-EXTRAPOLATES = 1.5
-"""A move or a budget this many times what was measured is called an extrapolation."""
 SWEEP_MOVES = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 """Shares of the budget whose predicted gain the report shows, beside the configured share."""
 
@@ -202,134 +198,6 @@ def _problem(
         tokens_S=None if tokens is None else _per_category(tokens, categories, 1.0),
         **measured,
     )
-
-
-def extrapolation_notes(
-    mix: Mix, dose_S: Mapping[str, float], measured_rows: float
-) -> tuple[str, ...]:
-    """Where a mix leaves what was measured: moves beyond the doses, a budget beyond the runs.
-
-    Effects are slopes, measured for a dose of each category on a base of a few hundred rows of it
-    with the proxy model.  Returns diminish, so slopes promise too much beyond that.
-
-    Args:
-        mix: the solved mix.
-        dose_S: category -> rows of its dose (the largest of the doses and directions).
-        measured_rows: rows that a reference run of the influence stage trains on.
-    """
-    beyond = {
-        item.category: abs(item.count - item.base) / dose_S[item.category]
-        for item in mix.categories
-        if abs(item.count - item.base) > EXTRAPOLATES * dose_S[item.category]
-    }
-    notes = []
-    if beyond:
-        farthest = max(beyond, key=lambda name: (beyond[name], name))
-        notes.append(
-            f"{len(beyond)} of {len(mix.categories)} categories move farther than the largest dose "
-            f"at which their effects were measured, {farthest!r} {beyond[farthest]:.1f} times as "
-            "far: there the predicted gain extrapolates and is likely to promise too much (raise "
-            "influence.dose_rows and influence.rows_per_category, or lower solve.move)"
-        )
-    examples = sum(item.count for item in mix.categories)
-    if examples > EXTRAPOLATES * measured_rows:
-        notes.append(
-            f"the mix has {examples / measured_rows:.1f} times the rows of a run of the influence "
-            "stage: the order of the categories may hold at that size, the size of the gain will "
-            "not (compare two sizes with `instructmix compare`)"
-        )
-    return tuple(notes)
-
-
-def appended_notes(mix: Mix, summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of a mix rests on appended entries (`influence.append`); nothing where there are none.
-
-    Args:
-        mix: the solved mix.
-        summary: of the influence stage.
-    """
-    append = summary.get("append")
-    if append is None or not append["categories"]:
-        return ()
-    names = append["categories"]
-    moved = [
-        item.category
-        for item in mix.categories
-        if item.category in names and abs(item.count - item.base) >= 1
-    ]
-    how = f"of which the mix moves {', '.join(moved)}" if moved else "none of which the mix moves"
-    return (
-        f"effects of and on {', '.join(names)} ({how}) were appended: measured at an earlier base "
-        "that has no rows of them; where much hangs on them, measure all categories at one base "
-        "(influence.append: false)",
-    )
-
-
-def why_not_believed(summary: Mapping[str, Any]) -> str:
-    """Why the mix stays at the base, or an empty text where the matrix may move it."""
-    if summary["is_believed"]:
-        return ""
-    if summary["replications"] < 2:
-        return (
-            "the matrix has one replication, so nothing shows that it would come out the same "
-            "again: the mix stays at the base (raise influence.replications)"
-        )
-    return (
-        "independent halves of the matrix, scored on different held-out rows, agree less on the "
-        f"worth of the categories than influence.min_agreement {summary['min_agreement']:g}: the "
-        "mix stays at the base"
-    )
-
-
-def choose_shrinkage(
-    solve: SolveConfig, summary: Mapping[str, Any]
-) -> tuple[SolveConfig, tuple[str, ...]]:
-    """`solve.shrinkage: auto` settled by what predicts better, and a note that says so.
-
-    Args:
-        solve: any setting; one that is not `auto` comes back as it is.
-        summary: of the influence stage.
-    """
-    if solve.shrinkage != "auto" or solve.matrix == "gamma":
-        return solve, ()
-    found = [part["prediction"] for part in summary["directions"].values()]
-    if any(prediction is None for prediction in found):
-        return solve.model_copy(update={"shrinkage": True}), (
-            "solved with shrunken effects: with one replication nothing tells whether they predict "
-            "better than the raw ones",
-        )
-    raw, shrunk = (sum(prediction[name] for prediction in found) for name in ("raw", "shrunk"))
-    is_shrunk = bool(shrunk <= raw)
-    note = (
-        f"solved with {'shrunken' if is_shrunk else 'raw'} effects: they predict a replication "
-        "that was left out better (mean squared error "
-        f"{min(raw, shrunk):.3g} against {max(raw, shrunk):.3g})"
-    )
-    return solve.model_copy(update={"shrinkage": is_shrunk}), (note,)
-
-
-def evidence_notes(mix: Mix, summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a mix that was allowed to move is not known by; nothing where it stays at the base.
-
-    Args:
-        mix: the solved mix.
-        summary: of the influence stage.
-    """
-    if not summary["is_believed"] or mix.moved == 0:
-        return ()
-    notes = []
-    if worth_agreement(summary["directions"]) is None:
-        notes.append(
-            "whether the effects would come out the same again could not be checked (fewer than "
-            "three categories, or all are worth the same): the mix moves by them unchecked"
-        )
-    if summary["estimator"] == "gradient":
-        notes.append(
-            f"{FIRST_ORDER}. On eight real categories their order had a rank correlation of 0 to "
-            "0.3 with retraining, and own effects were 3 to 6 times too large: expect less than is "
-            "predicted"
-        )
-    return tuple(notes)
 
 
 def dependency_effects(

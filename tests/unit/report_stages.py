@@ -23,12 +23,14 @@ from system.influence.matrix import estimate_effects
 from system.influence.measurements import Losses
 from system.influence.summary import Cost
 from system.influence.summary import summarise as summarise_influence
+from system.mix_notes import (
+    evidence_notes,
+    why_not_believed,
+)
 from system.planning import (
     dependency_effects,
-    evidence_notes,
     mix_options,
     mix_problem,
-    why_not_believed,
 )
 from system.rundir import RunDir, StageRecord, fingerprint
 from system.solve import MixPredictor, nearest_mix, solve_mix, sweep_move
