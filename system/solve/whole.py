@@ -1,7 +1,8 @@
 """Whole examples and a limited number of categories: branch and bound in HiGHS.
 
-First the best objective, then, with it held, a total move within the gap of the smallest. Counts come out of the
-search as whole numbers; nothing is rounded afterwards. Duals do not exist, so prices are null.
+First the best objective, then, with it held, a total move within the gap of the smallest. Counts
+come out of the search as whole numbers; nothing is rounded afterwards. Duals do not exist, so
+prices are null.
 """
 
 from dataclasses import replace
