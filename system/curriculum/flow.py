@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from system.errors import StageError
+
 _TIE = 1e-7  # reduced costs below this belong to a tie
 
 
@@ -133,6 +135,8 @@ def _solve_flow(
     """
     import highspy
 
+    from system.solve.highs import new_highs, require_ok, run_highs
+
     widths, slopes = segments
     layer, stage, category = np.nonzero(widths)
     if not len(layer):  # the floors leave no choice; HiGHS calls a model without columns empty
@@ -151,14 +155,15 @@ def _solve_flow(
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     lp.a_matrix_.start_ = np.arange(0, 2 * len(width) + 1, 2, dtype=np.int32)
     lp.a_matrix_.index_, lp.a_matrix_.value_ = rows, np.ones(2 * len(width))
-    solver = highspy.Highs()
-    options = {"output_flag": False, "threads": 1, "solver": "simplex", "presolve": "off"}
-    for option, value in options.items():
-        assert solver.setOptionValue(option, value) == highspy.HighsStatus.kOk, option
-    assert solver.passModel(lp) == highspy.HighsStatus.kOk
-    solver.run()
+    solver = new_highs({"solver": "simplex", "presolve": "off"})
+    require_ok(solver.passModel(lp), "take a table of stages")
+    run_highs(solver)
     status = solver.getModelStatus()
-    assert status == highspy.HighsModelStatus.kOptimal, solver.modelStatusToString(status)
+    if status != highspy.HighsModelStatus.kOptimal:
+        raise StageError(
+            "HiGHS was to end with an optimal table of stages, but it ended with status "
+            f"{solver.modelStatusToString(status)!r}; report the mix and the curriculum's settings"
+        )
     solution = solver.getSolution()
     value = np.asarray(solution.col_value)
     filled = np.round(value).astype(np.int64)

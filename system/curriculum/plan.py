@@ -176,6 +176,11 @@ def _plan_paper(problem: StageTable, shift: int | None) -> tuple[np.ndarray, flo
     """The paper's passes, group by group, so that exactly `shift` examples move in each."""
     passes = PAPER_PASSES
     size = int(problem.sizes_T[0])
+    if shift is not None and (isinstance(shift, bool) or not isinstance(shift, int | np.integer)):
+        raise ConfigError(
+            f"paper_shift is a number of examples, a whole number from 0 up; got {shift!r}. For a "
+            f"share of the mix of {size} examples, multiply by {size} and round."
+        )
     if shift is None:
         shift = size // (20 if size >= PAPER_LARGE_MIX else 10)
     top = np.nanmax(problem.level_S)

@@ -5,6 +5,7 @@ know but for a status value, and never raises; all three become errors here. One
 seed: the same model gives the same answer.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,27 +46,23 @@ class Solver:
     """One HiGHS model that is built, solved, changed and solved again from its warm basis."""
 
     def __init__(self, *, gap: float = 0.0) -> None:
-        self._highs = highspy.Highs()
+        self._highs = new_highs(
+            {
+                "primal_feasibility_tolerance": TOLERANCE,
+                "dual_feasibility_tolerance": TOLERANCE,
+                "small_matrix_value": 1e-12,
+                "mip_rel_gap": gap,
+                "mip_abs_gap": TOLERANCE,
+                "mip_feasibility_tolerance": 1e-8,
+            }
+        )
         # Two methods of the compiled base class that the package's type stubs leave out.
         self._core: Any = self._highs
         self._num_columns = 0
         self._num_rows = 0
         self._is_mip = False
         self.iterations = 0
-        options: dict[str, bool | int | float] = {
-            "output_flag": False,
-            "threads": 1,
-            "random_seed": 0,
-            "primal_feasibility_tolerance": TOLERANCE,
-            "dual_feasibility_tolerance": TOLERANCE,
-            "small_matrix_value": 1e-12,
-            "mip_rel_gap": gap,
-            "mip_abs_gap": TOLERANCE,
-            "mip_feasibility_tolerance": 1e-8,
-        }
-        for name, value in options.items():
-            self._check(self._highs.setOptionValue(name, value), f"set option {name}={value}")
-        self._check(self._highs.changeObjectiveSense(highspy.ObjSense.kMaximize), "maximise")
+        require_ok(self._highs.changeObjectiveSense(highspy.ObjSense.kMaximize), "maximise")
 
     @staticmethod
     def version() -> str:
@@ -84,7 +81,7 @@ class Solver:
         _require_finite("cost", cost_C)
         _require_no_nan("column bound", lower_C, upper_C)
         none = np.zeros(0)
-        self._check(
+        require_ok(
             self._highs.addCols(
                 n, cost_C, lower_C, upper_C, 0, np.zeros(n, np.int32), none.astype(np.int32), none
             ),
@@ -93,7 +90,7 @@ class Solver:
         if is_integer_C is not None and is_integer_C.any():
             which = (self._num_columns + np.flatnonzero(is_integer_C)).astype(np.int32)
             kinds = np.full(len(which), highspy.HighsVarType.kInteger.value, np.uint8)
-            self._check(
+            require_ok(
                 self._highs.changeColsIntegrality(len(which), which, kinds), "set integrality"
             )
             self._is_mip = True
@@ -113,7 +110,7 @@ class Solver:
         values = np.ascontiguousarray(values, dtype=np.float64)
         _require_finite("row", values)
         _require_no_nan("row bound", lower_R, upper_R)
-        self._check(
+        require_ok(
             self._highs.addRows(
                 count,
                 np.ascontiguousarray(lower_R, dtype=np.float64),
@@ -131,13 +128,13 @@ class Solver:
         """Replace the objective."""
         _require_finite("cost", cost_C)
         index = np.arange(self._num_columns, dtype=np.int32)
-        self._check(self._highs.changeColsCost(len(index), index, cost_C), "change costs")
+        require_ok(self._highs.changeColsCost(len(index), index, cost_C), "change costs")
 
     def set_column_bounds(self, lower_C: np.ndarray, upper_C: np.ndarray) -> None:
         """Replace the bounds of all columns."""
         _require_no_nan("column bound", lower_C, upper_C)
         index = np.arange(self._num_columns, dtype=np.int32)
-        self._check(
+        require_ok(
             self._highs.changeColsBounds(len(index), index, lower_C, upper_C), "change bounds"
         )
 
@@ -145,7 +142,7 @@ class Solver:
         """Replace the bounds of all rows."""
         _require_no_nan("row bound", lower_R, upper_R)
         index = np.arange(self._num_rows, dtype=np.int32)
-        self._check(
+        require_ok(
             self._core.changeRowsBounds(len(index), index, lower_R, upper_R), "change bounds"
         )
 
@@ -153,7 +150,7 @@ class Solver:
         """Replace some coefficients of one row."""
         _require_finite("row", values)
         for column, value in zip(columns.tolist(), values.tolist(), strict=True):
-            self._check(self._highs.changeCoeff(row, column, value), "change a coefficient")
+            require_ok(self._highs.changeCoeff(row, column, value), "change a coefficient")
 
     def start_from(self, column_status_C: np.ndarray, row_status_R: np.ndarray) -> None:
         """Begin the next solve at a basis: -1 at the lower end, 1 at the upper, 0 basic.
@@ -166,18 +163,18 @@ class Solver:
         basis.col_status = [names[k] for k in column_status_C.tolist()]
         basis.row_status = [names[k] for k in row_status_R.tolist()]
         basis.valid, basis.alien = True, True
-        self._check(self._highs.setBasis(basis), "set a starting basis")
+        require_ok(self._highs.setBasis(basis), "set a starting basis")
 
     def limit_search(self, max_nodes: int) -> None:
         """Stop the integer search after so many nodes."""
-        self._check(self._highs.setOptionValue("mip_max_nodes", max_nodes), "limit the search")
+        require_ok(self._highs.setOptionValue("mip_max_nodes", max_nodes), "limit the search")
 
     def suggest(self, x_C: np.ndarray) -> None:
         """Give the integer search a point to begin with; it is dropped if it is not feasible."""
         _require_finite("starting point", x_C)
         start = highspy.HighsSolution()
         start.col_value = x_C.tolist()
-        self._check(self._highs.setSolution(start), "take a starting point")
+        require_ok(self._highs.setSolution(start), "take a starting point")
 
     def solve(self) -> Solution:
         """Solve from the present basis.
@@ -187,15 +184,10 @@ class Solver:
             StageError: HiGHS ended in any state but a proven optimum (or, for a MILP, a feasible
                 point at the node limit).
         """
-        status = self._highs.run()
-        if status == highspy.HighsStatus.kError:
-            # The global scheduler keeps the thread count of whoever used HiGHS first in this
-            # process; a run that asks for another count fails until the scheduler is rebuilt.
-            highspy.Highs.resetGlobalScheduler(True)
-            status = self._highs.run()
+        status = run_highs(self._highs)
         if self._highs.getModelStatus() == highspy.HighsModelStatus.kUnknown:
             # A warm basis can be too ill-conditioned after large changes; a cold start is not.
-            self._check(self._highs.clearSolver(), "forget its basis")
+            require_ok(self._highs.clearSolver(), "forget its basis")
             status = self._highs.run()
         model_status = self._highs.getModelStatus()
         info = self._highs.getInfo()
@@ -243,7 +235,7 @@ class Solver:
         if not point.dual_valid:
             raise StageError("HiGHS gave an optimum without dual values; report the input")
         status, basic = self._core.getBasicVariables()
-        self._check(status, "read the basis")
+        require_ok(status, "read the basis")
         basic = np.asarray(basic)
         is_basic_C, is_basic_R = np.zeros(self._num_columns, bool), np.zeros(self._num_rows, bool)
         is_basic_C[basic[basic >= 0]] = True
@@ -258,12 +250,41 @@ class Solver:
             is_basic_R=is_basic_R,
         )
 
-    def _check(self, status: "highspy.HighsStatus", what: str) -> None:
-        if status != highspy.HighsStatus.kOk:
-            raise StageError(
-                f"HiGHS {self.version()} refused to {what} (status {status.name}); this is a "
-                "mistake in the model or an unsupported version of highspy, not in your data"
-            )
+
+def new_highs(options: Mapping[str, bool | int | float | str]) -> highspy.Highs:
+    """A silent, deterministic HiGHS on one thread.
+
+    Raises:
+        StageError: an option that HiGHS does not know.
+    """
+    highs = highspy.Highs()
+    for name, value in {"output_flag": False, "threads": 1, "random_seed": 0, **options}.items():
+        require_ok(highs.setOptionValue(name, value), f"set option {name}={value}")
+    return highs
+
+
+def require_ok(status: highspy.HighsStatus, what: str) -> None:
+    """Turn a status that HiGHS would let pass into an error.
+
+    Raises:
+        StageError: HiGHS refused.
+    """
+    if status != highspy.HighsStatus.kOk:
+        raise StageError(
+            f"HiGHS {highspy.Highs().version()} refused to {what} (status {status.name}); this is "
+            "a mistake in the model or an unsupported version of highspy, not in your data"
+        )
+
+
+def run_highs(highs: highspy.Highs) -> highspy.HighsStatus:
+    """Run, whatever thread count was used before in this process."""
+    status = highs.run()
+    if status == highspy.HighsStatus.kError:
+        # The global scheduler keeps the thread count of whoever used HiGHS first in this
+        # process; a run that asks for another count fails until the scheduler is rebuilt.
+        highspy.Highs.resetGlobalScheduler(True)
+        status = highs.run()
+    return status
 
 
 def _require_finite(what: str, *arrays: np.ndarray) -> None:

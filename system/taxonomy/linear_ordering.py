@@ -16,6 +16,9 @@ from itertools import combinations
 import highspy
 import numpy as np
 
+from system.errors import StageError
+from system.solve.highs import new_highs, require_ok, run_highs
+
 _VIOLATED = 1e-6
 _INTEGER = 1e-5
 _ACCEPTED = (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kSolutionLimit)
@@ -80,17 +83,8 @@ class _Program:
         lp.col_lower_, lp.col_upper_ = np.zeros(len(cost)), np.ones(len(cost))
         lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
         lp.a_matrix_.start_ = np.zeros(len(cost) + 1, dtype=np.int32)
-        solver = highspy.Highs()
-        options = {
-            "output_flag": False,
-            "threads": 1,
-            "random_seed": 0,
-            "mip_rel_gap": 0.0,
-            "mip_abs_gap": 1e-9,
-        }
-        for name, value in options.items():
-            assert solver.setOptionValue(name, value) == highspy.HighsStatus.kOk, name
-        assert solver.passModel(lp) == highspy.HighsStatus.kOk
+        solver = new_highs({"mip_rel_gap": 0.0, "mip_abs_gap": 1e-9})
+        require_ok(solver.passModel(lp), "take a linear-ordering program")
         return solver
 
     @property
@@ -111,13 +105,14 @@ class _Program:
         num = len(self.first)
         columns = np.arange(num, dtype=np.int32)
         integer = np.full(num, int(highspy.HighsVarType.kInteger), dtype=np.uint8)
-        self.solver.changeColsIntegrality(num, columns, integer)
+        require_ok(self.solver.changeColsIntegrality(num, columns, integer), "set integrality")
         place = np.argsort(start)
         x_start = (place[self.first] < place[self.second]).astype(float)
         bound = np.inf
         while node_limit > 0:
-            self.solver.setOptionValue("mip_max_nodes", node_limit)
-            self.solver.setSolution(num, columns, x_start)
+            status = self.solver.setOptionValue("mip_max_nodes", node_limit)
+            require_ok(status, "limit the search")
+            require_ok(self.solver.setSolution(num, columns, x_start), "take a starting point")
             x = self._run()
             info = self.solver.getInfo()
             # Each run has more constraints than the one before, so every bound holds.
@@ -128,9 +123,13 @@ class _Program:
         return None, max(bound, start_value)
 
     def _run(self) -> np.ndarray:
-        self.solver.run()
+        run_highs(self.solver)
         status = self.solver.getModelStatus()
-        assert status in _ACCEPTED, self.solver.modelStatusToString(status)
+        if status not in _ACCEPTED:
+            raise StageError(
+                "HiGHS was to end with a linear order or at its node limit, but it ended with "
+                f"status {self.solver.modelStatusToString(status)!r}; report the effects"
+            )
         return np.asarray(self.solver.getSolution().col_value)
 
     def _add_violated(self, x: np.ndarray) -> bool:
@@ -152,7 +151,7 @@ class _Program:
             self.triples[worst].ravel(),
             np.tile([1.0, 1.0, -1.0], num),
         )
-        assert status == highspy.HighsStatus.kOk
+        require_ok(status, "add constraints")
         return True
 
     def order(self, x: np.ndarray) -> np.ndarray:

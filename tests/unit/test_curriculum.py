@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from system.curriculum import Curriculum, plan_curriculum
 from system.curriculum.flow import StageTable, nearest_table
 from system.errors import ConfigError
 
+ROOT = pathlib.Path(__file__).parents[2]
 PRESETS = ("tilted", "sequential", "natural", "reversed")
 
 
@@ -257,6 +260,36 @@ def test_paper_says_by_how_much_it_cannot_be_done():
         plan_curriculum([880, 120], [0, 1], preset="paper", rehearsal=0.2)
     plan = plan_curriculum([880, 120], [0, 1], preset="paper", rehearsal=0.2, paper_shift=96)
     assert plan.counts_TS[0].tolist() == [976, 24]
+
+
+@pytest.mark.parametrize("shift", [0.1, 96.0, True])
+def test_paper_shift_is_a_number_of_examples_not_a_share(shift):
+    with pytest.raises(ConfigError, match="paper_shift is a number of examples"):
+        plan_curriculum([880, 120], [0, 1], preset="paper", paper_shift=shift)
+
+
+_ELSEWHERE = """
+import highspy
+import numpy as np
+used = highspy.Highs()
+used.setOptionValue("output_flag", False)
+used.setOptionValue("threads", 2)
+used.run()
+from system.curriculum import plan_curriculum
+print(plan_curriculum({"math": 6, "essay": 6}, {"math": 0, "essay": 1}, num_stages=2).counts_TS)
+from system.taxonomy.linear_ordering import solve_milp
+gain = np.array([[0.0, 3.0, 0.0], [1.0, 0.0, 1.0], [2.5, 0.0, 0.0]])
+print(solve_milp(gain, np.arange(3), 100))
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["-O"]])
+def test_plans_and_orders_come_out_where_others_used_more_threads_and_without_asserts(flags):
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", _ELSEWHERE], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[[5 1]\n [1 5]]\n(array([2, 0, 1]), 5.5)\n"
 
 
 @pytest.mark.parametrize("preset", ["tilted", "sequential", "reversed", "paper"])
