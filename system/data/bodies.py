@@ -13,6 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
+_SMALL_BYTES = 2**30
+"""A table that is put into one batch as it is: moving all of it once is cheaper than searching."""
+
 
 def text_bytes(table: pa.Table) -> np.ndarray:
     """[rows] int64: UTF-8 bytes of all turns of each row."""
@@ -29,6 +32,8 @@ def text_bytes(table: pa.Table) -> np.ndarray:
 
 def take_rows(table: pa.Table, places: np.ndarray) -> pa.Table:
     """The rows at these places, in this order, as one batch; together they stay below 2 GiB."""
+    if table.nbytes < _SMALL_BYTES:
+        return table.combine_chunks().take(pa.array(places))
     order = np.argsort(places, kind="stable")
     ascending = places[order]
     batches = table.to_batches()

@@ -33,9 +33,9 @@ from system.data.readers import Piece, read_batches, read_rows
 from system.data.spill import SpillWriter, spill_output
 from system.errors import DataError
 
-_FLUSH_BYTES = 64 * 2**20
-"""Text that is written at once, a record batch for each bucket: as much as most chunks hold, since
-a batch has a cost of its own and there are as many of them as chunks times buckets."""
+_FLUSH_BYTES = 32 * 2**20
+"""Text that is written at once, a record batch for each bucket: much of a chunk, since a batch has
+a cost of its own and there are as many of them as flushes times buckets."""
 _FLUSH_ROWS = 2**19
 _FLUSH_REJECTED = 8192
 _DETECTION_ROWS = 32

@@ -32,7 +32,7 @@ class SpillWriter:
         """Writes the rows, each into its bucket; the order within a bucket is kept."""
         if not table.num_rows:
             return
-        if (buckets != buckets[0]).any():
+        if (buckets[1:] < buckets[:-1]).any():
             order = np.argsort(buckets, kind="stable")
             table = table.take(pa.array(order))
             buckets = buckets[order]

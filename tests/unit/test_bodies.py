@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from ingest_builders import numbered, run_config, write_lines
 
 from system.data.bodies import take_rows
@@ -23,7 +24,9 @@ def batches_of(sizes: list[int]) -> pa.Table:
     )  # fmt: skip
 
 
-def test_rows_are_taken_in_the_order_asked_for_from_any_batches():
+@pytest.mark.parametrize("small_bytes", [0, 2**30])
+def test_rows_are_taken_in_the_order_asked_for_from_any_batches(monkeypatch, small_bytes):
+    monkeypatch.setattr("system.data.bodies._SMALL_BYTES", small_bytes)
     table = batches_of([3, 1, 7, 2])
     places = np.array(random.Random(0).sample(range(13), 9))
     assert take_rows(table, places).equals(table.take(pa.array(places)))

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ingest_builders import ingest, numbered, write_lines
+from ingest_builders import ingest, numbered, run_config, write_lines
 
 from system.config import SourceConfig
 from system.data.benchmarks import BenchmarkIndex
 from system.data.dedup import split_by_category
-from system.data.ingest_plan import bucket_of_heads
+from system.data.ingest import plan_ingest
 from system.data.near import least_bins, rows_per_band, signatures
 from system.data.shingles import NUM_BINS, find_words, mix, ngrams
 
@@ -161,16 +161,9 @@ def test_near_deduplication_does_not_depend_on_the_cut(tmp_path, monkeypatch):
     whole = ingest(tmp_path, deduplicate="near").files()
     assert whole == ingest(tmp_path, deduplicate="near", chunk_bytes=9000).files()
     kept = [row["id"] for row in ingest(tmp_path, deduplicate="near").rows()]
-    cuts: set[int] = set()
-
-    def counted(heads: np.ndarray, num_buckets: int) -> np.ndarray:
-        cuts.add(num_buckets)
-        return bucket_of_heads(heads, num_buckets)
-
     monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 20_000)
-    monkeypatch.setattr("system.data.held_rows.bucket_of_heads", counted)
     many = ingest(tmp_path, deduplicate="near", chunk_bytes=9000)
-    assert min(cuts) > 3
+    assert plan_ingest(run_config(tmp_path), "").num_buckets > 3
     assert [row["id"] for row in many.rows()] == kept
     assert shards(many.files()) == shards(whole)
 

@@ -56,10 +56,10 @@ def test_an_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
     tmp_path, monkeypatch, deduplicate
 ):
     write_lines(tmp_path / "rows.jsonl", [*messy_rows(7), *chained_rows(6, 4)])
-    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 8000)
+    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 20_000)
     monkeypatch.setattr("system.data.ingest_shards.UNIT_BYTES", 1)
     config = run_config(
-        tmp_path, max_chars=4500, chunk_bytes=2000, deduplicate=deduplicate, shard_rows=50
+        tmp_path, max_chars=4500, chunk_bytes=10_000, deduplicate=deduplicate, shard_rows=50
     )
     whole = Ingested(config, tmp_path / "whole")
     plan = plan_ingest(config, "")
