@@ -1,13 +1,17 @@
-"""Pictures of the mix: what moved, and what moving more would bring."""
+"""Pictures of the mix: what moved, what each limit costs, and what moving more would bring."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from system.report.formatting import figure_label, figure_text, interval, signed
+from system.influence.summary import short_unit
+from system.report.formatting import decimals, figure_label, figure_text, interval, signed
 from system.report.theme import BASE, GAIN, HARM, INK, MAIN, Figure, axis, category_axis, layout
 from system.solve.mix import CategoryMix, Mix
+
+PER = 100
+"""Prices are shown per so many examples."""
 
 
 def by_change(mix: Mix) -> list[CategoryMix]:
@@ -61,6 +65,80 @@ def mix_figure(mix: Mix) -> Figure:
         ),
         height=96 + 34 * len(rows),
         narrow={"yaxis.ticktext": [figure_label(row.category, 15) for row in rows]},
+    )
+
+
+def price_figures(mix: Mix) -> list[Figure]:
+    """Bars of what loosening each limit would bring: those counted in examples, then guards.
+
+    None for a mix without prices, and for one that no limit holds.
+    """
+    prices, relaxed = mix.relaxation or mix, mix.relaxation
+    held = {row.category: row.limit_price for row in mix.categories}
+    guards = {row.target: row.guard_price for row in mix.targets}
+    if relaxed is not None:
+        held, guards = dict(relaxed.limit_prices), dict(relaxed.guard_prices)
+    places = {
+        row.category: f" ({row.at})" * (row.at not in ("free", "base")) for row in mix.categories
+    }
+    value = {name + places[name]: price for name, price in held.items() if price}
+    value |= {f"group {row.group}": row.price for row in mix.groups if row.price}
+    value = dict(sorted(value.items(), key=lambda item: (-item[1], item[0])))
+    for name, price in (("trust region", prices.move_price), ("budget", prices.budget_price)):
+        if price:
+            value[name if mix.unit == "examples" else f"{name} ({mix.unit})"] = price
+    short = short_unit(mix.effect_unit)
+    figures = []
+    if value:
+        figures.append(
+            _price_bars(
+                "prices",
+                "Bars per limit: what loosening it by a hundred examples would bring.",
+                {name: price * PER for name, price in value.items()},
+                f"{short} for {PER} more",
+            )
+        )
+    paid = {name: price for name, price in guards.items() if price}
+    if paid:
+        figures.append(
+            _price_bars(
+                "guard-prices",
+                "Bars per guarded target: gain for each unit more that it may lose.",
+                dict(sorted(paid.items(), key=lambda item: (-item[1], item[0]))),
+                "gain for each unit that the target may lose more",
+            )
+        )
+    return figures
+
+
+def _price_bars(name: str, label: str, value: dict[str, float], unit: str) -> Figure:
+    names = list(value)
+    digits = decimals(value.values(), least=4)
+    bars: dict[str, Any] = {
+        "type": "bar", "orientation": "h", "y": list(range(len(names))), "x": list(value.values()),
+        "marker": {"color": [GAIN if price > 0 else HARM for price in value.values()]},
+        "customdata": [[figure_text(text), signed(value[text], digits)] for text in names],
+        "hovertemplate": "<b>%{customdata[0]}</b><br>%{customdata[1]} " + unit + "<extra></extra>",
+        "text": [signed(price, digits) for price in value.values()],
+        "textposition": "outside", "cliponaxis": False, "constraintext": "none",
+        "textfont": {"size": 11, "color": INK},
+    }  # fmt: skip
+    low, high = min(0.0, *value.values()), max(0.0, *value.values())
+    room = 0.18 * (high - low)
+    return Figure(
+        name=name,
+        label=label,
+        data=[bars],
+        layout=layout(
+            bargap=0.4,
+            xaxis=axis(
+                unit, zeroline=True, range=[low - room * (low < 0), high + room * (high > 0)]
+            ),
+            yaxis=category_axis([figure_label(text, 34) for text in names]),
+            showlegend=False,
+        ),
+        height=96 + 26 * len(names),
+        narrow={"yaxis.ticktext": [figure_label(text, 18) for text in names]},
     )
 
 

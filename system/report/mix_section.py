@@ -30,13 +30,11 @@ from system.report.formatting import (
     sentence,
     signed,
 )
-from system.report.mix_figures import by_change, mix_figure, sweep_figure
+from system.report.mix_figures import PER, by_change, mix_figure, price_figures, sweep_figure
 from system.report.view import RunView
 from system.solve.mix import Mix
 
 TITLE = "The mix"
-PER = 100
-"""Prices are shown per so many examples."""
 _HELD_BY = {
     "lower": "lower limit",
     "upper": "upper limit",
@@ -71,6 +69,7 @@ def mix_section(view: RunView) -> Section:
         _mix_table(mix),
         Heading(text="What holds it where it is"),
         Bullets(items=_limits(mix)),
+        *_prices(mix),
         Heading(text="Which data to collect next"),
         *_collect(mix),
         Heading(text="What moving more would bring"),
@@ -211,6 +210,25 @@ def _limits(mix: Mix) -> list[str]:
         price = "" if group.price is None else f", price {signed(group.price * PER, 6)} per {PER}"
         items.append(f"Group {group.group}: {count(group.count)} examples{price}.")
     return items
+
+
+def _prices(mix: Mix) -> list[Block]:
+    captions = {
+        "prices": f"What each limit costs: the gain if it is loosened by {PER} {_of(mix)}. A "
+        "budget below zero means that more of it harms. Limits without a price are left out.",
+        "guard-prices": "What the guards that bind cost: the gain for each unit more that the "
+        "target may lose.",
+    }
+    figures = price_figures(mix)
+    if not figures:
+        return []
+    return [Picture(figures=figures, captions=[captions[figure.name] for figure in figures])]
+
+
+def _of(mix: Mix) -> str:
+    if mix.unit == "examples":
+        return mix.unit
+    return f"examples (trust region and budget: {mix.unit})"
 
 
 def _collect(mix: Mix) -> list[Block]:

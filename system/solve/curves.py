@@ -102,6 +102,8 @@ def build_curve(problem: MixProblem, options: MixOptions) -> Curve | None:
     (remove_KS, remove_KTS, remove_var), (add_KS, add_KTS, add_var) = sides
     split = len(remove_KS)
     slope_NTS = np.concatenate([remove_KTS[::-1], add_KTS])
+    if problem.identifiable_TS is not None:
+        slope_NTS = np.where(problem.identifiable_TS, slope_NTS, 0.0)
     variance_NTS = np.concatenate([remove_var[::-1], add_var])
     fitted_NTS = non_increasing(slope_NTS, 1.0 / variance_NTS)
     size = float(np.abs(slope_NTS).max())

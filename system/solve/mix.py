@@ -81,6 +81,8 @@ class Relaxation:
     """Prices of the same problem with fractional counts: what a mix in whole examples has none of.
 
     Its gain bounds that of the whole mix from above; where the two are close, so are the values.
+    With ``max_categories`` it is the problem on the categories that the mix has; the others have
+    the price 0.
     """
 
     gain: float
@@ -147,7 +149,7 @@ class Mix:
     """Gain of one more budget unit with w0 and trust region held; negative: more harms."""
     solver: SolverInfo
     relaxation: Relaxation | None = None
-    """Fractional prices of an ``integer`` mix; null for others and with ``max_categories``."""
+    """Fractional prices of a mix with ``integer`` or ``max_categories``; null for others."""
     effect_unit: str = NATS
     """Of effects, gains and prices; ``share of right answers`` where answers were measured."""
     expected_regret: float | None = None

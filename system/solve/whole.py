@@ -1,14 +1,15 @@
 """Whole examples and a limited number of categories: branch and bound in HiGHS.
 
 First the best objective, then, with it held, a total move within the gap of the smallest. Counts
-come out of the search as whole numbers; nothing is rounded afterwards. Duals do not exist, so
-prices are null.
+come out of the search as whole numbers; nothing is rounded afterwards. Duals do not exist; those of
+the fractional problem, on the chosen categories where their number is limited, stand in for them.
 """
 
 from dataclasses import replace
 
 import numpy as np
 
+from system.solve.explain import Prices
 from system.solve.highs import ModelInfeasibleError
 from system.solve.model import Model
 from system.solve.objectives import (
@@ -53,18 +54,22 @@ def solve_whole(model: Model) -> Outcome:
         # search; within its gap (`mip_gap`) any mix may come out, the same one everywhere.
         order_S = 1.0 + 1e-3 * np.arange(model.num_sources) / model.num_sources
         best = _next_stage(program, best, -np.tile(model.length_S * order_S, 2), guards)
+    chosen = model
+    if model.options.max_categories is not None:
+        chosen = _on_open_only(model, best.x_C)
+    relaxed = solve_fractional(replace(chosen, options=replace(chosen.options, integer=False)))
+    prices = None if relaxed.prices is None else _of_open(chosen, relaxed.prices)
     if not model.options.integer:
         return replace(
-            _continuous_on(model, best.x_C),
+            relaxed,
             prices=None,
             ranges=None,
             is_proven=is_proven,
             gap=gap,
+            relaxed_prices=prices,
+            relaxed_gain=relaxed.gain,
         )
     x_C = best.x_C[: 2 * model.num_sources]
-    relaxed = None
-    if model.options.max_categories is None:
-        relaxed = solve_fractional(replace(model, options=replace(model.options, integer=False)))
     return Outcome(
         x_C=x_C,
         gain=gain if is_level else pessimistic_gain(model, x_C),
@@ -72,8 +77,8 @@ def solve_whole(model: Model) -> Outcome:
         rows=len(program.labels),
         is_proven=is_proven,
         gap=gap,
-        relaxed_prices=None if relaxed is None else relaxed.prices,
-        relaxed_gain=0.0 if relaxed is None else relaxed.gain,
+        relaxed_prices=prices,
+        relaxed_gain=relaxed.gain,
     )
 
 
@@ -176,17 +181,26 @@ def _with_open(model: Model, program: Program) -> Program:
     return opened
 
 
-def _continuous_on(model: Model, x_C: np.ndarray) -> Outcome:
-    """The exact continuous answer on the categories that the search left open."""
+def _on_open_only(model: Model, x_C: np.ndarray) -> Model:
+    """The model on the categories that the search left open; the others hold nothing."""
     S = model.num_sources
     is_open_S = x_C[-S:] > 0.5
-    closed = replace(
+    return replace(
         model,
         options=replace(model.options, max_categories=None),
         up_S=np.where(is_open_S, model.up_S, 0.0),
-        must_remove_S=np.where(is_open_S, 0.0, model.base_S),
+        must_remove_S=np.where(is_open_S, model.must_remove_S, model.base_S),
     )
-    return solve_fractional(closed)
+
+
+def _of_open(chosen: Model, prices: Prices) -> Prices:
+    """The prices without those of closed categories, which no limit of their own holds."""
+    is_open_S = (chosen.up_S > 0) | (chosen.must_remove_S < chosen.base_S)
+    return replace(
+        prices,
+        reduced_add_S=np.where(is_open_S, prices.reduced_add_S, 0.0),
+        reduced_remove_S=np.where(is_open_S, prices.reduced_remove_S, 0.0),
+    )
 
 
 def is_possible(model: Model) -> bool:

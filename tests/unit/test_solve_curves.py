@@ -284,3 +284,20 @@ def test_doses_that_fall_are_refused():
         replace(curve, dose_KS=curve.dose_KS[::-1])
     with pytest.raises(DataError, match=r"\[doses, targets, sources\]"):
         replace(curve, se_KTS=curve.se_KTS[:2])
+
+
+def test_curves_that_are_not_identifiable_count_as_zero():
+    asked = curved_problem(3, is_concave=False)
+    assert asked.curve_add is not None and asked.curve_remove is not None
+    mask_TS = np.ones((4, 4), bool)
+    mask_TS[1, 2] = mask_TS[3, 0] = False
+    silent = {
+        name: replace(curve, effect_KTS=np.where(mask_TS, curve.effect_KTS, 0.0))
+        for name, curve in (("curve_add", asked.curve_add), ("curve_remove", asked.curve_remove))
+    }
+    options = MixOptions(objective="concave", move=0.3)
+    masked = solve_mix(replace(asked, identifiable_TS=mask_TS), options)
+    zeroed = solve_mix(replace(asked, **silent), options)
+    assert masked.counts() == pytest.approx(zeroed.counts())
+    assert [t.change for t in masked.targets] == pytest.approx([t.change for t in zeroed.targets])
+    assert "2 of 16 effects were not identifiable and count as zero" in masked.notes[0]

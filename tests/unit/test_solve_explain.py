@@ -387,6 +387,21 @@ def test_whole_mix_carries_the_prices_of_the_fractional_one():
     assert whole.relaxation.gain >= whole.gain - 1e-9
 
 
+@pytest.mark.parametrize("integer", [False, True])
+def test_a_limited_number_of_categories_has_the_prices_of_the_chosen_ones(integer):
+    """c2 is closed; c0 has to take 40, c1 the 10 of its supply at 110, 50 spare in the move."""
+    p = problem(EFFECT, [100, 100, 50], supply_S=[300, 110, 300])
+    mix = solve_mix(p, MixOptions(move=0.4, max_categories=2, integer=integer))
+    prices = mix.relaxation
+    assert mix.counts() == pytest.approx({"c0": 140, "c1": 110, "c2": 0})
+    assert mix.move_price is None and prices is not None
+    assert prices.gain == pytest.approx(mix.gain) and prices.move_price == 0
+    more = solve_mix(replace(p, supply_S=[300, 111, 300]), MixOptions(move=0.4, max_categories=2))
+    assert prices.supply_prices["c1"] == pytest.approx(more.gain - mix.gain)
+    assert prices.supply_prices["c2"] == prices.limit_prices["c2"] == 0
+    assert Mix.from_json(mix.to_json()) == mix
+
+
 def test_cap_that_stops_a_category_before_its_supply_is_not_priced_as_supply():
     """c1 may rise by 5 although 10 more are there: more supply is worth nothing, more cap is."""
     p = problem(EFFECT, [100, 100, 100], supply_S=[150, 110, 300], cap_S=[100, 5, 100])
