@@ -237,7 +237,7 @@ def _shown_progress(jobs: Sequence[TrainJob], progress: Progress) -> Iterator[No
     label = "train" if len(jobs) == 1 else f"train {len(jobs)} models"
 
     def percent() -> int:
-        return int(100 * sum(_done_share(job) for job in jobs) / len(jobs))
+        return int(100 * sum(_done_share(job) for job in jobs) / max(1, len(jobs)))
 
     def watch() -> None:
         with progress.bar(f"{label}, % of the steps", total=100) as bar:

@@ -275,9 +275,11 @@ def test_missing_file_and_unwritable_place_are_named(files, tmp_path):
         )
 
 
-def test_module_runs_as_a_program_with_exit_codes(files):
+def test_command_runs_as_a_program_with_exit_codes(files):
     where = files()
-    words = [sys.executable, "-m", "system.solve", "--base", where / "base.csv", "--out", "-"]
+    words = [
+        sys.executable, "-m", "system.cli", "solve", "--base", where / "base.csv", "--out", "-",
+    ]  # fmt: skip
     good = subprocess.run(
         [*words, "--effect", where / "effect.csv"], capture_output=True, text=True, cwd=ROOT
     )
