@@ -55,11 +55,12 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         wait_for_dashboard(url, head, log)
         yield url
     finally:
-        started = psutil.Process(head.pid).children(recursive=True)
-        os.killpg(head.pid, signal.SIGTERM)
-        psutil.wait_procs(started, timeout=30)
-        os.killpg(head.pid, signal.SIGKILL)  # it goes on when what it has started is told to end
-        head.wait()
+        if head.poll() is None:
+            started = psutil.Process(head.pid).children(recursive=True)
+            os.killpg(head.pid, signal.SIGTERM)
+            psutil.wait_procs(started, timeout=30)
+            os.killpg(head.pid, signal.SIGKILL)  # it goes on when what it started is told to end
+            head.wait()
 
 
 def wait_for_dashboard(url: str, head: subprocess.Popen[bytes], log: Path) -> None:
