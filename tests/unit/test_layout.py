@@ -18,6 +18,7 @@ from training_builders import build_model, build_settings, build_small_plan
 
 from system.errors import ModelError
 from system.training import attention
+from system.training import layout as layout_module
 from system.training.layout import training_layout
 from system.training.microbatch import Layout, build_microbatch
 from system.training.objective import Objective
@@ -189,7 +190,8 @@ def test_memory_that_runs_out_in_the_flat_layout_is_not_taken_for_an_answer(monk
     attention.register()
 
 
-def test_layout_and_the_reason_for_a_slow_one_are_part_of_every_step(monkeypatch, caplog):
+def test_layout_and_the_reason_for_a_slow_one_are_part_of_every_step(caplog):
+    layout_module._tell_once.cache_clear()
     with Training(build_model(), build_small_plan(), build_settings()) as training:
         stats = training.step(0)
     assert stats.layout == "flat rows, SDPA over buckets, head in blocks" and not caplog.text
