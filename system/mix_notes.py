@@ -82,12 +82,13 @@ def why_not_believed(summary: Mapping[str, Any]) -> str:
     if summary["replications"] < 2:
         return (
             "the matrix has one replication, so nothing shows that it would come out the same "
-            "again: the mix stays at the base (raise influence.replications)"
+            "again: the mix stays at the base, or as near to it as the limits allow (raise "
+            "influence.replications)"
         )
     return (
         "independent halves of the matrix, scored on different held-out rows, agree less on the "
         f"worth of the categories than influence.min_agreement {summary['min_agreement']:g}: the "
-        "mix stays at the base"
+        "mix stays at the base, or as near to it as the limits allow"
     )
 
 

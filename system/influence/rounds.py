@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from system.config import AutoConfig, SolveConfig
+from system.errors import InfeasibleMixError
 from system.influence.matrix import EffectMatrix
 from system.planning import mix_options, mix_problem
 from system.solve import expected_regret
@@ -37,10 +38,12 @@ class Round:
     tuner_hours: float
     precision: float
     """Median standard error of the effect of a dose off the diagonal, nats per response token."""
-    gain: float
-    """Predicted gain of the mix."""
-    regret: float
-    """Expected regret of the mix, nats per response token."""
+    gain: float | None
+    """Predicted gain of the mix; None where the effects as estimated so far allow none that keeps
+    the guards (limits that contradict each other whatever the effects are refused before)."""
+    regret: float | None
+    """Expected regret of the mix, nats per response token; None where no draw of the effects allows
+    a mix that keeps the guards."""
     regret_error: float
     """Its Monte Carlo standard error."""
     undecided: dict[str, float]
@@ -49,9 +52,11 @@ class Round:
     @property
     def line(self) -> str:
         """For a person."""
+        regret = "not known" if self.regret is None else f"{self.regret:.4f} nats"
+        gain = "none: no mix keeps the guards" if self.gain is None else f"{self.gain:+.4f}"
         text = (
             f"after {self.replications} replications: typical error {self.precision:.4f} nats for "
-            f"a dose; predicted gain {self.gain:+.4f}, expected regret {self.regret:.4f} nats"
+            f"a dose; predicted gain {gain}, expected regret {regret}"
         )
         names = [f"{name} ({share:.1%})" for name, share in list(self.undecided.items())[:3]]
         return text + (f"; most open: {', '.join(names)}" if names else "")
@@ -80,26 +85,27 @@ def judge_round(
         tuner_hours: so far.
         seed: of the draws.
     """
-    regret = expected_regret(
-        mix_problem(solve, matrices, counts, tokens),
-        mix_options(solve, is_believed=True),
-        num_draws=NUM_DRAWS,
-        seed=seed,
-    )
+    problem = mix_problem(solve, matrices, counts, tokens)
+    options = mix_options(solve, is_believed=True)
+    try:
+        regret = expected_regret(problem, options, num_draws=NUM_DRAWS, seed=seed)
+    except InfeasibleMixError:
+        regret = None
     errors = [
         float(np.median((matrix.effect_se_TS * matrix.dose_S)[~matrix.own_TS]))
         for matrix in matrices.values()
     ]
-    undecided = sorted(regret.undecided.items(), key=lambda item: (-item[1], item[0]))
+    undecided = {} if regret is None else regret.undecided
+    largest = sorted(undecided.items(), key=lambda item: (-item[1], item[0]))[:5]
     return Round(
         replications=replications,
         trained_tokens=trained_tokens,
         tuner_hours=tuner_hours,
         precision=max(errors),
-        gain=regret.gain,
-        regret=regret.value,
-        regret_error=regret.error,
-        undecided=dict(undecided[:5]),
+        gain=None if regret is None else regret.gain,
+        regret=None if regret is None else regret.known_value,
+        regret_error=0.0 if regret is None else regret.error,
+        undecided=dict(largest),
     )
 
 
@@ -107,13 +113,19 @@ def why_stop(rounds: list[Round], auto: AutoConfig) -> str | None:
     """The reason to end after the last round, or None where the next one should begin."""
     last = rounds[-1]
     is_precise = auto.precision is None or last.precision <= auto.precision
-    if last.regret <= auto.regret and is_precise:
+    is_settled = last.regret is not None and last.regret <= auto.regret
+    if is_settled and is_precise:
         return f"enough: the expected regret is at most auto.regret {auto.regret:g}" + (
             "" if auto.precision is None else f" and the error at most {auto.precision:g}"
         )
-    unreached = f"the expected regret is {last.regret:.4f}, auto.regret asks for {auto.regret:g}"
-    if last.regret <= auto.regret:
+    if last.regret is None:
+        unreached = "as far as the effects are known, no mix keeps the guards (solve.guard)"
+    elif is_settled:
         unreached = f"the error is {last.precision:.4f}, auto.precision asks for {auto.precision:g}"
+    else:
+        unreached = (
+            f"the expected regret is {last.regret:.4f}, auto.regret asks for {auto.regret:g}"
+        )
     share = (last.replications + 1) / last.replications
     if last.replications >= auto.max_replications:
         return f"auto.max_replications {auto.max_replications} reached: {unreached}"

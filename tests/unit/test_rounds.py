@@ -1,12 +1,13 @@
 """When `auto` goes on and when it stops."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from influence_world import World
 
-from system.config import AutoConfig, InfluenceConfig, SolveConfig
+from system import storage
+from system.config import AutoConfig, GroupLimit, InfluenceConfig, SolveConfig
 from system.influence.matrix import estimate_effects
 from system.influence.rounds import Round, judge_round, why_stop
 from system.planning import mix_problem
@@ -25,11 +26,11 @@ def counts(matrix):
     return dict.fromkeys(matrix.sources, 200)
 
 
-def judge(world, replications, draw=0):
+def judge(world, replications, draw=0, solve=SOLVE):
     matrix = estimate_effects(world.measure(replications, draw=draw)).matrix
     return judge_round(
         {"remove": matrix},
-        SOLVE,
+        solve,
         counts(matrix),
         None,
         replications=replications,
@@ -50,6 +51,12 @@ def judge(world, replications, draw=0):
         (ROUND, AutoConfig(max_tokens=1499), "exceed auto.max_tokens 1,499"),
         (ROUND, AutoConfig(max_tokens=1500), None),
         (ROUND, AutoConfig(max_tuner_hours=1.4), "max_tuner_hours 1.4"),
+        (replace(ROUND, regret=None), AutoConfig(regret=10.0), None),
+        (
+            replace(ROUND, regret=None),
+            AutoConfig(regret=10.0, max_replications=2),
+            "max_replications 2 reached: as far as the effects are known, no mix keeps the guards",
+        ),
         (
             replace(ROUND, regret=0.0),
             AutoConfig(precision=0.001, max_replications=2),
@@ -91,6 +98,19 @@ def test_the_expected_regret_is_what_mixes_fall_short_of_on_average():
     error = np.std(real, ddof=1) / np.sqrt(len(real))
     assert abs(np.mean(expected) - np.mean(real)) < 3 * error + 0.25 * np.mean(real)
     assert np.mean(real) > 0
+
+
+def test_effects_that_allow_no_mix_yet_are_a_reason_to_go_on(tmp_path):
+    """One of two categories must grow, so the other one's target loses more than it may."""
+    world = World(num_categories=2, own=0.1, run_noise=1e-3, shared_noise=1e-3)
+    group = GroupLimit(categories=("c0",), lower=110.0)
+    grown = SOLVE.model_copy(update={"budget": 200, "groups": {"first": group}})
+    assert judge(world, 2, solve=grown).regret is not None
+    last = judge(world, 2, solve=grown.model_copy(update={"guard_nats": 1e-9}))
+    assert last.gain is None and last.regret is None and last.undecided == {}
+    assert "no mix keeps the guards" in last.line
+    storage.write_json(str(tmp_path / "round.json"), asdict(last))
+    assert why_stop([last], AutoConfig()) is None
 
 
 def test_verdicts_repeat():
