@@ -14,7 +14,7 @@ from system.data.corpus import Corpus
 from system.errors import ConfigError
 from system.influence.accuracy_targets import answer_tokens, draw_accuracy_targets
 from system.influence.design import Design
-from system.influence.external_targets import read_target
+from system.influence.external_targets import read_targets
 from system.influence.heldout import draw_targets, seeded_draw
 from system.influence.interventions import Schedule, assemble_design, plan_replication
 from system.models.base import load_tokenizer
@@ -118,11 +118,4 @@ def _external_targets(
         if plan is not None
         for name in plan.table.column("id").to_pylist()
     }
-    tables: dict[str, pa.Table] = {}
-    left_out: dict[str, int] = {}
-    for name, source in config.influence.target_sources.items():
-        tables[name], lost = read_target(
-            source, data_dir=config.data_dir, ingest=config.ingest, exclude=trained
-        )
-        left_out |= {f"{name}: {reason}": count for reason, count in lost.items()}
-    return tables, left_out
+    return read_targets(config, "estimate", trained)

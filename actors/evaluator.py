@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -28,23 +29,15 @@ from system import storage
 from system.curriculum import Curriculum
 from system.data.corpus import Corpus
 from system.evaluation.arms import ArmPlan, move_seed, plan_arms
-from system.evaluation.evaluate import (
-    BASE,
-    DELIVERED,
-    LOSSES,
-    OUTCOMES,
-    ArmInfo,
-    accuracy_table,
-    headline,
-    summarise,
-)
+from system.evaluation.evaluate import BASE, DELIVERED, ArmInfo, headline, summarise
 from system.evaluation.prediction import ArmForecast
-from system.influence.heldout import seeded_draw
+from system.evaluation.tables import LOSSES, OUTCOMES, accuracy_table
+from system.evaluation.unseen_rows import draw_test_questions, draw_test_rows, untrained_rows
 from system.influence.interventions import seed_of
 from system.mix_notes import choose_shrinkage
 from system.models.base import load_tokenizer
 from system.planning import mix_options
-from system.scoring.answers import ANSWERS, Questions, check_answers, draw_questions
+from system.scoring.answers import ANSWERS, Questions, check_answers
 from system.scoring.score import Scored
 from system.selection.select import select_arm
 from system.solve import Mix, MixPredictor
@@ -120,28 +113,32 @@ class _Evaluation:
                 for arm, seed in self.plans
             ),
         ]
-        self.questions = self._questions()
 
     def train_arms(self) -> None:
         """Trains every arm and seed whose measurements are not all there."""
-        jobs = []
-        for model in self.models:
-            if model.is_ours and (not self._has("scores", model) or self._lacks_answers(model)):
-                seed = seed_of(self.context.config.seed, "evaluate", model.seed)
-                plan_uri = self._uri("arms", model.name, "plan.arrow")
-                self._write_plan(self.plans[model.arm, model.seed], seed, plan_uri, model)
-                output_uri = self._uri("arms", model.name)
-                job = make_job(
-                    model.name, plan_uri, output_uri, self.context, seed=seed, keep_checkpoints=0
-                )
-                jobs.append(job)
+        ours = [model for model in self.models if model.is_ours]
+        for model in ours:  # all, before the first question: no test row is in any of them
+            self._write_plan(self.plans[model.arm, model.seed], model)
+        jobs = [
+            make_job(
+                model.name,
+                self._uri("arms", model.name, "plan.arrow"),
+                self._uri("arms", model.name),
+                self.context,
+                seed=self._seed(model),
+                keep_checkpoints=0,
+            )
+            for model in ours
+            if not self._has("scores", model) or self._lacks_answers(model)
+        ]
         if jobs:
             fit(jobs, self.context)
 
     def measure(self) -> None:
         """Losses and answers of every model; each is kept as soon as it is there."""
-        tokens, dropped = self._test_rows()
-        storage.write_json(self._uri("dropped.json"), dropped)
+        rows, left_out = self.external
+        tokens, dropped = draw_test_rows(self.context.config, self.corpus, self.tokenizer, rows)
+        storage.write_json(self._uri("dropped.json"), dropped | left_out)
         pending = list(self._units(tokens))
         if not pending:
             return
@@ -227,40 +224,35 @@ class _Evaluation:
             unit=summary["unit"],
         )
 
-    def _questions(self) -> Questions:
-        config = self.context.config
-        longest = config.model.max_length
-        room = min(config.evaluate.max_new_tokens, longest // 2)
-        return draw_questions(
-            self.corpus,
-            self.tokenizer,
-            rows_per_category=config.evaluate.accuracy_rows,
-            seed=seed_of(config.seed, "evaluate-questions"),
-            max_prompt_tokens=longest - room,
-        )
+    @cached_property
+    def external(self) -> tuple[dict[str, pa.Table], dict[str, int]]:
+        """Test rows of further targets, without those of any model's plan."""
+        plans = [
+            self._uri("arms", model.name, "plan.arrow") for model in self.models if model.is_ours
+        ]
+        plans.append(self.context.input("train", "plan"))
+        trained = (read_plan(uri).table.column("id") for uri in plans)
+        return untrained_rows(self.context.config, trained)
 
-    def _test_rows(self) -> tuple[pa.Table, dict[str, int]]:
-        """The same rows for all models."""
-        config = self.context.config
-        draw = seeded_draw(self.corpus, self.tokenizer, config.model.max_length)
-        seed = seed_of(config.seed, "evaluate-test")
-        tables, dropped = [], {}
-        for category in self.corpus.categories:
-            tokens, lost = draw("test", category, config.evaluate.test_rows, seed)
-            tables.append(tokens)
-            for reason, count in lost.items():
-                dropped[reason] = dropped.get(reason, 0) + count
-        return pa.concat_tables(tables), dropped
+    @cached_property
+    def questions(self) -> Questions:
+        """Asked of every model."""
+        rows, _ = self.external
+        return draw_test_questions(self.context.config, self.corpus, self.tokenizer, rows)
 
-    def _write_plan(self, arm: ArmPlan, seed: int, uri: str, model: _Model) -> None:
+    def _seed(self, model: _Model) -> int:
+        return seed_of(self.context.config.seed, "evaluate", model.seed)
+
+    def _write_plan(self, arm: ArmPlan, model: _Model) -> None:
         """The arm's frozen schedule, and its numbers for the summary (written after it)."""
+        uri = self._uri("arms", model.name, "plan.arrow")
         info_uri = self._uri("arms", model.name, "arm.json")
         if storage.exists(info_uri) and storage.exists(uri):
             return
         table = select_arm(
             self.corpus,
             arm.counts,
-            seed,
+            self._seed(model),
             curriculum=arm.curriculum,
             settings=self.context.config.select,
             attempt=self.selection_uri,

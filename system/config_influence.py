@@ -50,6 +50,9 @@ class TargetConfig(Section):
     """Column that holds a verifiable final answer."""
     answer_pattern: str | None = None
     """Regular expression with one group that finds the final answer inside a response."""
+    test_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Share of the rows, by the hash of the question, that the matrix never sees: stage `evaluate`
+    judges the trained models on them (at most evaluate.test_rows). 0: all rows for the matrix."""
 
     @model_validator(mode="after")
     def _is_a_source(self) -> TargetConfig:
@@ -58,7 +61,7 @@ class TargetConfig(Section):
 
     def as_source(self, name: str) -> SourceConfig:
         """What the readers of rows understand."""
-        return SourceConfig(name=name, **self.model_dump())
+        return SourceConfig(name=name, **self.model_dump(exclude={"test_share"}))
 
 
 class InfluenceConfig(Section):
@@ -101,8 +104,8 @@ class InfluenceConfig(Section):
     """Train adapters (merged before scoring) instead of all weights."""
     targets: dict[str, str | TargetConfig] = Field(default_factory=dict)
     """Further targets that no source owns: name -> instruction file relative to data_dir, or
-    `{path, format, columns, answer_column, answer_pattern}`, as sources have them; `metric:
-    accuracy` needs one of the last two."""
+    `{path, format, columns, answer_column, answer_pattern, test_share}`, as sources have them;
+    `metric: accuracy` needs one of the two about answers."""
     metric: Literal["loss", "accuracy"] = "loss"
     """What is measured on held-out rows: mean token loss (nats per response token), or the share of
     right answers, on categories with verifiable rows."""
@@ -138,10 +141,15 @@ class InfluenceConfig(Section):
     @property
     def target_sources(self) -> dict[str, SourceConfig]:
         """The files of `targets`, each as a source that has the target's name."""
-        return {
-            name: (TargetConfig(path=given) if isinstance(given, str) else given).as_source(name)
-            for name, given in self.targets.items()
-        }
+        return {name: self._target(name).as_source(name) for name in self.targets}
+
+    def target_test_share(self, name: str) -> float:
+        """Share of the target's rows that stage `evaluate` judges by."""
+        return self._target(name).test_share
+
+    def _target(self, name: str) -> TargetConfig:
+        given = self.targets[name]
+        return TargetConfig(path=given) if isinstance(given, str) else given
 
     @property
     def largest_dose(self) -> int:

@@ -32,7 +32,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from system.errors import DataError
@@ -46,44 +45,8 @@ from system.evaluation.prediction import (
     ArmForecast,
     predicted_and_realised,
 )
+from system.evaluation.tables import performance_of
 from system.solve.mix import ANSWERS
-
-LOSSES = pa.schema(
-    [
-        pa.field("arm", pa.string(), nullable=False),
-        pa.field("seed", pa.int32(), nullable=False),
-        pa.field("category", pa.string(), nullable=False),
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("nll", pa.float64(), nullable=False),  # nats, summed over response tokens
-        pa.field("num_tokens", pa.int32(), nullable=False),
-    ]
-)
-"""One held-out example under one model."""
-
-OUTCOMES = pa.schema(
-    [
-        pa.field("arm", pa.string(), nullable=False),
-        pa.field("seed", pa.int32(), nullable=False),
-        pa.field("category", pa.string(), nullable=False),
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("correct", pa.bool_(), nullable=False),
-    ]
-)
-"""One generated answer, checked."""
-
-ACCURACY = pa.schema(
-    [
-        pa.field("arm", pa.string(), nullable=False),
-        pa.field("seed", pa.int32(), nullable=False),
-        pa.field("category", pa.string(), nullable=False),
-        pa.field("rows", pa.int32(), nullable=False),
-        pa.field("correct", pa.int32(), nullable=False),
-        pa.field("accuracy", pa.float64(), nullable=False),
-        pa.field("low", pa.float64(), nullable=False),  # Wilson interval
-        pa.field("high", pa.float64(), nullable=False),
-    ]
-)
-"""Answers of one model by category."""
 
 BASE, DELIVERED = "base", "delivered"
 _UNTRAINED_OR_ONCE = (BASE, DELIVERED)
@@ -136,51 +99,6 @@ class ArmInfo:
     steps: int
     counts: dict[str, float]
     """Examples of each category over all passes, mean over seeds."""
-
-
-def performance_of(
-    table: pa.Table, column: str
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
-    """The values of a long table as arrays over seeds and examples.
-
-    Args:
-        table: columns arm, seed, category, id and `column`; LOSSES with `loss` gives minus the mean
-            token loss.
-        column: `loss` or `correct`.
-
-    Returns:
-        Arm -> category -> [S, n], examples in the order of their ids, only those that every arm
-        and seed has; and category -> examples left out because some model has none.
-    """
-    if column == "loss":
-        nll = table.column("nll").to_numpy()
-        values = -nll / table.column("num_tokens").to_numpy()
-    else:
-        values = table.column(column).to_numpy(zero_copy_only=False).astype(np.float64)
-    models: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
-    names = zip(
-        table.column("arm").to_pylist(),
-        table.column("seed").to_pylist(),
-        table.column("category").to_pylist(),
-        table.column("id").to_pylist(),
-        values.tolist(),
-        strict=True,
-    )
-    for arm, seed, category, row_id, value in names:
-        models.setdefault((arm, seed), {}).setdefault(category, {})[row_id] = value
-    found: dict[str, dict[str, np.ndarray]] = {arm: {} for arm, _ in models}
-    left_out: dict[str, int] = {}
-    for category in sorted({name for of in models.values() for name in of}):
-        of_models = [of.get(category, {}) for of in models.values()]
-        common = sorted(set.intersection(*(set(rows) for rows in of_models)))
-        left_out[category] = len(set.union(*(set(rows) for rows in of_models))) - len(common)
-        if len(common) < 2:
-            left_out[category] += len(common)
-            continue
-        for arm in found:
-            rows = [models[key].get(category, {}) for key in sorted(models) if key[0] == arm]
-            found[arm][category] = np.array([[of[i] for i in common] for of in rows])
-    return found, {category: count for category, count in left_out.items() if count}
 
 
 def summarise(
@@ -258,24 +176,6 @@ def summarise(
     return summary
 
 
-def accuracy_table(outcomes: pa.Table, confidence: float) -> pa.Table:
-    """ACCURACY: share of right answers of every model by category, with Wilson intervals."""
-    cells: dict[tuple[str, int, str], list[bool]] = {}
-    for row in outcomes.to_pylist():
-        cells.setdefault((row["arm"], row["seed"], row["category"]), []).append(row["correct"])
-    rows = []
-    for (arm, seed, category), answers in sorted(cells.items()):
-        interval = wilson_interval(sum(answers), len(answers), confidence)
-        rows.append(
-            {
-                "arm": arm, "seed": seed, "category": category, "rows": len(answers),
-                "correct": sum(answers), "accuracy": interval.value, "low": interval.low,
-                "high": interval.high,
-            }
-        )  # fmt: skip
-    return pa.Table.from_pylist(rows, schema=ACCURACY)
-
-
 def headline(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """The comparisons that people ask for first, a line each."""
     lines = [summary["importance_note"]] if summary["importance_note"] else []
@@ -295,8 +195,8 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, ...]:
 def importance_note(categories: Sequence[str], importance: Mapping[str, float]) -> str:
     """What the weights of the categories lack of those of the targets; empty: nothing.
 
-    Only categories have test rows.  A further target (`influence.targets`) has one set of rows, on
-    which the matrix was measured.
+    A further target (`influence.targets`) has none where its `test_share` is 0, or where what was
+    trained on leaves too few of its rows.
     """
     lost = {name: w for name, w in importance.items() if w > 0 and name not in categories}
     if not lost:
@@ -304,9 +204,9 @@ def importance_note(categories: Sequence[str], importance: Mapping[str, float]) 
     share = sum(lost.values()) / sum(importance.values())
     names = ", ".join(sorted(lost))
     rest = (
-        "the categories weigh as they do beside it"
+        "the others weigh as they do beside it"
         if any(importance.get(name, 0.0) > 0 for name in categories)
-        else "`by importance` here means all categories equally"
+        else "`by importance` here means all of them equally"
     )
     return f"targets without test rows ({names}) hold {share:.0%} of solve.importance: {rest}"
 

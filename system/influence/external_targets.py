@@ -1,7 +1,9 @@
 """Targets that no source owns: a user's benchmark, or a general-ability set as a guard.
 
 Their files may have any shape that sources may have; rows go through the same normal form, so ids
-tell a row that is also trained on; verifiable answers are found as a source finds them.
+tell a row that is also trained on; verifiable answers are found as a source finds them.  A share of
+the rows, chosen by the hash of the question as the corpus' splits are, is kept from the matrix for
+stage `evaluate`: a mix is not judged on the rows that chose it.
 """
 
 from __future__ import annotations
@@ -9,12 +11,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from system.config import IngestConfig, SourceConfig
-from system.data.conversation import Conversation, RowRejected, normalise
+from system.config import IngestConfig, RunConfig, SourceConfig
+from system.data.conversation import SPLITS, Conversation, RowRejected, normalise, split_of
 from system.data.formats import Format, choose_format
 from system.data.labels import Labels
 from system.data.readers import Defect, Piece, read_rows
@@ -24,21 +26,59 @@ from system.schema import CORPUS
 
 _HEAD_ROWS = 64
 
+Side = Literal["estimate", "test"]
+
+
+def read_targets(
+    config: RunConfig, side: Side, exclude: Collection[str] = ()
+) -> tuple[dict[str, pa.Table], dict[str, int]]:
+    """The rows of all `influence.targets`: CORPUS tables by name, and rows left out by reason.
+
+    Args:
+        config: of the run.
+        side: `estimate` rows the matrix is measured on, `test` rows judge what was trained.
+        exclude: ids of rows that are trained on.
+
+    Raises:
+        DataError: as `read_target`.
+    """
+    tables: dict[str, pa.Table] = {}
+    left_out: dict[str, int] = {}
+    for name, source in config.influence.target_sources.items():
+        tables[name], lost = read_target(
+            source,
+            data_dir=config.data_dir,
+            ingest=config.ingest,
+            exclude=exclude,
+            side=side,
+            test_share=config.influence.target_test_share(name),
+        )
+        left_out |= {f"{name}: {reason}": count for reason, count in lost.items()}
+    return tables, left_out
+
 
 def read_target(
-    source: SourceConfig, *, data_dir: str, ingest: IngestConfig, exclude: Collection[str]
+    source: SourceConfig,
+    *,
+    data_dir: str,
+    ingest: IngestConfig,
+    exclude: Collection[str],
+    side: Side = "estimate",
+    test_share: float = 0.0,
 ) -> tuple[pa.Table, dict[str, int]]:
-    """The rows of one target's files, each once, without those that are trained on.
+    """One side's rows of one target's files, each once, without those that are trained on.
 
     Args:
         source: the target's files and answers; its name is every row's category.
         data_dir: what relative paths start from.
         ingest: limits on rows.
-        exclude: ids of rows that interventions train on.
+        exclude: ids of rows that are trained on.
+        side: whose rows.
+        test_share: share of the rows, by question, on the side `test`.
 
     Returns:
         CORPUS rows, counts of the rows left out by reason (`trained-on` and `duplicate` among
-        them).
+        them; rows of the other side are not).
 
     Raises:
         DataError: no file, an unknown format, or too large a share of broken rows.
@@ -59,6 +99,8 @@ def read_target(
             normal = _normal(row, shape, labels, ingest, left_out)
             if normal is None:
                 num_broken += 1
+            elif SPLITS[split_of(normal.conversation.prompt_hash, 1.0, test_share)] != side:
+                continue
             elif normal.conversation.id in exclude:
                 left_out["trained-on"] += 1
             elif normal.conversation.id in found:

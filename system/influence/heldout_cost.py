@@ -18,7 +18,7 @@ from system.data.corpus import Corpus
 from system.data.lengths import RowLengths
 from system.influence.accuracy_targets import answer_tokens, draw_accuracy_targets
 from system.influence.cost import HeldoutLengths
-from system.influence.external_targets import read_target
+from system.influence.external_targets import read_targets
 from system.influence.heldout import encode_external
 from system.influence.interventions import seed_of
 
@@ -74,7 +74,7 @@ def _external(config: RunConfig, tokenizer: Any) -> HeldoutLengths:
 
     def heldout(trained: Collection[str]) -> np.ndarray:
         found: list[int] = []
-        for name, rows in _targets(config, trained).items():
+        for name, rows in read_targets(config, "estimate", trained)[0].items():
             tokens, _ = encode_external(
                 rows,
                 name,
@@ -91,7 +91,8 @@ def _external(config: RunConfig, tokenizer: Any) -> HeldoutLengths:
 
 def _questions(config: RunConfig, corpus: Corpus, tokenizer: Any) -> HeldoutLengths:
     def heldout(trained: Collection[str]) -> np.ndarray:
-        return question_lengths(config, corpus, tokenizer, _targets(config, trained))
+        external, _ = read_targets(config, "estimate", trained)
+        return question_lengths(config, corpus, tokenizer, external)
 
     return heldout
 
@@ -123,15 +124,6 @@ def question_lengths(
         only=only,
     )
     return np.array(_row_lengths(questions), dtype=np.float64) + longest
-
-
-def _targets(config: RunConfig, trained: Collection[str]) -> dict[str, pa.Table]:
-    return {
-        name: read_target(source, data_dir=config.data_dir, ingest=config.ingest, exclude=trained)[
-            0
-        ]
-        for name, source in config.influence.target_sources.items()
-    }
 
 
 def _row_lengths(table: pa.Table) -> list[int]:

@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from system.data.corpus import Corpus, seeded_rank
 from system.models.chat import encode, encode_prompt
-from system.schema import CORPUS
 from system.scoring.verify import is_correct
 
 if TYPE_CHECKING:
@@ -49,20 +48,14 @@ class Questions:
     stop_token_ids: list[int]
 
 
-def draw_questions(
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    rows_per_category: int,
-    seed: int,
-    max_prompt_tokens: int,
-) -> Questions:
-    """Test rows with an answer, those of smallest `sha256(seed:id)` of each category."""
-    tables = [
-        draw_rows(corpus, "test", category, rows_per_category, seed)
-        for category in corpus.categories
-    ]
-    rows = pa.concat_tables(tables) if tables else CORPUS.empty_table()
+def ask(rows: pa.Table, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int) -> Questions:
+    """The rows' questions as prompts.
+
+    Args:
+        rows: CORPUS schema, each with an answer.
+        tokenizer: with a chat template.
+        max_prompt_tokens: longer prompts keep their end.
+    """
     return Questions(
         rows=rows,
         prompts=[

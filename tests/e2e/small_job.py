@@ -23,7 +23,8 @@ ROWS = 160
 
 
 def write_data(folder: Path) -> None:
-    """Four categories in three formats; some rows without a category, one row is broken."""
+    """Four categories in three formats; some rows without a category, one row is broken; and a
+    target that no source owns."""
     draw = random.Random(7)
     folder.mkdir(parents=True, exist_ok=True)
     sums = [(draw.randint(1, 99), draw.randint(1, 99)) for _ in range(2 * ROWS)]
@@ -58,6 +59,9 @@ def write_data(folder: Path) -> None:
     (folder / "untagged.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in untagged[: ROWS // 8])
     )
+    longer = [(draw.randint(100, 999), draw.randint(100, 999)) for _ in range(ROWS // 4)]
+    lines = [f"How much is {a} and {b}?,{a + b}" for a, b in longer]
+    (folder / "long_sums.csv").write_text("\n".join(["question,answer", *lines]) + "\n")
 
 
 def _word(draw: random.Random) -> str:
@@ -95,6 +99,7 @@ def job_config(folder: Path, **changes: Mapping[str, Any]) -> Path:
             "heldout_rows": 12,
             "replications": 2,
             "learning_rate": 2.0e-3,
+            "targets": {"long sums": {"path": "long_sums.csv", "answer_column": "answer"}},
         },
         "solve": {"budget": 200, "importance": "uniform", "move": 0.2},
         "curriculum": {"num_stages": 2, "bootstrap": 20},

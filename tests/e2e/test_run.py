@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from small_job import WholeRun, run_job
 
+from system import storage
 from system.load import load_config
 from system.rundir import RunDir
 from system.stages import STAGE_FOLDERS
@@ -48,10 +50,10 @@ def test_rows_without_category_got_one(run_dir: Path) -> None:
     assert 0 <= accuracy["accuracy"]["value"] <= 1
 
 
-def test_the_matrix_is_square_with_errors(run_dir: Path) -> None:
+def test_the_matrix_has_every_pair_with_errors(run_dir: Path) -> None:
     rows = pq.read_table(run_dir / "influence/matrix.parquet").to_pylist()
     rows = [row for row in rows if row["unit"] == "examples"]
-    assert len(rows) == 16
+    assert len(rows) == (4 + 1) * 4, "the target of its own has a row and no column"
     assert all(row["effect_se"] > 0 for row in rows)
     assert {row["gamma"] for row in rows if row["target"] == row["source"]} <= {1.0, None}
     own = np.mean([row["effect"] for row in rows if row["target"] == row["source"]])
@@ -82,9 +84,27 @@ def test_the_model_loads_and_learned(run_dir: Path) -> None:
     assert summary["confidence"] == 0.95
 
 
+def test_models_are_judged_on_rows_of_the_further_target_that_chose_no_mix(run_dir: Path) -> None:
+    losses = pq.read_table(run_dir / "eval/losses.parquet").to_pylist()
+    judged = {row["id"] for row in losses if row["category"] == "long sums"}
+    (heldout,) = (run_dir / "influence").rglob("heldout.arrow")
+    measured = storage.read_table(str(heldout))
+    measured = measured.filter(pc.equal(measured["category"], "long sums"))["id"].to_pylist()
+    assert len(judged) == len(measured) == 12 and judged.isdisjoint(measured)
+    summary = json.loads((run_dir / "eval/summary.json").read_text())
+    assert summary["importance"]["long sums"] == pytest.approx(1 / 5)
+    assert summary["importance_note"] == ""
+    (solved,) = (p for p in summary["predictions"] if (p["arm"], p["reference"]) == SOLVED)
+    assert "long sums" in {row["target"] for row in solved["targets"]}
+    assert "long sums" in {row["category"] for row in summary["accuracy"]}
+
+
+SOLVED = ("solved", "natural")
+
+
 def test_the_report_names_every_category(run_dir: Path) -> None:
     page = (run_dir / "report.html").read_text()
-    for category in ("addition", "chat", "counting", "spelling"):
+    for category in ("addition", "chat", "counting", "spelling", "long sums"):
         assert category in page
 
 

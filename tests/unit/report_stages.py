@@ -16,8 +16,9 @@ from system.data.conversation import SPLITS
 from system.data.corpus import Shard, make_manifest, write_manifest
 from system.data.tag import TAGS, measure_accuracy
 from system.evaluation.arms import apportion
-from system.evaluation.evaluate import LOSSES, OUTCOMES, ArmInfo, summarise
+from system.evaluation.evaluate import ArmInfo, summarise
 from system.evaluation.prediction import ArmForecast
+from system.evaluation.tables import LOSSES, OUTCOMES
 from system.influence.design import CategoryRows, Design, Replication, Target
 from system.influence.matrix import estimate_effects
 from system.influence.measurements import Losses

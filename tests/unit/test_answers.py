@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from system.data.corpus import Corpus, make_manifest, write_manifest, write_shard
 from system.models.base import CHATML
 from system.schema import CORPUS
-from system.scoring.answers import ANSWERS, Generated, check_answers, draw_questions, end_of_turn
+from system.scoring.answers import ANSWERS, Generated, ask, check_answers, draw_rows, end_of_turn
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +56,8 @@ def corpus_of(folder: Path, rows: dict[str, list[tuple[str, str | None]]]) -> Co
 
 
 def draw(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, rows: int, seed: int = 0):
-    return draw_questions(
-        corpus, tokenizer, rows_per_category=rows, seed=seed, max_prompt_tokens=100
-    )
+    tables = [draw_rows(corpus, "test", category, rows, seed) for category in corpus.categories]
+    return ask(pa.concat_tables(tables), tokenizer, max_prompt_tokens=100)
 
 
 def test_only_rows_with_an_answer_are_asked(tmp_path, tokenizer):

@@ -22,7 +22,7 @@ from system.influence.cost import (
 )
 from system.influence.design import Design
 from system.influence.estimators import ESTIMATORS
-from system.influence.external_targets import read_target
+from system.influence.external_targets import read_targets
 from system.influence.first_order import gradient_task
 from system.influence.heldout import draw_targets, seeded_draw
 from system.influence.heldout_cost import stage_heldout
@@ -75,12 +75,7 @@ def planned(root: Path, config: RunConfig, corpus: Corpus) -> tuple[Design, list
         if plan is not None
         for name in plan.table["id"].to_pylist()
     }
-    external = {
-        name: read_target(source, data_dir=config.data_dir, ingest=config.ingest, exclude=trained)[
-            0
-        ]
-        for name, source in config.influence.target_sources.items()
-    }
+    external, _ = read_targets(config, "estimate", trained)
     heldout, targets, _ = draw_targets(
         run_seed=config.seed,
         sources=corpus.categories,

@@ -9,16 +9,9 @@ from system.config import RunConfig
 from system.errors import ConfigError, DataError
 from system.evaluation.ablation import ARMS, ablation_config, ablation_tables
 from system.evaluation.contrast import contrast
-from system.evaluation.evaluate import (
-    LOSSES,
-    OUTCOMES,
-    ArmInfo,
-    accuracy_table,
-    headline,
-    performance_of,
-    summarise,
-)
+from system.evaluation.evaluate import ArmInfo, headline, summarise
 from system.evaluation.intervals import wilson_interval
+from system.evaluation.tables import LOSSES, OUTCOMES, accuracy_table, performance_of
 
 DIFFERENCE = {"solved": 1.0, "natural": -1.0}
 BASE_GAP = 0.7
@@ -339,7 +332,7 @@ def test_importance_of_what_has_no_test_rows_is_said_aloud():
     alone = full_summary(performance, importance={"benchmark": 2.0})
     assert alone["importance"] == {"a": 0.5, "b": 0.5}
     assert "(benchmark) hold 100% of solve.importance" in alone["importance_note"]
-    assert "all categories equally" in alone["importance_note"]
+    assert "all of them equally" in alone["importance_note"]
     assert headline(alone)[0] == alone["importance_note"]
     beside = full_summary(performance, importance={"benchmark": 1.0, "a": 3.0, "b": 0.0})
     assert beside["importance"] == {"a": 1.0, "b": 0.0}

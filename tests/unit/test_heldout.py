@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from influence_corpus import TASKS, build_inputs
 from ingest_builders import Ingested, run_config, write_lines
@@ -8,7 +9,8 @@ from ingest_builders import Ingested, run_config, write_lines
 from system.config import InfluenceConfig, IngestConfig, SourceConfig
 from system.data.corpus import Corpus
 from system.errors import DataError
-from system.influence.external_targets import read_target
+from system.evaluation.unseen_rows import untrained_rows
+from system.influence.external_targets import read_target, read_targets
 from system.influence.heldout import draw_targets, seeded_draw
 from system.influence.interventions import seed_of
 from system.models.base import load_tokenizer
@@ -128,6 +130,46 @@ def test_rows_that_are_trained_on_are_taken_out_of_a_target(corpus, root, tmp_pa
     assert left_out["trained-on"] > 10
     assert not trained & set(table["id"].to_pylist())
     assert table.num_rows + left_out["trained-on"] == 40
+
+
+def test_the_two_sides_of_a_target_share_no_question(tmp_path):
+    """As many as asked for; the matrix sees one side, evaluation the other; adding moves no row."""
+    lines = [
+        {"question": f"What is {k // 2}?", "answer": f"It is {'odd' if k % 2 else 'even'}."}
+        for k in range(400)
+    ]
+    (tmp_path / "bench.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def ids(side, test_share=0.5):
+        target = {"path": str(tmp_path / "bench.jsonl"), "test_share": test_share}
+        config = run_config(tmp_path, SourceConfig(path="x", category="c"))
+        influence = InfluenceConfig.model_validate({"targets": {"bench": target}})
+        config = config.model_copy(update={"influence": influence})
+        tables, left_out = read_targets(config, side)
+        assert left_out == {}
+        asked = {messages[0]["content"] for messages in tables["bench"]["messages"].to_pylist()}
+        return set(tables["bench"]["id"].to_pylist()), asked
+
+    (measured, asked), (judged, other) = ids("estimate"), ids("test")
+    assert len(measured | judged) == 400 and not measured & judged and not asked & other
+    assert 140 < len(judged) < 260
+    fewer, _ = ids("test", 0.1)
+    assert fewer < judged and 10 < len(fewer) < 80
+    assert len(ids("estimate", 0.0)[0]) == 400 and not ids("test", 0.0)[0]
+
+
+def test_rows_that_a_model_was_trained_on_do_not_judge_it(tmp_path):
+    lines = [{"question": f"How many is {k}?", "answer": f"It is {k}."} for k in range(60)]
+    (tmp_path / "bench.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = run_config(tmp_path, SourceConfig(path="x", category="c"))
+    targets = InfluenceConfig(targets={"bench": str(tmp_path / "bench.jsonl")})
+    config = config.model_copy(update={"influence": targets})
+    tables, _ = untrained_rows(config, [])
+    ids = tables["bench"]["id"].to_pylist()
+    plans = [pa.chunked_array([ids[:2]]), pa.chunked_array([["f" * 32], [ids[1], ids[4]]])]
+    left, left_out = untrained_rows(config, plans)
+    assert left["bench"]["id"].to_pylist() == [ids[2], ids[3], *ids[5:]]
+    assert left_out == {"bench: trained-on": 3}
 
 
 def test_a_broken_target_file_is_refused(tmp_path):

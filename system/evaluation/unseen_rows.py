@@ -1,0 +1,101 @@
+"""What trained models are judged on: test rows of the categories and of further targets.
+
+Rows are drawn by the hash of (seed, id), the same for every model.  Further targets
+(`influence.targets`) give the share of their rows that the matrix never saw, less the rows that
+any of the models was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from system.config import RunConfig
+from system.data.corpus import Corpus
+from system.influence.external_targets import read_targets
+from system.influence.heldout import encode_external, in_seeded_order, seeded_draw
+from system.influence.interventions import seed_of
+from system.scoring.answers import Questions, ask, draw_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def untrained_rows(
+    config: RunConfig, trained: Iterable[pa.ChunkedArray]
+) -> tuple[dict[str, pa.Table], dict[str, int]]:
+    """Test rows of the further targets: CORPUS tables by name, and rows left out by reason.
+
+    Args:
+        config: of the run.
+        trained: ids of the rows that each model was trained on; read only where there are targets.
+
+    Raises:
+        DataError: a target's files cannot be read.
+    """
+    if not config.influence.targets:
+        return {}, {}
+    tables, left_out = read_targets(config, "test")
+    for ids in trained:
+        for name, table in tables.items():
+            is_trained = pc.is_in(table.column("id"), value_set=ids.combine_chunks())
+            if count := pc.sum(is_trained).as_py():
+                reason = f"{name}: trained-on"
+                left_out[reason] = left_out.get(reason, 0) + count
+                tables[name] = table.filter(pc.invert(is_trained))
+    return tables, left_out
+
+
+def draw_test_rows(
+    config: RunConfig,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    external: Mapping[str, pa.Table],
+) -> tuple[pa.Table, dict[str, int]]:
+    """TOKENS rows whose category is the category's or the target's name; dropped rows by reason.
+
+    Args:
+        config: of the run; `evaluate.test_rows` of each, at most.
+        corpus: its test split is drawn from.
+        tokenizer: with a chat template.
+        external: of `untrained_rows`.
+    """
+    draw = seeded_draw(corpus, tokenizer, config.model.max_length)
+    num_rows, seed = config.evaluate.test_rows, seed_of(config.seed, "evaluate-test")
+    drawn = [draw("test", category, num_rows, seed) for category in corpus.categories]
+    drawn += [
+        encode_external(rows, name, num_rows, seed, tokenizer, config.model.max_length)
+        for name, rows in external.items()
+    ]
+    dropped: dict[str, int] = {}
+    for _, lost in drawn:
+        for reason, count in lost.items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    return pa.concat_tables([tokens for tokens, _ in drawn]), dropped
+
+
+def draw_test_questions(
+    config: RunConfig,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    external: Mapping[str, pa.Table],
+) -> Questions:
+    """Test rows with a verifiable answer, `evaluate.accuracy_rows` of each at most.
+
+    Args:
+        config: of the run.
+        corpus: its test split is drawn from.
+        tokenizer: with a chat template.
+        external: of `untrained_rows`.
+    """
+    longest = config.model.max_length
+    room = min(config.evaluate.max_new_tokens, longest // 2)
+    num_rows, seed = config.evaluate.accuracy_rows, seed_of(config.seed, "evaluate-questions")
+    drawn = [draw_rows(corpus, "test", name, num_rows, seed) for name in corpus.categories]
+    for table in external.values():
+        verifiable = table.filter(table.column("answer").is_valid())
+        drawn.append(in_seeded_order(verifiable, seed).slice(0, num_rows))
+    return ask(pa.concat_tables(drawn), tokenizer, max_prompt_tokens=longest - room)
