@@ -154,6 +154,18 @@ def _train_environment(context: StageContext) -> dict[str, str]:
     return values
 
 
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C to the command.
+
+    Ray Train's own handler would end the process with exit code 0 in the middle of a training, and
+    would stay when that is over, to call a controller that is gone.  Workers and controller end
+    with the driver, whose actors they are.
+    """
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
 def _trainer(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> TorchTrainer:
     config = context.config
     cluster = config.cluster
@@ -165,7 +177,7 @@ def _trainer(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> T
     if use_gpu:
         resources["GPU"] = cluster.train_gpus
     threads = max(1, int(cluster.actor_cpus))
-    return TorchTrainer(
+    return _Trainer(
         train_jobs,
         train_loop_config={"jobs": list(jobs), "num_threads": threads},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),

@@ -5,6 +5,9 @@ Rows are drawn by the hash of (seed, id), the same for every model.  Further tar
 any of the models was trained on.
 """
 
+# (pyarrow.compute makes its functions at import, where no type checker sees them)
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping

@@ -144,13 +144,44 @@ def test_killed_worker_changes_nothing(long_world, cluster, undisturbed):
         killed.append(True)
 
     killed: list[bool] = []
+    handler = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=kill)
     thread.start()
     run(build_context(long_world, "train/killed", cluster, **LONG))
     thread.join()
     assert killed
+    assert signal.getsignal(signal.SIGINT) is handler, "Ray Train's, which would outlive it"
     assert strayed(long_world, "train/killed", undisturbed) == 0.0
     assert steps_logged(long_world, "train/killed") == list(range(LONG_STEPS))
+
+
+def start_driver(root: Path, attempt: str) -> subprocess.Popen[bytes]:
+    """The stage in a process of its own, with a Ray of its own."""
+    code = (
+        f"import signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path\n"
+        "from trainer_world import build_context\n"
+        "from actors.trainer import run\n"
+        "try:\n"
+        f"    run(build_context(Path({str(root)!r}), {attempt!r}, **{LONG!r}))\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(130)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_command(long_world):
+    """Ray Train's own handler would end it with exit code 0, as if it had finished."""
+    attempt = long_world / "train/stopped"
+    driver = start_driver(long_world, "train/stopped")
+    worker = wait_for_checkpoint(attempt, 10)["pid"]
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(timeout=120) == 130
+    wait_until_gone(worker)
+    assert list(attempt.glob("checkpoints/*/COMMIT.json"))
+    assert not (attempt / "done.json").exists()
 
 
 @pytest.mark.slow
@@ -159,14 +190,7 @@ def test_killed_driver_resumes_with_one_worker_from_damaged_storage(
 ):
     """SIGKILL of the driver, newest checkpoint truncated, world size 2 -> 1."""
     attempt = long_world / "train/driver"
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path\n"
-        "from trainer_world import build_context\n"
-        "from actors.trainer import run\n"
-        f"run(build_context(Path({str(long_world)!r}), 'train/driver', **{LONG!r}))\n"
-    )
-    driver = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    driver = start_driver(long_world, "train/driver")
     worker = wait_for_checkpoint(attempt, 30)["pid"]
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
