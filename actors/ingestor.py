@@ -124,4 +124,5 @@ def _result(manifest: Manifest) -> StageResult:
             "details": manifest.details,
         },
         lines=tuple(lines),
+        digest=manifest.content_digest,
     )

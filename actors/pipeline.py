@@ -109,6 +109,8 @@ class Stage:
     """Further sections that decide the result of this configuration."""
     history: Callable[[RunConfig, Mapping[str, Any]], dict[str, str]] = field(default=_no_history)
     """Which earlier result in the run directory the result depends on, given all other inputs."""
+    shows_all: bool = False
+    """Shows how the stages before it came about too, not only what they made."""
     revision: int = 1
     """Raised whenever the code changes the stage's results."""
 
@@ -161,7 +163,7 @@ STAGES: tuple[Stage, ...] = (
         after=("tag", "model", "influence", "solve", "curriculum", "select", "train"), revision=5,
     ),
     Stage(
-        name="report", module="actors.reporter", reads=(),
+        name="report", module="actors.reporter", reads=(), shows_all=True,
         after=(
             "ingest", "model", "tag", "influence", "solve", "curriculum", "select", "train",
             "evaluate",
@@ -217,7 +219,10 @@ def stage_inputs(
     for name in _NO_RESULT | config.select.unread_fields | unread:
         inputs.pop(name, None)
     inputs |= flatten("file", stage.identity(config))
-    inputs |= {f"after.{name}": records[name].fingerprint for name in stage.after}
+    inputs |= {
+        f"after.{name}": records[name].fingerprint if stage.shows_all else records[name].identity
+        for name in stage.after
+    }
     return inputs | stage.history(config, inputs)
 
 
@@ -353,6 +358,7 @@ def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> Sta
         seconds=seconds,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=package_versions(),
+        result=result.digest,
     )
     context.run_dir.commit(stage.folder, record)
     for line in result.lines:

@@ -59,3 +59,5 @@ class StageResult:
     """JSON values: rows in / out / dropped by reason, tokens, ..."""
     lines: tuple[str, ...] = ()
     """Two to six short lines for a person."""
+    digest: str = ""
+    """Of all that later stages read of the outputs; empty: they go by the inputs."""

@@ -9,7 +9,8 @@
       <stage>/matrix.parquet     links to the committed attempt's outputs (local disks only)
 
 A stage's fingerprint is the hash of everything its result depends on: its revision, the parts of
-the configuration that it reads, and the fingerprints of the stages before it.  An attempt's
+the configuration that it reads, and the stages before it (their fingerprints, or a digest of what
+they made).  An attempt's
 directory is named by it, so a killed attempt is found and continued, and going back to an earlier
 configuration finds its finished result.  Readers follow records and never list directories.
 """
@@ -58,7 +59,15 @@ class StageRecord:
     """UTC, ISO 8601."""
     versions: dict[str, str]
     """Package -> version."""
+    result: str = ""
+    """Digest of what later stages read, where the stage gives one: another way to the same result
+    (files copied anew, split in two) then repeats no later stage.  Empty: none given."""
     format: int = FORMAT
+
+    @property
+    def identity(self) -> str:
+        """What stages that read this one's outputs depend on."""
+        return self.result or self.fingerprint
 
 
 def shared_uri(attempt: str) -> str:

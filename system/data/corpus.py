@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import heapq
+import json
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -71,6 +72,12 @@ class Manifest:
     details: dict[str, Any] = field(default_factory=dict)
     """Further counts for people, such as near-duplicates."""
     format: int = FORMAT
+
+    @property
+    def content_digest(self) -> str:
+        """16 hex digits of a hash of the rows, wherever they came from."""
+        shards = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
+        return hashlib.sha256(shards.encode()).hexdigest()[:16]
 
 
 def make_manifest(shards: Sequence[Shard], **counts: Any) -> Manifest:

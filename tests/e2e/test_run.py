@@ -1,6 +1,7 @@
 """The whole job, from raw files to the report, on a real Ray, vLLM, HiGHS and Ray Train."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,18 @@ def test_a_second_run_does_nothing(config: Path, run_dir: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("done before") == len(STAGE_FOLDERS)
     assert (run_dir / "train/record.json").read_bytes() == before
+
+
+def test_files_copied_anew_are_read_again_and_repeat_no_later_stage(
+    config: Path, run_dir: Path
+) -> None:
+    before = (run_dir / "corpus/record.json").read_bytes()
+    for name in ("addition.json", "words.jsonl", "chat.json", "untagged.jsonl"):
+        os.utime(run_dir.parent / "data" / name)
+    result = run_job("run", str(config))
+    assert result.returncode == 0, result.stderr
+    assert (run_dir / "corpus/record.json").read_bytes() != before
+    assert result.stderr.count("done before") == len(STAGE_FOLDERS) - len(("ingest", "report"))
 
 
 def test_a_changed_value_is_named_and_only_later_stages_run(config: Path, run_dir: Path) -> None:
