@@ -26,7 +26,6 @@ Turn = tuple[str, str]
 """Role and text."""
 
 SPLITS: tuple[str, ...] = ("train", "estimate", "test")
-NORMALISATION_VERSION = 1
 
 _CONTROL_BYTES = bytes([*range(0x09), *range(0x0E, 0x20), 0x7F])
 _CONTROL_CHARS = _CONTROL_BYTES.decode("latin-1")
@@ -164,11 +163,6 @@ def _identify(roles: list[str], contents: list[str], num_chars: int) -> Conversa
 def _describe_control(contents: Sequence[str]) -> str:
     found = sorted({char for text in contents for char in text if char in _CONTROL_CHARS})
     return "control characters " + ", ".join(f"U+{ord(char):04X}" for char in found)
-
-
-def content_id(roles: Sequence[str], contents: Sequence[str]) -> str:
-    """The id of a conversation that is in normal form, as it stands in the corpus."""
-    return _identify(list(roles), list(contents), 0).id
 
 
 def split_of(prompt_hash: int, estimate_share: float, test_share: float) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -226,11 +225,6 @@ def read_outcome(plan: IngestPlan, index: int) -> ChunkOutcome | None:
     return ChunkOutcome(**value)
 
 
-def bucket_of(ids: Sequence[str], num_buckets: int) -> np.ndarray:
-    """[len(ids)] int64: the bucket of each id, a range of its first 32 bits."""
-    return bucket_of_heads(np.array([int(row_id[:8], 16) for row_id in ids], np.int64), num_buckets)
-
-
 def bucket_of_heads(heads: np.ndarray, num_buckets: int) -> np.ndarray:
-    """The same from the ids' first 32 bits."""
+    """[N] int64: buckets of ids by their first 32 bits `heads` [N]; a bucket is a range of them."""
     return (heads.astype(np.int64) * num_buckets) >> 32

@@ -51,16 +51,6 @@ def normal_form(tag: str) -> str:
     return " ".join(re.sub(r"[\W_]+", " ", text).split())
 
 
-def normalise_tag(tag: str, names: Sequence[str], aliases: Mapping[str, str]) -> str | None:
-    """The name that a free tag means: through an alias, or the same normal form; else None.
-
-    Raises:
-        ConfigError: an alias points to something that is no name, or two names have one normal
-            form.
-    """
-    return _lookup(names, aliases).get(normal_form(tag))
-
-
 def rename_categories(
     found: Mapping[str, int], names: Sequence[str], aliases: Mapping[str, str]
 ) -> dict[str, str | None]:
@@ -76,7 +66,8 @@ def rename_categories(
         Category -> name, or None where it is no spelling of any name and its rows need a choice.
 
     Raises:
-        ConfigError: as `normalise_tag`; or there are no names at all.
+        ConfigError: an alias points to something that is no name, two names have one normal form,
+            or there are no names at all.
     """
     if not names:
         by_form: dict[str, str] = {}

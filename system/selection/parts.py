@@ -242,10 +242,6 @@ def write_selection_manifest(
     return manifest
 
 
-def _counted(reasons: list[str]) -> dict[str, int]:
-    return dict(sorted(Counter(reasons).items()))
-
-
 def describe_method(settings: SelectConfig) -> dict[str, Any]:
     """The method with what it went by, nothing that it does not read."""
     value = settings.model_dump(mode="json")

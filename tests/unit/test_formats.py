@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from system.config import SourceConfig
 from system.data.conversation import (
     RowRejected,
-    content_id,
     find_answer,
     normalise,
     normalise_text,
@@ -293,7 +292,6 @@ def test_indentation_of_the_first_line_stays_in_the_text_but_not_in_the_id():
 
 def test_ids_and_splits_never_change():
     known = normalise([("user", "What is 2 plus 2?"), ("assistant", "4")], 100)
-    assert content_id(known.roles, known.contents) == known.id
     assert known.id == "275167cceca1044a361f80e7308f22f2"
     assert known.prompt_hash == 8951225997346819132
 

@@ -9,7 +9,6 @@ from system.data.tag import (
     instruction_of,
     measure_accuracy,
     normal_form,
-    normalise_tag,
     pick,
     rename_categories,
     stratified_sizes,
@@ -29,7 +28,7 @@ NAMES = ("code", "creative writing", "math")
 )  # fmt: skip
 def test_free_tags_find_their_name_or_none(tag: str, name: str | None):
     aliases = {"Maths": "math", "story telling": "creative writing"}
-    assert normalise_tag(tag, NAMES, aliases) == name
+    assert rename_categories({tag: 1}, NAMES, aliases) == {tag: name}
 
 
 def test_normal_form_is_idempotent():
@@ -39,12 +38,12 @@ def test_normal_form_is_idempotent():
 
 def test_an_alias_for_something_unknown_is_an_error():
     with pytest.raises(ConfigError, match="'science'"):
-        normalise_tag("physics", NAMES, {"physics": "science"})
+        rename_categories({}, NAMES, {"physics": "science"})
 
 
 def test_two_spellings_of_one_name_are_an_error():
     with pytest.raises(ConfigError, match="two spellings"):
-        normalise_tag("x", ("Math", "math"), {})
+        rename_categories({}, ("Math", "math"), {})
 
 
 def test_without_names_spellings_merge_into_the_most_frequent():
