@@ -7,10 +7,13 @@ before Ray Train asks for its own.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +79,8 @@ class Cluster:
                 options["num_cpus"] = self._config.num_cpus
             self._is_own = True
         try:
-            ray.init(address=address, **options)
+            with _own_end():
+                ray.init(address=address, **options)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             raise ClusterError(
                 f"cluster.address {self._config.address!r}: expected a Ray cluster, found none "
@@ -174,3 +178,18 @@ def _short_temporary_directory() -> str:
 
 def _directory_in(root: str) -> Path:
     return Path(root) / f"instructmix-ray-{os.getuid()}"
+
+
+@contextlib.contextmanager
+def _own_end() -> Iterator[None]:
+    """Keeps the process' answer to SIGTERM.
+
+    Ray puts its own in its place, which ends the driver with another exit code.  Its processes are
+    ended by `Cluster.shutdown`, and at exit, in any case.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)

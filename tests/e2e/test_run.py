@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from small_job import WholeRun, run_job
+from disturbance import started, wait_until
+from small_job import WholeRun, job_config, run_job
 
 from system import storage
 from system.load import load_config
@@ -171,3 +173,15 @@ def test_exports_keep_the_order(run_dir: Path, tmp_path: Path, trainer: str) -> 
 
 def test_the_resolved_configuration_runs_again_as_it_is(config: Path, run_dir: Path) -> None:
     assert load_config(str(run_dir / "config.json")) == load_config(str(config))
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_in_order(tmp_path: Path) -> None:
+    """`ray job stop` and Kubernetes send it; Ray's own answer to it has another exit code."""
+    config = job_config(tmp_path)
+    with started("run", str(config)) as (process, log):
+        assert wait_until(lambda: "tag ..." in log.read_text(), process, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 143
+        assert "finished work is kept" in log.read_text()
+    assert not (tmp_path / "run/lease.json").exists()

@@ -1,6 +1,7 @@
 """The actor pool on a real local Ray: results, dead actors, errors that keep their type."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,13 @@ def cluster() -> Iterator[Cluster]:
 def spec(tmp_path: Path, cluster: Cluster) -> Iterator[ActorSpec]:
     yield ActorSpec(name="worker", actor_class=Worker, args=(str(tmp_path),), num_actors=2)
     cluster.close_pools()
+
+
+def test_ray_leaves_the_command_its_answer_to_signals(cluster: Cluster) -> None:
+    cluster.shutdown()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    cluster.connect()
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_every_unit_comes_back_once(cluster: Cluster, spec: ActorSpec) -> None:
