@@ -139,12 +139,15 @@ def resolve_paths(config: RunConfig, address: str) -> RunConfig:
 def _relative_paths(config: RunConfig) -> dict[str, str]:
     """Relative local paths that the run would read or write: key -> path.
 
-    Paths of sources, benchmarks and targets start from `data_dir`, which stands for them.
+    Paths of sources, their maps, benchmarks and targets start from `data_dir`, which stands for
+    them.
     """
     model = config.model
     paths = {"run_dir": config.run_dir}
     inputs = [source.path for source in config.sources]
-    inputs += [*config.ingest.benchmarks, *config.influence.targets.values()]
+    inputs += [item.category_map for item in config.sources if isinstance(item.category_map, str)]
+    inputs += [target.path for target in config.influence.targets.values()]
+    inputs += config.ingest.benchmarks
     if any(_is_relative(path) for path in inputs):
         paths["data_dir"] = config.data_dir
     # Anything else of that form is the id of a model on the hub.

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from system.config_data import Positive, RowFormat, Section, Share, SourceConfig
 from system.config_model import LoraConfig
@@ -64,6 +71,14 @@ class TargetConfig(Section):
         return SourceConfig(name=name, **self.model_dump(exclude={"test_share"}))
 
 
+def _as_target(given: Any) -> Any:
+    return {"path": given} if isinstance(given, str) else given
+
+
+_Target = Annotated[TargetConfig, BeforeValidator(_as_target)]
+"""A path alone will do."""
+
+
 class InfluenceConfig(Section):
     """Stage `influence`: interventions, scores, effect matrix. Details: `docs/influence.md`."""
 
@@ -102,7 +117,7 @@ class InfluenceConfig(Section):
     sketch); below, inner products are exact. Memory: 4 bytes x this x categories x directions."""
     lora: LoraConfig | None = None
     """Train adapters (merged before scoring) instead of all weights."""
-    targets: dict[str, str | TargetConfig] = Field(default_factory=dict)
+    targets: dict[str, _Target] = Field(default_factory=dict)
     """Further targets that no source owns: name -> instruction file relative to data_dir, or
     `{path, format, columns, answer_column, answer_pattern, test_share}`, as sources have them;
     `metric: accuracy` needs one of the two about answers."""
@@ -141,15 +156,7 @@ class InfluenceConfig(Section):
     @property
     def target_sources(self) -> dict[str, SourceConfig]:
         """The files of `targets`, each as a source that has the target's name."""
-        return {name: self._target(name).as_source(name) for name in self.targets}
-
-    def target_test_share(self, name: str) -> float:
-        """Share of the target's rows that stage `evaluate` judges by."""
-        return self._target(name).test_share
-
-    def _target(self, name: str) -> TargetConfig:
-        given = self.targets[name]
-        return TargetConfig(path=given) if isinstance(given, str) else given
+        return {name: target.as_source(name) for name, target in self.targets.items()}
 
     @property
     def largest_dose(self) -> int:

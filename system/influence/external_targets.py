@@ -44,14 +44,14 @@ def read_targets(
     """
     tables: dict[str, pa.Table] = {}
     left_out: dict[str, int] = {}
-    for name, source in config.influence.target_sources.items():
+    for name, target in config.influence.targets.items():
         tables[name], lost = read_target(
-            source,
+            target.as_source(name),
             data_dir=config.data_dir,
             ingest=config.ingest,
             exclude=exclude,
             side=side,
-            test_share=config.influence.target_test_share(name),
+            test_share=target.test_share,
         )
         left_out |= {f"{name}: {reason}": count for reason, count in lost.items()}
     return tables, left_out

@@ -85,6 +85,30 @@ def test_paths_that_a_cluster_can_see_travel_unchanged(changes: dict[str, Any]) 
             "data",
             {
                 "data_dir": "data",
+                "sources": [{"path": "/shared/a.jsonl", "category": "math"}],
+                "influence": {"targets": {"exam": {"path": "exam.jsonl", "test_share": 0.2}}},
+            },
+        ),
+        (
+            "data_dir",
+            "data",
+            {
+                "data_dir": "data",
+                "sources": [
+                    {
+                        "path": "/a.jsonl",
+                        "category_column": "id",
+                        "category_map": "ids.csv",
+                        "category_unmapped": "keep",
+                    }
+                ],
+            },
+        ),
+        (
+            "data_dir",
+            "data",
+            {
+                "data_dir": "data",
                 "sources": [{"path": "s3://bucket/a.jsonl", "category": "math"}],
                 "ingest": {"benchmarks": ["exam.jsonl"]},
             },
