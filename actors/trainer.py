@@ -23,6 +23,7 @@ from system.models.chat import encode_table
 from system.rundir import fingerprint
 from system.training.identity import file_hash
 from system.training.job import TrainJob
+from system.training.log import lost_trackers
 from system.training.plan import TrainPlan, build_plan, write_plan
 from system.training.settings import TrainSettings
 
@@ -89,6 +90,11 @@ def run(context: StageContext) -> StageResult:
     if dropped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         lines.append(f"left out: {reasons}")
+    if config.train.log_to:
+        lines += [
+            f"{name} was given up {why}; metrics.jsonl has every step"
+            for name, why in lost_trackers(model.metrics_uri).items()
+        ]
     outputs = {
         "model": "model",
         "metrics": "metrics.jsonl",

@@ -36,7 +36,8 @@ class TrainConfig(Section):
     micro_batch_tokens: Positive = 4096
     """Padded tokens of one forward pass of one worker; memory follows this number."""
     packing: bool = True
-    """Best-fit packing with block-diagonal attention (equal to unpacked training)."""
+    """Rows share forward passes, with block-diagonal attention (equal to unpacked training).
+    false: every row has a pass of its own, which is slower: to compare with."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """`ddp`: every worker holds everything; `fsdp`: parameters, gradients and optimiser state are
     sharded over the workers (FSDP2)."""

@@ -227,7 +227,10 @@ def _train(
             is_async=device.type == "cuda",
         )
         totals = TrainTotals(newest.counters if newest else None)
-        log = _open_log(job, training, start, writer.attempt, device) if ranks.is_first else None
+        log = None
+        with ranks.agreeing():
+            if ranks.is_first:
+                log = _open_log(job, training, start, writer.attempt, device)
         steps = range(start, plan.num_steps)
         try:
             _make_steps(job, training, steps, heldout, writer, totals, log, ranks, on_checkpoint)

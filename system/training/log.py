@@ -8,21 +8,20 @@ them.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import resource
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from system import storage
-from system.training.trackers import open_trackers
+from system.training.trackers import Trackers
 from system.training.train import StepStats
 
 _PART = re.compile(r"part-(\d{8})\.jsonl")
@@ -118,10 +117,7 @@ class TrainLog:
         self._flops_S, self._peak_flops = flops_S, peak_flops
         self._records: list[dict[str, Any]] = []
         self._last_progress = 0.0
-        self._stack = contextlib.ExitStack()
-        self._sinks: list[Callable[[dict[str, Any]], None]] = open_trackers(
-            trackers, output_uri, name, self._stack
-        )
+        self._trackers = Trackers(trackers, output_uri, name, is_resumed=start_step > 0)
         for part in storage.list_names(self._uri):
             match = _PART.fullmatch(part)
             if match and int(match.group(1)) >= start_step:
@@ -151,9 +147,10 @@ class TrainLog:
         }
         if heldout_loss is not None:
             record["heldout_loss"] = heldout_loss
+        self._trackers.write(record)
+        if self._trackers.lost:
+            record["lost_trackers"] = dict(self._trackers.lost)
         self._records.append(record)
-        for sink in self._sinks:
-            sink(record)
         if time.monotonic() - self._last_progress >= _PROGRESS_SECONDS:
             self._last_progress = time.monotonic()
             self._show_progress(stats)
@@ -192,13 +189,19 @@ class TrainLog:
     def close(self) -> str:
         """Joins the parts, in step order, to `metrics.jsonl`; returns its URI."""
         self.flush()
-        self._stack.close()
+        self._trackers.close()
         target = storage.join(self._output_uri, "metrics.jsonl")
         parts = [name for name in storage.list_names(self._uri) if _PART.fullmatch(name)]
         data = b"".join(storage.read_bytes(storage.join(self._uri, name)) for name in parts)
         storage.write_bytes(target, data)
         storage.delete(storage.join(self._output_uri, "progress.json"))
         return target
+
+
+def lost_trackers(metrics_uri: str) -> dict[str, str]:
+    """Trackers that took nothing of a training's last step: name -> why."""
+    last = storage.read_bytes(metrics_uri).decode().splitlines()[-1]
+    return json.loads(last).get("lost_trackers", {})
 
 
 def peak_memory(device: torch.device) -> int:

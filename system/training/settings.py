@@ -9,7 +9,7 @@ from typing import Literal
 
 from system.config import InfluenceConfig, LoraConfig, ModelConfig, TrainConfig
 
-LAYOUT = ("micro_batch_tokens", "parallel", "activation_checkpointing")
+LAYOUT = ("micro_batch_tokens", "packing", "parallel", "activation_checkpointing")
 """Settings of how the work is laid out on the machines: they change the order of sums, not what is
 summed, so a training goes on with others (after it ran out of memory, say)."""
 
@@ -31,6 +31,8 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     micro_batch_tokens: int = 4096
     """Tokens of one forward pass of one rank."""
+    packing: bool = True
+    """Whether rows share forward passes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass on a GPU; weights and optimiser are float32, and so is
     everything on a CPU."""
@@ -56,6 +58,7 @@ class TrainSettings:
             beta2=train.beta2,
             max_grad_norm=train.max_grad_norm,
             micro_batch_tokens=train.micro_batch_tokens,
+            packing=train.packing,
             dtype=model.dtype,
             parallel=train.parallel,
             activation_checkpointing=train.activation_checkpointing,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,12 @@ from system.errors import ConfigError
 Sink = Callable[[dict[str, Any]], None]
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
-_NUMBERS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "memory_bytes")
+_NUMBERS = (
+    "loss", "heldout_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
+    "memory_bytes",
+)  # fmt: skip
+_REFUSED = re.compile(r"[^\w./ -]")
+"""What MLflow takes in no name of a metric."""
 
 
 def check_trackers(names: Sequence[str], output_uri: str) -> None:
@@ -36,25 +42,70 @@ def check_trackers(names: Sequence[str], output_uri: str) -> None:
         )
 
 
-def open_trackers(
-    names: Sequence[str], output_uri: str, run_name: str, stack: contextlib.ExitStack
-) -> list[Sink]:
-    """One function a tracker that takes a step's metrics; `stack` closes them.
+class Trackers:
+    """The trackers of one training.
+
+    One that fails on the way (its server is away) is given up, and training goes on without it:
+    `metrics.jsonl` has every step whatever happens, and a training that starts again tries again.
 
     Args:
         names: `tensorboard`, `wandb`, `mlflow`.
         output_uri: the job's directory; TensorBoard writes below it.
-        run_name: how the tracker calls the run.
-        stack: closes the trackers.
+        run_name: how the trackers call the run.
+        is_resumed: whether a tracker that cannot be opened is no reason to end.
+
+    Raises:
+        ConfigError: a tracker cannot be opened for a training that begins.
     """
-    return [_OPENERS[name](output_uri, run_name, stack) for name in names]
+
+    def __init__(
+        self, names: Sequence[str], output_uri: str, run_name: str, *, is_resumed: bool
+    ) -> None:
+        self.lost: dict[str, str] = {}
+        """Name -> why it was given up."""
+        self._open: dict[str, tuple[Sink, contextlib.ExitStack]] = {}
+        for name in names:
+            stack = contextlib.ExitStack()
+            try:
+                self._open[name] = _OPENERS[name](output_uri, run_name, stack), stack
+            except Exception as error:
+                if not is_resumed:
+                    raise ConfigError(
+                        f"train.log_to: expected a {name} that takes metrics, found {error!r}. Set "
+                        "it up on the nodes that train, or take it out (metrics.jsonl is always "
+                        "written)."
+                    ) from error
+                self.lost[name] = f"as training went on: {error!r}"
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Hands a step's metrics to those that are left."""
+        for name, (sink, _) in list(self._open.items()):
+            try:
+                sink(record)
+            except Exception as error:
+                del self._open[name]
+                self.lost[name] = f"at step {record['step']}: {error!r}"
+
+    def close(self) -> None:
+        """Ends the curves."""
+        for name, (_, stack) in self._open.items():
+            try:
+                stack.close()
+            except Exception as error:
+                self.lost[name] = f"at the end: {error!r}"
+        self._open.clear()
 
 
 def flat_metrics(record: dict[str, Any]) -> dict[str, float]:
-    """Names and numbers of a record, categories included."""
-    numbers = {name: float(record[name]) for name in _NUMBERS if record[name] is not None}
-    by_category = {f"loss/{name}": loss for name, loss in record["category_loss"].items()}
-    return numbers | by_category
+    """Names and numbers of a record, categories included, as every tracker takes them."""
+    numbers = {name: float(record[name]) for name in _NUMBERS if record.get(name) is not None}
+    for category, loss in record["category_loss"].items():
+        name = plain = "loss/" + _REFUSED.sub("_", category)
+        number = 2
+        while name in numbers:  # `c+` and `c#` are two curves
+            name, number = f"{plain} {number}", number + 1
+        numbers[name] = loss
+    return numbers
 
 
 def _open_tensorboard(output_uri: str, run_name: str, stack: contextlib.ExitStack) -> Sink:

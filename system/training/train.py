@@ -215,15 +215,15 @@ class Training:
             active: [plan rows] bool, rows to take; all by default.
         """
         is_padded = not self.objective.layout.is_flat
+        # A row that is longer than a pass gets one of its own.
+        most = self.settings.micro_batch_tokens if self.settings.packing else 1
         ranks = range(self.world_size) if self.parallel.needs_equal_passes else [self.rank]
         passes: dict[int, list[np.ndarray]] = {}
         for rank in ranks:
             rows = plan.rows(step, rank, self.world_size)
             if active is not None:
                 rows = rows[active[rows]]
-            groups = group_by_tokens(
-                plan.lengths(rows), self.settings.micro_batch_tokens, is_padded=is_padded
-            )
+            groups = group_by_tokens(plan.lengths(rows), most, is_padded=is_padded)
             passes[rank] = [rows[group] for group in groups]
         for rows in passes[self.rank]:
             yield rows, True

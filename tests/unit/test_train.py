@@ -68,7 +68,10 @@ def test_gradient_equals_the_row_by_row_definition(tied, packing, micro_batch_to
 
 def test_packed_training_ends_in_the_weights_of_unpacked_training():
     packed = trained(build_small_plan(packing=True))
-    loose = trained(build_small_plan(packing=False), micro_batch_tokens=1)
+    plan = build_small_plan(packing=False)
+    loose = trained(plan, packing=False)
+    with Training(build_model(), plan, build_settings(packing=False)) as training:
+        assert [len(rows) for rows, _ in training.passes(plan, 0)] == [1] * len(plan.rows(0, 0, 1))
     assert largest_difference(packed, loose) < 2e-6
     assert largest_difference(packed, weights_of(build_model())) > 1e-3
 

@@ -3,11 +3,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import resource
 import shutil
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +32,9 @@ from system import storage
 from system.config import LoraConfig
 from system.errors import ConfigError, DataError, StageError
 from system.training.job import Ranks, TrainJob, run_job
+from system.training.log import lost_trackers
 from system.training.plan import write_plan
-from system.training.trackers import check_trackers
+from system.training.trackers import Trackers, check_trackers
 
 CPU = torch.device("cpu")
 
@@ -251,6 +256,85 @@ def test_tensorboard_gets_every_step(tmp_path, base):
     scalars = tensorboard_scalars(Path(job.output_uri) / "tensorboard")
     assert scalars["loss"] == list(range(6))
     assert {"loss/code", "loss/math", "grad_norm"} <= scalars.keys()
+
+
+class Run:
+    """A curve of a tracker that goes away at a step."""
+
+    def __init__(self, gone_at: int) -> None:
+        self.points: dict[int, dict[str, float]] = {}
+        self.gone_at = gone_at
+        self.is_finished = False
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if step == self.gone_at:
+            raise ConnectionError("the server is away")
+        self.points[step] = metrics
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
+@pytest.mark.parametrize("gone_at", [-1, 3])
+def test_a_tracker_that_goes_away_ends_no_training(tmp_path, base, monkeypatch, gone_at):
+    run = Run(gone_at)
+    wandb = SimpleNamespace(init=lambda **settings: run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    job = build_job(tmp_path, base, log_to=("wandb",))
+    model = run_job(job, Ranks(), CPU)
+    assert model.num_steps == 6
+    lost = lost_trackers(model.metrics_uri)
+    if gone_at < 0:
+        assert list(run.points) == list(range(6)) and run.is_finished and lost == {}
+        assert {"loss", "loss/math", "grad_norm"} <= run.points[0].keys()
+    else:
+        assert list(run.points) == [0, 1, 2]
+        assert "at step 3" in lost["wandb"] and "the server is away" in lost["wandb"]
+
+
+def test_a_tracker_that_cannot_be_opened_is_an_error_only_before_the_first_step(
+    tmp_path, monkeypatch
+):
+    def init(**settings):
+        raise ConnectionError("no key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(ConfigError, match=r"train\.log_to: expected a wandb.*no key"):
+        Trackers(["wandb"], str(tmp_path), "train", is_resumed=False)
+    assert "no key" in Trackers(["wandb"], str(tmp_path), "train", is_resumed=True).lost["wandb"]
+
+
+def test_mlflow_continues_its_run_and_takes_every_name(tmp_path, monkeypatch):
+    """MLflow refuses a metric whose name has other than these characters."""
+    taken, started = {}, []
+
+    def log_metrics(metrics, step):
+        assert all(re.fullmatch(r"[\w./ -]+", name) for name in metrics), metrics
+        taken[step] = metrics
+
+    def start_run(**settings):
+        started.append(settings)
+        return contextlib.nullcontext()
+
+    found: list[Any] = []
+    mlflow = SimpleNamespace(
+        set_experiment=lambda name: None, search_runs=lambda **query: found,
+        start_run=start_run, log_metrics=log_metrics,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    record = {
+        "step": 7, "loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.0, "mfu": None,
+        "tokens_per_second": 5.0, "memory_bytes": 1, "heldout_loss": 1.5,
+        "category_loss": {"c++": 1.0, "c#$": 2.0, "Q&A": 3.0, "math": 4.0},
+    }  # fmt: skip
+    Trackers(["mlflow"], str(tmp_path), "train", is_resumed=False).write(record)
+    found.append(SimpleNamespace(info=SimpleNamespace(run_id="r1")))
+    Trackers(["mlflow"], str(tmp_path), "train", is_resumed=True).write({**record, "step": 8})
+    assert started[0]["run_name"] == "train" and started[1] == {"run_id": "r1"}
+    assert taken[7] == taken[8] and "mfu" not in taken[7] and taken[7]["heldout_loss"] == 1.5
+    of_categories = {name: value for name, value in taken[7].items() if name.startswith("loss/")}
+    assert sorted(of_categories.values()) == [1.0, 2.0, 3.0, 4.0]
+    assert of_categories["loss/math"] == 4.0
 
 
 def test_tracker_that_cannot_be_used_is_refused_before_training(tmp_path):
