@@ -100,7 +100,7 @@ def _result(manifest: Manifest) -> StageResult:
     reasons = ", ".join(f"{name} {count:,}" for name, count in manifest.rejected.items())
     untagged = sum(manifest.untagged.values())
     lines = [
-        f"{manifest.read:,} rows read: {manifest.kept:,} kept, {manifest.duplicates:,} duplicates, "
+        f"{manifest.read:,} rows read: {manifest.kept:,} kept, {manifest.duplicates_in_words}, "
         f"{rejected:,} rejected" + (f" ({reasons})" if reasons else ""),
         ", ".join(f"{split} {count:,}" for split, count in rows.items())
         + f"; {len(manifest.categories)} categories"

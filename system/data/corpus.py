@@ -74,6 +74,15 @@ class Manifest:
     format: int = FORMAT
 
     @property
+    def duplicates_in_words(self) -> str:
+        """Rows that left for another one, by kind: `1,234 duplicates (1,100 exact, 134 near)`."""
+        kinds = self.details.get("duplicates", {})
+        listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        return f"{self.duplicates:,} duplicates" + (
+            f" ({listed})" if set(kinds) - {"exact"} else ""
+        )
+
+    @property
     def content_digest(self) -> str:
         """16 hex digits of a hash of the rows, wherever they came from."""
         shards = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)

@@ -173,9 +173,17 @@ def _agreement(direction: str, part: dict[str, Any], confidence: float) -> list[
         "and agree on the "
         f"sign of {percent(halves['sign'], 0)} of them."
     )
-    needed = part["halving"]["replications"]
-    if needed is not None:
-        text += f" About {needed} replications in all would halve the standard errors."
+    halving = part["halving"]
+    if halving["replications"] is None:
+        text += (
+            " More replications cannot halve the standard errors: they come from the held-out rows "
+            "(raise `influence.heldout_rows`)."
+        )
+    else:
+        text += (
+            f" About {halving['replications']} replications in all would halve the standard "
+            f"errors: {halving['trained_tokens']:,} trained tokens more."
+        )
     return [text]
 
 

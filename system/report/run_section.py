@@ -36,8 +36,8 @@ def corpus_section(view: RunView) -> Section:
     rejected = sum(manifest.rejected.values())
     blocks: list[Block] = [
         Prose(
-            text=f"{manifest.read:,} rows read: {manifest.kept:,} kept, {manifest.duplicates:,} "
-            f"duplicates, {rejected:,} rejected. "
+            text=f"{manifest.read:,} rows read: {manifest.kept:,} kept, "
+            f"{manifest.duplicates_in_words}, {rejected:,} rejected. "
             f"{plural(len(manifest.categories), 'category', 'categories')}; splits by content "
             "hash: the matrix is measured on the estimate split, everything is judged on the test "
             "split." + (f" {untagged:,} rows have no category yet." if untagged else ""),

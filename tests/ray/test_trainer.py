@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -22,7 +21,9 @@ from trainer_world import (
     build_model,
     build_world,
     difference,
+    newest_commit,
     records,
+    resumed_steps,
     steps_logged,
     strayed,
     wait_for_checkpoint,
@@ -140,16 +141,17 @@ def test_killed_worker_changes_nothing(long_world, cluster, undisturbed):
     attempt = long_world / "train/killed"
 
     def kill() -> None:
-        os.kill(wait_for_checkpoint(attempt, 10)["pid"], signal.SIGKILL)
-        killed.append(True)
+        pid = wait_for_checkpoint(attempt, 10)["pid"]
+        committed.append(newest_commit(attempt))
+        os.kill(pid, signal.SIGKILL)
 
-    killed: list[bool] = []
+    committed: list[int] = []
     handler = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=kill)
     thread.start()
     run(build_context(long_world, "train/killed", cluster, **LONG))
     thread.join()
-    assert killed
+    assert resumed_steps(long_world, "train/killed")[0] >= committed[0] >= 10
     assert signal.getsignal(signal.SIGINT) is handler, "Ray Train's, which would outlive it"
     assert strayed(long_world, "train/killed", undisturbed) == 0.0
     assert steps_logged(long_world, "train/killed") == list(range(LONG_STEPS))
@@ -172,7 +174,9 @@ def start_driver(root: Path, attempt: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_the_command(long_world):
+def test_ctrl_c_reaches_the_command_and_another_number_of_workers_goes_on(
+    long_world, cluster, undisturbed
+):
     """Ray Train's own handler would end it with exit code 0, as if it had finished."""
     attempt = long_world / "train/stopped"
     driver = start_driver(long_world, "train/stopped")
@@ -180,15 +184,19 @@ def test_ctrl_c_reaches_the_command(long_world):
     driver.send_signal(signal.SIGINT)
     assert driver.wait(timeout=120) == 130
     wait_until_gone(worker)
-    assert list(attempt.glob("checkpoints/*/COMMIT.json"))
     assert not (attempt / "done.json").exists()
+    run(build_context(long_world, "train/stopped", cluster, **LONG, num_workers=1))
+    assert strayed(long_world, "train/stopped", undisturbed) < SAME_WAY
+    assert steps_logged(long_world, "train/stopped") == list(range(LONG_STEPS))
+    sizes = [line["world_size"] for line in records(long_world, "train/stopped")]
+    assert sizes[0] == 2 and sizes[-1] == 1 and sizes.index(1) % 10 == 0
 
 
 @pytest.mark.slow
-def test_killed_driver_resumes_with_one_worker_from_damaged_storage(
+def test_killed_driver_resumes_from_damaged_storage_with_the_same_bits(
     long_world, cluster, undisturbed
 ):
-    """SIGKILL of the driver, newest checkpoint truncated, world size 2 -> 1."""
+    """SIGKILL of the driver, newest checkpoint truncated: the one before it."""
     attempt = long_world / "train/driver"
     driver = start_driver(long_world, "train/driver")
     worker = wait_for_checkpoint(attempt, 30)["pid"]
@@ -199,12 +207,11 @@ def test_killed_driver_resumes_with_one_worker_from_damaged_storage(
     newest = max(attempt.glob("checkpoints/*/COMMIT.json"))
     data = next(newest.parent.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1])
-    run(build_context(long_world, "train/driver", cluster, **LONG, num_workers=1))
-    assert strayed(long_world, "train/driver", undisturbed) < SAME_WAY
-    lines = (attempt / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(LONG_STEPS))
-    sizes = [json.loads(line)["world_size"] for line in lines]
-    assert sizes[0] == 2 and sizes[-1] == 1 and sizes.index(1) % 10 == 0
+    committed = newest_commit(attempt)
+    run(build_context(long_world, "train/driver", cluster, **LONG))
+    assert resumed_steps(long_world, "train/driver") == [committed - LONG["checkpoint_every"]]
+    assert strayed(long_world, "train/driver", undisturbed) == 0.0
+    assert steps_logged(long_world, "train/driver") == list(range(LONG_STEPS))
 
 
 @pytest.mark.slow

@@ -41,6 +41,9 @@ def test_a_row_leaves_only_for_a_row_that_stays(tmp_path):
         chains_cut += row["row"] % 3 == 1 and row["row"] < 36
     assert chains_cut > 3
     assert len(near_rows) > chains_cut
+    total, near = len(done.duplicates()), len(near_rows)
+    exact = f"{total - near} exact, " if total > near else ""
+    assert done.manifest.duplicates_in_words == f"{total} duplicates ({exact}{near} near)"
     for chain in range(12):
         first, middle, last = (row["prompt"] in stays.values() for row in rows[3 * chain :][:3])
         assert first

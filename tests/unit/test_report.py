@@ -360,3 +360,11 @@ def test_a_key_that_a_stage_did_not_write_is_an_error_not_a_blank(tmp_path):
     storage.write_json(uri, summary)
     with pytest.raises(KeyError, match="noise"):
         render_report(RunView.open(run.uri))
+
+
+def test_it_says_what_halving_the_errors_takes(view):
+    section = str(influence_section(view))
+    for part in view.influence.summary["directions"].values():
+        tokens = part["halving"]["trained_tokens"]
+        expected = "raise `influence.heldout_rows`" if tokens is None else f"{tokens:,} trained"
+        assert expected in section
