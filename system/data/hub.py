@@ -7,21 +7,38 @@ from typing import Any
 
 import pyarrow as pa
 
-from system.data.sources import parse_hub
+from system import storage
+from system.data.sources import hub_builder, parse_hub
 from system.data.tables import BATCH_ROWS
 from system.errors import DataError
 
 
-def dataset_batches(uri: str, is_hub: bool) -> Iterator[pa.RecordBatch]:
-    """The rows of a data set as Arrow batches, in its order.
+def dataset_batches(
+    uri: str, is_hub: bool, start: int = 0, end: int | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The rows `start` to before `end` of a data set as Arrow batches, in its order.
 
     Raises:
         DataError: it cannot be loaded, or has no split of that name.
     """
     dataset = _load_hub(uri) if is_hub else _load_directory(uri)
     arrow = dataset.with_format("arrow")
-    for start in range(0, len(dataset), BATCH_ROWS):
-        yield from arrow[start : start + BATCH_ROWS].to_batches()
+    last = len(dataset) if end is None else end
+    for first in range(start, last, BATCH_ROWS):
+        yield from arrow[first : min(first + BATCH_ROWS, last)].to_batches()
+
+
+def count_rows(uri: str, is_hub: bool) -> int | None:
+    """Rows of a data set, where they are known without fetching it.
+
+    Raises:
+        DataError: it cannot be loaded, or has no split of that name.
+    """
+    if not is_hub:
+        return len(_load_directory(uri)) if storage.local_path(uri) is not None else None
+    hub = parse_hub(uri)
+    splits = hub_builder(uri).info.splits or {}
+    return splits[hub.split].num_examples if hub.split in splits else None
 
 
 def _load_hub(uri: str) -> Any:

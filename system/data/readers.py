@@ -58,7 +58,8 @@ class Piece:
     """What `system.data.sources.stat` said when the run was planned."""
     start: int = 0
     end: int | None = None
-    """Bytes of JSONL, row groups of Parquet; None: to the end of the file."""
+    """Bytes of JSONL, row groups of Parquet, record batches of an Arrow file, rows of a data set;
+    None: to the end."""
 
 
 class FileKind(NamedTuple):
@@ -228,10 +229,11 @@ def _table_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
         batches = parquet_batches(piece.uri, piece.start, piece.end)
         return rows_of_batches(batches, piece.uri)
     if kind.name == "arrow":
-        return rows_of_batches(arrow_batches(piece.uri), piece.uri)
+        return rows_of_batches(arrow_batches(piece.uri, piece.start, piece.end), piece.uri)
     from system.data.hub import dataset_batches
 
-    return rows_of_batches(dataset_batches(piece.uri, kind.name == HUB), piece.uri)
+    batches = dataset_batches(piece.uri, kind.name == HUB, piece.start, piece.end)
+    return rows_of_batches(batches, piece.uri)
 
 
 def _lines(piece: Piece, kind: FileKind) -> Iterator[bytes | None]:

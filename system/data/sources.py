@@ -2,8 +2,9 @@
 
 The order of sources, then of files by path, then of rows is the order of the whole input: it
 decides which of two equal rows is kept.  A chunk is one actor's unit of work: a byte range of a big
-plain JSONL file, row groups of a big Parquet file, a whole file that cannot be cut, or many small
-files together.  The cut never shows in the result.
+plain JSONL file, row groups of a big Parquet file, record batches of a big Arrow file, rows of a
+big data set, a whole file that cannot be cut, or many small files together.  The cut never shows in
+the result.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,8 @@ import pyarrow.parquet as pq
 
 from system import storage
 from system.config import SourceConfig
-from system.data.readers import Piece, file_kind
+from system.data.readers import DATASET, HUB, Piece, file_kind
+from system.data.tables import count_arrow_batches
 from system.errors import DataError
 
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".csv", ".tsv")
@@ -192,19 +195,29 @@ def _version(info: dict[str, Any]) -> str:
 @functools.cache
 def _stat_hub(uri: str) -> tuple[int, str]:
     """The version of a hub data set: its builder's directory ends in the hash of its files."""
+    builder = hub_builder(uri)
+    size = getattr(builder.info, "dataset_size", None) or 0
+    return int(size), "/".join(PurePosixPath(builder.cache_dir).parts[-3:])
+
+
+@functools.cache
+def hub_builder(uri: str) -> Any:
+    """What `datasets` knows of a hub data set before it is fetched.
+
+    Raises:
+        DataError: there is no such data set, or the hub cannot be reached.
+    """
     import datasets
     from datasets.exceptions import DatasetsError
 
     hub = parse_hub(uri)
     try:
-        builder = datasets.load_dataset_builder(hub.path, hub.config, revision=hub.revision)
+        return datasets.load_dataset_builder(hub.path, hub.config, revision=hub.revision)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"{uri}: expected a data set of the Hugging Face hub, `hf://owner/name[@revision]"
             f"[?config=...&split=...]`; it cannot be opened: {error}"
         ) from error
-    size = getattr(builder.info, "dataset_size", None) or 0
-    return int(size), "/".join(PurePosixPath(builder.cache_dir).parts[-3:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,8 +298,24 @@ def _cut(file: SourceFile, chunk_bytes: int) -> Iterator[Piece]:
     elif kind.name == "parquet":
         for start, end in _row_group_ranges(file.uri, chunk_bytes):
             yield Piece(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
+    elif count := _count_parts(file.uri, kind.name):
+        parts = min(count, math.ceil(file.size / chunk_bytes))
+        ends = [count * (k + 1) // parts for k in range(parts)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            yield Piece(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
     else:
         yield _whole(file)
+
+
+def _count_parts(uri: str, kind: str) -> int | None:
+    """Record batches of an Arrow file, rows of a data set; None where it has to be read whole."""
+    if kind == "arrow":
+        return count_arrow_batches(uri)
+    if kind not in (DATASET, HUB):
+        return None
+    from system.data.hub import count_rows
+
+    return count_rows(uri, kind == HUB)
 
 
 def _row_group_ranges(uri: str, chunk_bytes: int) -> Iterator[tuple[int, int]]:

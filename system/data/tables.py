@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,12 +39,40 @@ def _rows_at_once(metadata: Any, groups: list[int]) -> int:
     return min(BATCH_ROWS, max(1, BATCH_BYTES // max(row_bytes, 1)))
 
 
-def arrow_batches(uri: str) -> Iterator[pa.RecordBatch]:
-    """The rows of an Arrow file, or of a stream in a file.
+def arrow_batches(uri: str, start: int = 0, end: int | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of an Arrow file's record batches `start` to before `end`, or of a whole stream.
 
     Raises:
         DataError: a stream ends without its mark, so nobody knows what is missing.
     """
+    with _open_arrow(uri) as (source, is_file):
+        if is_file:
+            reader = pyarrow.ipc.open_file(source)
+            last = reader.num_record_batches if end is None else end
+            batches = (reader.get_batch(k) for k in range(start, last))
+        else:
+            batches = _stream_batches(source, uri)
+        for batch in batches:
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                yield batch.slice(start, BATCH_ROWS)
+
+
+def count_arrow_batches(uri: str) -> int | None:
+    """Record batches of an Arrow file; None of a stream, which has no list of them.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        with _open_arrow(uri) as (source, is_file):
+            return pyarrow.ipc.open_file(source).num_record_batches if is_file else None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{uri}: expected an Arrow file; it cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _open_arrow(uri: str) -> Iterator[tuple[pa.NativeFile, bool]]:
+    """The file, and whether it is one in the file format, not a stream."""
     path = storage.local_path(uri)
     source = (
         pa.memory_map(str(path))
@@ -53,14 +82,7 @@ def arrow_batches(uri: str) -> Iterator[pa.RecordBatch]:
     with source:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
-        if is_file:
-            reader = pyarrow.ipc.open_file(source)
-            batches = (reader.get_batch(k) for k in range(reader.num_record_batches))
-        else:
-            batches = _stream_batches(source, uri)
-        for batch in batches:
-            for start in range(0, batch.num_rows, BATCH_ROWS):
-                yield batch.slice(start, BATCH_ROWS)
+        yield source, is_file
 
 
 def _stream_batches(source: pa.NativeFile, uri: str) -> Iterator[pa.RecordBatch]:

@@ -49,6 +49,8 @@ def write_report(path: Path, record: dict[str, Any]) -> None:
         "brackets;",
         "*times*: how many times as fast instructmix is, by the medians.",
     ]
+    for run in runs:
+        run["mib_per_second"] = run["rows_per_second"] * record["input_mib"] / record["rows"]
     for processes in sorted({run["processes"] for run in runs}):
         lines += _table(processes, [run for run in runs if run["processes"] == processes])
     lines += ["", *_verdict(runs)]
@@ -61,8 +63,8 @@ def _table(processes: int, runs: Sequence[dict[str, Any]]) -> list[str]:
         "",
         f"## {title}",
         "",
-        "| | runs | rows/s | times | rows/s of CPU | times | start | all | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | runs | rows/s | times | MiB/s | rows/s of CPU | times | start | all | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     ours = [run for run in runs if run["contender"] == OURS]
     for name in TITLES:
@@ -74,14 +76,20 @@ def _table(processes: int, runs: Sequence[dict[str, Any]]) -> list[str]:
             str(len(own)),
             _spread(own, "rows_per_second", "{:,.0f}"),
             _times(ours, own, "rows_per_second"),
+            _spread(own, "mib_per_second", "{:.0f}"),
             _spread(own, "rows_per_cpu_second", "{:,.0f}"),
             _times(ours, own, "rows_per_cpu_second"),
             _spread(own, "start_seconds", "{:.1f} s"),
             _spread(own, "seconds", "{:.1f} s"),
-            f"{max(run['peak_mib'] for run in own):,} MiB",
+            "-" if _is_on_ray(own[0]) else f"{max(run['peak_mib'] for run in own):,} MiB",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _is_on_ray(run: dict[str, Any]) -> bool:
+    """Ray's workers are nobody's children, so neither their time nor their memory is known."""
+    return run["contender"] == "ray-data" or (run["contender"] == OURS and run["processes"] > 1)
 
 
 def _values(runs: Sequence[dict[str, Any]], key: str) -> list[float]:

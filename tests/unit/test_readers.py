@@ -325,6 +325,25 @@ def test_big_files_are_cut_and_small_ones_put_together(tmp_path):
         assert found == rows
 
 
+@pytest.mark.parametrize("kind", ["arrow", "stream", "dataset"])
+def test_arrow_files_and_data_sets_are_cut_too(tmp_path, kind):
+    """Record batches and rows; a stream has no list of its batches and stays whole."""
+    table = pa.Table.from_pylist(ROWS * 30)
+    path = tmp_path / ("saved" if kind == "dataset" else "big.arrow")
+    if kind == "dataset":
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_list(ROWS * 30).save_to_disk(path)
+    else:
+        new = pa.ipc.new_file if kind == "arrow" else pa.ipc.new_stream
+        with new(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+    files = sources.list_files([SourceConfig(path=path.name)], str(tmp_path))
+    chunks = sources.plan_chunks(files, [SourceConfig(path=path.name)], files[0].size // 5)
+    assert len(chunks) == (1 if kind == "stream" else 6)
+    found = [[row for _, row in read_rows(piece)] for c in chunks for piece in c.pieces]
+    assert all(found) and [row for rows in found for row in rows] == ROWS * 30
+
+
 def test_kinds_are_told_by_content(tmp_path):
     path = tmp_path / "x.json"
     for text, kind in (
