@@ -143,11 +143,14 @@ def _check_tensors(uri: str, metadata: Metadata, state: Mapping[str, torch.Tenso
     differing = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
     if differing:
         name = differing[0]
+        wrote = storage.read_json(storage.join(uri, COMMIT))["versions"]
+        versions = ", ".join(f"{package} {number}" for package, number in wrote.items())
         raise DataError(
             f"{uri}: the checkpoint does not hold the tensors of this training; {len(differing)} "
             f"differ, the first is {name!r}: {theirs.get(name, 'none')} there, "
             f"{ours.get(name, 'none')} here. The usual cause is another version of transformers, "
-            "peft or torch: go on with the versions that wrote it, or delete it to start over."
+            f"peft or torch: go on with the versions that wrote it ({versions}), or delete it to "
+            "start over."
         )
 
 

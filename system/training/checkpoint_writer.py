@@ -7,12 +7,12 @@ driver or the controller that started them find another name there and stop.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import secrets
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,6 +24,8 @@ from system.training.checkpoint import COMMIT, FORMAT, file_sizes, find_checkpoi
 from system.training.train import Training
 
 _ATTEMPT = "attempt.json"
+WRITTEN_WITH = ("instructmix", "peft", "torch", "transformers")
+"""Packages whose versions a checkpoint names: they decide what its tensors are called."""
 
 
 class CheckpointWriter:
@@ -95,7 +97,7 @@ class CheckpointWriter:
             "best_step": best_step,
             "identity": self._identity,
             "world_size": training.world_size,
-            "versions": {"torch": torch.__version__},
+            "versions": {name: importlib.metadata.version(name) for name in WRITTEN_WITH},
             "counters": dict(counters),
         }
         options: dict[str, Any] = {

@@ -76,6 +76,26 @@ def test_packed_training_ends_in_the_weights_of_unpacked_training():
     assert largest_difference(packed, weights_of(build_model())) > 1e-3
 
 
+@pytest.mark.parametrize("max_norm", [1e-3, 1e3])
+def test_clipping_is_that_of_torch(max_norm):
+    """AdamW hardly notices the size of a gradient, so trained weights would not show it."""
+    plan = build_small_plan()
+    gradient = loop_gradient(build_model(), plan, 0)
+    model = build_model()
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradient[name]
+    expected = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    clipped = build_model()
+    with Training(clipped, plan, build_settings(max_grad_norm=max_norm)) as training:
+        training._accumulate(0)
+        norm = training.parallel.clip_gradient(max_norm)
+        assert norm == pytest.approx(float(expected), rel=1e-5)
+        assert (norm > max_norm) == (max_norm < 1)
+        wanted = dict(model.named_parameters())
+        for name, parameter in clipped.named_parameters():
+            torch.testing.assert_close(parameter.grad, wanted[name].grad, atol=1e-9, rtol=1e-4)
+
+
 def test_rows_do_not_see_their_neighbours_in_a_pass():
     plan = build_small_plan()
     model = build_model()
