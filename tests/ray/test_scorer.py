@@ -95,8 +95,8 @@ def test_choices_and_answers_come_back_in_order(pool):
     assert found.shape == (3, 2)
     np.testing.assert_allclose(found[0], found[2], atol=1e-5)
     answers = ask(pool, "generate", None, prompts, 5, [])
-    assert isinstance(answers, list)
-    assert answers[0] == answers[2]
+    assert answers.failures == {} and len(answers.texts) == 3
+    assert answers.texts[0] == answers.texts[2] != answers.texts[1]
 
 
 def test_a_scorer_killed_in_the_middle_of_a_call_changes_no_number(pool, model_dirs):
