@@ -9,7 +9,7 @@ from ingest_builders import ingest, numbered, write_lines
 
 from system.config import SourceConfig
 from system.data.canonical import canonical_table
-from system.data.conversation import content_id
+from system.data.conversation import normalise
 from system.data.corpus import (
     Corpus,
     make_manifest,
@@ -75,7 +75,7 @@ def test_rows_come_in_the_order_of_their_ids_and_ids_are_the_contents_hash(done)
         contents += table["messages"].to_pylist()
     assert ids == sorted(ids)
     assert ids == [
-        content_id([m["role"] for m in turns], [m["content"] for m in turns]) for turns in contents
+        normalise([(m["role"], m["content"]) for m in turns], 10**6).id for turns in contents
     ]
 
 
