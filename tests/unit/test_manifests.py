@@ -248,7 +248,7 @@ def test_all_kinds_of_actors_are_counted_here() -> None:
     launchers = {
         path.stem
         for path in (ROOT / "actors").glob("*.py")
-        if re.search(r"(?<!class )ActorSpec\($|TorchTrainer\($", path.read_text(), re.MULTILINE)
+        if re.search(r"(?<!class )ActorSpec\($|\(TorchTrainer\):$", path.read_text(), re.MULTILINE)
     }
     assert launchers == {
         "features", "fit", "ingestor", "measurer", "measuring", "modeler", "scorer", "selector",
