@@ -92,6 +92,19 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def run_one_of_four(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    root = Path(folder)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{root}/rendezvous-4", rank=rank, world_size=4
+    )
+    for case in ("ddp", "fsdp"):
+        result = train(case, dist.group.WORLD, root / f"{case}-4")
+        if rank == 0:
+            torch.save(result, root / f"{case}-4.pt")
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("parallel")
@@ -115,6 +128,15 @@ def test_two_ranks_train_the_model_of_one(folder, case):
     start = weights_of(build_model())  # adapters that do the work start from zero
     moved = {name: value - start.get(name, 0.0) for name, value in together.items()}
     assert max(float(v.abs().max()) for n, v in moved.items() if "lora_A" not in n) > 1e-3
+
+
+def test_four_ranks_train_the_model_of_one(folder):
+    multiprocessing.spawn(run_one_of_four, args=(str(folder),), nprocs=4)
+    for case in ("ddp", "fsdp"):
+        alone, losses_alone = loaded(folder, f"{case}-1")
+        together, losses = loaded(folder, f"{case}-4")
+        assert largest_difference(alone, together) < 5e-6
+        assert np.allclose(losses_alone, losses, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["ddp", "fsdp"])
