@@ -1,7 +1,6 @@
 """`influence.append` without trainings: what is drawn, kept, named stale, counted, put together."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,16 +20,13 @@ from append_corpus import (
 from influence_corpus import TASKS, build_inputs, influence_config
 from ingest_builders import write_lines
 
-from actors.appender import Appending, draw_appended
+from actors.appender import Appending
 from actors.pipeline import stage_inputs
 from system import storage
 from system.data.corpus import Corpus
-from system.data.ingest import ingest_local
 from system.data.lengths import SeededLengths
-from system.errors import DataError
-from system.influence.append import earlier_unit, extend_plan, undrawn
+from system.influence.append import earlier_unit, extend_plan
 from system.influence.append_cost import append_cost
-from system.influence.append_summary import append_lines, append_summary
 from system.influence.design import Design, Unit
 from system.influence.earlier import APPENDS_TO, Earlier
 from system.influence.heldout import seeded_draw
@@ -56,14 +52,6 @@ def appended(grown: Grown) -> str:
     """URI of the attempt that appends it."""
     name = grown.measure()
     return RunDir(grown.config.run_dir).attempt_uri("influence", name)
-
-
-@pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Grown:
-    """`size` lost rows to a category of their own, and `colour-reworded` is gone."""
-    run = Grown(tmp_path_factory.mktemp("split"))
-    run.prepare(source("colour"), source("size", "size-left"), source("size-two", "size-split"))
-    return run
 
 
 def test_a_new_category_has_one_run_a_replication_and_the_old_ones_keep_theirs(grown, appended):
@@ -311,64 +299,6 @@ def test_scores_of_earlier_runs_are_completed_not_replaced(grown, appended):
     stats = {"trained_tokens": 1, "first_loss": 2.0, "last_loss": 1.0}
     assert work._training_stats(unit, stats)["repeated"] == {"is_same": False}
     assert work._training_stats(fresh, stats) == stats
-
-
-def test_a_category_holds_while_all_its_measured_rows_are_in_it(split):
-    holding = split.earlier().holding(split.corpus())
-    assert holding.kept == ("colour",) and holding.new == ("size", "size-two")
-    assert set(holding.stale) == {"size", "colour-reworded"}
-    assert "no such category" in holding.stale["colour-reworded"]
-    assert "rows trained" in holding.stale["size"] and "scored" in holding.stale["size"]
-
-
-def test_a_split_leaves_its_base_rows_and_never_repeats_one(split):
-    context = split.context(RunDir(split.config.run_dir).attempt_uri("influence", "try"))
-    design = draw_appended(context)
-    assert design.sources == ("colour", "size", "size-two")
-    assert design.append is not None and design.append.sources == ("size", "size-two")
-    assert {unit.kind for unit in design.units} == {"reference", "remove", "append"}
-    assert [item.foreign_rows for item in design.replications] == [96, 96]
-    for index, replication in enumerate(design.replications):
-        plan = read_plan(storage.join(context.attempt, "plans", f"r{index:02d}-append.arrow"))
-        ids = plan.table.column("id").to_pylist()
-        assert len(set(ids)) == len(ids)
-        stage = np.array(plan.table.column("stage").to_pylist())
-        dosed = {
-            name: {ids[row] for row in np.flatnonzero(stage == APPENDED)
-                   if plan.table.column("category")[int(row)].as_py() == name}
-            for name in ("size", "size-two")
-        }  # fmt: skip
-        assert {name: len(rows) for name, rows in dosed.items()} == {
-            name: replication.rows[name].dose for name in dosed
-        }
-        unit = Unit(replication=index, kind="append", source=1)
-        active = active_rows(plan, unit, design)
-        assert {ids[row] for row in np.flatnonzero(active & (stage == APPENDED))} == dosed["size"]
-    trainings = {unit.name: {"trained_tokens": 1} for unit in design.units}
-    summary = append_summary(design, trainings)
-    assert summary is not None
-    lines = append_lines({"append": summary})
-    assert any("size: " in line and "measured as a new one" in line for line in lines)
-    assert any("colour-reworded" in line and "new one" not in line for line in lines)
-
-
-def test_nothing_that_holds_is_refused_in_one_paragraph(split, tmp_path):
-    other = influence_config(split.root).model_copy(update={"sources": (source(FOURTH),)})
-    ingest_local(other, str(tmp_path / "corpus"))
-    corpus = Corpus.open(str(tmp_path / "corpus" / "manifest.json"))
-    with pytest.raises(DataError, match=r"found none \(colour: .*Set influence.append to false"):
-        split.earlier().holding(corpus)
-
-
-def test_rows_taken_already_are_passed_over_and_the_next_ones_come():
-    ids = [f"{k}" for k in range(50)]
-
-    def first(wanted: int) -> Sequence[str]:
-        return ids[:wanted]
-
-    assert undrawn(first, 3, {"0", "2"}) == [1, 3, 4]
-    assert undrawn(first, 3, set(ids[:40])) == [40, 41, 42]
-    assert undrawn(first, 20, set(ids[:40])) == list(range(40, 50))
 
 
 def test_the_cost_of_an_append_is_that_of_its_runs(grown, appended):

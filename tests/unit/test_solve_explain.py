@@ -1,4 +1,4 @@
-"""Prices, ranges, what-if and ties: what is said about the optimum is true of it."""
+"""Prices and ranges: what is said about the optimum is true of it."""
 
 from dataclasses import replace
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mix_reference import named, problem, questions, random_question
+from mix_reference import problem, questions, random_question
 
 from system.errors import ConfigError, DataError, InfeasibleMixError
-from system.solve import GroupLimit, Mix, MixOptions, MixSession, solve_mix, sweep_move
+from system.solve import GroupLimit, Mix, MixOptions, MixSession, solve_mix
 
 EFFECT = [[1.0, 0.5, 0.0], [0.2, 1.0, 0.1], [-0.3, 0.1, 1.0]]
 
@@ -299,84 +299,6 @@ def test_supply_range_of_a_category_that_is_at_its_supply_in_the_base():
     assert capped.categories[1].supply_high == pytest.approx(1250), "from there on the cap holds"
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("objective", ["linear", "concave", "robust", "max-min"])
-def test_equal_categories_are_treated_equally(seed, objective):
-    """Two copies of every category, in any order: copies get equal counts."""
-    rng = np.random.default_rng(seed)
-    S = 4
-    effect = rng.integers(-2, 3, (S, S)) * 0.5
-    base = rng.integers(10, 50, S).astype(float)
-    double = np.tile(effect, (1, 2))
-    fields = {"targets": named(S, "t")}
-    if objective == "concave":
-        fields["effect_remove_TS"] = double + 0.5
-    if objective == "robust":
-        fields["se_TS"] = np.full(double.shape, 0.1)
-    p = problem(double, np.tile(base, 2), importance_T=np.ones(S), **fields)
-    mix = solve_mix(p, MixOptions(objective=objective, move=0.2, guard_nats=5.0))
-    counts = np.array(list(mix.counts().values()))
-    assert counts[:S] == pytest.approx(counts[S:], abs=1e-6 * mix.budget)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_order_of_categories_does_not_change_the_mix(seed):
-    rng = np.random.default_rng(seed)
-    p, options = random_question(rng, ["linear", "concave", "robust"][seed % 3])
-    options = replace(options, groups=())
-    order = rng.permutation(len(p.categories))
-
-    def turned(array):
-        return None if array is None else np.asarray(array)[..., order]
-
-    q = replace(
-        p,
-        categories=tuple(p.categories[j] for j in order),
-        **{
-            name: turned(getattr(p, name))
-            for name in (
-                "base_S",
-                "effect_add_TS",
-                "effect_remove_TS",
-                "se_TS",
-                "identifiable_TS",
-                "supply_S",
-                "lower_S",
-                "upper_S",
-                "tokens_S",
-            )
-        },
-    )
-    try:
-        first = solve_mix(p, options)
-    except InfeasibleMixError:
-        return
-    second = solve_mix(q, options).counts()
-    for name, count in first.counts().items():
-        assert second[name] == pytest.approx(count, abs=1e-6 * first.budget)
-
-
-def test_all_zero_effects_leave_the_base_and_say_so():
-    mix = solve_mix(problem(np.zeros((3, 3)), [10, 20, 30]), MixOptions(guard=0.0))
-    assert mix.counts() == {"c0": 10, "c1": 20, "c2": 30}
-    assert (mix.gain, mix.move_price) == (0, 0)
-    assert "no move within the limits improves" in mix.notes[0]
-
-
-def test_ties_take_the_least_move_then_spread_it():
-    """c1 and c2 are worth the same: the move is split between them, from c0 which is worth less."""
-    effect = [[0.0, 1.0, 1.0]]
-    p = problem(effect, [60, 20, 20], importance_T=[1.0])
-    mix = solve_mix(p, MixOptions(move=0.1))
-    assert mix.counts() == pytest.approx({"c0": 50, "c1": 25, "c2": 25})
-
-
-def test_one_category_is_the_whole_budget():
-    mix = solve_mix(problem([[1.0]], [40]), MixOptions(budget=100))
-    assert mix.counts() == {"c0": 100}
-    assert mix.categories[0].share == 1
-
-
 def test_whole_mix_carries_the_prices_of_the_fractional_one():
     p = problem(EFFECT, [100, 100, 100], supply_S=[150, 110, 300])
     whole = solve_mix(p, MixOptions(integer=True))
@@ -416,59 +338,3 @@ def test_cap_that_stops_a_category_before_its_supply_is_not_priced_as_supply():
     stocked = problem(EFFECT, [100, 100, 100], supply_S=[150, 111, 300], cap_S=[100, 5, 100])
     same = solve_mix(stocked, MixOptions(integer=True)).relaxation
     assert same is not None and same.gain == pytest.approx(whole.gain)
-
-
-def test_sweep_rises_with_falling_prices_and_starts_at_zero():
-    p = problem(EFFECT, [100, 100, 100], supply_S=[150, 110, 300], se_TS=np.full((3, 3), 0.05))
-    points = sweep_move(p, MixOptions(integer=True), [0.0, 0.05, 0.1, 0.3, 0.2])
-    assert [point.move for point in points] == [0.0, 0.05, 0.1, 0.3, 0.2]
-    ordered = sorted(points, key=lambda point: point.move)
-    gains = [point.gain for point in ordered]
-    prices = [point.move_price for point in ordered]
-    assert gains[0] == 0 and gains == sorted(gains)
-    assert prices == sorted(prices, reverse=True)
-    assert ordered[2].gain == pytest.approx(solve_mix(p, MixOptions(move=0.1)).gain)
-    # 10 to c1, 20 to c2, 30 from c0: errors of a source add over targets, sources are independent.
-    error = 0.05 * np.sqrt(10**2 + 20**2 + 30**2)
-    assert ordered[2].gain_se == pytest.approx(error)
-    assert ordered[2].gain_low == pytest.approx(ordered[2].gain - 1.96 * error)
-
-
-def test_what_if_starts_from_the_last_basis():
-    rng = np.random.default_rng(0)
-    n = 40
-    p = problem(rng.normal(0, 0.1, (n, n)) + np.eye(n), rng.integers(50, 500, n).astype(float))
-    session = MixSession(p, MixOptions(guard=0.01))
-    before = session.mix.solver.iterations
-    again = session.what_if()
-    assert again.counts() == session.mix.counts()
-    assert again.solver.iterations == before, "no simplex step is needed when nothing changes"
-
-
-def test_what_if_goes_on_from_a_guessed_basis_that_was_optimal_at_once():
-    n = 260
-    p = problem(np.diag(np.arange(n) / n), np.full(n, 100.0), importance_T=np.ones(n))
-    session = MixSession(p, MixOptions(guard_nats=5.0))
-    assert session.mix.solver.iterations == 0, "the guess is meant to be optimal"
-    narrower = session.what_if(move=0.05)
-    assert narrower.gain == pytest.approx(solve_mix(p, MixOptions(guard_nats=5.0, move=0.05)).gain)
-    assert narrower.solver.rows == session.mix.solver.rows
-
-
-def test_what_if_refuses_names_it_does_not_know():
-    session = MixSession(problem(EFFECT, [1, 1, 1]), MixOptions())
-    with pytest.raises(ConfigError, match="unknown category 'nope'"):
-        session.what_if(supply={"nope": 3})
-    with pytest.raises(ConfigError, match="give one of them"):
-        session.what_if(move=0.1, move_budget=3)
-
-
-@settings(max_examples=40, deadline=None)
-@given(questions())
-def test_mix_survives_its_json(question):
-    p, options = question
-    try:
-        mix = solve_mix(p, options)
-    except InfeasibleMixError:
-        return
-    assert Mix.from_json(mix.to_json()) == mix
