@@ -4,6 +4,20 @@ Every preset writes the stages it wants as a fractional table whose row sums are
 and whose column sums are the totals; the nearest integer table that keeps the rehearsal floors is
 the curriculum.  Axes: `T` stage, `S` category.
 
+What each preset aims at, with `w` the totals, `N` their sum and `n_t` the stage sizes:
+
+- `natural`: `w_j n_t / N`, every stage a small copy of the mix.
+- `tilted`: `w_j n_t / N * (1 + tilt * place_t * level_j)`.  `place` (of the stage in time) and
+  `level` are centred, weighted by examples, and scaled to at most 1 in size: the table keeps
+  all row and column sums, and no cell moves from its natural value by more than `tilt`.
+- `reversed`: the mirror image in time of `tilted`, as a control.
+- `sequential`: level after level.  As many stages as levels: one stage a level, unless
+  `stage_sizes` are given.
+- `paper`: three passes over the mix, whatever `num_stages` and `epochs` say.  In the first, one
+  tenth of the mix (one twentieth from 50,000 up) moves from dependent to base categories; the
+  second is the mix itself; the third mirrors the first.  Base: level 0.  Dependent: above half
+  the highest level.
+
 Source: DT-CSFT, arXiv 2409.07045.
 """
 
@@ -36,27 +50,13 @@ def plan_curriculum(
 ) -> Curriculum:
     """Orders a mix into stages: totals exactly `counts * epochs`, sizes exactly as asked.
 
-    The table aimed at, with `w` the totals, `N` their sum and `n_t` the stage sizes:
-
-    - `natural`: `w_j n_t / N`, every stage a small copy of the mix.
-    - `tilted`: `w_j n_t / N * (1 + tilt * place_t * level_j)`.  `place` (of the stage in time) and
-      `level` are centred, weighted by examples, and scaled to at most 1 in size: the table keeps
-      all row and column sums, and no cell moves from its natural value by more than `tilt`.
-    - `reversed`: the mirror image in time of `tilted`, as a control.
-    - `sequential`: level after level.  As many stages as levels: one stage a level, unless
-      `stage_sizes` are given.
-    - `paper`: three passes over the mix, whatever `num_stages` and `epochs` say.  In the first, one
-      tenth of the mix (one twentieth from 50,000 up) moves from dependent to base categories; the
-      second is the mix itself; the third mirrors the first.  Base: level 0.  Dependent: above half
-      the highest level.
-
     With equal levels there is no order to follow: every preset gives natural stages and says so.
 
     Args:
         counts: examples per category, integers >= 0; an array has categories "0", "1", ...
         levels: level per category, 0 = base, in the order of `counts` or by name.  None keeps the
             category at its natural share in every stage.
-        preset: see above.
+        preset: see the head of this module.
         num_stages: stages, at most the number of examples.
         epochs: passes over the mix, all stages together.
         tilt: 0 (natural) to 1 (as far as rehearsal lets).
@@ -102,14 +102,7 @@ def plan_curriculum(
     missed = problem.missed(table_TS[:, used])
     used_names = [name for name, is_used in zip(names, used, strict=True) if is_used]
     return Curriculum(
-        stages=tuple(
-            Stage(
-                name=stage_name,
-                size=int(size),
-                counts={name: int(n) for name, n in zip(names, row_S, strict=True)},
-            )
-            for stage_name, size, row_S in zip(stage_names, sizes_T, table_TS, strict=True)
-        ),
+        stages=_stages(stage_names, names, table_TS),
         levels=level_by_name,
         preset=preset,
         epochs=epochs,
@@ -118,6 +111,19 @@ def plan_curriculum(
         deviation=deviation,
         missed=tuple((stage_names[t], used_names[s]) for t, s in missed),
         note=_note(preset, problem.is_flat, len(missed)),
+    )
+
+
+def _stages(
+    stage_names: Sequence[str], names: Sequence[str], table_TS: np.ndarray
+) -> tuple[Stage, ...]:
+    return tuple(
+        Stage(
+            name=stage_name,
+            size=int(row_S.sum()),
+            counts={name: int(n) for name, n in zip(names, row_S, strict=True)},
+        )
+        for stage_name, row_S in zip(stage_names, table_TS, strict=True)
     )
 
 

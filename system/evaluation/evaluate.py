@@ -154,17 +154,8 @@ def summarise(
             performance, forecast, weightings["importance"], confidence
         )
     if outcomes.num_rows:
-        answers, summary["answers_left_out"] = performance_of(outcomes, "correct")
-        checked = _weightings(list(next(iter(answers.values()))), importance)
-        summary["accuracy"] = list(_shares(answers, [BASE, *trained], confidence))
-        if forecast is not None and predicts_answers and checked["uniform"]:
-            summary["predictions"] = predicted_and_realised(
-                answers, forecast, checked["importance"], confidence, is_binary=True
-            )
-        if checked["uniform"]:
-            summary["comparisons"] += _comparisons(
-                "accuracy", answers, trained, checked, confidence
-            )
+        promised = forecast if predicts_answers else None
+        _add_answers(summary, outcomes, trained, importance, promised)
     summary["prediction"] = next(
         (
             found
@@ -174,6 +165,27 @@ def summarise(
         None,
     )
     return summary
+
+
+def _add_answers(
+    summary: dict[str, Any],
+    outcomes: pa.Table,
+    trained: Sequence[str],
+    importance: Mapping[str, float],
+    forecast: ArmForecast | None,
+) -> None:
+    """Shares of right answers, their comparisons, and what was promised of them."""
+    confidence = summary["confidence"]
+    answers, summary["answers_left_out"] = performance_of(outcomes, "correct")
+    checked = _weightings(list(next(iter(answers.values()))), importance)
+    summary["accuracy"] = list(_shares(answers, [BASE, *trained], confidence))
+    if not checked["uniform"]:
+        return
+    if forecast is not None:
+        summary["predictions"] = predicted_and_realised(
+            answers, forecast, checked["importance"], confidence, is_binary=True
+        )
+    summary["comparisons"] += _comparisons("accuracy", answers, trained, checked, confidence)
 
 
 def headline(summary: Mapping[str, Any]) -> tuple[str, ...]:
