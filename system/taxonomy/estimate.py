@@ -2,6 +2,28 @@
 
 Legend of shape suffixes: R replications, T target (measured on), S source (trained on); both axes
 hold the same categories in the same order.  `[i, j]` speaks of "i depends on j".
+
+i depends on j when both hold:
+
+- *help*: `effect[i, j] > smallest_effect`, one-sided t test (normal where the degrees of
+  freedom are infinite);
+- *asymmetry*: `d[i, j] = effect[i, j] - effect[j, i] > 0`, one-sided t test with
+  `se(d)^2 = se_ij^2 + se_ji^2 - 2 rho se_ij se_ji` and Welch-Satterthwaite degrees of freedom.
+  rho, one number for the whole matrix, is how the errors of the two directions go together
+  over replications; 0 where there are none.  With `asymmetry_unit="gamma"` the two effects are
+  first divided by their targets' own effects (`effect[i, j] / effect[i, i]`, errors by the
+  delta method): fair where some targets are easier to move than others, but defined only where
+  both own effects are positive and identifiable.
+
+The larger of the two p-values tests "both hold" at its level (intersection-union test).
+Benjamini-Hochberg over all tested ordered pairs bounds the expected share of false edges.
+An edge weighs `d * z^2 / (1 + z^2)`, `z = d / se(d)`: the asymmetry, shrunk by its error.  The
+acyclic subgraph of largest weight is kept; levels are longest paths in it.
+
+Stability of an edge is the share of bootstrap draws in whose (locally searched) acyclic graph
+it stands.  Draws are normal around the effects with the given errors; with replications, what
+these show of the errors keeps its correlations (see `draw_effects`).  A draw adds the noise a
+second time, so stabilities err on the low side.
 """
 
 from __future__ import annotations
@@ -42,27 +64,7 @@ def estimate_taxonomy(
 ) -> Taxonomy:
     """Finds which categories depend on which, and the levels that follow.
 
-    i depends on j when both hold:
-
-    - *help*: `effect[i, j] > smallest_effect`, one-sided t test (normal where the degrees of
-      freedom are infinite);
-    - *asymmetry*: `d[i, j] = effect[i, j] - effect[j, i] > 0`, one-sided t test with
-      `se(d)^2 = se_ij^2 + se_ji^2 - 2 rho se_ij se_ji` and Welch-Satterthwaite degrees of freedom.
-      rho, one number for the whole matrix, is how the errors of the two directions go together
-      over replications; 0 where there are none.  With `asymmetry_unit="gamma"` the two effects are
-      first divided by their targets' own effects (`effect[i, j] / effect[i, i]`, errors by the
-      delta method): fair where some targets are easier to move than others, but defined only where
-      both own effects are positive and identifiable.
-
-    The larger of the two p-values tests "both hold" at its level (intersection-union test).
-    Benjamini-Hochberg over all tested ordered pairs bounds the expected share of false edges.
-    An edge weighs `d * z^2 / (1 + z^2)`, `z = d / se(d)`: the asymmetry, shrunk by its error.  The
-    acyclic subgraph of largest weight is kept; levels are longest paths in it.
-
-    Stability of an edge is the share of bootstrap draws in whose (locally searched) acyclic graph
-    it stands.  Draws are normal around the effects with the given errors; with replications, what
-    these show of the errors keeps its correlations (see `draw_effects`).  A draw adds the noise a
-    second time, so stabilities err on the low side.
+    The rules stand at the head of this module.
 
     Args:
         categories: names, in the order of both axes.
@@ -105,12 +107,9 @@ def estimate_taxonomy(
     is_reduced_TS = transitive_reduction(graph.kept)
 
     def edges(chosen_TS: np.ndarray) -> tuple[Edge, ...]:
+        stable_TS = stability_TS if num_bootstrap else None
         return _read_edges(
-            table.categories,
-            chosen_TS,
-            tests,
-            stability_TS=stability_TS if num_bootstrap else None,
-            is_reduced_TS=is_reduced_TS,
+            table.categories, chosen_TS, tests, stability_TS=stable_TS, is_reduced_TS=is_reduced_TS
         )
 
     by_level = np.argsort(level_S, kind="stable")
