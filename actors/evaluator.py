@@ -28,6 +28,7 @@ from actors.trainer import make_job, plan_selection
 from system import storage
 from system.curriculum import Curriculum
 from system.data.corpus import Corpus
+from system.data.lengths import mean_response_tokens
 from system.evaluation.arms import ArmPlan, move_seed, plan_arms
 from system.evaluation.evaluate import BASE, DELIVERED, ArmInfo, headline, summarise
 from system.evaluation.prediction import ArmForecast
@@ -36,7 +37,7 @@ from system.evaluation.unseen_rows import draw_test_questions, draw_test_rows, u
 from system.influence.interventions import seed_of
 from system.mix_notes import choose_shrinkage
 from system.models.base import load_tokenizer
-from system.planning import mix_options
+from system.planning import control_counts, mix_options
 from system.scoring.answers import ANSWERS, Questions, check_answers
 from system.scoring.score import Scored
 from system.selection.select import select_arm
@@ -84,6 +85,8 @@ class _Evaluation:
             context.input("model", "model"), trust_remote_code=config.model.trust_remote_code
         )
         self.mix = Mix.from_json(storage.read_bytes(context.input("solve", "mix")).decode())
+        counts = self.corpus.counts("train")
+        tokens = mean_response_tokens(self.corpus) if config.solve.unit == "tokens" else None
         self.plans = {
             (arm.name, seed): arm
             for seed in range(config.evaluate.seeds)
@@ -92,7 +95,9 @@ class _Evaluation:
                 mix=self.mix,
                 curriculum=self.curriculum,
                 settings=config.curriculum,
-                supply=self.corpus.counts("train"),
+                natural=control_counts(config.solve, "natural", counts, tokens),
+                uniform=control_counts(config.solve, "uniform", counts, tokens),
+                supply=counts,
                 max_epochs=config.solve.max_epochs,
                 seed=move_seed(config.seed, seed),
             )

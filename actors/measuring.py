@@ -1,13 +1,15 @@
 """The runs of an influence stage: a ledger of units over tuners and scorers.
 
     design ──> ledger ── tune(unit) ──> Tuner   ──> checkpoints/<unit>/, units/<unit>.json
-                  ^ └─── score(unit) ─> Scorer  ──> scores/<unit>.parquet, checkpoint deleted
+                  ^ └─── score(part) ─> Scorer  ──> scores/<unit>.parquet, checkpoint deleted
                   └──────── wait_any ─────────┘
     (`gradient`: warm_up and differentiate on the tuners, whose answers are the scores)
 
 The files are the state: a training counts once its `units/*.json` is there, a scoring once its
-`scores/*.parquet` is, and both are written whole or not at all.  A driver that starts again finds
-them and goes on; a dead actor's unit is given out again by its pool.  Runs that another attempt of
+`scores/*.parquet` is, and both are written whole or not at all.  Many held-out rows are scored in
+parts (`system.influence.score_parts`), each kept as `parts/<unit>/*.parquet` until all are there.
+A driver that starts again finds them and goes on; a dead actor's unit is given out again by its
+pool.  Runs that another attempt of
 the stage has finished are taken from it where everything that decides them is the same
 (`system.influence.reuse`).  Warm-up checkpoints (`branch`, `gradient`) stay until it is done.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -36,7 +39,9 @@ from system.influence.gradient import Derivatives
 from system.influence.interventions import active_rows
 from system.influence.ledger import Ledger, open_checkpoints
 from system.influence.reuse import SharedRuns, heldout_digest, run_key
+from system.influence.score_parts import ScorePart, join_parts, score_parts
 from system.influence.summary import METRIC_UNITS, short_unit
+from system.scoring.score import Scored
 from system.training.plan import TrainPlan, read_plan
 from system.training.settings import TrainSettings
 
@@ -64,12 +69,13 @@ class Measuring:
         self.design = design
         self.heldout = storage.read_table(storage.join(context.attempt, "heldout.arrow"))
         self.plans: dict[str, TrainPlan] = {}
-        self.started: dict[str, float] = {}
+        self.started: dict[ScorePart, float] = {}
+        self.waiting: deque[ScorePart] = deque()
         self.shared = SharedRuns(context.shared_uri)
         self.model = context.model_identity
         self.how = _how_measured(context, design)
         self.digests: dict[int, str] = {}
-        self.references: dict[int, ray.ObjectRef] = {}
+        self.references: dict[tuple[int, range], ray.ObjectRef] = {}
         self.shown = 0
 
     def run(self) -> None:
@@ -154,11 +160,13 @@ class Measuring:
             self.digests[id(table)] = heldout_digest(table)
         return self.digests[id(table)]
 
-    def _heldout_reference(self, unit: Unit) -> ray.ObjectRef:
-        table = self._scored_on(unit)
-        if id(table) not in self.references:
-            self.references[id(table)] = ray.put(table)
-        return self.references[id(table)]
+    def _heldout_reference(self, part: ScorePart) -> ray.ObjectRef:
+        table = self._scored_on(part.unit)
+        key = id(table), part.rows
+        if key not in self.references:
+            rows = table.slice(part.rows.start, len(part.rows)).combine_chunks()
+            self.references[key] = ray.put(rows)
+        return self.references[key]
 
     def _plan(self, unit: Unit) -> TrainPlan:
         uri = self._plan_uri(unit)
@@ -180,31 +188,33 @@ class Measuring:
         scorers = None if by_gradient else scorer_pool(self.context)
         tuners = self._tuner_pool()
         while not ledger.is_done:
-            while scorers and scorers.has_room and (unit := ledger.next_to_score()) is not None:
-                self._score(scorers, unit)
+            while scorers and scorers.has_room and (part := self._next_part(ledger)) is not None:
+                self._score(scorers, part)
             while tuners.has_room and (unit := ledger.next_to_train()) is not None:
                 if by_gradient:
                     self._differentiate(tuners, unit)
                 else:
                     self._tune(tuners, unit)
             for done in wait_any([tuners] if scorers is None else [scorers, tuners]):
+                if isinstance(done.key, ScorePart):
+                    unit = done.key.unit
+                    if self._keep_part(done.key, done.value):
+                        ledger.scored(unit)
+                        bar.advance(1)
+                        self._show_partial_matrix(ledger)
+                    continue
                 unit = cast(Unit, done.key)
                 if unit.kind == "gradient":
                     self._keep_gradients(unit, done.value)
                     ledger.scored(unit)
                     bar.advance(1)
-                elif done.pool is tuners:
+                else:
                     stats = self._training_stats(unit, asdict(done.value))
                     storage.write_json(self._file("units", unit, ".json"), stats)
                     if unit.kind == "warm":
                         self.shared.keep(self._key(unit), None, stats)
                     ledger.trained(unit)
                     bar.advance(1 if unit.kind == "warm" else 0)
-                else:
-                    self._keep_scores(unit, done.value)
-                    ledger.scored(unit)
-                    bar.advance(1)
-                    self._show_partial_matrix(ledger)
 
     def _tuner_pool(self) -> ActorPool:
         config = self.context.config
@@ -249,21 +259,35 @@ class Measuring:
             tuners.submit(unit, "warm_up", uri, settings, checkpoints, warm_uri)
             return
         task = gradient_task(self._plan(unit), self.design, unit, config.projection_dim)
-        heldout = self._heldout_reference(unit)
+        every = ScorePart(unit=unit, index=0, rows=range(self._scored_on(unit).num_rows))
+        heldout = self._heldout_reference(every)
         tuners.submit(unit, "differentiate", uri, task, heldout, settings, warm_uri)
 
     def _warm_uri(self, unit: Unit) -> str:
         warm = Unit(replication=unit.replication, kind="warm", source=-1)
         return self._checkpoint(warm)
 
-    def _score(self, scorers: ActorPool, unit: Unit) -> None:
-        self.started[unit.name] = time.perf_counter()
-        config, weights = self.context.config, self._checkpoint(unit)
-        heldout = self._heldout_reference(unit)
+    def _parts(self, unit: Unit) -> list[ScorePart]:
+        return score_parts(unit, self._scored_on(unit).column("category").to_pylist())
+
+    def _next_part(self, ledger: Ledger) -> ScorePart | None:
+        """The next span of rows to score, or None where no checkpoint waits."""
+        if not self.waiting and (unit := ledger.next_to_score()) is not None:
+            there = set(storage.list_names(self._file("parts", unit)))
+            parts = self._parts(unit)
+            # The last part that comes in concludes, so one is left even where all are there.
+            missing = [part for part in parts if part.name not in there] or parts[-1:]
+            self.waiting.extend(missing)
+        return self.waiting.popleft() if self.waiting else None
+
+    def _score(self, scorers: ActorPool, part: ScorePart) -> None:
+        self.started[part] = time.perf_counter()
+        config, weights = self.context.config, self._checkpoint(part.unit)
+        heldout = self._heldout_reference(part)
         if config.influence.metric == "accuracy":
-            scorers.submit(unit, "answer", weights, heldout, answer_tokens(config))
+            scorers.submit(part, "answer", weights, heldout, answer_tokens(config))
         else:
-            scorers.submit(unit, "score", weights, heldout)
+            scorers.submit(part, "score", weights, heldout)
 
     def _keep_gradients(self, unit: Unit, found: Derivatives) -> None:
         """Commits derivatives as the unit's scores; what they cost, before."""
@@ -272,18 +296,30 @@ class Measuring:
         }  # fmt: skip
         storage.write_json(self._file("units", unit, ".json"), cost)
         table, rejected = gradients_table(self.heldout, found)
-        metadata = {"instructmix.seconds": "0", "instructmix.rejected": json.dumps(rejected)}
-        table = table.replace_schema_metadata(metadata)
+        table = _with_facts(Scored(table=table, rejected=rejected), 0.0)
         self.shared.keep(self._key(unit), table, cost)
         storage.write_table(self._file("scores", unit, ".parquet"), table)
 
-    def _keep_scores(self, unit: Unit, scored: Any) -> None:
+    def _keep_part(self, part: ScorePart, scored: Scored) -> bool:
+        """Commits the scores of a part; with the last one those of the unit, and says so."""
+        seconds = time.perf_counter() - self.started.pop(part)
+        parts = self._parts(part.unit)
+        if len(parts) == 1:
+            self._keep_scores(part.unit, scored, seconds)
+            return True
+        folder = self._file("parts", part.unit)
+        storage.write_table(storage.join(folder, part.name), _with_facts(scored, seconds))
+        if {other.name for other in parts} - set(storage.list_names(folder)):
+            return False
+        tables = [storage.read_table(storage.join(folder, other.name)) for other in parts]
+        found, seconds = zip(*map(_facts, tables), strict=True)
+        self._keep_scores(part.unit, join_parts(found), sum(seconds))
+        storage.delete(folder)
+        return True
+
+    def _keep_scores(self, unit: Unit, scored: Scored, seconds: float) -> None:
         """Commits the scores, then frees the checkpoint they came from."""
-        metadata = {
-            "instructmix.seconds": f"{time.perf_counter() - self.started[unit.name]:.3f}",
-            "instructmix.rejected": json.dumps(scored.rejected),
-        }
-        table = scored.table.replace_schema_metadata(metadata)
+        table = _with_facts(scored, seconds)
         training = storage.read_json(self._file("units", unit, ".json"))
         self.shared.keep(self._key(unit), table, training)
         uri = self._file("scores", unit, ".parquet")
@@ -319,3 +355,20 @@ class Measuring:
 
     def _file(self, folder: str, unit: Unit, ending: str = "") -> str:
         return storage.join(self.context.attempt, folder, unit.name + ending)
+
+
+def _with_facts(scored: Scored, seconds: float) -> pa.Table:
+    """The table with the time it took and the rejected rows in its metadata."""
+    metadata = {
+        "instructmix.seconds": f"{seconds:.3f}",
+        "instructmix.rejected": json.dumps(scored.rejected),
+    }
+    return scored.table.replace_schema_metadata(metadata)
+
+
+def _facts(table: pa.Table) -> tuple[Scored, float]:
+    """What `_with_facts` put together."""
+    metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    rejected = json.loads(metadata["instructmix.rejected"])
+    scored = Scored(table=table.replace_schema_metadata(None), rejected=rejected)
+    return scored, float(metadata["instructmix.seconds"])

@@ -79,7 +79,10 @@ def _what_the_mix_asks(config: RunConfig) -> tuple[str, ...]:
 
     Whether any matrix is believed depends on what the mix is to be good at.
     """
-    return ("solve",) if config.influence.estimator == "auto" else ("solve.importance",)
+    if config.influence.estimator == "auto":
+        return ("solve",)
+    weighs_by_base = config.solve.importance == "base"
+    return ("solve.importance", "solve.base") if weighs_by_base else ("solve.importance",)
 
 
 def _score_identity(config: RunConfig) -> dict[str, str]:
@@ -142,7 +145,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="solve", module="actors.planner", function="run_solve",
-        reads=("solve",), after=("tag", "model", "influence"), revision=4,
+        reads=("solve",), after=("tag", "model", "influence"), revision=5,
     ),
     Stage(
         name="curriculum", module="actors.planner", function="run_curriculum",
@@ -160,7 +163,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="evaluate", module="actors.evaluator",
         reads=("evaluate", "train", "curriculum", "select", "seed"),
-        after=("tag", "model", "influence", "solve", "curriculum", "select", "train"), revision=5,
+        after=("tag", "model", "influence", "solve", "curriculum", "select", "train"), revision=6,
     ),
     Stage(
         name="report", module="actors.reporter", reads=(), shows_all=True,
@@ -216,6 +219,8 @@ def stage_inputs(
     unread = set() if len(config.influence.doses) > 1 else {"solve.dose"}
     if config.solve.mip_max_nodes is None:  # the solver's own limit, which the revision stands for
         unread.add("solve.mip_max_nodes")
+    if config.solve.base == "natural":  # as it was before there was a choice
+        unread.add("solve.base")
     for name in _NO_RESULT | config.select.unread_fields | unread:
         inputs.pop(name, None)
     inputs |= flatten("file", stage.identity(config))

@@ -23,6 +23,7 @@ from system.influence.heldout_cost import stage_heldout
 from system.influence.matrix import EffectMatrix
 from system.mix_notes import (
     appended_notes,
+    base_notes,
     choose_shrinkage,
     evidence_notes,
     extrapolation_notes,
@@ -108,6 +109,7 @@ def run_solve(context: StageContext) -> StageResult:
             *chosen,
             *mix.notes,
             *deciding,
+            *_start(context, mix, summary),
             *_extrapolation(mix, summary),
             *appended_notes(mix, summary),
         ),
@@ -221,6 +223,18 @@ def _matrices(context: StageContext) -> dict[str, EffectMatrix]:
         direction: EffectMatrix.from_table(table, direction=direction, where=uri)
         for direction in context.config.influence.directions
     }
+
+
+def _start(context: StageContext, mix: Mix, summary: dict[str, Any]) -> tuple[str, ...]:
+    asked = context.config.influence.rows_per_category
+    rows = dict.fromkeys(summary["sources"], float(asked))
+    rows |= {
+        name: sum(part["base"] for part in parts) / len(parts)
+        for name, parts in summary["adapted"].items()
+    }
+    rows |= dict.fromkeys(append["categories"] if (append := summary.get("append")) else (), 0.0)
+    supply = Corpus.open(context.input("tag", "manifest")).counts("train")
+    return base_notes(context.config.solve, mix, rows, supply)
 
 
 def _extrapolation(mix: Mix, summary: dict[str, Any]) -> tuple[str, ...]:

@@ -49,6 +49,10 @@ class SolveConfig(Section):
     the worst-off target; `concave`: as `linear`, but returns diminish where they were measured to
     (both directions, or several doses); `robust`: the gain that is left when effects err against
     the mix."""
+    base: Literal["natural", "uniform"] | dict[str, Annotated[float, Field(ge=0)]] = "natural"
+    """w0, the mix that moves and gains are counted from, scaled to the budget. `natural`: the
+    shares of the train split; `uniform`: equal shares, which is where the influence stage measures
+    its effects; or weights by name (categories left out have none)."""
     matrix: Literal["effect", "gamma"] = "effect"
     """Optimise effects in nats, or the paper's own formula in gamma."""
     move: Share = 0.1

@@ -51,6 +51,49 @@ def extrapolation_notes(
     return tuple(notes)
 
 
+def base_notes(
+    solve: SolveConfig, mix: Mix, rows_S: Mapping[str, float], supply_S: Mapping[str, float]
+) -> tuple[str, ...]:
+    """Where the mix starts, unless from the natural shares, and how far from what was measured.
+
+    Args:
+        solve: `base`.
+        mix: the solved mix.
+        rows_S: category -> rows of it that a reference run of the influence stage trains on.
+        supply_S: category -> train rows.
+    """
+    notes = []
+    if solve.base != "natural":
+        natural = _apart(
+            {item.category: item.base for item in mix.categories},
+            {item.category: supply_S[item.category] for item in mix.categories},
+        )
+        what = "equal shares" if solve.base == "uniform" else "the given weights"
+        notes.append(
+            f"the base mix, from which moves and gains are counted, has {what} (solve.base), as "
+            f"far as the limits allow: {natural:.0%} of its examples lie elsewhere than in the "
+            "train split's own shares"
+        )
+    measured = _apart(
+        {item.category: item.base for item in mix.categories},
+        {item.category: rows_S[item.category] for item in mix.categories},
+    )
+    if measured > max(mix.moved, 0.1):
+        hint = " (solve.base: uniform starts next to it)" if solve.base == "natural" else ""
+        notes.append(
+            f"effects were measured at a mix that differs from the base mix in {measured:.0%} of "
+            f"its examples, which is more than the {mix.moved:.0%} that are moved: predicted gains "
+            f"rest on slopes that were found elsewhere{hint}"
+        )
+    return tuple(notes)
+
+
+def _apart(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """Share of the examples that two mixes do not have in common (total variation distance)."""
+    totals = sum(one.values()), sum(other.values())
+    return sum(abs(one[name] / totals[0] - other[name] / totals[1]) for name in one) / 2
+
+
 def appended_notes(mix: Mix, summary: Mapping[str, Any]) -> tuple[str, ...]:
     """What of a mix rests on appended entries (`influence.append`); nothing where there are none.
 

@@ -1,14 +1,14 @@
 """From a measured matrix and the user's limits to the optimiser's question, and to the order.
 
 The optimiser (`system.solve`) knows nothing of runs; this module fills in what a run knows: the
-base mix is what the train split holds, the supply is the same, effects come from the influence
-stage, raw or shrunken.
+supply is what the train split holds, the base mix its shares (or equal ones, or the user's),
+effects come from the influence stage, raw or shrunken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def mix_problem(
     Args:
         solve: the limits.
         matrices: by direction (`add`, `remove`); with one, it serves both.
-        counts: train rows of each category: base mix and supply.
+        counts: train rows of each category: supply, and natural base.
         tokens: mean response tokens of an example of each category, where the budget is in tokens.
         levels: several doses, by direction and ascending: break points of objective `concave`.
 
@@ -113,7 +113,7 @@ def largest_moves(
 
     Args:
         solve: the limits.
-        counts: train rows of each category: base mix and supply.
+        counts: train rows of each category: supply, and natural base.
         tokens: mean response tokens of an example of each category, where the budget is in tokens.
 
     Raises:
@@ -126,6 +126,31 @@ def largest_moves(
         "add": np.minimum(model.up_S, moved_S),
         "remove": np.minimum(model.down_S, moved_S),
     }
+
+
+def control_counts(
+    solve: SolveConfig,
+    name: Literal["natural", "uniform"],
+    counts: Mapping[str, int],
+    tokens: Mapping[str, float] | None,
+) -> dict[str, int]:
+    """A mix that a solved one is compared with: whole examples that spend the same budget.
+
+    Args:
+        solve: the budget and the limits.  `natural` keeps the lower and upper limits, as a base mix
+            does; `uniform` is as equal as supply allows.
+        name: which.
+        counts: train rows of each category.
+        tokens: mean response tokens of an example of each category, where the budget is in tokens.
+
+    Raises:
+        InfeasibleMixError: the budget does not fit between the limits.
+    """
+    changes: dict[str, Any] = {"base": name, "groups": {}, "max_categories": None}
+    if name == "uniform":
+        changes |= {"lower": {}, "upper": {}}
+    model = build_model(*_without_effects(solve.model_copy(update=changes), counts, tokens))
+    return {name: round(count) for name, count in zip(counts, model.base_S, strict=True)}
 
 
 def _without_effects(
@@ -183,7 +208,7 @@ def _problem(
         _check_names(name, given, categories)
     for group, limit in solve.groups.items():
         _check_names(f"solve.groups.{group}", limit.categories, categories)
-    base_S = np.array([counts[name] for name in categories], dtype=np.float64)
+    base_S = _base(solve, categories, counts)
     weights_S = base_S if tokens is None else base_S * _per_category(tokens, categories, 1.0)
     return MixProblem(
         categories=categories,
@@ -191,7 +216,7 @@ def _problem(
         base_S=base_S,
         effect_add_TS=add_TS,
         effect_remove_TS=remove_TS,
-        supply_S=base_S,
+        supply_S=_per_category(counts, categories, 0.0),
         lower_S=_per_category(solve.lower, categories, 0.0) if solve.lower else None,
         upper_S=_per_category(solve.upper, categories, np.inf) if solve.upper else None,
         cap_S=solve.category_cap * base_S * (solve.budget / weights_S.sum()),
@@ -221,6 +246,16 @@ def dependency_effects(
     return categories, effects, errors, freedom
 
 
+def _base(solve: SolveConfig, categories: tuple[str, ...], counts: Mapping[str, int]) -> np.ndarray:
+    """[S] weights of the base mix, not scaled."""
+    if solve.base == "natural":
+        return _per_category(counts, categories, 0.0)
+    if solve.base == "uniform":
+        return np.ones(len(categories))
+    _check_names("solve.base", solve.base, categories)
+    return _per_category(solve.base, categories, 0.0)
+
+
 def _values(matrix: EffectMatrix, solve: SolveConfig) -> tuple[np.ndarray, np.ndarray]:
     if solve.matrix == "gamma":
         width = (matrix.gamma_high_TS - matrix.gamma_low_TS) / 4.0
@@ -243,7 +278,7 @@ def importance_weights(
     """[T] weights by which a mix is judged, the sum is one; as `MixProblem` has them.
 
     Args:
-        solve: `importance`.
+        solve: `importance` and `base`.
         targets: in the matrix's order.
         counts: train rows of each category.
 
@@ -252,7 +287,8 @@ def importance_weights(
     """
     weight_T = _importance(solve, targets)
     if weight_T is None:
-        weight_T = _per_category(counts, targets, 0.0)
+        base = dict(zip(counts, _base(solve, tuple(counts), counts), strict=True))
+        weight_T = _per_category(base, targets, 0.0)
     total = weight_T.sum()
     return weight_T / total if total > 0 else np.full(len(targets), 1.0 / len(targets))
 

@@ -2,10 +2,10 @@
 
 An arm's name says both: the mix (`natural`, `uniform`, `random`, `solved`) and the order (shuffled
 unless the name ends in `-curriculum` or `-reversed`).  All arms take as many passes as the
-curriculum and, per pass, the budget of the solved mix: `natural` is the base mix that the solver
-started from, `uniform` is as equal as supply allows, `random` moves as much as `solved` in a random
-direction, another one for every seed, so that its interval holds for other directions too.  The
-reversed order is the curriculum's stages, last first.
+curriculum and, per pass, the budget of the solved mix: `natural` has the shares of the train split,
+`uniform` is as equal as supply allows, `random` moves as much as `solved` from the base mix, in a
+random direction, another one for every seed, so that its interval holds for other directions too.
+The reversed order is the curriculum's stages, last first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 
 from system.config import CurriculumConfig
 from system.curriculum import Curriculum, plan_curriculum
-from system.data.tag import stratified_sizes
 from system.influence.interventions import seed_of
 from system.solve import Mix
 
@@ -45,6 +44,8 @@ def plan_arms(
     mix: Mix,
     curriculum: Curriculum,
     settings: CurriculumConfig,
+    natural: Mapping[str, int],
+    uniform: Mapping[str, int],
     supply: Mapping[str, int],
     max_epochs: float,
     seed: int,
@@ -56,18 +57,19 @@ def plan_arms(
         mix: the solved mix.
         curriculum: the order that goes with it; its totals are the mix times its epochs.
         settings: for the curriculum of other mixes.
+        natural: counts of one pass, see `system.planning.control_counts`.
+        uniform: likewise.
         supply: train rows of each category.
         max_epochs: how often an example may be used within a pass.
         seed: of the random move, see `move_seed`; other mixes are the same for all seeds.
     """
     solved = dict(zip(curriculum.levels, curriculum.counts_TS.sum(axis=0).tolist(), strict=True))
     base = {item.category: item.base for item in mix.categories}
-    natural = apportion(round(sum(base.values())), base)
+    base = apportion(round(sum(base.values())), base)
     limits = {name: int(rows * max_epochs) for name, rows in supply.items()}
-    uniform = stratified_sizes(limits, sum(natural.values()))
-    changes = (solved[name] / curriculum.epochs - count for name, count in natural.items())
+    changes = (solved[name] / curriculum.epochs - count for name, count in base.items())
     moved = round(sum(max(change, 0.0) for change in changes))
-    random = random_move(natural, limits, moved, seed)
+    random = random_move(base, limits, moved, seed)
     mixes = {
         "solved": solved,
         "natural": {name: count * curriculum.epochs for name, count in natural.items()},

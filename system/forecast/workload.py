@@ -91,9 +91,9 @@ def pass_counts(
 ) -> dict[str, dict[str, int]]:
     """Examples of each category in one pass: of the mixes that arms are named after.
 
-    `natural` is the base mix, scaled to the budget as the solver does.  `solved` is that too until
-    the mix is there, and `random`, which moves as much, is as well; each of its trainings moves
-    elsewhere, this is their mean.
+    All are scaled to the budget as the solver does.  `solved` is the base mix until the mix is
+    there, and `random`, which moves as much, is as well; each of its trainings moves elsewhere,
+    this is their mean.
     """
     rows = {name: known.rows["train"][name] for name in known.categories}
     weight = dict.fromkeys(rows, 1.0)
@@ -103,16 +103,20 @@ def pass_counts(
     examples = round(config.solve.budget * sum(rows.values()) / total)
     natural = apportion(examples, rows)
     limits = {name: int(count * config.solve.max_epochs) for name, count in rows.items()}
-    solved = natural if mix is None else {name: round(count) for name, count in mix.items()}
-    moved = round(sum(max(solved[name] - count, 0.0) for name, count in natural.items()))
+    base = {"natural": natural, "uniform": stratified_sizes(limits, examples)}
+    if not isinstance(config.solve.base, str):
+        base["own"] = apportion(examples, {name: config.solve.base.get(name, 0.0) for name in rows})
+    start = base[config.solve.base if isinstance(config.solve.base, str) else "own"]
+    solved = start if mix is None else {name: round(count) for name, count in mix.items()}
+    moved = round(sum(max(solved[name] - count, 0.0) for name, count in start.items()))
     moves = [
-        random_move(natural, limits, moved, move_seed(config.seed, training))
+        random_move(start, limits, moved, move_seed(config.seed, training))
         for training in range(config.evaluate.seeds)
     ]
     random = {name: sum(move[name] for move in moves) for name in natural}
     return {
         "natural": natural,
-        "uniform": stratified_sizes(limits, examples),
+        "uniform": base["uniform"],
         "random": apportion(examples, random),
         "solved": solved,
     }

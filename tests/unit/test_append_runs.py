@@ -52,9 +52,10 @@ class Here:
                 if self.left == 0:
                     raise Killed
                 self.left -= 1
-                self.started[unit.name] = time.perf_counter()
+                start = time.perf_counter()
                 model = load_model(self._checkpoint(unit))
-                self._keep_scores(unit, score_reference(model, self._scored_on(unit)))
+                scored = score_reference(model, self._scored_on(unit))
+                self._keep_scores(unit, scored, time.perf_counter() - start)
                 ledger.scored(unit)
                 continue
             unit = ledger.next_to_train()
