@@ -18,21 +18,51 @@ Contender = Callable[[list[Path], Path, int], int]
 
 def instructmix(files: list[Path], out: Path, processes: int, **settings: Any) -> int:
     """This project: in this process, or in Ray actors."""
+    if processes == 1:
+        from system.data.ingest import ingest_local
+
+        return ingest_local(_config(files, out, **settings), str(out / "attempt")).read
+    return _on_ray(_config(files, out, "local", processes, **settings), out)
+
+
+def instructmix_near(files: list[Path], out: Path, processes: int) -> int:
+    """With near-deduplication."""
+    return instructmix(files, out, processes, deduplicate="near")
+
+
+def instructmix_raylets(files: list[Path], out: Path, processes: int) -> int:
+    """So many raylets on this machine, one actor with one CPU on each."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 200 * 2**20}
+    raylets = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    for _ in range(processes - 1):
+        raylets.add_node(**node)
+    raylets.wait_for_nodes()
+    read = _on_ray(_config(files, out, raylets.address, processes), out)
+    ray.shutdown()
+    raylets.shutdown()
+    return read
+
+
+def _config(
+    files: list[Path], out: Path, address: str = "local", processes: int = 1, **settings: Any
+) -> Any:
     from system.config import ClusterConfig, IngestConfig, ModelConfig, RunConfig, SolveConfig
     from system.config import SourceConfig as Source
-    from system.data.ingest import ingest_local
 
-    config = RunConfig(
+    return RunConfig(
         run_dir=str(out),
         sources=(Source(path=str(files[0].parent / "*.jsonl"), category_column="task"),),
         ingest=IngestConfig(min_train_rows=1, min_heldout_rows=1, **settings),
         model=ModelConfig(path="builtin:tiny"),
         solve=SolveConfig(budget=100),
-        cluster=ClusterConfig(address="local", num_ingestors=processes, num_cpus=processes),
+        cluster=ClusterConfig(address=address, num_ingestors=processes, num_cpus=processes),
     )
-    if processes == 1:
-        return ingest_local(config, str(out / "attempt")).read
 
+
+def _on_ray(config: Any, out: Path) -> int:
     from actors import ingestor
     from actors.cluster import Cluster
     from actors.stage import StageContext
@@ -51,11 +81,6 @@ def instructmix(files: list[Path], out: Path, processes: int, **settings: Any) -
     read = ingestor.run(context).counts["read"]
     cluster.shutdown()
     return read
-
-
-def instructmix_near(files: list[Path], out: Path, processes: int) -> int:
-    """With near-deduplication."""
-    return instructmix(files, out, processes, deduplicate="near")
 
 
 def _normalised(prompt: str, completion: str) -> dict[str, Any]:
@@ -134,6 +159,7 @@ def ray_data(files: list[Path], out: Path, processes: int) -> int:
 CONTENDERS: dict[str, Contender] = {
     "instructmix": instructmix,
     "instructmix-near": instructmix_near,
+    "instructmix-raylets": instructmix_raylets,
     "datasets-map": datasets_map,
     "datasets-batched": datasets_batched,
     "ray-data": ray_data,
@@ -142,4 +168,5 @@ CONTENDERS: dict[str, Contender] = {
 
 def uses_ray(name: str, processes: int) -> bool:
     """Whether the contender's work is done in processes that are not its children."""
-    return name == "ray-data" or (name.startswith("instructmix") and processes > 1)
+    is_on_ray = name in ("ray-data", "instructmix-raylets")
+    return is_on_ray or (name.startswith("instructmix") and processes > 1)

@@ -12,6 +12,7 @@ OURS, THEIRS = "instructmix", "datasets-map"
 TITLES = {
     "instructmix": "instructmix",
     "instructmix-near": "instructmix, near-duplicates too",
+    "instructmix-raylets": "instructmix, Ray actors, one on each of as many raylets",
     "datasets-map": '`load_dataset("json")`, `.map`, `save_to_disk`',
     "datasets-batched": "the same, `batched=True`",
     "ray-data": "Ray Data: `read_json`, `map_batches`, `write_parquet`",
@@ -89,7 +90,8 @@ def _table(processes: int, runs: Sequence[dict[str, Any]]) -> list[str]:
 
 def _is_on_ray(run: dict[str, Any]) -> bool:
     """Ray's workers are nobody's children, so neither their time nor their memory is known."""
-    return run["contender"] == "ray-data" or (run["contender"] == OURS and run["processes"] > 1)
+    is_on_ray = run["contender"] in ("ray-data", "instructmix-raylets")
+    return is_on_ray or (run["contender"] == OURS and run["processes"] > 1)
 
 
 def _values(runs: Sequence[dict[str, Any]], key: str) -> list[float]:
