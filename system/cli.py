@@ -152,6 +152,10 @@ def _add_looks(commands: argparse._SubParsersAction) -> None:
     status.set_defaults(execute=_status)
     report = commands.add_parser("report", help="write report.html and report.json again")
     report.add_argument("run_dir", metavar="RUN_DIR", help=_RUN_DIR)
+    report.add_argument(
+        "--compare", metavar="RUN_DIR", nargs="+", default=[],
+        help="set the effects that other runs measured beside those of this one",
+    )  # fmt: skip
     report.set_defaults(execute=_report)
     export = commands.add_parser(
         "export", help="write the selection for another trainer, in training order"
@@ -279,7 +283,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from system.report import write_report
 
-    print(write_report(arguments.run_dir))
+    print(write_report(arguments.run_dir, arguments.compare))
     return 0
 
 

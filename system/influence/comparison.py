@@ -1,4 +1,4 @@
-"""`instructmix compare`: whether two influence stages tell the same story, and what each cost.
+"""Whether two influence stages tell the same story, and what each cost: `instructmix compare`.
 
 For two estimators, two sizes of the proxy model, two doses, two seeds: a cheap estimate is worth
 nothing until it is compared with an expensive one.  Entries are matched by name; only targets and
@@ -33,6 +33,40 @@ class Measured:
     matrices: dict[str, EffectMatrix]
     """By direction; of several doses, the largest."""
 
+    @property
+    def token_equivalents(self) -> float:
+        """What it cost."""
+        return self.summary["cost"]["token_equivalents"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectionComparison:
+    """Two measurements of one direction."""
+
+    direction: str
+    first: EffectMatrix
+    second: EffectMatrix
+    """Both cut to what they have in common, in the order of the first."""
+    agreement: Agreement
+    worth: float
+    """Rank correlation of the categories' mean effects on all targets; NaN where all are alike."""
+    scale: float
+    """Root mean square effect of the second per that of the first; NaN where the first has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two influence stages beside each other."""
+
+    first: Measured
+    second: Measured
+    directions: tuple[DirectionComparison, ...]
+
+    @property
+    def cost_ratio(self) -> float:
+        """Token equivalents of the second per one of the first."""
+        return self.second.token_equivalents / self.first.token_equivalents
+
 
 def read_measured(run_dir_uri: str) -> Measured:
     """The influence stage of a run directory.
@@ -58,8 +92,8 @@ def read_measured(run_dir_uri: str) -> Measured:
     )
 
 
-def describe_comparison(first_uri: str, second_uri: str) -> str:
-    """Agreement by direction, and the costs.
+def compare_runs(first_uri: str, second_uri: str) -> Comparison:
+    """Two influence stages, direction by direction.
 
     Raises:
         ConfigError: a run has no finished influence stage, or they measured no common direction.
@@ -72,18 +106,34 @@ def describe_comparison(first_uri: str, second_uri: str) -> str:
             f"expected a direction that both measured, found {list(first.matrices)} in {first_uri} "
             f"and {list(second.matrices)} in {second_uri}; see influence.directions"
         )
-    lines = [_described(first), _described(second)]
-    for direction in common:
-        one, other = shared_part(first.matrices[direction], second.matrices[direction])
+    return Comparison(
+        first=first,
+        second=second,
+        directions=tuple(
+            _compare_direction(name, first.matrices[name], second.matrices[name]) for name in common
+        ),
+    )
+
+
+def describe_comparison(first_uri: str, second_uri: str) -> str:
+    """Agreement by direction, and the costs, as text.
+
+    Raises:
+        ConfigError: a run has no finished influence stage, or they measured no common direction.
+        DataError: they have fewer than three categories in common.
+    """
+    found = compare_runs(first_uri, second_uri)
+    lines = [describe_measured(found.first), describe_measured(found.second)]
+    for part in found.directions:
         lines += [
             "",
-            f"{direction}: {len(one.targets)} targets x {len(one.sources)} sources in common",
-            *_agreement_lines(compare(one, other)),
-            f"  worth of the categories (mean effect on all targets): {_worth(one, other):+.2f}",
-            f"  size of effects, second per first: {_scale(one, other):.2f}",
+            f"{part.direction}: {len(part.first.targets)} targets x {len(part.first.sources)} "
+            "sources in common",
+            *_agreement_lines(part.agreement),
+            f"  worth of the categories (mean effect on all targets): {part.worth:+.2f}",
+            f"  size of effects, second per first: {part.scale:.2f}",
         ]
-    costs = [item.summary["cost"]["token_equivalents"] for item in (first, second)]
-    lines += ["", f"cost, second per first: {costs[1] / costs[0]:.3f}"]
+    lines += ["", f"cost, second per first: {found.cost_ratio:.3f}"]
     return "\n".join(lines)
 
 
@@ -103,13 +153,28 @@ def shared_part(first: EffectMatrix, second: EffectMatrix) -> tuple[EffectMatrix
     return first.part(targets, sources), second.part(targets, sources)
 
 
-def _described(measured: Measured) -> str:
+def describe_measured(measured: Measured) -> str:
+    """Run, estimator, size and cost in a line."""
     summary, cost = measured.summary, measured.summary["cost"]
     doses = in_words(summary.get("doses", {}).get("asked", ()))
     return (
         f"{measured.name}: {summary['estimator']}, {summary['replications']} replications, "
         f"{cost['runs']} runs, {cost['token_equivalents'] / 1e6:.2f} M forward + backward tokens"
         f"{f'; {doses}, compared at the largest' if doses else ''}"
+    )
+
+
+def _compare_direction(
+    direction: str, first: EffectMatrix, second: EffectMatrix
+) -> DirectionComparison:
+    one, other = shared_part(first, second)
+    return DirectionComparison(
+        direction=direction,
+        first=one,
+        second=other,
+        agreement=compare(one, other),
+        worth=_worth(one, other),
+        scale=_scale(one, other),
     )
 
 

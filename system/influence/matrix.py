@@ -239,7 +239,7 @@ def estimate_effects(
     if unit == "tokens":
         owned = own_T >= 0
         floor_T[owned] *= (measured.dose_S / measured.dose_tokens_S)[own_T[owned]]
-    gamma = _gamma(effect_TS, variance_TS, errors, dose_S, own_T, quantile_TS, floor_T)
+    gamma = gamma_intervals(effect_TS, variance_TS, errors, dose_S, own_T, quantile_TS, floor_T)
     identifiable_TS = np.zeros(effect_TS.shape, dtype=bool)
     if errors.training is not None:
         width_TS = gamma[2] - gamma[1]
@@ -306,7 +306,7 @@ def _check_finite(measured: Measurements) -> None:
             )
 
 
-def _gamma(
+def gamma_intervals(
     effect_TS: np.ndarray,
     variance_TS: np.ndarray,
     errors: ErrorModel,

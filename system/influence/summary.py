@@ -22,6 +22,7 @@ from system.influence.agreement import (
 from system.influence.append_summary import append_lines
 from system.influence.design import Design
 from system.influence.estimators import FIRST_ORDER
+from system.influence.identify import identify_json, replications_to_identify
 from system.influence.matrix import EffectMatrix, Estimate
 from system.influence.measurements import Losses, Measurements
 from system.solve.mix import ANSWERS, NATS
@@ -242,6 +243,17 @@ def _summarise_direction(
             else int((needed - measured.num_replications) * replication_tokens),
         },
         "strongest": _strongest(matrix),
+        "identify": identify_json(
+            matrix,
+            replications_to_identify(
+                measured,
+                estimate,
+                confidence=config.confidence,
+                gamma_floor=config.gamma_floor,
+                gamma_max_width=config.gamma_max_width,
+            ),
+            measured.num_replications,
+        ),
     }
 
 

@@ -23,6 +23,7 @@ from system.report.blocks import (
     text_column,
     waiting,
 )
+from system.report.comparison_section import comparison_blocks
 from system.report.dose_section import dose_blocks
 from system.report.formatting import (
     count,
@@ -47,6 +48,8 @@ TITLE = "How categories help and harm each other"
 _STRONGEST = 12
 _LARGEST_TABLE = 60
 """Sources beyond which the whole matrix is left to report.json."""
+_NAMED = 6
+"""Targets that a sentence names."""
 _VERB = {"add": "adding", "remove": "removing"}
 _MEANING = {
     "add": "training with a dose of the source added, against training without it",
@@ -75,7 +78,9 @@ def influence_section(view: RunView) -> Section:
         Bullets(items=_belief(influence)),
     ]
     for direction, matrix in influence.matrices.items():
-        grid = entry_grid(matrix, targets, sources, dose)
+        identify = influence.summary["directions"][direction].get("identify")  # none of old runs
+        needed = None if identify is None else identify["replications"]
+        grid = entry_grid(matrix, targets, sources, dose, needed)
         blocks += [
             Heading(text=f"Measured by {_VERB[direction]}"),
             Picture(
@@ -95,6 +100,7 @@ def influence_section(view: RunView) -> Section:
         if len(sources) <= _LARGEST_TABLE:
             blocks.append(_whole_table(grid, direction))
     blocks += dose_blocks(influence.summary, sources)
+    blocks += comparison_blocks(view.comparisons, short_unit(influence.summary["unit"]))
     return Section(name="effects", title=TITLE, short="Effects", blocks=blocks)
 
 
@@ -134,6 +140,7 @@ def _belief(influence: Influence) -> list[str]:
             f"{fixed(noise['signal_sd'], 4)}."
         )
         items += _agreement(direction, part, summary["confidence"])
+        items += _identify(direction, part)
     items += _append(summary)
     if summary["errors"] == "held-out only":
         items.append(
@@ -183,6 +190,38 @@ def _agreement(direction: str, part: dict[str, Any], confidence: float) -> list[
         text += (
             f" About {halving['replications']} replications in all would halve the standard "
             f"errors: {halving['trained_tokens']:,} trained tokens more."
+        )
+    return [text]
+
+
+def _identify(direction: str, part: dict[str, Any]) -> list[str]:
+    """What it would take to know the gammas that are not known."""
+    identify = part.get("identify")
+    unknown = part["pairs"] - part["identifiable_off_diagonal"]
+    if identify is None or not unknown:
+        return []
+    text = (
+        f"What the {plural(unknown, 'pair')} without an identifiable gamma would take "
+        f"({_VERB[direction]}), were the effects what they are found to be now: "
+    )
+    parts = []
+    if identify["half"] is not None:
+        parts.append(
+            f"{identify['half']} replications in all for half of the "
+            f"{count(unknown - identify['never'])} that replications can reach, {identify['all']} "
+            "for all of them"
+        )
+    if identify["never"]:
+        parts.append(
+            f"for {count(identify['never'])} not even {identify['most']}: more held-out rows or "
+            "larger doses"
+        )
+    text += "; ".join(parts) + "."
+    if unclear := identify["unclear"]:
+        names = ", ".join(unclear[:_NAMED]) + (" and others" if len(unclear) > _NAMED else "")
+        text += (
+            f" A dose of their own data does not clearly help {names}, so nothing can be compared "
+            "with it."
         )
     return [text]
 

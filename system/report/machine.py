@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from system.influence.agreement import Correlation
+from system.influence.comparison import Comparison
 from system.influence.matrix import EffectMatrix
 from system.report.heatmap import clustered_order
 from system.report.influence_section import reference_dose
@@ -22,8 +24,8 @@ def report_json(view: RunView) -> dict[str, Any]:
 
     Keys: `format`, `run_dir`, `seconds`, `verdict`, `mix`, `sweep`, `influence` (matrices as rows
     of targets, effects in nats per response token per example, null where not known), `taxonomy`,
-    `curriculum`, `training` (one record a step), `evaluation`, `corpus`, `tagging`, `stages`,
-    `config`.
+    `comparisons` (agreement with other runs, by direction), `curriculum`, `training` (one record a
+    step), `evaluation`, `corpus`, `tagging`, `stages`, `config`.
     """
     return {
         "format": FORMAT,
@@ -33,6 +35,7 @@ def report_json(view: RunView) -> dict[str, Any]:
         "mix": None if view.mix is None else asdict(view.mix),
         "sweep": view.sweep,
         "influence": None if view.influence is None else _influence(view.influence),
+        "comparisons": [_comparison(found) for found in view.comparisons],
         "taxonomy": None if view.taxonomy is None else view.taxonomy.to_json(),
         "curriculum": None if view.curriculum is None else view.curriculum.to_json(),
         "training": view.training,
@@ -60,6 +63,33 @@ def _influence(influence: Influence) -> dict[str, Any]:
         "matrices": {name: _matrix(matrix) for name, matrix in influence.matrices.items()},
         "summary": influence.summary,
     }
+
+
+def _comparison(found: Comparison) -> dict[str, Any]:
+    return {
+        "run_dir": found.second.name,
+        "estimator": found.second.summary["estimator"],
+        "cost_ratio": found.cost_ratio,
+        "directions": {
+            part.direction: {
+                "rank": _correlation(part.agreement.rank),
+                "linear": _correlation(part.agreement.linear),
+                "target_rank_median": _number(part.agreement.target_rank_median),
+                "sign": _number(part.agreement.sign),
+                "worth": _number(part.worth),
+                "scale": _number(part.scale),
+            }
+            for part in found.directions
+        },
+    }
+
+
+def _correlation(found: Correlation) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in asdict(found).items()}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def _matrix(matrix: EffectMatrix) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class Entry:
     gamma_low: float | None
     gamma_high: float | None
     is_identifiable: bool
+    needed: int | None
+    """Replications, in all, that would identify gamma; None: not known, or none would."""
     is_own: bool
     is_appended: bool
     """Measured at an earlier base, without rows of the source or the target."""
@@ -53,20 +55,40 @@ class Entry:
 
     @property
     def known(self) -> str:
-        """`yes` or `no`: whether gamma may be used."""
-        return "yes" if self.is_identifiable else "no"
+        """`yes` or `no`: whether gamma may be used, and if not, what it would take."""
+        if self.is_identifiable:
+            return "yes"
+        return "no" if self.needed is None else f"no, by {self.needed} replications"
 
 
 def entry_grid(
-    matrix: EffectMatrix, targets: list[str], sources: list[str], dose: float
+    matrix: EffectMatrix,
+    targets: list[str],
+    sources: list[str],
+    dose: float,
+    needed: list[list[int | None]] | None = None,
 ) -> list[list[Entry]]:
-    """[T][S] entries in the order given, effects for `dose` examples of the source."""
+    """[T][S] entries in the order given, effects for `dose` examples of the source.
+
+    Args:
+        matrix: of one direction.
+        targets: in the order of the rows.
+        sources: in the order of the columns.
+        dose: examples.
+        needed: replications by pair, in the matrix's own order (`system.influence.identify`).
+    """
     rows = [matrix.targets.index(name) for name in targets]
     columns = [matrix.sources.index(name) for name in sources]
-    return [[_entry(matrix, row, column, dose) for column in columns] for row in rows]
+    return [
+        [
+            _entry(matrix, row, column, dose, None if needed is None else needed[row][column])
+            for column in columns
+        ]
+        for row in rows
+    ]
 
 
-def _entry(matrix: EffectMatrix, row: int, column: int, dose: float) -> Entry:
+def _entry(matrix: EffectMatrix, row: int, column: int, dose: float, needed: int | None) -> Entry:
     def effect(values_TS: np.ndarray) -> float:
         return float(values_TS[row, column]) * dose
 
@@ -86,6 +108,7 @@ def _entry(matrix: EffectMatrix, row: int, column: int, dose: float) -> Entry:
         gamma_low=ratio(matrix.gamma_low_TS),
         gamma_high=ratio(matrix.gamma_high_TS),
         is_identifiable=bool(matrix.identifiable_TS[row, column]),
+        needed=needed,
         is_own=matrix.targets[row] == matrix.sources[column],
         is_appended=bool(matrix.appended_TS[row, column]),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from system import storage
 from system.curriculum.records import Curriculum
 from system.data.corpus import Manifest, read_manifest
 from system.errors import ConfigError, DataError
+from system.influence.comparison import Comparison, compare_runs
 from system.influence.matrix import EffectMatrix
 from system.rundir import RunDir, StageRecord
 from system.solve.mix import Mix
@@ -57,14 +59,21 @@ class RunView:
     training: list[dict[str, Any]] | None
     """One record per optimiser step, in order."""
     evaluation: Evaluation | None
+    comparisons: tuple[Comparison, ...] = ()
+    """Other runs that measured the same effects, if it was asked for."""
 
     @classmethod
-    def open(cls, run_dir_uri: str) -> RunView:
+    def open(cls, run_dir_uri: str, compare: Sequence[str] = ()) -> RunView:
         """Reads a run directory.
 
+        Args:
+            run_dir_uri: the run.
+            compare: run directories whose effects are set beside its own.
+
         Raises:
-            ConfigError: there is no run directory.
-            DataError: an output that a record names cannot be read.
+            ConfigError: there is no run directory, or one that is compared measured nothing.
+            DataError: an output that a record names cannot be read, or too few categories are
+                common to runs that are compared.
         """
         run_dir = RunDir(run_dir_uri)
         config_uri = storage.join(run_dir.uri, "config.json")
@@ -93,6 +102,7 @@ class RunView:
             curriculum=outputs.curriculum(),
             training=outputs.json_lines("train", "metrics"),
             evaluation=outputs.evaluation(),
+            comparisons=tuple(compare_runs(run_dir.uri, other) for other in compare),
         )
 
 

@@ -13,6 +13,8 @@ disk.  The seconds are those of the whole process.  Every contender also reads a
 
 is what it does once it runs; the same with processor time (user and system, all processes) says
 more on a machine that others use too.  (Ray's workers do not show in it, so it is left out there.)
+Memory: `anon` is what the contender's first process holds itself (peak of RssAnon, sampled every
+20 ms); `peak` is the kernel's maximum resident size, in which pages of mapped files count as well.
 The contenders take turns in every round.  A run adds its rounds to those that are in `--out`
 already, where rows and commit are the same.
 """
@@ -27,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conditions import ROOT, commit, hardware, last_json, run_contender, versions
+from conditions import ROOT, Memory, commit, hardware, last_json, run_contender, versions
 from ingest_contenders import CONTENDERS, uses_ray
 from ingest_data_juicer import used
 from ingest_rows import DUPLICATE_SHARE, write_rows
@@ -39,8 +41,9 @@ PACKAGES = ("datasets", "pyarrow", "ray", "msgspec")
 def run_child(arguments: argparse.Namespace) -> None:
     """One contender; prints what it says of itself as JSON."""
     files = sorted(arguments.input.glob("*.jsonl"))
-    rows = CONTENDERS[arguments.child](files, arguments.work_dir, arguments.processes[0])
-    print(json.dumps({"rows": rows, **used()}))
+    with Memory() as memory:
+        rows = CONTENDERS[arguments.child](files, arguments.work_dir, arguments.processes[0])
+    print(json.dumps({"rows": rows, **used(), "anon_mib": memory.anon_mib}))
 
 
 def measure(
@@ -83,6 +86,7 @@ def measure_round(
                 "seconds": round(full["seconds"], 2),
                 "rows_per_second": round(num_rows / (full["seconds"] - few["seconds"])),
                 "peak_mib": round(full["peak_mib"]),
+                **({"anon_mib": round(full["anon_mib"])} if "anon_mib" in full else {}),
                 "load": hardware()["load"][0],
             }
             if not uses_ray(name, processes):

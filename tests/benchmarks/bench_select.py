@@ -25,14 +25,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conditions import commit, hardware, last_json, run_contender, versions
+from conditions import Memory, commit, hardware, last_json, memory_status, run_contender, versions
 from select_corpus import NUM_CATEGORIES, ingest_real, real_lengths, write_corpus
 
 OURS = ("random", "quality", "quality+diversity", "facility-location")
@@ -124,35 +123,6 @@ def theirs(method: str, corpus_dir: Path, out: Path, take: int) -> dict[str, flo
     return seconds
 
 
-def _status(name: str) -> float:
-    """A value of the kernel's about this process, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
-
-
-class Memory:
-    """The most memory that this process holds itself."""
-
-    def __init__(self) -> None:
-        self.anon_mib = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.02):
-            self.anon_mib = max(self.anon_mib, _status("RssAnon"))
-
-    def __enter__(self) -> Memory:
-        """Begins to watch."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Ends it."""
-        self._stop.set()
-        self._thread.join()
-
-
 def run_child(arguments: argparse.Namespace) -> None:
     """One contender; prints its measurement as JSON."""
     out = arguments.out_dir
@@ -165,7 +135,7 @@ def run_child(arguments: argparse.Namespace) -> None:
         "seconds": sum(seconds.values()),
         "parts": {name: round(value, 2) for name, value in seconds.items()},
         "anon_mib": memory.anon_mib,
-        "peak_mib": _status("VmHWM"),
+        "peak_mib": memory_status("VmHWM"),
     }
     print(json.dumps(answer))
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -87,3 +88,32 @@ def run_contender(
 def last_json(printed: str) -> dict[str, Any]:
     """The last line of what a contender printed: its measurement."""
     return json.loads(printed.strip().splitlines()[-1])
+
+
+def memory_status(name: str) -> float:
+    """A value of the kernel's about this process, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
+class Memory:
+    """The most memory that this process holds itself."""
+
+    def __init__(self) -> None:
+        self.anon_mib = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.anon_mib = max(self.anon_mib, memory_status("RssAnon"))
+
+    def __enter__(self) -> Memory:
+        """Begins to watch."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends it."""
+        self._stop.set()
+        self._thread.join()
