@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,20 +65,29 @@ def write_rows(folder: Path, data_dir: Path, num_rows: int, seed: int = 0) -> li
     known = real_rows(data_dir)
     draw = random.Random(seed)
     order: list[int] = []
-    lines: list[str] = []
+    rows, numbers = array("q"), array("q")  # texts would not fit in memory
     for number in range(num_rows):
         if number and draw.random() < DUPLICATE_SHARE:
-            lines.append(draw.choice(lines))
+            earlier = draw.randrange(number)
+            rows.append(rows[earlier])
+            numbers.append(numbers[earlier])
             continue
         if not order:
             order = list(range(len(known)))
             draw.shuffle(order)
-        row = known[order.pop()]
-        if number >= len(known):
-            row = {**row, "prompt": f"{number}. {row['prompt']}"}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        rows.append(order.pop())
+        numbers.append(number if number >= len(known) else -1)
     size = -(-num_rows // NUM_FILES)
     paths = [folder / f"part-{part}.jsonl" for part in range(-(-num_rows // size))]
     for part, path in enumerate(paths):
-        path.write_text("".join(lines[part * size : (part + 1) * size]), encoding="utf-8")
+        with path.open("w", encoding="utf-8") as file:
+            span = slice(part * size, (part + 1) * size)
+            for row, number in zip(rows[span], numbers[span], strict=True):
+                file.write(_line(known[row], number))
     return paths
+
+
+def _line(row: dict[str, str], number: int) -> str:
+    if number >= 0:
+        row = {**row, "prompt": f"{number}. {row['prompt']}"}
+    return json.dumps(row, ensure_ascii=False) + "\n"
