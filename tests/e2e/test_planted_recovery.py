@@ -53,20 +53,43 @@ def check_signs(matrix: EffectMatrix) -> None:
         assert entry(matrix.effect_TS, matrix, one, other) < 0
     for name in TASKS[:3]:
         assert entry(matrix.effect_TS, matrix, name, name) > 0
+    # What helps, what has nothing to do with it, what contradicts: in this order.
+    for target, twin in (("colour", "colour-reworded"), ("colour-reworded", "colour")):
+        order = [target, twin, "weather", "colour-contradicted"]
+        effects = [entry(matrix.effect_TS, matrix, target, source) for source in order[1:]]
+        assert effects == sorted(effects, reverse=True), (target, effects)
+
+
+def check_intervals(matrix: EffectMatrix) -> None:
+    """What is known beyond doubt: its own data helps, contradictions harm."""
+    assert entry(matrix.effect_low_TS, matrix, "colour", "colour") > 0
+    assert entry(matrix.effect_high_TS, matrix, "colour", "colour-contradicted") < 0
 
 
 def test_retraining_recovers_planted_signs_beyond_its_errors(retrained):
     check_signs(retrained)
-    assert entry(retrained.effect_low_TS, retrained, "colour", "colour") > 0
-    assert entry(retrained.effect_high_TS, retrained, "colour", "colour-contradicted") < 0
+    check_intervals(retrained)
+
+
+def test_the_same_questions_in_other_words_are_worth_about_as_much(retrained):
+    """Duplicates under another template: gamma near 1, and its interval holds 1."""
+    for one, other in (("colour", "colour-reworded"), ("colour-reworded", "colour")):
+        gamma = entry(retrained.gamma_TS, retrained, one, other)
+        low = entry(retrained.gamma_low_TS, retrained, one, other)
+        high = entry(retrained.gamma_high_TS, retrained, one, other)
+        assert 0.3 < gamma < 1.7 and low < 1 < high, (low, gamma, high)
 
 
 def test_a_random_design_recovers_the_same_signs(bench):
-    check_signs(estimate_effects(bench.measure("random-design", 3, run_seed=1).measurements).matrix)
+    matrix = estimate_effects(bench.measure("random-design", 3, run_seed=1).measurements).matrix
+    check_signs(matrix)
+    check_intervals(matrix)
 
 
 def test_branches_recover_the_same_signs(bench):
-    check_signs(estimate_effects(bench.measure("branch", 3, run_seed=1).measurements).matrix)
+    matrix = estimate_effects(bench.measure("branch", 3, run_seed=1).measurements).matrix
+    check_signs(matrix)
+    check_intervals(matrix)
 
 
 def test_gradients_recover_the_same_signs_at_a_lower_cost(bench, retrainings):
