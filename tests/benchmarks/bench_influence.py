@@ -264,6 +264,7 @@ def results(store: Path) -> dict[str, Any]:
         "world": world["name"],
         "text": world["text"],
         "parameters": world["parameters"],
+        "commit": world["commit"],
         "reference_replications": len(parts),
         "reference_equivalents": reference.equivalents,
         "reference_seconds": reference.seconds,
@@ -316,6 +317,7 @@ def open_bench(store: Path, data_dir: Path | None, seed: int) -> Bench:
         "text": world.text,
         "truth": world.truth,
         "parameters": bench.proxy.restored().num_parameters(),
+        "commit": commit(),
     }
     (store / "world.json").write_text(json.dumps(described))
     return bench

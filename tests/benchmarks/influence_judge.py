@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from system.influence.agreement import compare
-from system.influence.matrix import EffectMatrix, estimate_effects
+from system.influence.agreement import compare, replications_to_halve
+from system.influence.matrix import EffectMatrix, Estimate, estimate_effects
 
 if TYPE_CHECKING:
     from bench_influence import Measured
@@ -48,7 +48,8 @@ def split_ranks(effect_RTS: np.ndarray, own_T: np.ndarray, size: int) -> np.ndar
 
 def judge(measured: Measured, reference: Measured, truth: dict[str, Any] | None) -> dict[str, Any]:
     """Recovery of one estimate."""
-    matrix = estimate_effects(measured.measurements).matrix
+    estimate = estimate_effects(measured.measurements)
+    matrix = estimate.matrix
     wanted = estimate_effects(reference.measurements).matrix
     agreement = compare(matrix, wanted)
     ranks_T = target_ranks(matrix.effect_TS, wanted.effect_TS, measured.measurements.own_T)
@@ -64,7 +65,27 @@ def judge(measured: Measured, reference: Measured, truth: dict[str, Any] | None)
         "linear": agreement.linear.value,
         "sign_agreement_with_reference": agreement.sign,
         "own_scale": float(np.median(matrix.effect_TS[own_TS] / wanted.effect_TS[own_TS])),
+        **halving(estimate, measured),
         **({} if truth is None else against_truth(matrix, truth)),
+    }
+
+
+def halving(estimate: Estimate, measured: Measured) -> dict[str, Any]:
+    """Typical error of a dose's effect, and what halving it takes; nothing with one replication.
+
+    `halving_equivalents` are the token equivalents beyond those already spent, null where only more
+    held-out rows would halve the error.
+    """
+    count = measured.measurements.num_replications
+    if count < 2:
+        return {}
+    matrix = estimate.matrix
+    needed = replications_to_halve(estimate, count)
+    each = measured.equivalents / count
+    return {
+        "dose_se": float(np.median((matrix.effect_se_TS * matrix.dose_S)[~matrix.own_TS])),
+        "halving_replications": needed,
+        "halving_equivalents": None if needed is None else (needed - count) * each,
     }
 
 

@@ -45,7 +45,10 @@ def write_report(path: Path, conditions: dict[str, str], worlds: list[dict[str, 
         "the construction fixes. *zeros*: unrelated pairs whose interval covers zero. *scale*:",
         "own effects as a multiple of the reference's, median. *ceiling*: what an estimator",
         "without any error would have as *rank*, since the reference has errors: the square root",
-        "of its reliability.",
+        "of its reliability. *error*: typical (median) standard error of a dose's effect on",
+        "another category, nats, on the scale of the estimator's own effects. *halving*: million",
+        "token equivalents more that would halve it, and the replications that makes in all; a",
+        "dash where only more held-out rows would.",
     ]
     for world in worlds:
         lines += _world(world)
@@ -55,14 +58,14 @@ def write_report(path: Path, conditions: dict[str, str], worlds: list[dict[str, 
 def _world(found: dict[str, Any]) -> list[str]:
     reference = found["reference_replications"]
     header = ("setting", "replications", "cost", "seconds", "rank", "linear", "signs", "planted",
-              "zeros", "scale")  # fmt: skip
+              "zeros", "scale", "error", "halving")  # fmt: skip
     return [
         "",
         f"## {found['world'].capitalize()}",
         "",
         f"{found['text'].capitalize()}; a Llama of {found['parameters'] / 1e6:.2f} M parameters.",
         f"Reference: {reference} replications, {found['reference_equivalents']:,.0f} token",
-        f"equivalents, {found['reference_seconds']:.0f} s.",
+        f"equivalents, {found['reference_seconds']:.0f} s. Measured at commit {found['commit']}.",
         "",
         "How well the reference is known, `retrain` with itself:",
         "",
@@ -105,8 +108,18 @@ def _row(row: dict[str, Any], reference: int) -> str:
         row.get("planted_signs_right", "-"),
         f"{row['unrelated_pairs_covering_zero']:.2f}" if "planted_signs_right" in row else "-",
         f"{row['own_scale']:.2f}",
+        f"{row['dose_se']:.4f}" if "dose_se" in row else "",
+        _halving(row),
     ]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _halving(row: dict[str, Any]) -> str:
+    if "dose_se" not in row:
+        return ""
+    if row["halving_equivalents"] is None:
+        return "-"
+    return f"{row['halving_equivalents'] / 1e6:.1f} ({row['halving_replications']})"
 
 
 def _curve(rows: list[dict[str, Any]]) -> list[str]:
