@@ -1,8 +1,8 @@
 """The influence stage: draw a design, measure its runs, estimate the effect matrix.
 
 designer ──> design.json ──> measuring ──> scores/*.parquet ──> analysis ──> matrix.parquet,
-plans/*.arrow       ^                                 │         replicates.parquet,
-└──── rounds (`auto`) <───────────┘         summary.json
+plans/*.arrow                    ^                 │                  replicates.parquet,
+(`auto`: design_trial, then      └── rounds <──────┘                  summary.json
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from actors.analysis import analyse, matrices_of
 from actors.appender import Appending, draw_appended
+from actors.design_trial import choose_design
 from actors.designer import answer_tokens, draw_design
 from actors.measuring import TUNERS, Measuring
 from actors.rounds import measure_in_rounds
@@ -30,8 +31,10 @@ from system.influence.rounds import Round
 from system.influence.summary import (
     Cost,
     result_lines,
+    short_unit,
     summarise,
 )
+from system.influence.trial import Trial, describe_choice
 from system.planning import importance_weights
 
 
@@ -42,21 +45,29 @@ def run(context: StageContext) -> StageResult:
         Appending(context, planned).run()
         context.cluster.close_pool(TUNERS)
         return _estimate(context, planned, [], "")
-    planned = draw_design(context)
-    rounds: list[Round] = []
-    reason = ""
     if context.config.influence.estimator == "auto":
-        rounds, reason = measure_in_rounds(
-            context,
-            planned,
-            lambda design: Measuring(context, design).run(),
-            lambda design: matrices_of(context, design),
-        )
-        planned = planned.first(rounds[-1].replications)
-    else:
-        Measuring(context, planned).run()
+        return _run_auto(context)
+    planned = draw_design(context)
+    Measuring(context, planned).run()
     context.cluster.close_pool(TUNERS)
-    return _estimate(context, planned, rounds, reason)
+    return _estimate(context, planned, [], "")
+
+
+def _run_auto(context: StageContext) -> StageResult:
+    """Chooses a design, then measures in rounds until there is a reason to stop."""
+    context, trials = choose_design(context)
+    planned = draw_design(context)
+    others = [trial for trial in trials if trial.design != planned.estimator]
+    rounds, reason = measure_in_rounds(
+        context,
+        planned,
+        lambda design: Measuring(context, design).run(),
+        lambda design: matrices_of(context, design),
+        spent_tokens=sum(trial.trained_tokens for trial in others),
+        spent_hours=sum(trial.tuner_hours for trial in others),
+    )
+    context.cluster.close_pool(TUNERS)
+    return _estimate(context, planned.first(rounds[-1].replications), rounds, reason, trials)
 
 
 def _uri(context: StageContext, *parts: str) -> str:
@@ -64,7 +75,11 @@ def _uri(context: StageContext, *parts: str) -> str:
 
 
 def _estimate(
-    context: StageContext, design: Design, rounds: Sequence[Round], reason: str
+    context: StageContext,
+    design: Design,
+    rounds: Sequence[Round],
+    reason: str,
+    trials: Sequence[Trial] = (),
 ) -> StageResult:
     config = context.config.influence
     storage.write_json(_uri(context, "design.json"), design.to_json())
@@ -96,6 +111,10 @@ def _estimate(
         summary["append"] = append
     if rounds:
         summary["rounds"] = {"stopped": reason, "rounds": [asdict(item) for item in rounds]}
+    chosen = []
+    if trials:
+        summary["trial"] = [asdict(trial) for trial in trials]
+        chosen = [describe_choice(trials, short_unit(summary["unit"]))]
     storage.write_json(_uri(context, "summary.json"), summary)
     return StageResult(
         outputs={
@@ -113,7 +132,12 @@ def _estimate(
             "rows dropped": design.dropped,
             "rows rejected by the scorer": len(rejected),
         },
-        lines=(*([reason] if reason else []), *result_lines(summary), *dose_lines(summary)),
+        lines=(
+            *([reason] if reason else []),
+            *chosen,
+            *result_lines(summary),
+            *dose_lines(summary),
+        ),
     )
 
 

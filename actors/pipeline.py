@@ -219,6 +219,8 @@ def stage_inputs(
     unread = set() if len(config.influence.doses) > 1 else {"solve.dose"}
     if config.solve.mip_max_nodes is None:  # the solver's own limit, which the revision stands for
         unread.add("solve.mip_max_nodes")
+    if config.influence.estimator != "auto":
+        unread.add("influence.auto.designs")
     if config.solve.base == "natural":  # as it was before there was a choice
         unread.add("solve.base")
     for name in _NO_RESULT | config.select.unread_fields | unread:

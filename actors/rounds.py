@@ -27,6 +27,9 @@ def measure_in_rounds(
     planned: Design,
     measure: Callable[[Design], None],
     matrices: Callable[[Design], Mapping[str, EffectMatrix]],
+    *,
+    spent_tokens: int = 0,
+    spent_hours: float = 0.0,
 ) -> tuple[list[Round], str]:
     """Measures replication after replication until there is a reason to stop.
 
@@ -35,6 +38,8 @@ def measure_in_rounds(
         planned: with all replications that may be measured.
         measure: makes all runs of a design that are not there yet.
         matrices: the effects of a design whose runs are all there, by direction.
+        spent_tokens: trained on before, for designs that were tried and left.
+        spent_hours: of training, likewise.
 
     Returns:
         The rounds, and why there is no further one.
@@ -45,7 +50,10 @@ def measure_in_rounds(
     uri = storage.join(context.attempt, "rounds.json")
     known = storage.read_json(uri) if storage.exists(uri) else []
     rounds = [Round(**value) for value in known]
-    while not rounds or (reason := why_stop(rounds, config.influence.auto)) is None:
+    while (
+        not rounds
+        or (reason := why_stop(rounds, config.influence.auto, spent_tokens, spent_hours)) is None
+    ):
         count = rounds[-1].replications + 1 if rounds else config.influence.replications
         design = planned.first(count)
         measure(design)
@@ -60,8 +68,8 @@ def measure_in_rounds(
                 corpus.counts("train"),
                 tokens,
                 replications=count,
-                trained_tokens=sum(item["trained_tokens"] for item in stats),
-                tuner_hours=sum(item["seconds"] for item in stats) / 3600.0,
+                trained_tokens=spent_tokens + sum(item["trained_tokens"] for item in stats),
+                tuner_hours=spent_hours + sum(item["seconds"] for item in stats) / 3600.0,
                 seed=config.seed,
             )
         )

@@ -28,10 +28,13 @@ class StageContext:
     appends_to: str | None = None
     """Name of the finished attempt that this one adds to (`influence.append`)."""
 
+    shared: str | None = None
+    """`shared_uri` of a part of an attempt, which is that of the attempt."""
+
     @property
     def shared_uri(self) -> str:
         """Absolute URI of what all attempts of this stage share; `--redo` deletes it."""
-        return shared_uri(self.attempt)
+        return self.shared or shared_uri(self.attempt)
 
     @property
     def model_identity(self) -> dict[str, Any]:

@@ -22,8 +22,8 @@ _ONE_DOSE = {
     "several doses with estimator retrain or branch",
     "random-design": "takes one dose per category, half of all in every run: give one number, or "
     "measure several doses with estimator retrain or branch",
-    "auto": "measures by random-design, which takes one dose per category: give one number, or "
-    "measure several doses with estimator retrain or branch",
+    "auto": "asks how well one dose is known: give one number, or measure several doses with "
+    "estimator retrain or branch",
 }
 """Estimators that know one dose, and what to do instead."""
 
@@ -31,6 +31,9 @@ _ONE_DOSE = {
 class AutoConfig(Section):
     """`influence.estimator: auto`: when enough has been measured. One round is one replication."""
 
+    designs: tuple[Literal["retrain", "branch", "random-design"], ...] = ("branch", "random-design")
+    """Estimators that it chooses from. Each makes the first round (`replications`); the one whose
+    error costs least goes on from there. One alone: no choice, and no round beside its own."""
     regret: float = Field(default=0.005, ge=0)
     """Enough: not knowing the effects better costs the mix less than this, in nats per response
     token (its expected regret)."""
@@ -39,9 +42,17 @@ class AutoConfig(Section):
     max_replications: Positive = 8
     """Give up here."""
     max_tokens: Positive | None = None
-    """No round begins that would train on more tokens than this, all rounds together."""
+    """No round begins that would train on more tokens than this, all rounds of all designs
+    together."""
     max_tuner_hours: float | None = Field(default=None, gt=0)
     """The same in measured hours of training, summed over tuners (GPU hours where each has one)."""
+
+    @field_validator("designs")
+    @classmethod
+    def _designs_differ(cls, designs: tuple[str, ...]) -> tuple[str, ...]:
+        if not designs or len(set(designs)) != len(designs):
+            raise ValueError(f"expected one design or different ones, found {list(designs)}")
+        return designs
 
 
 class TargetConfig(Section):
@@ -86,8 +97,8 @@ class InfluenceConfig(Section):
     """`retrain`: one dose at a time, from the base model; `branch`: the same from one checkpoint
     warmed up on the base mix; `random-design`: half of all doses in every run, taken apart by
     regression, so that every run speaks about every effect; `gradient`: first order, from
-    gradients at checkpoints of a short warm-up, no run per dose; `auto`: `random-design` in
-    rounds, until the mix would not change."""
+    gradients at checkpoints of a short warm-up, no run per dose; `auto`: rounds of the cheapest of
+    `auto.designs`, until the mix would not change."""
     auto: AutoConfig = AutoConfig()
     directions: tuple[Literal["add", "remove"], ...] = ("remove",)
     """Which way a category's dose moves; both are kept apart in the matrix."""
@@ -152,6 +163,16 @@ class InfluenceConfig(Section):
     def doses(self) -> tuple[int, ...]:
         """The doses in rows, ascending."""
         return self.dose_rows if isinstance(self.dose_rows, tuple) else (self.dose_rows,)
+
+    @property
+    def design(self) -> str:
+        """Estimator whose runs are made; of `auto`, the first of its designs."""
+        return self.auto.designs[0] if self.estimator == "auto" else self.estimator
+
+    def with_design(self, name: str) -> InfluenceConfig:
+        """`auto` without a choice of designs."""
+        auto = self.auto.model_copy(update={"designs": (name,)})
+        return self.model_copy(update={"auto": auto})
 
     @property
     def target_sources(self) -> dict[str, SourceConfig]:

@@ -96,12 +96,13 @@ def disk_parts(
     trained = model.parameters if model.adapted is None else model.adapted
     state = 3 * trained * _FLOAT32
     at_once = open_checkpoints(cluster.num_tuners, cluster.num_scorers)
-    estimator = ESTIMATORS[influence.estimator]
     replications = most_replications(influence)
-    # First order keeps Adam's second moments beside the weights, at every checkpoint.
-    states = 2 * influence.gradient_checkpoints if estimator.is_first_order else 1
-    warm = replications * states * estimator.is_warmed
-    scored = replications * _num_scored(influence, num_categories or 0)
+    # `auto` tries its designs one after the other.
+    designs = influence.auto.designs if influence.estimator == "auto" else (influence.design,)
+    warm = max(_num_warm(influence, name) for name in designs) * replications
+    scored = replications * max(
+        _num_scored(influence, name, num_categories or 0) for name in designs
+    )
     if num_categories is not None:
         at_once = scored if influence.keep_checkpoints else min(at_once, scored)
     arms = len(evaluate.arms) * evaluate.seeds
@@ -137,9 +138,18 @@ def disk_parts(
     return parts
 
 
-def _num_scored(influence: InfluenceConfig, num_categories: int) -> int:
+def _num_warm(influence: InfluenceConfig, design: str) -> int:
+    """States of a replication's warm-up that are kept until the stage is done."""
+    estimator = ESTIMATORS[design]
+    # First order keeps Adam's second moments beside the weights, at every checkpoint.
+    return estimator.is_warmed * (
+        2 * influence.gradient_checkpoints if estimator.is_first_order else 1
+    )
+
+
+def _num_scored(influence: InfluenceConfig, design: str, num_categories: int) -> int:
     """Checkpoints of a replication that are scored, at all doses."""
-    runs = ESTIMATORS[influence.estimator].units(
+    runs = ESTIMATORS[design].units(
         num_categories, influence.directions, influence.gradient_checkpoints
     )
     at_doses = with_doses(runs, influence.doses, lambda *_: influence.largest_dose)

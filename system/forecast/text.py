@@ -13,6 +13,7 @@ from system.influence.doses import in_words
 from system.influence.estimators import ESTIMATORS, FIRST_ORDER
 
 if TYPE_CHECKING:
+    from system.config import InfluenceConfig
     from system.forecast.forecast import Forecast
 
 _BASIS = {
@@ -38,7 +39,7 @@ def _plan(forecast: Forecast) -> Iterator[str]:
     doses = in_words(influence.doses)
     yield (
         f"influence: {influence.estimator}, {count} replications of "
-        f"{ESTIMATORS[influence.estimator].in_words} ({' and '.join(influence.directions)})"
+        f"{_in_words(influence)} ({' and '.join(influence.directions)})"
         f"{f', at {doses}' if doses else ''}"
     )
     if influence.estimator == "gradient":
@@ -54,6 +55,18 @@ def _plan(forecast: Forecast) -> Iterator[str]:
     yield (f"evaluate: {len(evaluate.arms)} arms x {evaluate.seeds} seeds, the same budget each")
     if forecast.why_unknown:
         yield f"  {forecast.why_unknown}"
+
+
+def _in_words(influence: InfluenceConfig) -> str:
+    if influence.estimator != "auto":
+        return ESTIMATORS[influence.design].in_words
+    designs = influence.auto.designs
+    if len(designs) == 1:
+        return f"{ESTIMATORS[influence.design].in_words}, until the mix is settled"
+    return (
+        f"the cheapest of {', '.join(designs)} (each makes the first {influence.replications}), "
+        "until the mix is settled"
+    )
 
 
 def _work(forecast: Forecast) -> Iterator[str]:

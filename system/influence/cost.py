@@ -88,6 +88,9 @@ def influence_cost(
 ) -> InfluenceCost:
     """The cost of all replications; of `auto`, of as many as its limits let it make.
 
+    Where `auto` chooses a design, the others' first rounds are counted too, and of the designs the
+    one that comes to most.
+
     Args:
         config: of the stage.
         run_seed: seed of the run.
@@ -98,12 +101,47 @@ def influence_cost(
     Raises:
         DataError: a category has too few rows for a dose.
     """
+    inputs = (run_seed, sources, lengths, heldout)
+    if config.estimator != "auto" or len(config.auto.designs) == 1:
+        return _design_cost(config, *inputs)
+    choices = [config.with_design(name) for name in config.auto.designs]
+    firsts = [_design_cost(choice, *inputs, most=config.replications) for choice in choices]
+    found = []
+    for place, choice in enumerate(choices):
+        others = [cost for other, cost in enumerate(firsts) if other != place]
+        spent = sum(cost.trained_tokens for cost in others)
+        found.append(_together(_design_cost(choice, *inputs, spent=spent), others))
+    return max(found, key=lambda cost: cost.token_equivalents)
+
+
+def _design_cost(
+    config: InfluenceConfig,
+    run_seed: int,
+    sources: Sequence[str],
+    lengths: RowLengths,
+    heldout: HeldoutLengths,
+    *,
+    most: int | None = None,
+    spent: int = 0,
+) -> InfluenceCost:
+    """The cost of one design's replications, or of the first so many.
+
+    Args:
+        config: with one design.
+        run_seed: as for `influence_cost`, and so the others.
+        sources: categories.
+        lengths: of their rows.
+        heldout: of the rows that are scored.
+        most: replications; None: as many as the configuration lets it make.
+        spent: tokens that count against `auto.max_tokens` already.
+    """
     trained: set[str] = set()
     replications = [
         _replication(index, config, run_seed, sources, lengths, trained)
         for index in range(most_replications(config))
     ]
-    count = _within_budget(config, [sum(tokens for _, tokens in runs) for runs in replications])
+    totals = [sum(tokens for _, tokens in runs) for runs in replications]
+    count = most or _within_budget(config, totals, spent)
     kinds = [kind for runs in replications[:count] for kind, _ in runs]
     per_run = [tokens for runs in replications[:count] for _, tokens in runs]
     rows = heldout(trained)
@@ -118,6 +156,19 @@ def influence_cost(
         trained_tokens=round(sum(per_run) + float(rows.sum()) * differentiated),
         heldout_rows=len(rows),
         scored_tokens=round(float(rows.sum()) * scorings),
+    )
+
+
+def _together(own: InfluenceCost, others: Sequence[InfluenceCost]) -> InfluenceCost:
+    every = [own, *others]
+    return InfluenceCost(
+        runs=sum(cost.runs for cost in every),
+        scorings=sum(cost.scorings for cost in every),
+        replications=own.replications,
+        longest_run_tokens=max(cost.longest_run_tokens for cost in every),
+        trained_tokens=sum(cost.trained_tokens for cost in every),
+        heldout_rows=own.heldout_rows,
+        scored_tokens=sum(cost.scored_tokens for cost in every),
     )
 
 
@@ -157,17 +208,17 @@ def _replication(
 
 
 def _units(config: InfluenceConfig, num_sources: int) -> list[Run]:
-    return ESTIMATORS[config.estimator].units(
+    return ESTIMATORS[config.design].units(
         num_sources, config.directions, config.gradient_checkpoints
     )
 
 
-def _within_budget(config: InfluenceConfig, tokens: Sequence[float]) -> int:
+def _within_budget(config: InfluenceConfig, tokens: Sequence[float], spent: int) -> int:
     """How many replications `auto` may make; the first round is always made."""
     limit = config.auto.max_tokens if config.estimator == "auto" else None
     if limit is None:
         return len(tokens)
-    totals = np.cumsum(tokens)
+    totals = spent + np.cumsum(tokens)
     return max(config.replications, int(np.searchsorted(totals, limit, side="right")))
 
 

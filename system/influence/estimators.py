@@ -72,12 +72,8 @@ ESTIMATORS: Mapping[str, Estimator] = {
         is_warmed=True,
         is_first_order=True,
     ),
-    "auto": Estimator(
-        runs=design_runs,
-        in_words="runs with half of all doses each, for every direction, until the mix is settled",
-    ),
 }
-"""By the names that `influence.estimator` takes."""
+"""By the names that `influence.estimator` takes; `auto` chooses among some of them."""
 
 FIRST_ORDER = (
     "first-order estimates are no trained-for measurements: that they agree with themselves does "

@@ -68,7 +68,7 @@ def asked_rows(config: InfluenceConfig) -> dict[str, int]:
         "base": config.rows_per_category,
         "dose": config.largest_dose,
         "extra": config.largest_dose if "add" in config.directions else 0,
-        "warm": config.warm_rows_per_category if ESTIMATORS[config.estimator].is_warmed else 0,
+        "warm": config.warm_rows_per_category if ESTIMATORS[config.design].is_warmed else 0,
         "heldout": config.heldout_rows,
     }
 
@@ -157,7 +157,7 @@ def plan_replication(
         warm_parts += [fresh, tokens.slice(0, share.warm_reused)]
     plan = _shuffled_plan(parts, roles, (seed, "order"), config, max_length)
     warm = None
-    if ESTIMATORS[config.estimator].is_warmed:
+    if ESTIMATORS[config.design].is_warmed:
         warm = _shuffled_plan(warm_parts, None, (seed, "warm"), config, max_length)
     replication = Replication(
         index=index,
@@ -176,14 +176,14 @@ def plan_replication(
 def draw_patterns(
     seed: int, config: InfluenceConfig, num_sources: int
 ) -> dict[str, list[list[bool]]]:
-    """`random-design`, `auto`: direction -> run -> source -> whether its dose is in the run.
+    """`random-design`: direction -> run -> source -> whether its dose is in the run.
 
     Args:
         seed: of the replication.
         config: estimator and directions.
         num_sources: categories.
     """
-    if config.estimator not in ("random-design", "auto"):
+    if config.design != "random-design":
         return {}
     runs = enough_runs(num_sources)
     return {
@@ -283,7 +283,7 @@ def assemble_design(
     for schedule in schedules:
         dropped.update(schedule.dropped)
     return Design(
-        estimator="random-design" if config.estimator == "auto" else config.estimator,
+        estimator=config.design,
         seed=run_seed,
         directions=tuple(config.directions),
         sources=sources,

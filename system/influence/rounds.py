@@ -1,15 +1,12 @@
 """When enough has been measured: `influence.estimator: auto`.
 
-A round adds one replication of the random design.  After each the mix is solved as the solve stage
-would, and its expected regret says what knowing the effects better could still bring.  Measuring
-stops when that is less than the user cares for, or the next round would break a budget.
+A round adds one replication of the design that was chosen (`system.influence.trial`).  After each
+the mix is solved as the solve stage would, and its expected regret says what knowing the effects
+better could still bring.  Measuring stops when that is less than the user cares for, or the next
+round would break a budget.
 
-Why this design and all sources in every round: a run of a weighing design speaks about every effect
-with the variance 4 s^2 / N of N runs, whatever the number of sources (Hotelling 1944), where one
-dose at a time has 2 s^2 (S + 1) / N.  So it is the cheapest of the designs that retrain, from two
-sources up, and leaving settled sources out of a round would make it no more precise about the
-others.  That doses add up is its assumption; a first-order estimator costs less, but only a
-comparison with trainings says whether it is any good.
+A round measures all categories, settled ones too: the errors of all are pooled, and a run of a
+weighing design speaks about all of them.
 """
 
 from __future__ import annotations
@@ -17,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from system.config import AutoConfig, SolveConfig
 from system.errors import InfeasibleMixError
 from system.influence.matrix import EffectMatrix
+from system.influence.trial import typical_error
 from system.planning import mix_options, mix_problem
 from system.solve import expected_regret
 
@@ -91,17 +87,13 @@ def judge_round(
         regret = expected_regret(problem, options, num_draws=NUM_DRAWS, seed=seed)
     except InfeasibleMixError:
         regret = None
-    errors = [
-        float(np.median((matrix.effect_se_TS * matrix.dose_S)[~matrix.own_TS]))
-        for matrix in matrices.values()
-    ]
     undecided = {} if regret is None else regret.undecided
     largest = sorted(undecided.items(), key=lambda item: (-item[1], item[0]))[:5]
     return Round(
         replications=replications,
         trained_tokens=trained_tokens,
         tuner_hours=tuner_hours,
-        precision=max(errors),
+        precision=typical_error(matrices),
         gain=None if regret is None else regret.gain,
         regret=None if regret is None else regret.known_value,
         regret_error=0.0 if regret is None else regret.error,
@@ -109,8 +101,17 @@ def judge_round(
     )
 
 
-def why_stop(rounds: list[Round], auto: AutoConfig) -> str | None:
-    """The reason to end after the last round, or None where the next one should begin."""
+def why_stop(
+    rounds: list[Round], auto: AutoConfig, spent_tokens: int = 0, spent_hours: float = 0.0
+) -> str | None:
+    """The reason to end after the last round, or None where the next one should begin.
+
+    Args:
+        rounds: so far; their costs include what was spent before.
+        auto: the limits.
+        spent_tokens: of that, trained on for designs that were left.
+        spent_hours: likewise.
+    """
     last = rounds[-1]
     is_precise = auto.precision is None or last.precision <= auto.precision
     is_settled = last.regret is not None and last.regret <= auto.regret
@@ -126,12 +127,14 @@ def why_stop(rounds: list[Round], auto: AutoConfig) -> str | None:
         unreached = (
             f"the expected regret is {last.regret:.4f}, auto.regret asks for {auto.regret:g}"
         )
-    share = (last.replications + 1) / last.replications
+    more = 1.0 / last.replications
+    next_tokens = last.trained_tokens + more * (last.trained_tokens - spent_tokens)
+    next_hours = last.tuner_hours + more * (last.tuner_hours - spent_hours)
     if last.replications >= auto.max_replications:
         return f"auto.max_replications {auto.max_replications} reached: {unreached}"
-    if auto.max_tokens is not None and last.trained_tokens * share > auto.max_tokens:
+    if auto.max_tokens is not None and next_tokens > auto.max_tokens:
         return f"the next round would exceed auto.max_tokens {auto.max_tokens:,}: {unreached}"
-    if auto.max_tuner_hours is not None and last.tuner_hours * share > auto.max_tuner_hours:
+    if auto.max_tuner_hours is not None and next_hours > auto.max_tuner_hours:
         return (
             f"the next round would exceed auto.max_tuner_hours {auto.max_tuner_hours:g}: "
             f"{unreached}"

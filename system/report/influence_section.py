@@ -10,6 +10,7 @@ from system.influence.append_summary import appended_text, stale_texts
 from system.influence.doses import in_words
 from system.influence.estimators import FIRST_ORDER
 from system.influence.summary import short_unit
+from system.influence.trial import Trial, describe_choice
 from system.report.blocks import (
     Block,
     Bullets,
@@ -124,6 +125,10 @@ def _belief(influence: Influence) -> list[str]:
             f"{sentence(FIRST_ORDER)} Sizes are overstated, own effects three to six times where "
             "it was measured."
         )
+    if "trial" in summary:
+        trials = [Trial(**trial) for trial in summary["trial"]]
+        text = describe_choice(trials, short_unit(summary["unit"]))
+        items.append(f"After a first round of each, {text}; its rounds follow.")
     if "doses" in summary:
         items.append(
             f"Measured at {in_words(summary['doses']['asked'])}: maps and tables show the largest; "

@@ -282,38 +282,12 @@ def test_scores_are_those_of_the_kept_checkpoint(world):
 
 
 def test_random_design_gives_every_effect_from_every_run(world):
-    """As many runs as the weighing design asks for.  (`auto` below goes on after a kill.)"""
+    """As many runs as the weighing design asks for."""
     result = world.run("design", estimator="random-design", directions=("add", "remove"))
     assert result.counts["runs"] == 2 * 2 * enough_runs(len(TASKS))
     for direction in ("add", "remove"):
         found = matrix(world, "design", direction)
         assert np.isfinite(found.effect_TS).all() and (found.effect_se_TS > 0).all()
-
-
-def test_auto_measures_in_rounds_until_the_mix_would_not_change(world):
-    """A third round where two say too little, none where the user asks for less; killed in it."""
-    runs = 2 * enough_runs(len(TASKS))
-    strict = {"regret": 0.0, "max_replications": 3}
-    result = world.run("auto", estimator="auto", auto=strict)
-    assert result.counts["runs"] == 3 * enough_runs(len(TASKS))
-    assert "auto.max_replications 3 reached" in result.lines[0]
-    summary = storage.read_json(str(world.path("auto", "summary.json")))
-    assert [item["replications"] for item in summary["rounds"]["rounds"]] == [2, 3]
-    design = Design.from_json(storage.read_json(str(world.path("auto", "design.json"))), "d")
-    assert len(design.replications) == 3 and len(design.units) == result.counts["runs"]
-
-    with pytest.raises(Killed):
-        world.run("auto-killed", StopsAfter(runs + 2), estimator="auto", auto=strict)
-    world.cluster.close_pool("tuner")
-    world.run("auto-killed", estimator="auto", auto=strict)
-    np.testing.assert_array_equal(
-        matrix(world, "auto").effect_TS, matrix(world, "auto-killed").effect_TS
-    )
-
-    progress = Trainings()
-    easy = world.run("auto/easy", progress, estimator="auto", auto={**strict, "regret": 10.0})
-    assert progress.finished == 0, "its runs are those of the first two rounds"
-    assert easy.counts["runs"] == runs and easy.lines[0].startswith("enough:")
 
 
 @pytest.fixture(scope="module")

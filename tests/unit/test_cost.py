@@ -221,7 +221,8 @@ def test_answers_count_at_their_longest_beside_their_prompts(root):
 
 
 def test_auto_is_counted_at_the_most_that_its_limits_let_it_measure(root):
-    rounds = {"estimator": "auto", "auto": {"max_replications": 4}, "replications": 2}
+    one = {"designs": ["random-design"], "max_replications": 4}
+    rounds: dict[str, typing.Any] = {"estimator": "auto", "auto": one, "replications": 2}
     config = config_of(root, **rounds)
     corpus = tagged(root, config)
     cost = forecast(root, config, corpus)
@@ -230,10 +231,35 @@ def test_auto_is_counted_at_the_most_that_its_limits_let_it_measure(root):
     assert cost.trained_tokens == sum(tokens)
     of_three = sum(tokens[: 3 * len(tokens) // 4])
     for limit, replications in ((of_three, 3), (of_three - 1, 2), (1, 2)):
-        rounds["auto"] = {"max_replications": 4, "max_tokens": limit}
+        rounds["auto"] = one | {"max_tokens": limit}
         capped = forecast(root, config_of(root, **rounds), corpus)
         assert capped.replications == replications
     assert capped.trained_tokens == sum(tokens[: len(tokens) // 2])
+
+
+def test_a_choice_of_designs_is_counted_with_the_first_rounds_of_all(root):
+    def cost(*designs: str, most: int = 4, limit: int | None = None) -> InfluenceCost:
+        auto = {"designs": designs, "max_replications": most, "max_tokens": limit}
+        config = config_of(root, estimator="auto", auto=auto, replications=2)
+        return forecast(root, config, tagged(root, config))
+
+    alone = {name: cost(name) for name in ("branch", "random-design")}
+    first = {name: cost(name, most=2) for name in alone}
+    both = cost("branch", "random-design")
+    totals = {
+        name: alone[name].token_equivalents + first[other].token_equivalents
+        for name, other in (("branch", "random-design"), ("random-design", "branch"))
+    }
+    assert both.token_equivalents == pytest.approx(max(totals.values()))
+    most = max(totals, key=lambda name: totals[name])
+    other = next(name for name in alone if name != most)
+    assert both.runs == alone[most].runs + first[other].runs
+    assert both.replications == 4
+    spent = sum(part.trained_tokens for part in first.values())
+    for more, replications in ((-1, 2), (0, 2)):
+        capped = cost("branch", "random-design", limit=spent + more)
+        assert capped.replications == replications
+        assert capped.trained_tokens == spent
 
 
 def test_too_few_rows_for_a_dose_are_found_as_the_stage_finds_them(root):
@@ -244,7 +270,7 @@ def test_too_few_rows_for_a_dose_are_found_as_the_stage_finds_them(root):
 
 def test_every_estimator_of_the_configuration_says_its_runs():
     names = typing.get_args(InfluenceConfig.model_fields["estimator"].annotation)
-    assert set(names) <= set(ESTIMATORS)
+    assert set(names) - {"auto"} == set(ESTIMATORS)
 
 
 COST = InfluenceCost(

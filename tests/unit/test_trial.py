@@ -1,0 +1,58 @@
+"""Which design `auto` goes on with."""
+
+from dataclasses import replace
+
+import pytest
+from influence_world import World
+
+from system.config import InfluenceConfig
+from system.influence.matrix import estimate_effects
+from system.influence.rounds import Round, why_stop
+from system.influence.trial import Trial, cheapest, describe_choice, typical_error
+
+TRIAL = Trial(
+    design="branch", precision=0.01, token_equivalents=2e6, trained_tokens=1000, tuner_hours=1.0
+)
+
+
+def test_the_price_of_an_error_decides_not_its_size():
+    """Twice the error at a fifth of the cost is the cheaper design."""
+    rough = replace(TRIAL, design="random-design", precision=0.02, token_equivalents=4e5)
+    assert cheapest([TRIAL, rough]) is rough
+    assert cheapest([TRIAL, replace(rough, token_equivalents=6e5)]) is TRIAL
+    assert cheapest([TRIAL, replace(TRIAL, design="retrain")]) is TRIAL, "ties go to the first"
+
+
+def test_the_choice_is_said_with_what_the_others_would_cost():
+    worse = replace(TRIAL, design="retrain", precision=0.02)
+    text = describe_choice([worse, TRIAL], "nats")
+    assert text.startswith("the design is branch (retrain: typical error 0.0200 nats for 2.00 M")
+    assert "4.0 times the price" in text and text.count("times the price") == 1
+    assert "times" not in describe_choice([replace(TRIAL, precision=0.0), worse], "answers")
+
+
+def test_the_error_is_that_of_a_dose_in_the_worse_direction():
+    quiet = estimate_effects(World().measure(3)).matrix
+    loud = estimate_effects(World(run_noise=0.1).measure(3)).matrix
+    assert typical_error({"add": quiet, "remove": loud}) == typical_error({"add": loud})
+    assert typical_error({"add": loud}) > 2 * typical_error({"add": quiet})
+
+
+@pytest.mark.parametrize("designs", [[], ["branch", "branch"], ["gradient"]])
+def test_designs_are_different_ones_that_train(designs):
+    with pytest.raises(ValueError, match="designs"):
+        InfluenceConfig.model_validate({"estimator": "auto", "auto": {"designs": designs}})
+
+
+def test_budgets_count_designs_that_were_left_once_not_every_round():
+    last = Round(
+        replications=2, trained_tokens=1500, tuner_hours=3.0, precision=0.01, gain=0.02,
+        regret=0.01, regret_error=0.0, undecided={},
+    )  # fmt: skip
+    auto = InfluenceConfig(estimator="auto").auto
+    tokens = auto.model_copy(update={"max_tokens": 2000})
+    assert why_stop([last], tokens, spent_tokens=500) is None, "a round takes 500"
+    assert "max_tokens" in (why_stop([last], tokens) or ""), "a round takes 750"
+    hours = auto.model_copy(update={"max_tuner_hours": 4.0})
+    assert why_stop([last], hours, spent_hours=1.0) is None
+    assert "max_tuner_hours" in (why_stop([last], hours) or "")
