@@ -325,11 +325,16 @@ def upload_directory(local: Path, uri: str) -> None:
                 shutil.copyfileobj(source, target, 2**20)
 
 
-def download_directory(uri: str, cache: Path) -> Path:
+def download_directory(uri: str, cache: Path, without: str | None = None) -> Path:
     """A local directory with the content of the URI: itself where it is local, else a copy.
 
     Processes of one machine may share the cache: one fetches, the others wait for it, and a file
     that a killed process has half fetched is fetched again.
+
+    Args:
+        uri: the directory.
+        cache: where a copy goes.
+        without: files whose names end so are left out of a copy.
     """
     path = local_path(uri)
     if path is not None:
@@ -340,6 +345,8 @@ def download_directory(uri: str, cache: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process that holds it
         for found, info in filesystem.find(key, detail=True).items():
             target = cache / found[len(key) :].lstrip("/")
+            if without is not None and target.name.endswith(without):
+                continue
             if not target.exists() or target.stat().st_size != info["size"]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 filesystem.get_file(found, str(target))

@@ -135,7 +135,15 @@ def materialise(config: ModelConfig, target: Path) -> None:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a materialised model; it has a chat template."""
+    """The tokenizer of a materialised model, local or remote; it has a chat template.
+
+    Raises:
+        ModelError: the files are no tokenizer.
+    """
+    if storage.local_path(str(path)) is None:
+        with tempfile.TemporaryDirectory(prefix="instructmix-tokenizer-") as folder:
+            storage.download_directory(str(path), Path(folder), without=".safetensors")
+            return load_tokenizer(folder, trust_remote_code=trust_remote_code)
     _quiet()
     from transformers import AutoTokenizer
 
