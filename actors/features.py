@@ -10,9 +10,7 @@ arms of stage `evaluate` select from the others too, by the same scores and vect
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Hashable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,14 +46,12 @@ class Featurer:
         self._weights: np.ndarray | None = None
         if model is not None:
             uri, config, device = model
-            if storage.local_path(uri) is None:
-                self._copy = tempfile.TemporaryDirectory(prefix="instructmix-model-")
-                uri = str(storage.download_directory(uri, Path(self._copy.name)))
+            self._copy = storage.LocalCopy(uri)
             trust = config.trust_remote_code
             self._model = load_model(
-                uri, dtype=config.dtype, device=device, trust_remote_code=trust
+                self._copy.path, dtype=config.dtype, device=device, trust_remote_code=trust
             )
-            self._tokenizer = load_tokenizer(uri, trust_remote_code=trust)
+            self._tokenizer = load_tokenizer(self._copy.path, trust_remote_code=trust)
             self._max_length = config.max_length
 
     def score(self, block: Block, function: UserFunction) -> None:

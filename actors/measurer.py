@@ -6,9 +6,7 @@ answers with totals, of which the manifest without unusable rows is made.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any
 
 from actors.pool import ActorSpec
@@ -34,9 +32,6 @@ class Measurer:
     def __init__(
         self, corpus: Corpus, attempt: str, model_uri: str, trust_remote_code: bool, max_length: int
     ) -> None:
-        if storage.local_path(model_uri) is None:
-            self._copy = tempfile.TemporaryDirectory(prefix="instructmix-model-")
-            model_uri = str(storage.download_directory(model_uri, Path(self._copy.name)))
         self._corpus = corpus
         self._attempt = attempt
         self._tokenizer = load_tokenizer(model_uri, trust_remote_code=trust_remote_code)

@@ -35,10 +35,8 @@ class Scorer:
     """One engine.  Its only state is which weights it holds."""
 
     def __init__(self, model_uri: str, settings: EngineSettings) -> None:
-        if storage.local_path(model_uri) is None:
-            self._copy = tempfile.TemporaryDirectory(prefix="instructmix-model-")
-            model_uri = str(storage.download_directory(model_uri, Path(self._copy.name)))
-        self._base_dir = model_uri
+        self._copy = storage.LocalCopy(model_uri)
+        self._base_dir = self._copy.path
         self._engine = Engine(self._base_dir, settings)
         self._loaded = _weights_key(self._base_dir)
 

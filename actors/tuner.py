@@ -36,20 +36,23 @@ class Tuner:
     """One proxy model.
 
     Args:
-        model_dir: local Hugging Face directory.
+        model_uri: Hugging Face directory.
         num_threads: CPU threads, the same for all tuners of a run.
         use_gpu: train on the GPU that Ray gave this actor.
         trust_remote_code: run code that comes with the model.
     """
 
     def __init__(
-        self, model_dir: str, num_threads: int, use_gpu: bool, trust_remote_code: bool
+        self, model_uri: str, num_threads: int, use_gpu: bool, trust_remote_code: bool
     ) -> None:
         import torch
 
         torch.set_num_threads(num_threads)
+        self._copy = storage.LocalCopy(model_uri)
         self._proxy = ProxyModel(
-            model_dir, device="cuda" if use_gpu else "cpu", trust_remote_code=trust_remote_code
+            self._copy.path,
+            device="cuda" if use_gpu else "cpu",
+            trust_remote_code=trust_remote_code,
         )
         self._plans: dict[str, TrainPlan] = {}
 

@@ -52,7 +52,8 @@ def join(uri: str, *parts: str) -> str:
 
 def _filesystem(uri: str) -> tuple[Any, str]:
     try:
-        return fsspec.core.url_to_fs(uri)
+        # Other processes write there too: a listing that is kept would soon be wrong.
+        return fsspec.core.url_to_fs(uri, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise DataError(
             f"{uri!r} cannot be opened: {error}. Install the package for this kind of storage "
@@ -351,3 +352,20 @@ def download_directory(uri: str, cache: Path, without: str | None = None) -> Pat
                 target.parent.mkdir(parents=True, exist_ok=True)
                 filesystem.get_file(found, str(target))
     return cache
+
+
+class LocalCopy:
+    """A directory on a local disk: the URI's own, or a copy that ends with this object.
+
+    Args:
+        uri: the directory.
+        without: files whose names end so are left out of a copy.
+    """
+
+    def __init__(self, uri: str, without: str | None = None) -> None:
+        self._folder = None
+        if local_path(uri) is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="instructmix-copy-")
+        cache = Path(uri if self._folder is None else self._folder.name)
+        self.path = str(download_directory(uri, cache, without))
+        """Of the directory."""

@@ -140,15 +140,12 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     Raises:
         ModelError: the files are no tokenizer.
     """
-    if storage.local_path(str(path)) is None:
-        with tempfile.TemporaryDirectory(prefix="instructmix-tokenizer-") as folder:
-            storage.download_directory(str(path), Path(folder), without=".safetensors")
-            return load_tokenizer(folder, trust_remote_code=trust_remote_code)
     _quiet()
     from transformers import AutoTokenizer
 
+    copy = storage.LocalCopy(str(path), without=".safetensors")
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(copy.path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: the tokenizer cannot be loaded: {error}") from error
 
