@@ -221,6 +221,8 @@ def stage_inputs(
         unread.add("solve.mip_max_nodes")
     if config.influence.estimator != "auto":
         unread.add("influence.auto.designs")
+    if config.influence.dose_tokens is None:
+        unread.add("influence.dose_tokens")
     if config.solve.base == "natural":  # as it was before there was a choice
         unread.add("solve.base")
     for name in _NO_RESULT | config.select.unread_fields | unread:

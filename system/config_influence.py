@@ -108,6 +108,10 @@ class InfluenceConfig(Section):
     """Rows added or masked in an intervention; at most rows_per_category. A list, such as
     [16, 32, 64], measures every one of these doses (`retrain` and `branch`), the smaller ones as
     parts of the larger, so that the matrix says how returns change with the dose."""
+    dose_tokens: Positive | None = None
+    """Response tokens of a dose: of every category its first rows that have together at most so
+    many, at least 8 rows and at most dose_rows. Doses of categories with long and with short
+    answers are then of one size. Null: dose_rows of each, however long they are."""
     heldout_rows: Positive = 96
     """Rows of each category's estimate split on which every run is scored."""
     replications: Positive = 2
@@ -209,6 +213,12 @@ class InfluenceConfig(Section):
         if len(self.doses) > 1 and self.estimator in _ONE_DOSE:
             why = _ONE_DOSE[self.estimator]
             raise ValueError(f"dose_rows {list(self.doses)}: estimator {self.estimator} {why}")
+        if self.dose_tokens is not None and (len(self.doses) > 1 or self.append):
+            what = "several doses in rows" if len(self.doses) > 1 else "append, which adds rows"
+            raise ValueError(
+                f"dose_tokens {self.dose_tokens} sets one dose by its tokens and does not go with "
+                f"{what}: give dose_rows one number and set append to false, or leave it out"
+            )
         if self.estimator == "gradient" and self.metric == "accuracy":
             raise ValueError(
                 "estimator gradient differentiates losses, and answers have no derivative: use "

@@ -64,6 +64,8 @@ class DrawnLengths:
     """N; empty where only their number is known."""
     tokens: np.ndarray
     """[N] tokens of each row, prompt included; means where the rows are not known."""
+    response: np.ndarray
+    """[N] those of the response."""
 
 
 RowLengths = Callable[[str, str, int, int], DrawnLengths]
@@ -175,27 +177,30 @@ class SeededLengths:
 
     def __init__(self, corpus: Corpus) -> None:
         self._corpus = corpus
-        self._read: dict[tuple[str, str], tuple[list[str], np.ndarray]] = {}
+        self._read: dict[tuple[str, str], tuple[list[str], np.ndarray, np.ndarray]] = {}
 
     def __call__(self, split: str, category: str, wanted: int, seed: int) -> DrawnLengths:
         """The rows whose `sha256(f"{seed}:{id}")` is smallest, in the order of that hash."""
         if (split, category) not in self._read:
             self._read[split, category] = self._all(split, category)
-        ids, tokens = self._read[split, category]
+        ids, tokens, response = self._read[split, category]
         ranks = ((seeded_rank(seed, name), row) for row, name in enumerate(ids))
         rows = [row for _, row in heapq.nsmallest(wanted, ranks)]
-        return DrawnLengths(ids=[ids[row] for row in rows], tokens=tokens[rows])
+        return DrawnLengths(
+            ids=[ids[row] for row in rows], tokens=tokens[rows], response=response[rows]
+        )
 
-    def _all(self, split: str, category: str) -> tuple[list[str], np.ndarray]:
+    def _all(self, split: str, category: str) -> tuple[list[str], np.ndarray, np.ndarray]:
         ids: list[str] = []
-        tokens = [np.zeros(0, np.int32)]
+        tokens, response = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         for shard in self._corpus.shards(split, category):
             ids += self._corpus.read_shard(shard, ["id"])["id"].to_pylist()
             uri = resolve_path(self._corpus.base, lengths_path(shard))
             lengths = storage.read_table(uri)
-            usable = np.asarray(lengths["response_tokens"]) > 0
-            tokens.append(np.asarray(lengths["tokens"])[usable])
-        return ids, np.concatenate(tokens)
+            found = np.asarray(lengths["response_tokens"])
+            tokens.append(np.asarray(lengths["tokens"])[found > 0])
+            response.append(found[found > 0])
+        return ids, np.concatenate(tokens), np.concatenate(response)
 
 
 def _measure(table: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> pa.Table:

@@ -77,7 +77,8 @@ def from_tagged(corpus: Corpus, config: RunConfig, model_dir: Path | None) -> Kn
         split: {name: sums[split][name] / count for name, count in counts.items() if count}
         for split, counts in rows.items()
     }
-    lengths = SeededLengths(corpus) if is_small else _mean_lengths(rows, means)
+    response = mean_response_tokens(corpus)
+    lengths = SeededLengths(corpus) if is_small else _mean_lengths(rows, means, response)
     needs_tokenizer = config.influence.targets or config.influence.metric == "accuracy"
     heldout, left_out = loss_heldout(config, corpus.categories, lengths), ""
     if model_dir is not None:
@@ -90,7 +91,7 @@ def from_tagged(corpus: Corpus, config: RunConfig, model_dir: Path | None) -> Kn
         categories=corpus.categories,
         rows=rows,
         tokens=means["train"],
-        response_tokens=mean_response_tokens(corpus),
+        response_tokens=response,
         lengths=lengths,
         heldout=heldout,
         left_out=left_out,
@@ -138,7 +139,7 @@ def from_ingested(corpus: Corpus, config: RunConfig, model_dir: Path) -> Known:
     means = {name: float(values[:, 0].mean()) for name, values in sample.items()}
     errors = [float(values[:, 0].var(ddof=1)) / len(values) for values in sample.values()]
     response = {name: float(values[:, 1].mean()) for name, values in sample.items()}
-    lengths = _mean_lengths(rows, dict.fromkeys(SPLITS, means))
+    lengths = _mean_lengths(rows, dict.fromkeys(SPLITS, means), response)
     external = "influence.targets are not counted yet" if config.influence.targets else ""
     return Known(
         basis="sample",
@@ -235,12 +236,18 @@ def _shared_out(
 
 
 def _mean_lengths(
-    rows: Mapping[str, Mapping[str, int]], means: Mapping[str, Mapping[str, float]]
+    rows: Mapping[str, Mapping[str, int]],
+    means: Mapping[str, Mapping[str, float]],
+    response: Mapping[str, float],
 ) -> RowLengths:
     def lengths(split: str, category: str, wanted: int, seed: int) -> DrawnLengths:
         available = min(wanted, rows[split][category])
         mean = means[split].get(category, 0.0)
-        return DrawnLengths(ids=[], tokens=np.full(available, mean, dtype=np.float64))
+        return DrawnLengths(
+            ids=[],
+            tokens=np.full(available, mean, dtype=np.float64),
+            response=np.full(available, response.get(category, 0.0), dtype=np.float64),
+        )
 
     return lengths
 

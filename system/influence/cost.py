@@ -24,6 +24,8 @@ from system.influence.interventions import (
     allocate_rows,
     asked_rows,
     draw_patterns,
+    fit_dose,
+    least_dose,
     seed_of,
     switched_sources,
 )
@@ -192,7 +194,12 @@ def _replication(
     tokens: dict[str, RoleTokens] = {}
     for category in sources:
         drawn = lengths("train", category, wanted, seed)
-        share = allocate_rows(category, len(drawn.tokens), asked)
+        share = fit_dose(
+            allocate_rows(category, len(drawn.tokens), asked),
+            drawn.response,
+            config.dose_tokens,
+            least_dose(asked),
+        )
         tokens[category] = role_tokens(drawn.tokens, share, config.doses)
         trained.update(drawn.ids)
     patterns = draw_patterns(seed, config, len(sources))

@@ -26,7 +26,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -115,6 +115,28 @@ def allocate_rows(category: str, available: int, asked: Mapping[str, int]) -> Ca
     )
 
 
+def fit_dose(
+    share: CategoryRows, response_N: np.ndarray, most_tokens: int | None, least: int
+) -> CategoryRows:
+    """The category's rows with doses of at most so many response tokens.
+
+    Args:
+        share: with doses in rows, which are the most that a dose may have.
+        response_N: [N] response tokens of the drawn rows, in their order; at least those of the
+            base and extra rows.
+        most_tokens: `influence.dose_tokens`; None: doses stay as they are.
+        least: rows that a dose has even if they are longer.
+    """
+    if most_tokens is None:
+        return share
+
+    def fitting(start: int, rows: int) -> int:
+        within = np.cumsum(response_N[start : start + rows]) <= most_tokens
+        return min(rows, max(int(np.count_nonzero(within)), least))
+
+    return replace(share, dose=fitting(0, share.dose), extra=fitting(share.base, share.extra))
+
+
 def plan_replication(
     index: int,
     *,
@@ -142,7 +164,11 @@ def plan_replication(
     for category in sources:
         tokens, lost = draw("train", category, wanted, seed)
         dropped.update(lost)
-        share = rows[category] = allocate_rows(category, tokens.num_rows, asked)
+        share = allocate_rows(category, tokens.num_rows, asked)
+        if config.dose_tokens is not None:
+            lengths_N = _response_lengths(tokens.slice(0, share.base + share.extra))
+            share = fit_dose(share, lengths_N, config.dose_tokens, least_dose(asked))
+        rows[category] = share
         split = share.base + share.extra
         parts.append(tokens.slice(0, split))
         roles += dose_labels(DOSE, share.dose, config.doses)
@@ -256,8 +282,13 @@ def switched_sources(
 
 def response_tokens(tokens: pa.Table) -> int:
     """Tokens that a loss counts: response tokens that have a token before them."""
+    return int(_response_lengths(tokens).sum())
+
+
+def _response_lengths(tokens: pa.Table) -> np.ndarray:
+    """[rows] the same of every row."""
     masks = tokens.column("response_mask").to_pylist()
-    return sum(sum(mask[1:]) for mask in masks)
+    return np.array([sum(mask[1:]) for mask in masks], dtype=np.int64)
 
 
 def assemble_design(
@@ -289,7 +320,8 @@ def assemble_design(
         sources=sources,
         targets=targets,
         replications=tuple(schedule.replication for schedule in schedules),
-        asked=asked_rows(config),
+        asked=asked_rows(config)
+        | ({} if config.dose_tokens is None else {"dose_tokens": config.dose_tokens}),
         dropped=dict(dropped),
         gradient_checkpoints=(config.gradient_checkpoints if config.estimator == "gradient" else 0),
         doses=config.doses if len(config.doses) > 1 else (),

@@ -138,6 +138,20 @@ def test_the_forecast_equals_the_plans_of_the_stage(root, estimator, directions)
     assert cost.token_equivalents == pytest.approx(sum(tokens) + scored * scorings / 3)
 
 
+@pytest.mark.parametrize("estimator", ["retrain", "branch", "random-design", "gradient"])
+def test_it_does_for_doses_by_tokens(root, estimator):
+    config = config_of(
+        root, estimator=estimator, directions=("add", "remove"), dose_rows=20, dose_tokens=36
+    )
+    corpus = tagged(root, config)
+    design, tokens, _, _ = planned(root, config, corpus)
+    doses = design.dose_rows("remove")
+    assert 8 < doses.max() < 20, "every response has three tokens"
+    within = (design.dose_tokens("remove") <= 36) | (doses == 8)
+    assert within.all()
+    assert forecast(root, config, corpus).trained_tokens == sum(tokens)
+
+
 def test_it_does_where_truncation_takes_rows_away(root):
     config = config_of(root, max_length=40)
     corpus = tagged(root, config)

@@ -58,7 +58,8 @@ def known() -> Known:
 
     def lengths(split: str, category: str, wanted: int, seed: int) -> DrawnLengths:
         count = min(wanted, ROWS[category])
-        return DrawnLengths(ids=[], tokens=np.full(count, LENGTHS[category]))
+        tokens = np.full(count, LENGTHS[category])
+        return DrawnLengths(ids=[], tokens=tokens, response=tokens // 2)
 
     return Known(
         basis="exact",

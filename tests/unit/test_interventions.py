@@ -16,6 +16,7 @@ from system.influence.interventions import (
     allocate_rows,
     asked_rows,
     assemble_design,
+    fit_dose,
     plan_replication,
     response_tokens,
 )
@@ -164,6 +165,39 @@ def test_with_both_directions_a_small_category_keeps_equal_doses():
 def test_a_small_category_may_still_be_removed_as_a_whole():
     rows = allocate_rows("c", 16, asked_rows(config(rows_per_category=24, dose_rows=24)))
     assert (rows.base, rows.dose) == (16, 16)
+
+
+def test_doses_by_tokens_have_as_many_rows_as_fit():
+    """Rows have two response tokens each, so a dose of 21 tokens has ten rows."""
+    made = schedule(directions=("add", "remove"), dose_rows=16, dose_tokens=21)
+    for rows in made.replication.rows.values():
+        assert (rows.base, rows.dose, rows.extra) == (24, 10, 10)
+    assert set(made.replication.dose_tokens["remove"].values()) == {20}
+    assert len(active_ids(made, unit("reference"))) == 3 * 24
+    assert len(active_ids(made, unit("reference")) - active_ids(made, unit("remove", 1))) == 10
+    design = design_of([made], dose_tokens=21)
+    assert design.asked["dose_tokens"] == 21
+    assert "dose_tokens" not in design_of([made]).asked
+
+
+def test_a_dose_by_tokens_is_a_part_of_the_dose_by_rows_and_never_below_eight_rows():
+    share = allocate_rows("c", 100, asked_rows(config(directions=("add", "remove"), dose_rows=16)))
+    long_N, short_N = np.full(40, 1000), np.full(40, 1)
+    mixed_N = np.concatenate([np.full(24, 1), np.full(16, 7)])
+    assert fit_dose(share, mixed_N, None, 8) == share
+    for response_N, dose, extra in ((long_N, 8, 8), (short_N, 16, 16), (mixed_N, 16, 14)):
+        found = fit_dose(share, response_N, 100, 8)
+        assert (found.base, found.warm, found.available) == (share.base, share.warm, 100)
+        assert (found.dose, found.extra) == (dose, extra)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [({"dose_rows": [8, 16]}, "several doses"), ({"append": True}, "append, which adds rows")],
+)
+def test_a_dose_by_tokens_is_one_dose_of_a_whole_measurement(knobs, words):
+    with pytest.raises(ValueError, match=words):
+        InfluenceConfig.model_validate({"dose_tokens": 100, **knobs})
 
 
 @pytest.mark.parametrize("available", [0, 3, 11])
