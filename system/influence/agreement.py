@@ -18,7 +18,9 @@ Legend of shape suffixes: R replications, T targets, S sources.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -32,6 +34,11 @@ _MAX_SPLITS = 20
 _MAX_GROUPS = 40
 
 
+def json_number(value: float | np.floating) -> float | None:
+    """A JSON number; None for what is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correlation:
     """A correlation with its interval; NaN ends where it cannot be had."""
@@ -39,6 +46,10 @@ class Correlation:
     value: float
     low: float
     high: float
+
+    def to_json(self) -> dict[str, float | None]:
+        """JSON values, None for NaN."""
+        return {name: json_number(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +65,15 @@ class Agreement:
     sign: float
     """Share of pairs with the same sign."""
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, None for NaN."""
+        return {
+            "rank": self.rank.to_json(),
+            "linear": self.linear.to_json(),
+            "target_rank_median": json_number(self.target_rank_median),
+            "sign": json_number(self.sign),
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitHalf:
@@ -67,6 +87,16 @@ class SplitHalf:
     mean over the splits; NaN where all have the same."""
     reliability: float
     """Spearman-Brown: expected rank correlation of two estimates from all replications each."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, None for NaN."""
+        return {
+            **self.agreement.to_json(),
+            "worth": json_number(self.worth),
+            "num_splits": self.num_splits,
+            "half_sizes": list(self.half_sizes),
+            "reliability": json_number(self.reliability),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +116,10 @@ class Prediction:
     def better(self) -> str:
         """`shrunk` or `raw`."""
         return "shrunk" if self.shrunk <= self.raw else "raw"
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "better": self.better}
 
 
 def split_half(

@@ -12,9 +12,7 @@ import pyarrow as pa
 
 from system.config import InfluenceConfig
 from system.influence.agreement import (
-    Correlation,
-    Prediction,
-    SplitHalf,
+    json_number,
     left_out_prediction,
     replications_to_halve,
     split_half,
@@ -205,13 +203,12 @@ def _summarise_direction(
     training = errors.training
     prediction = left_out_prediction(measured, errors)
     agreement = split_half(measured, weight_T=weight_T, confidence=config.confidence)
+    apart = split_half(
+        measured, split_heldout=True, weight_T=weight_T, confidence=config.confidence
+    )
     return {
-        "agreement": _split_half_json(agreement),
-        "agreement_heldout_split": _split_half_json(
-            split_half(
-                measured, split_heldout=True, weight_T=weight_T, confidence=config.confidence
-            )
-        ),
+        "agreement": None if agreement is None else agreement.to_json(),
+        "agreement_heldout_split": None if apart is None else apart.to_json(),
         "identifiable": int(matrix.identifiable_TS.sum()),
         "identifiable_off_diagonal": int((matrix.identifiable_TS & other_TS).sum()),
         "pairs": int(other_TS.sum()),
@@ -219,23 +216,23 @@ def _summarise_direction(
             ((matrix.effect_low_TS > 0) | (matrix.effect_high_TS < 0))[other_TS].sum()
         ),
         "noise": {
-            "effect_se_median": _number(np.median(matrix.effect_se_TS[other_TS])),
-            "dose_se_median": _number(np.median(np.sqrt(errors.variance_TS[other_TS]))),
+            "effect_se_median": json_number(np.median(matrix.effect_se_TS[other_TS])),
+            "dose_se_median": json_number(np.median(np.sqrt(errors.variance_TS[other_TS]))),
             "training_sd_median": None
             if training is None
-            else _number(np.median(np.sqrt(training.variance_TS[other_TS]))),
-            "heldout_se_median": _number(np.median(np.sqrt(errors.heldout_TS[other_TS]))),
+            else json_number(np.median(np.sqrt(training.variance_TS[other_TS]))),
+            "heldout_se_median": json_number(np.median(np.sqrt(errors.heldout_TS[other_TS]))),
             "shared_reference_correlation": None if training is None else training.shared,
             "own_correlation": None if training is None else training.own_shared,
             "relative": None if training is None else training.relative,
-            "degrees_of_freedom_median": _number(np.median(matrix.effect_df_TS[other_TS])),
-            "signal_sd": _number(math.sqrt(estimate.shrunken.others.entry_variance) * dose),
+            "degrees_of_freedom_median": json_number(np.median(matrix.effect_df_TS[other_TS])),
+            "signal_sd": json_number(math.sqrt(estimate.shrunken.others.entry_variance) * dose),
         },
         "priors": {
             "others": asdict(estimate.shrunken.others),
             "own": None if estimate.shrunken.own is None else asdict(estimate.shrunken.own),
         },
-        "prediction": _prediction_json(prediction),
+        "prediction": None if prediction is None else prediction.to_json(),
         "halving": {
             "replications": needed,
             "trained_tokens": None
@@ -271,10 +268,10 @@ def _strongest(matrix: EffectMatrix) -> dict[str, Any]:
             "target": matrix.targets[row],
             "source": matrix.sources[column],
             "dose": dose,
-            "change": _number(matrix.effect_TS[row, column] * dose),
-            "low": _number(matrix.effect_low_TS[row, column] * dose),
-            "high": _number(matrix.effect_high_TS[row, column] * dose),
-            "shrunk": _number(matrix.shrunk_TS[row, column] * dose),
+            "change": json_number(matrix.effect_TS[row, column] * dose),
+            "low": json_number(matrix.effect_low_TS[row, column] * dose),
+            "high": json_number(matrix.effect_high_TS[row, column] * dose),
+            "shrunk": json_number(matrix.shrunk_TS[row, column] * dose),
         }
     return found
 
@@ -377,38 +374,3 @@ def _adapted(design: Design) -> dict[str, Any]:
                     {"replication": replication.index, **asdict(rows), "asked": asked}
                 )
     return found
-
-
-def _split_half_json(halves: SplitHalf | None) -> dict[str, Any] | None:
-    if halves is None:
-        return None
-    agreement = halves.agreement
-    return {
-        "rank": _correlation_json(agreement.rank),
-        "linear": _correlation_json(agreement.linear),
-        "target_rank_median": _number(agreement.target_rank_median),
-        "sign": agreement.sign,
-        "worth": _number(halves.worth),
-        "num_splits": halves.num_splits,
-        "half_sizes": list(halves.half_sizes),
-        "reliability": _number(halves.reliability),
-    }
-
-
-def _correlation_json(correlation: Correlation) -> dict[str, float | None]:
-    return {
-        "value": _number(correlation.value),
-        "low": _number(correlation.low),
-        "high": _number(correlation.high),
-    }
-
-
-def _prediction_json(prediction: Prediction | None) -> dict[str, Any] | None:
-    if prediction is None:
-        return None
-    return {**asdict(prediction), "better": prediction.better}
-
-
-def _number(value: float | np.floating) -> float | None:
-    """A JSON number; None for what is not finite."""
-    return float(value) if math.isfinite(value) else None

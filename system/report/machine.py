@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from system.influence.agreement import Correlation
+from system.influence.agreement import json_number
 from system.influence.comparison import Comparison
 from system.influence.matrix import EffectMatrix
 from system.report.heatmap import clustered_order
@@ -72,24 +72,13 @@ def _comparison(found: Comparison) -> dict[str, Any]:
         "cost_ratio": found.cost_ratio,
         "directions": {
             part.direction: {
-                "rank": _correlation(part.agreement.rank),
-                "linear": _correlation(part.agreement.linear),
-                "target_rank_median": _number(part.agreement.target_rank_median),
-                "sign": _number(part.agreement.sign),
-                "worth": _number(part.worth),
-                "scale": _number(part.scale),
+                **part.agreement.to_json(),
+                "worth": json_number(part.worth),
+                "scale": json_number(part.scale),
             }
             for part in found.directions
         },
     }
-
-
-def _correlation(found: Correlation) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in asdict(found).items()}
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _matrix(matrix: EffectMatrix) -> dict[str, Any]:

@@ -16,17 +16,19 @@ import ray
 
 from actors.cluster import Cluster
 from actors.influencer import run
+from actors.measuring import Measuring
 from actors.stage import StageContext, StageResult
 from system import storage
 from system.config import RunConfig
 from system.influence.design import Design
 from system.influence.matrix import EffectMatrix
 from system.influence.random_design import enough_runs
+from system.influence.score_parts import ScorePart
 from system.models.base import load_model
 from system.progress import Bar, Progress
 from system.rundir import RunDir, StageRecord
 from system.schema import MATRIX, check_table
-from system.scoring.score import score_reference
+from system.scoring.score import Scored, score_reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
@@ -202,6 +204,42 @@ def test_an_actor_that_dies_in_the_middle_changes_nothing(world, finished):
     np.testing.assert_array_equal(
         matrix(world, "killed").effect_TS, matrix(world, "whole").effect_TS
     )
+
+
+def test_a_checkpoint_that_is_scored_in_parts_has_the_same_scores(world, finished, monkeypatch):
+    """Parts are kept one by one: a driver that dies between them scores none of them again."""
+    monkeypatch.setattr("system.influence.score_parts.PART_ROWS", 20)
+    keep, kept = Measuring._keep_part, []
+
+    def dies_after_the_second(self: Measuring, part: ScorePart, scored: Scored) -> bool:
+        done = keep(self, part, scored)
+        kept.append(part)
+        if len(kept) == 2:
+            raise Killed
+        return done
+
+    monkeypatch.setattr(Measuring, "_keep_part", dies_after_the_second)
+    with pytest.raises(Killed):
+        world.run("parts")
+    for pool in ("scorer", "tuner"):
+        world.cluster.close_pool(pool)
+    first = kept.copy()
+    assert len({part.unit for part in first}) == 1, "a checkpoint's parts come one after the other"
+    assert len(list(world.path("parts", "parts").rglob("*.parquet"))) == 2
+    world.run("parts")
+    rows = storage.read_table(str(world.path("parts", "heldout.arrow"))).num_rows
+    units = {part.unit for part in kept}
+    assert len(units) == 2 * 4
+    for unit in units:
+        spans = sorted((p.rows.start, p.rows.stop) for p in kept if p.unit == unit)
+        assert len(spans) > 1 and len(set(spans)) == len(spans), "no part is scored twice"
+        assert (spans[0][0], spans[-1][1]) == (0, rows)
+    assert not list(world.path("parts", "parts").rglob("*.parquet"))
+    for path in world.path("whole", "scores").iterdir():
+        one, other = (storage.read_table(str(world.path(n, "scores", path.name))) for n in
+                      ("whole", "parts"))  # fmt: skip
+        assert one.select(["id", "num_tokens"]).equals(other.select(["id", "num_tokens"]))
+        np.testing.assert_allclose(one["nll"], other["nll"], rtol=1e-4)
 
 
 def test_a_driver_that_dies_continues_with_the_same_numbers(world, finished):

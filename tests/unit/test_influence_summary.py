@@ -12,7 +12,6 @@ from system.influence.matrix import estimate_effects
 from system.influence.measurements import Losses
 from system.influence.summary import (
     Cost,
-    _split_half_json,
     replicates_table,
     result_lines,
     summarise,
@@ -89,7 +88,9 @@ def test_interactions_that_are_all_alike_agree_on_nothing():
     alike = dataclasses.replace(
         measured, differences=tuple(np.zeros_like(row) for row in measured.differences)
     )
-    halves = _split_half_json(split_half(alike))
+    found = split_half(alike)
+    assert found is not None
+    halves = found.to_json()
     assert halves is not None and halves["rank"]["value"] is None and halves["worth"] is None
     found = summary(World(), 2)
     found["directions"]["remove"]["agreement"] = halves
