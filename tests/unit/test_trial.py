@@ -1,14 +1,18 @@
 """Which design `auto` goes on with."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from influence_world import World
+from report_builder import RunBuilder
 
+from system import storage
 from system.config import InfluenceConfig
 from system.influence.matrix import estimate_effects
 from system.influence.rounds import Round, why_stop
 from system.influence.trial import Trial, cheapest, describe_choice, typical_error
+from system.report.influence_section import influence_section
+from system.report.view import RunView
 
 TRIAL = Trial(
     design="branch", precision=0.01, token_equivalents=2e6, trained_tokens=1000, tuner_hours=1.0
@@ -36,6 +40,18 @@ def test_the_error_is_that_of_a_dose_in_the_worse_direction():
     loud = estimate_effects(World(run_noise=0.1).measure(3)).matrix
     assert typical_error({"add": quiet, "remove": loud}) == typical_error({"add": loud})
     assert typical_error({"add": loud}) > 2 * typical_error({"add": quiet})
+
+
+def test_the_report_says_what_was_tried(tmp_path):
+    run = RunBuilder(until="influence").write(str(tmp_path / "run"))
+    view = RunView.open(run.uri)
+    assert "first round of each" not in str(influence_section(view))
+    uri = run.output_uri(view.records["influence"], "summary")
+    trials = [asdict(TRIAL), asdict(replace(TRIAL, design="random-design", precision=0.02))]
+    storage.write_json(uri, storage.read_json(uri) | {"trial": trials})
+    section = str(influence_section(RunView.open(run.uri)))
+    assert "first round of each, the design is branch" in section
+    assert "4.0 times the price" in section
 
 
 @pytest.mark.parametrize("designs", [[], ["branch", "branch"], ["gradient"]])
