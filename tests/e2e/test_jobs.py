@@ -6,6 +6,7 @@ numbers, and an ablation starts from the stages that it has finished.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import yaml
 from small_job import ROOT, WholeRun, environment, job_config, run_job
 
 from system.evaluation.ablation import ARMS as ABLATION_ARMS
+from system.stages import STAGE_FOLDERS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -121,15 +123,46 @@ def test_no_dashboard_is_a_clear_error(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_shards_actors_and_workers_change_no_number(submitted: WholeRun, tmp_path: Path) -> None:
-    """Other numbers of everything: the same matrix, mix, curriculum and selection."""
-    other = job_config(tmp_path, cluster={"num_tuners": 1, "num_ingestors": 1, "num_cpus": 2})
-    result = run_job(
-        "run", str(other), "--until", "select",
-        "--set", "ingest.chunk_bytes=3000", "--set", "ingest.shard_rows=50",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    submitted.assert_same(tmp_path / "run")
+def test_neither_numbers_of_anything_nor_an_object_store_change_a_result(
+    submitted: WholeRun, tmp_path: Path
+) -> None:
+    """Other shards, chunks and actors; data and run directory in a store, nothing on a local disk:
+    the same matrix, mix, curriculum, selection and weights, and the other commands work there too.
+    """
+    config = job_config(
+        tmp_path,
+        cluster={"num_tuners": 1, "num_ingestors": 1, "num_cpus": 2},
+        ingest={"chunk_bytes": 3000, "shard_rows": 50},
+        evaluate={"seeds": 1, "arms": ["natural", "solved"]},
+    )
+    shutil.move(tmp_path / "data", tmp_path / "buckets" / "bucket" / "data")
+    places = {"run_dir": "teststore://bucket/run", "data_dir": "teststore://bucket/data"}
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | places))
+    done = run_job("run", str(config), store=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = tmp_path / "buckets" / "bucket" / "run"
+    for folder in STAGE_FOLDERS.values():
+        assert (kept / folder / "record.json").exists(), folder
+    again = run_job("run", str(config), store=tmp_path)
+    assert again.returncode == 0, again.stderr
+    for name in STAGE_FOLDERS:
+        assert f"{name}: done before" in again.stderr
+    for command in (("status",), ("verify",), ("report",), ("export", "--format", "trl")):
+        out = ("--out", str(tmp_path / "out")) if command[0] == "export" else ()
+        asked = run_job(command[0], places["run_dir"], *command[1:], *out, store=tmp_path)
+        assert asked.returncode == 0, asked.stderr
+    submitted.assert_same(_as_on_a_disk(kept), but="losses")
+
+
+def _as_on_a_disk(kept: Path) -> Path:
+    """The store's run directory with links from a stage's folder to its outputs, as disks have."""
+    for folder in STAGE_FOLDERS.values():
+        record = json.loads((kept / folder / "record.json").read_text())
+        for path in record["outputs"].values():
+            link = kept / folder / Path(path).name
+            if not link.exists():
+                link.symlink_to(kept / path)
+    return kept
 
 
 def test_an_ablation_trains_only_its_arms_and_prints_paired_differences(
