@@ -177,6 +177,7 @@ def _trainer(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> T
     if use_gpu:
         resources["GPU"] = cluster.train_gpus
     threads = max(1, int(cluster.actor_cpus))
+    filesystem, scratch_path = storage.arrow_filesystem(scratch)
     return _Trainer(
         train_jobs,
         train_loop_config={"jobs": list(jobs), "num_threads": threads},
@@ -189,7 +190,8 @@ def _trainer(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> T
         ),
         run_config=RunConfig(
             name=f"fit-{uuid.uuid4().hex[:12]}",
-            storage_path=scratch,
+            storage_path=scratch_path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(
                 max_failures=config.train.max_failures,
                 controller_failure_limit=failed_starts,

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
@@ -59,6 +60,18 @@ def _filesystem(uri: str) -> tuple[Any, str]:
             f"{uri!r} cannot be opened: {error}. Install the package for this kind of storage "
             "(s3fs for s3://, gcsfs for gs://) or use a local path."
         ) from error
+
+
+def arrow_filesystem(uri: str) -> tuple[Any, str]:
+    """File system (None: the local one) and path on it, for libraries that ask for pyarrow's.
+
+    Every kind of storage that this module can open, by the same package and the same credentials.
+    """
+    path = local_path(uri)
+    if path is not None:
+        return None, str(path)
+    filesystem, key = _filesystem(uri)
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), key
 
 
 def exists(uri: str) -> bool:

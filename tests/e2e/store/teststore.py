@@ -7,6 +7,7 @@ local path.
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -18,25 +19,19 @@ ROOT = "INSTRUCTMIX_TESTSTORE"
 """Environment variable with the directory."""
 
 
-class _Upload:
+class _Upload(io.FileIO):
     """A file that is there once it is closed."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
-        descriptor, self._name = tempfile.mkstemp(dir=os.environ[ROOT])
-        self._file = os.fdopen(descriptor, "wb")
+        descriptor, self._part = tempfile.mkstemp(dir=os.environ[ROOT])
+        super().__init__(descriptor, "wb")
 
-    def write(self, data: Any) -> int:
-        return self._file.write(data)
-
-    def __enter__(self) -> _Upload:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
-        if kind is None:
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
             self._target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self._name, self._target)
+            os.replace(self._part, self._target)
 
 
 class Store(fsspec.AbstractFileSystem):
@@ -46,7 +41,7 @@ class Store(fsspec.AbstractFileSystem):
     root_marker = ""
 
     def _local(self, path: str) -> Path:
-        return Path(os.environ[ROOT], "buckets", self._strip_protocol(path))
+        return Path(os.environ[ROOT], "buckets", str(self._strip_protocol(path)))
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         local = self._local(path)
