@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ class Store(fsspec.AbstractFileSystem):
         if mode == "wb":
             return _Upload(self._local(path))
         raise NotImplementedError(f"an object store has no mode {mode!r}")
+
+    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
+        with self.open(path1) as source, self.open(path2, "wb") as target:
+            shutil.copyfileobj(source, target)
 
     def rm_file(self, path: str) -> None:
         self._local(path).unlink()
