@@ -208,7 +208,7 @@ def _problem(
         _check_names(name, given, categories)
     for group, limit in solve.groups.items():
         _check_names(f"solve.groups.{group}", limit.categories, categories)
-    base_S = _base(solve, categories, counts)
+    base_S = base_weights(solve, categories, counts)
     weights_S = base_S if tokens is None else base_S * _per_category(tokens, categories, 1.0)
     return MixProblem(
         categories=categories,
@@ -246,14 +246,28 @@ def dependency_effects(
     return categories, effects, errors, freedom
 
 
-def _base(solve: SolveConfig, categories: tuple[str, ...], counts: Mapping[str, int]) -> np.ndarray:
-    """[S] weights of the base mix, not scaled."""
+def base_weights(
+    solve: SolveConfig, categories: tuple[str, ...], counts: Mapping[str, int]
+) -> np.ndarray:
+    """[S] weights of the base mix, not scaled.
+
+    Args:
+        solve: `base`.
+        categories: in the order wanted.
+        counts: train rows of each.
+
+    Raises:
+        ConfigError: a weight names no category, or none is above zero.
+    """
     if solve.base == "natural":
         return _per_category(counts, categories, 0.0)
     if solve.base == "uniform":
         return np.ones(len(categories))
     _check_names("solve.base", solve.base, categories)
-    return _per_category(solve.base, categories, 0.0)
+    weight_S = _per_category(solve.base, categories, 0.0)
+    if not weight_S.any():
+        raise ConfigError(f"solve.base {solve.base}: expected a weight above 0, found none")
+    return weight_S
 
 
 def _values(matrix: EffectMatrix, solve: SolveConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -287,7 +301,7 @@ def importance_weights(
     """
     weight_T = _importance(solve, targets)
     if weight_T is None:
-        base = dict(zip(counts, _base(solve, tuple(counts), counts), strict=True))
+        base = dict(zip(counts, base_weights(solve, tuple(counts), counts), strict=True))
         weight_T = _per_category(base, targets, 0.0)
     total = weight_T.sum()
     return weight_T / total if total > 0 else np.full(len(targets), 1.0 / len(targets))

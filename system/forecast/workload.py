@@ -16,6 +16,7 @@ from system.evaluation.arms import apportion, move_seed, random_move
 from system.forecast.known import Known
 from system.influence.cost import LOWERED_BY, SCORED_SHARE, InfluenceCost
 from system.influence.interventions import seed_of
+from system.planning import base_weights
 
 STAGES = ("influence", "train", "evaluate")
 """The stages whose cost is forecast."""
@@ -103,10 +104,11 @@ def pass_counts(
     examples = round(config.solve.budget * sum(rows.values()) / total)
     natural = apportion(examples, rows)
     limits = {name: int(count * config.solve.max_epochs) for name, count in rows.items()}
-    base = {"natural": natural, "uniform": stratified_sizes(limits, examples)}
-    if not isinstance(config.solve.base, str):
-        base["own"] = apportion(examples, {name: config.solve.base.get(name, 0.0) for name in rows})
-    start = base[config.solve.base if isinstance(config.solve.base, str) else "own"]
+    uniform = stratified_sizes(limits, examples)
+    weights = base_weights(config.solve, tuple(rows), rows)
+    start = {"natural": natural, "uniform": uniform}.get(
+        str(config.solve.base), apportion(examples, dict(zip(rows, weights.tolist(), strict=True)))
+    )
     solved = start if mix is None else {name: round(count) for name, count in mix.items()}
     moved = round(sum(max(solved[name] - count, 0.0) for name, count in start.items()))
     moves = [
@@ -116,7 +118,7 @@ def pass_counts(
     random = {name: sum(move[name] for move in moves) for name in natural}
     return {
         "natural": natural,
-        "uniform": base["uniform"],
+        "uniform": uniform,
         "random": apportion(examples, random),
         "solved": solved,
     }

@@ -60,6 +60,11 @@ def test_a_base_that_names_no_category_is_refused():
         solved(SolveConfig(budget=100, base={"d": 1.0}))
 
 
+def test_a_base_without_any_weight_is_refused():
+    with pytest.raises(ConfigError, match="weight above 0"):
+        solved(SolveConfig(budget=100, base={"c0": 0.0}))
+
+
 @pytest.mark.parametrize("base", ["natural", "uniform", {"c2": 1.0, "c3": 3.0}])
 def test_importance_by_base_share_follows_the_base(base):
     solve = SolveConfig(budget=100, base=base, max_epochs=10)

@@ -20,6 +20,7 @@ from system.config_train import Arm
 from system.data.corpus import Corpus
 from system.data.ingest import ingest_local
 from system.data.lengths import DrawnLengths
+from system.errors import ConfigError
 from system.evaluation.arms import apportion
 from system.forecast.disk import ModelSize, disk_parts, free_bytes, model_size, peak_bytes
 from system.forecast.hours import ACTORS_START_SECONDS, TRAIN_START_SECONDS, stage_seconds
@@ -332,3 +333,14 @@ def test_a_probe_measures_the_model_in_steps_that_the_rows_allow(tmp_path):
     if not torch.cuda.is_available():
         on_gpu = dataclasses.replace(probe, trains_on_gpu=True)
         assert "this machine has none" in why_no_probe(model_dir, 40, training, on_gpu)
+
+
+def test_arms_are_counted_from_the_chosen_base():
+    natural = pass_counts(config(), known(), None)
+    own = pass_counts(config(solve={"budget": 30, "base": {"short": 1.0}}), known(), None)
+    assert own["solved"] == {"short": 30, "long": 0}
+    even = pass_counts(config(solve={"budget": 30, "base": "uniform"}), known(), None)
+    assert even["solved"] == even["uniform"] == {"short": 15, "long": 15}
+    assert set(natural) == set(own)
+    with pytest.raises(ConfigError, match=r"solve\.base names \['no such'\]"):
+        pass_counts(config(solve={"budget": 30, "base": {"no such": 1.0}}), known(), None)
