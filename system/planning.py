@@ -150,7 +150,7 @@ def control_counts(
     if name == "uniform":
         changes |= {"lower": {}, "upper": {}}
     model = build_model(*_without_effects(solve.model_copy(update=changes), counts, tokens))
-    return {name: round(count) for name, count in zip(counts, model.base_S, strict=True)}
+    return {category: round(count) for category, count in zip(counts, model.base_S, strict=True)}
 
 
 def _without_effects(

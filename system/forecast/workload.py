@@ -105,10 +105,8 @@ def pass_counts(
     natural = apportion(examples, rows)
     limits = {name: int(count * config.solve.max_epochs) for name, count in rows.items()}
     uniform = stratified_sizes(limits, examples)
-    weights = base_weights(config.solve, tuple(rows), rows)
-    start = {"natural": natural, "uniform": uniform}.get(
-        str(config.solve.base), apportion(examples, dict(zip(rows, weights.tolist(), strict=True)))
-    )
+    weights = dict(zip(rows, base_weights(config.solve, tuple(rows), rows).tolist(), strict=True))
+    start = uniform if config.solve.base == "uniform" else apportion(examples, weights)
     solved = start if mix is None else {name: round(count) for name, count in mix.items()}
     moved = round(sum(max(solved[name] - count, 0.0) for name, count in start.items()))
     moves = [

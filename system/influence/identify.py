@@ -88,7 +88,8 @@ def identify_json(
 ) -> dict[str, Any] | None:
     """For `summary.json`: replications by pair, and what of the pairs they cannot reach.
 
-    Keys: `replications` ([T][S], null where none up to `most` would do), `most`, `half` and `all`
+    Keys: `replications` ([T][S], null where none up to `most` would do), `most`, `open` (pairs of
+    different categories that are not identifiable), `half` and `all`
     (replications that identify half of, and all, the pairs off the diagonal that some number
     reaches and that are not known yet; null where there are none such), `never` (how many none
     reaches), `unclear` (targets whose own effect is not clearly positive, so that no gamma of
@@ -96,11 +97,14 @@ def identify_json(
     """
     if replications < 2:
         return None
-    open_TS = ~matrix.own_TS & ~matrix.identifiable_TS
+    # A target that no source owns has no gamma at all, whatever is measured.
+    is_owned_T1 = matrix.own_TS.any(axis=1, keepdims=True)
+    open_TS = ~matrix.own_TS & ~matrix.identifiable_TS & is_owned_T1
     reachable = np.sort(needed_TS[open_TS & (needed_TS > replications)])
     return {
         "replications": [[int(n) if n else None for n in row] for row in needed_TS.tolist()],
         "most": MOST,
+        "open": int(open_TS.sum()),
         "half": int(reachable[(reachable.size - 1) // 2]) if reachable.size else None,
         "all": int(reachable[-1]) if reachable.size else None,
         "never": int((open_TS & (needed_TS == 0)).sum()),

@@ -202,9 +202,9 @@ def _agreement(direction: str, part: dict[str, Any], confidence: float) -> list[
 def _identify(direction: str, part: dict[str, Any]) -> list[str]:
     """What it would take to know the gammas that are not known."""
     identify = part.get("identify")
-    unknown = part["pairs"] - part["identifiable_off_diagonal"]
-    if identify is None or not unknown:
+    if identify is None or not identify["open"]:
         return []
+    unknown = identify["open"]
     text = (
         f"What the {plural(unknown, 'pair')} without an identifiable gamma would take "
         f"({_VERB[direction]}), were the effects what they are found to be now: "

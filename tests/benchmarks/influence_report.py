@@ -48,7 +48,8 @@ def write_report(path: Path, conditions: dict[str, str], worlds: list[dict[str, 
         "of its reliability. *error*: typical (median) standard error of a dose's effect on",
         "another category, nats, on the scale of the estimator's own effects. *halving*: million",
         "token equivalents more that would halve it, and the replications that makes in all; a",
-        "dash where only more held-out rows would.",
+        "dash where only more held-out rows would. *seconds* depend on what else the machine did;",
+        "token equivalents are exact.",
     ]
     for world in worlds:
         lines += _world(world)

@@ -5,6 +5,7 @@ import pytest
 from influence_world import World
 from report_builder import RunBuilder
 
+from system import storage
 from system.influence.identify import MOST, identify_json, replications_to_identify
 from system.influence.matrix import Estimate, estimate_effects
 from system.influence.measurements import Measurements
@@ -74,10 +75,28 @@ def test_a_target_without_a_category_is_not_asked_for():
     part = identify_json(estimate.matrix, needed_TS, 3)
     assert part is not None
     assert not set(part["unclear"]) & set(estimate.matrix.targets[-2:])
+    known_TS = estimate.matrix.identifiable_TS | estimate.matrix.own_TS
+    assert part["open"] == int((~known_TS[:-2]).sum()) >= part["never"]
 
 
 @pytest.mark.parametrize("replications", [1, 2])
-def test_the_report_says_what_it_would_take(tmp_path, replications):
+def test_the_report_is_silent_where_nothing_is_open_or_known(tmp_path, replications):
+    """Every gamma of a category is known, and the further target has none; or nothing is."""
     run = RunBuilder(replications=replications, until="influence").write(str(tmp_path / "run"))
+    assert "without an identifiable gamma" not in str(influence_section(RunView.open(run.uri)))
+
+
+def test_the_report_says_what_it_would_take(tmp_path):
+    run = RunBuilder(replications=2, until="influence").write(str(tmp_path / "run"))
+    view = RunView.open(run.uri)
+    uri = run.output_uri(view.records["influence"], "summary")
+    summary = storage.read_json(uri)
+    part = summary["directions"]["remove"]["identify"]
+    assert part["open"] == 0 and part["half"] is None
+    part |= {"open": 5, "half": 6, "all": 8, "never": 2, "unclear": ["paraphrase"]}
+    storage.write_json(uri, summary)
     section = str(influence_section(RunView.open(run.uri)))
-    assert ("without an identifiable gamma would take" in section) == (replications > 1)
+    assert "What the 5 pairs without an identifiable gamma would take (removing)" in section
+    assert "6 replications in all for half of the 3 that replications can reach, 8 for" in section
+    assert "for 2 not even 64: more held-out rows" in section
+    assert "does not clearly help paraphrase" in section
