@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow as pa
 
 from actors.fit import fit
-from actors.planner import measured_problem
 from actors.pool import Done, wait_any
 from actors.scorer import scorer_pool
+from actors.solver import measured_problem
 from actors.stage import StageContext, StageResult
 from actors.trainer import make_job, plan_selection
 from system import storage
@@ -34,10 +34,10 @@ from system.evaluation.evaluate import BASE, DELIVERED, ArmInfo, headline, summa
 from system.evaluation.prediction import ArmForecast
 from system.evaluation.tables import LOSSES, OUTCOMES, accuracy_table
 from system.evaluation.unseen_rows import draw_test_questions, draw_test_rows, untrained_rows
-from system.influence.interventions import seed_of
-from system.mix_notes import choose_shrinkage
+from system.influence.design.interventions import seed_of
+from system.mix.notes import choose_shrinkage
+from system.mix.question import control_counts, mix_options
 from system.models.base import load_tokenizer
-from system.planning import control_counts, mix_options
 from system.scoring.answers import ANSWERS, Questions, check_answers
 from system.scoring.score import Scored
 from system.selection.select import select_arm

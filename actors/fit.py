@@ -39,7 +39,8 @@ from actors.train_worker import Outcome, train_jobs
 from system import storage
 from system.errors import ClusterError, ConfigError, StageError
 from system.progress import Progress
-from system.training.job import TrainedModel, TrainJob, read_finished
+from system.training.job import read_finished
+from system.training.records import TrainedModel, TrainJob
 from system.training.trackers import check_trackers
 
 START_TIMEOUT_SECONDS = 60

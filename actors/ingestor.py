@@ -20,9 +20,9 @@ from typing import Any, cast
 from actors.pool import ActorPool, ActorSpec
 from actors.stage import StageContext, StageResult
 from system import storage
-from system.data import ingest
 from system.data.corpus import Manifest, read_manifest
-from system.data.ingest import IngestPlan, Step, open_plan
+from system.data.ingest import ingest
+from system.data.ingest.ingest import IngestPlan, Step, open_plan
 
 POOL = "ingest"
 
@@ -34,7 +34,7 @@ class Ingestor:
         self._plan = plan
 
     def do(self, step: str, unit: Any) -> Any:
-        """Does one unit of a step of `system.data.ingest.STEPS` and returns its outcome."""
+        """Does one unit of a step of `system.data.ingest.ingest.STEPS` and returns its outcome."""
         return ingest.STEPS[step].do(self._plan, unit)
 
 

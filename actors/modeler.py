@@ -35,7 +35,7 @@ class Modeler:
         folder = local if local is not None else Path(tempfile.mkdtemp()) / "model"
         counts: dict[str, Any] = {}
         if kind_of(self._config.path) == "builtin":
-            from system.models.tiny import build_tiny_model
+            from system.examples.tiny_model import build_tiny_model
 
             folder.mkdir(parents=True, exist_ok=True)
             counts = build_tiny_model(Corpus.open(manifest), self._config, self._seed, folder)

@@ -12,8 +12,8 @@ from system import storage
 from system.config import RunConfig
 from system.devices import idle_gpus_remark, visible_gpus
 from system.errors import ConfigError
-from system.forecast import Forecast, Found, make_forecast
-from system.influence.earlier import APPENDS_TO
+from system.forecast import Forecast, Found, describe, make_forecast
+from system.influence.append.earlier import APPENDS_TO
 from system.models.base import kind_of
 from system.rundir import RunDir, StageRecord, describe_change, fingerprint
 from system.solve import Mix
@@ -51,7 +51,7 @@ def describe_plan(config: RunConfig, *, probe: bool = False) -> PlanView:
         lines.append(f"  {stage.name:<11} {state}")
     remarks = _remarks(config, records)
     forecast = make_forecast(config, _found(config, records, run_dir), probe=probe)
-    text = "\n".join([*lines, "", *forecast.lines(), *remarks]).rstrip()
+    text = "\n".join([*lines, "", *describe(forecast), *remarks]).rstrip()
     return PlanView(text=text, forecast=forecast)
 
 

@@ -22,7 +22,7 @@ from actors.stage import StageContext, StageResult
 from system import storage
 from system.config import RunConfig
 from system.errors import ConfigError, StageError
-from system.influence.earlier import APPENDS_TO, appends_to
+from system.influence.append.earlier import APPENDS_TO, appends_to
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord, describe_change, fingerprint, flatten
 from system.stages import STAGE_FOLDERS, STAGE_NAMES
@@ -38,7 +38,7 @@ def _no_identity(config: RunConfig) -> dict[str, str]:
 
 
 def _source_identity(config: RunConfig) -> dict[str, str]:
-    from system.data.ingest import source_fingerprint
+    from system.data.ingest.ingest import source_fingerprint
 
     return source_fingerprint(config)
 
@@ -50,7 +50,7 @@ def _model_identity(config: RunConfig) -> dict[str, str]:
 
 
 def _target_identity(config: RunConfig) -> dict[str, str]:
-    from system.data.sources import resolve
+    from system.data.read.sources import resolve
 
     return {
         f"{name}.{uri}": storage.stamp(uri)
@@ -137,18 +137,18 @@ STAGES: tuple[Stage, ...] = (
         reads=("tag", "seed"), after=("ingest", "model"), revision=2,
     ),
     Stage(
-        name="influence", module="actors.influencer",
+        name="influence", module="actors.influence.influencer",
         reads=("influence", "seed"), after=("tag", "model"),
         identity=_target_identity, also_reads=_what_the_mix_asks,
-        precheck=("actors.planner", "check_before_influence"), revision=3,
+        precheck=("actors.influence.precheck", "check_before_influence"), revision=3,
         history=_earlier_measurement,
     ),
     Stage(
-        name="solve", module="actors.planner", function="run_solve",
+        name="solve", module="actors.solver",
         reads=("solve",), after=("tag", "model", "influence"), revision=5,
     ),
     Stage(
-        name="curriculum", module="actors.planner", function="run_curriculum",
+        name="curriculum", module="actors.curriculum",
         reads=("curriculum", "seed"), after=("influence", "solve"),
     ),
     Stage(

@@ -21,7 +21,7 @@ from actors.pool import ActorPool, ActorSpec
 from actors.stage import StageContext
 from system import storage
 from system.data.corpus import Corpus
-from system.influence.accuracy_targets import score_answers
+from system.influence.design.accuracy_targets import score_answers
 from system.scoring.answers import Generated
 from system.scoring.engine import Engine, EngineSettings
 from system.scoring.score import Scored, score_tokens

@@ -2,7 +2,7 @@
 
     corpus ── blocks of rows ──> Scorer.choose ──> blocks/<name>.parquet   committed one by one
                                                           │ all there
-          old shards + newly categorised ones ──> lengths (actors.measurer) ──> manifest.json
+          old shards + newly categorised ones ──> lengths (actors.token_counter) ──> manifest.json
 
 Blocks are cut by rows, not by actors, so the number of scorers changes nothing.  A driver that
 starts again finds the blocks that are written and asks only for the others.
@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from actors.measurer import measured_manifest
 from actors.pool import ActorPool, Done, wait_any
 from actors.scorer import scorer_pool
 from actors.stage import StageContext, StageResult
+from actors.token_counter import measured_manifest
 from system import storage
-from system.data.conversation import SPLITS
 from system.data.corpus import (
     Corpus,
     Manifest,
@@ -34,7 +33,11 @@ from system.data.corpus import (
     write_manifest,
     write_shard,
 )
-from system.data.tag import (
+from system.data.rows.conversation import SPLITS
+from system.errors import DataError, StageError
+from system.models.base import load_tokenizer
+from system.schema import CORPUS
+from system.tagging.choose import (
     TAGS,
     TagAccuracy,
     encode_choice,
@@ -44,9 +47,6 @@ from system.data.tag import (
     rename_categories,
     stratified_sizes,
 )
-from system.errors import DataError, StageError
-from system.models.base import load_tokenizer
-from system.schema import CORPUS
 
 BLOCK_ROWS = 256
 _COLUMNS = ["id", "category", "messages"]

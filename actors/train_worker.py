@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from system.errors import InstructMixError
-from system.training.job import Ranks, TrainedModel, TrainJob, run_job
+from system.training.job import Ranks, run_job
+from system.training.records import TrainedModel, TrainJob
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,15 +16,15 @@ from actors.stage import StageContext, StageResult
 from system import schema, storage
 from system.data.corpus import Corpus
 from system.errors import DataError
-from system.influence.heldout import seeded_draw
-from system.influence.interventions import seed_of
+from system.influence.design.heldout import seeded_draw
+from system.influence.design.interventions import seed_of
 from system.models.base import load_tokenizer
 from system.models.chat import encode_table
 from system.rundir import fingerprint
 from system.training.identity import file_hash
-from system.training.job import TrainJob
 from system.training.log import lost_trackers
 from system.training.plan import TrainPlan, build_plan, write_plan
+from system.training.records import TrainJob
 from system.training.settings import TrainSettings
 
 _HELD_OUT_BATCH = 64

@@ -197,7 +197,7 @@ def _add_tools(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("first", metavar="RUN_DIR", help=_RUN_DIR)
     compare.add_argument("second", metavar="RUN_DIR", help="another run")
     compare.set_defaults(execute=_compare)
-    from system.influence.planted_command import add_arguments as add_planted_arguments
+    from system.examples.planted_command import add_arguments as add_planted_arguments
     from system.solve.command import add_arguments as add_solve_arguments
 
     planted = commands.add_parser(
@@ -218,7 +218,7 @@ def _positive(text: str) -> float:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from system.load import load_config
+    from system.config.load import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     from actors.pipeline import Plan, run_pipeline
@@ -230,7 +230,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
-    from system.quickstart import prepare_quickstart
+    from system.examples.quickstart import prepare_quickstart
 
     config = prepare_quickstart(arguments.run_dir, arguments.overrides)
     from actors.pipeline import Plan, run_pipeline
@@ -241,7 +241,7 @@ def _quickstart(arguments: argparse.Namespace) -> int:
 
 
 def _ablate(arguments: argparse.Namespace) -> int:
-    from system.load import load_config
+    from system.config.load import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     from actors.pipeline import Plan, run_pipeline
@@ -255,7 +255,7 @@ def _ablate(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from system.load import load_config
+    from system.config.load import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     from actors.overview import describe_plan
@@ -267,7 +267,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _reference(arguments: argparse.Namespace) -> int:
-    from system.reference import render_defaults, render_reference
+    from system.config.reference import render_defaults, render_reference
 
     print(render_defaults() if arguments.defaults else render_reference(), end="")
     return 0
@@ -295,7 +295,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from system.influence.comparison import describe_comparison
+    from system.influence.estimate.comparison import describe_comparison
 
     print(describe_comparison(arguments.first, arguments.second))
     return 0
@@ -309,7 +309,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from system.load import load_config
+    from system.config.load import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     from actors.jobs import submit_job
@@ -318,7 +318,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _planted(arguments: argparse.Namespace) -> int:
-    from system.influence.planted_command import run
+    from system.examples.planted_command import run
 
     return run(arguments)
 

@@ -26,8 +26,8 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from system import storage
-from system.data.canonical import canonical_table
-from system.data.conversation import SPLITS
+from system.data.rows.canonical import canonical_table
+from system.data.rows.conversation import SPLITS
 from system.errors import DataError
 from system.schema import CORPUS, check_table
 

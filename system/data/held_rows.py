@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from system.data.ingest_plan import SPILL, bucket_of_heads
-from system.data.labels import LabelColumns
-from system.data.normal_batch import ROLES, NormalBatch
+from system.data.ingest.plan import SPILL, bucket_of_heads
+from system.data.rows.labels import LabelColumns
+from system.data.rows.normal_batch import ROLES, NormalBatch
 from system.schema import EMBEDDING, MESSAGES
 
 

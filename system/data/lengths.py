@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 
 from system import storage
-from system.data.conversation import SPLITS
 from system.data.corpus import (
     Corpus,
     Manifest,
@@ -32,6 +31,7 @@ from system.data.corpus import (
     resolve_path,
     seeded_rank,
 )
+from system.data.rows.conversation import SPLITS
 from system.models.chat import encode_rows
 from system.schema import LENGTHS, check_table
 

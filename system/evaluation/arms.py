@@ -18,7 +18,7 @@ import numpy as np
 
 from system.config import CurriculumConfig
 from system.curriculum import Curriculum, plan_curriculum
-from system.influence.interventions import seed_of
+from system.influence.design.interventions import seed_of
 from system.solve import Mix
 
 ORDERS = ("curriculum", "reversed")
@@ -57,7 +57,7 @@ def plan_arms(
         mix: the solved mix.
         curriculum: the order that goes with it; its totals are the mix times its epochs.
         settings: for the curriculum of other mixes.
-        natural: counts of one pass, see `system.planning.control_counts`.
+        natural: counts of one pass, see `system.mix.question.control_counts`.
         uniform: likewise.
         supply: train rows of each category.
         max_epochs: how often an example may be used within a pass.

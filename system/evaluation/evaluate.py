@@ -36,7 +36,6 @@ import pyarrow as pa
 
 from system.errors import DataError
 from system.evaluation.contrast import Performance, contrast
-from system.evaluation.intervals import wilson_interval
 from system.evaluation.prediction import (
     NATURAL,
     RANDOM,
@@ -46,6 +45,7 @@ from system.evaluation.prediction import (
     predicted_and_realised,
 )
 from system.evaluation.tables import performance_of
+from system.intervals import wilson_interval
 from system.solve.mix import ANSWERS
 
 BASE, DELIVERED = "base", "delivered"

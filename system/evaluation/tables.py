@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from system.evaluation.intervals import wilson_interval
+from system.intervals import wilson_interval
 
 LOSSES = pa.schema(
     [

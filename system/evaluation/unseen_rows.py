@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 
 from system.config import RunConfig
 from system.data.corpus import Corpus
-from system.influence.external_targets import read_targets
-from system.influence.heldout import encode_external, in_seeded_order, seeded_draw
-from system.influence.interventions import seed_of
+from system.influence.design.external_targets import read_targets
+from system.influence.design.heldout import encode_external, in_seeded_order, seeded_draw
+from system.influence.design.interventions import seed_of
 from system.scoring.answers import Questions, ask, draw_rows
 
 if TYPE_CHECKING:

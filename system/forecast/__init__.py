@@ -12,5 +12,6 @@ It starts no Ray and changes nothing in the run directory.
 """
 
 from system.forecast.forecast import Forecast, Found, make_forecast
+from system.forecast.text import describe
 
-__all__ = ["Forecast", "Found", "make_forecast"]
+__all__ = ["Forecast", "Found", "describe", "make_forecast"]

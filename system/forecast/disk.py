@@ -18,10 +18,10 @@ from pathlib import Path
 from system import storage
 from system.config import InfluenceConfig, LoraConfig, RunConfig
 from system.data.corpus import Corpus
-from system.influence.cost import most_replications
-from system.influence.doses import with_doses
-from system.influence.estimators import ESTIMATORS, UNSCORED
-from system.influence.ledger import open_checkpoints
+from system.influence.design.cost import most_replications
+from system.influence.design.doses import with_doses
+from system.influence.design.estimators import ESTIMATORS, UNSCORED
+from system.influence.measure.ledger import open_checkpoints
 
 _FLOAT32 = 4
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}

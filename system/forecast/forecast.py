@@ -22,8 +22,8 @@ from system.forecast.known import (
 )
 from system.forecast.rates import Rates, finished_units
 from system.forecast.workload import Workload, workloads
-from system.influence.accuracy_targets import answer_tokens
-from system.influence.cost import InfluenceCost, check_token_limit, influence_cost
+from system.influence.design.accuracy_targets import answer_tokens
+from system.influence.design.cost import InfluenceCost, check_token_limit, influence_cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +79,6 @@ class Forecast:
     def peak_bytes(self) -> int:
         """What the stages still to run put on the disk at most."""
         return most_bytes(self.disk, self.done)
-
-    def lines(self) -> list[str]:
-        """For people."""
-        from system.forecast.text import describe
-
-        return describe(self)
 
     def refuse(self, *, max_hours: float | None = None, max_tokens: float | None = None) -> None:
         """Refuses what is above a budget; stages that are done cost nothing.
@@ -192,8 +186,8 @@ def _influence_cost(
 ) -> tuple[InfluenceCost, str]:
     """The cost of the stage and, where it appends to an earlier result, what it appends."""
     if found.earlier_uri is not None and found.tagged_uri is not None and corpus is not None:
-        from system.influence.append_cost import append_cost, append_text
-        from system.influence.earlier import Earlier
+        from system.influence.append.append_cost import append_cost, append_text
+        from system.influence.append.earlier import Earlier
 
         attempts, _, name = found.earlier_uri.rpartition("/")
         earlier, model_dir = Earlier(attempts, name), found.model_dir or Path(config.model.path)

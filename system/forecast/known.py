@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from system.config import RunConfig
-from system.data.conversation import SPLITS
 from system.data.corpus import Corpus
 from system.data.lengths import DrawnLengths, RowLengths, SeededLengths, mean_response_tokens
-from system.data.tag import rename_categories
+from system.data.rows.conversation import SPLITS
 from system.errors import DataError
-from system.influence.accuracy_targets import answer_tokens
-from system.influence.cost import most_replications
-from system.influence.heldout_cost import loss_heldout, stage_heldout
-from system.influence.interventions import seed_of
+from system.influence.design.accuracy_targets import answer_tokens
+from system.influence.design.cost import most_replications
+from system.influence.design.heldout_cost import loss_heldout, stage_heldout
+from system.influence.design.interventions import seed_of
 from system.models.base import load_tokenizer, template_of
 from system.models.chat import encode_table
+from system.tagging.choose import rename_categories
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-    from system.influence.cost import HeldoutLengths
+    from system.influence.design.cost import HeldoutLengths
 
 EXACT_ROWS = 2_000_000
 """Train rows times replications up to which drawing them all (1 microsecond each) is worth it."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from system.forecast.forecast import Forecast
 from system.forecast.hours import LEFT_OUT
 from system.forecast.rates import Rate
 from system.forecast.workload import Workload, num_passes
-from system.influence.cost import most_replications
-from system.influence.doses import in_words
-from system.influence.estimators import ESTIMATORS, FIRST_ORDER
+from system.influence.design.cost import most_replications
+from system.influence.design.doses import in_words
+from system.influence.design.estimators import ESTIMATORS, FIRST_ORDER
 
 if TYPE_CHECKING:
     from system.config import InfluenceConfig
-    from system.forecast.forecast import Forecast
 
 _BASIS = {
     "exact": "tokens of influence and of test rows are exact",

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from system.config import RunConfig
 from system.curriculum.plan import PAPER_PASSES
-from system.data.tag import stratified_sizes
 from system.evaluation.arms import apportion, move_seed, random_move
 from system.forecast.known import Known
-from system.influence.cost import LOWERED_BY, SCORED_SHARE, InfluenceCost
-from system.influence.interventions import seed_of
-from system.planning import base_weights
+from system.influence.design.cost import LOWERED_BY, SCORED_SHARE, InfluenceCost
+from system.influence.design.interventions import seed_of
+from system.mix.question import base_weights
+from system.tagging.choose import stratified_sizes
 
 STAGES = ("influence", "train", "evaluate")
 """The stages whose cost is forecast."""

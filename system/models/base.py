@@ -130,7 +130,7 @@ def materialise(config: ModelConfig, target: Path) -> None:
         case "hub":
             _download(config, target)
         case "builtin":
-            raise AssertionError("system.models.tiny builds the built-in model")
+            raise AssertionError("system.examples.tiny_model builds the built-in model")
     _check_template(config, target)
 
 

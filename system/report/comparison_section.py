@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from system.influence.agreement import Correlation
-from system.influence.comparison import Comparison, DirectionComparison, Measured
+from system.influence.estimate.agreement import Correlation
+from system.influence.estimate.comparison import Comparison, DirectionComparison, Measured
 from system.report.blocks import Block, Cell, Column, Heading, Picture, Prose, Table, text_column
 from system.report.formatting import (
     NOTHING,

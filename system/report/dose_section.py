@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from system.influence.dose_summary import DIMINISH, GROW
-from system.influence.summary import short_unit
+from system.influence.estimate.dose_summary import DIMINISH, GROW
+from system.influence.estimate.summary import short_unit
 from system.report.blocks import Block, Cell, Column, Heading, Prose, Table, Tone, text_column
 from system.report.formatting import NOTHING, count, decimals, interval, percent, plural, signed
 

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import pdist
 
-from system.influence.matrix import EffectMatrix
+from system.influence.estimate.matrix import EffectMatrix
 from system.report.formatting import figure_label, figure_text, fixed, shortened, signed, wrapped
 from system.report.pairs import Entry
 from system.report.theme import DIVERGING, INK, MUTED, PAPER, UNKNOWN, Figure, axis, layout

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from system.influence.append_summary import appended_text, stale_texts
-from system.influence.doses import in_words
-from system.influence.estimators import FIRST_ORDER
-from system.influence.summary import short_unit
-from system.influence.trial import Trial, describe_choice
+from system.influence.append.append_summary import appended_text, stale_texts
+from system.influence.auto.trial import Trial, describe_choice
+from system.influence.design.doses import in_words
+from system.influence.design.estimators import FIRST_ORDER
+from system.influence.estimate.summary import short_unit
 from system.report.blocks import (
     Block,
     Bullets,

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from system.influence.agreement import json_number
-from system.influence.comparison import Comparison
-from system.influence.matrix import EffectMatrix
+from system.influence.estimate.agreement import json_number
+from system.influence.estimate.comparison import Comparison
+from system.influence.estimate.matrix import EffectMatrix
 from system.report.heatmap import clustered_order
 from system.report.influence_section import reference_dose
 from system.report.run_section import total_seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from system.influence.summary import short_unit
+from system.influence.estimate.summary import short_unit
 from system.report.formatting import decimals, figure_label, figure_text, interval, signed
 from system.report.theme import BASE, GAIN, HARM, INK, MAIN, Figure, axis, category_axis, layout
 from system.solve.mix import CategoryMix, Mix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from system.influence.summary import short_unit
+from system.influence.estimate.summary import short_unit
 from system.report.blocks import (
     Block,
     Bullets,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from system.influence.matrix import EffectMatrix
+from system.influence.estimate.matrix import EffectMatrix
 from system.report.formatting import interval, signed
 
 
@@ -75,7 +75,8 @@ def entry_grid(
         targets: in the order of the rows.
         sources: in the order of the columns.
         dose: examples.
-        needed: replications by pair, in the matrix's own order (`system.influence.identify`).
+        needed: replications by pair, in the matrix's own order
+        (`system.influence.estimate.identify`).
     """
     rows = [matrix.targets.index(name) for name in targets]
     columns = [matrix.sources.index(name) for name in sources]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from system.data.conversation import SPLITS
 from system.data.corpus import Manifest
+from system.data.rows.conversation import SPLITS
 from system.report.blocks import (
     Block,
     Cell,

@@ -7,8 +7,8 @@ from math import hypot
 from statistics import NormalDist
 from typing import Any, Literal
 
-from system.influence.estimators import FIRST_ORDER
-from system.influence.summary import halves_worth, worth_agreement
+from system.influence.design.estimators import FIRST_ORDER
+from system.influence.estimate.summary import halves_worth, worth_agreement
 from system.report.evaluation_section import NATURAL, comparisons, overall, tally
 from system.report.formatting import (
     MINUS,

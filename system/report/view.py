@@ -13,8 +13,8 @@ from system import storage
 from system.curriculum.records import Curriculum
 from system.data.corpus import Manifest, read_manifest
 from system.errors import ConfigError, DataError
-from system.influence.comparison import Comparison, compare_runs
-from system.influence.matrix import EffectMatrix
+from system.influence.estimate.comparison import Comparison, compare_runs
+from system.influence.estimate.matrix import EffectMatrix
 from system.rundir import RunDir, StageRecord
 from system.solve.mix import Mix
 from system.stages import STAGE_FOLDERS

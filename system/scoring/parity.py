@@ -9,19 +9,39 @@ L = tokens of a row.
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 
 from system.errors import ModelError
 from system.scoring.llm import BLOCK_TOKENS
 
-if TYPE_CHECKING:
-    from system.scoring.engine import Engine
-
 PARITY_NATS = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest mean difference from transformers that is accepted, nats per token, by precision."""
+
+
+class TestedEngine(Protocol):
+    """What the test needs of `system.scoring.engine.Engine`, whose self-test it is."""
+
+    @property
+    def path(self) -> str:
+        """By which of vLLM's ways it scores."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Longest row, in tokens."""
+        ...
+
+    def log_probs(
+        self, rows: Sequence[Sequence[int]], starts: Sequence[int], names: Sequence[str]
+    ) -> Any:
+        """Log-probabilities of the tokens of each row from its start on."""
+
+    def choose(self, prompts: Sequence[list[int]], candidates: Sequence[list[int]]) -> Any:
+        """Log-probabilities of each candidate after each prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +71,6 @@ class ParityTest:
             ModelError: transformers cannot load the directory.
         """
         from system.models.base import load_model
-        from system.scoring.score import token_log_probs
 
         rng = np.random.default_rng(seed)
         lengths = [min(length, max_length) for length in (3 * BLOCK_TOKENS + 5, 13)]
@@ -62,7 +81,7 @@ class ParityTest:
         gc.collect()
         return cls(model_dir=model_dir, rows=rows, expected=expected, limit=PARITY_NATS[dtype])
 
-    def check(self, engine: Engine) -> None:
+    def check(self, engine: TestedEngine) -> None:
         """Compares the engine's answers.
 
         Raises:
@@ -83,7 +102,7 @@ class ParityTest:
             self._compare(engine, f"self-test choice {k}", total, shared[k : k + 1])
 
     def _compare(
-        self, engine: Engine, name: str, values: np.ndarray | None, expected: np.ndarray
+        self, engine: TestedEngine, name: str, values: np.ndarray | None, expected: np.ndarray
     ) -> None:
         gap = np.inf if values is None else abs(float(np.mean(values - expected)))
         if not gap <= self.limit:
@@ -93,3 +112,14 @@ class ParityTest:
                 "accepted. The engine does not compute this model faithfully on this machine: "
                 "use another model or another vLLM version."
             )
+
+
+def token_log_probs(model: Any, row: list[int]) -> np.ndarray:
+    """[L - 1] float64, nats: log-probability of tokens 1.. of a row by a transformers model."""
+    import torch
+
+    ids = torch.tensor([row], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits[0, :-1].float()
+    picked = torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None])
+    return picked[:, 0].double().cpu().numpy()

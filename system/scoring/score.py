@@ -8,16 +8,15 @@ L = tokens of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from system import schema
 from system.errors import DataError, StageError
-
-if TYPE_CHECKING:
-    from system.scoring.engine import Engine
+from system.scoring.engine import Engine
+from system.scoring.parity import token_log_probs
 
 NOT_FINITE = "log-likelihood is not finite"
 """Reason under which a row is rejected whose loss is NaN or infinite."""
@@ -85,17 +84,6 @@ def score_reference(model: Any, tokens: pa.Table) -> Scored:
         if not np.isfinite(nll[b]):
             rejected[ids[b]] = NOT_FINITE
     return Scored(table=_scores(tokens, nll, masks), rejected=rejected)
-
-
-def token_log_probs(model: Any, row: list[int]) -> np.ndarray:
-    """[L - 1] float64, nats: log-probability of tokens 1.. of a row by a transformers model."""
-    import torch
-
-    ids = torch.tensor([row], device=model.device)
-    with torch.inference_mode():
-        logits = model(input_ids=ids).logits[0, :-1].float()
-    picked = torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None])
-    return picked[:, 0].double().cpu().numpy()
 
 
 def _rows(tokens: pa.Table) -> tuple[list[list[int]], list[np.ndarray]]:

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from system import storage
 from system.data.corpus import Corpus, Shard
-from system.data.shingles import find_words, mix, ngrams
+from system.data.duplicates.shingles import find_words, mix, ngrams
 from system.errors import DataError
 from system.models.chat import encode_rows
 from system.selection.vectors import pack, quantise, spread, unpack

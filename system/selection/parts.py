@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from system import storage
 from system.config import SelectConfig
-from system.data.canonical import canonical_table
 from system.data.corpus import Corpus, Shard
-from system.data.spill import SpillWriter, read_spill, spill_output
+from system.data.ingest.spill import SpillWriter, read_spill, spill_output
+from system.data.rows.canonical import canonical_table
 from system.errors import StageError
 from system.schema import SELECTION
 from system.selection.choose import QUARANTINED, Chosen

@@ -15,11 +15,10 @@ from system.models.base import load_model
 from system.training.export import ModelCard, export_model
 from system.training.lora import add_adapters, merge_adapters
 from system.training.plan import TrainPlan
+from system.training.records import TrainedModel, TrainJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from system.training.job import TrainedModel, TrainJob
 
 
 def deliver(

@@ -15,11 +15,11 @@ from system import storage
 from system.errors import ModelError
 from system.training.kernels import resolve_kernels
 from system.training.plan import TrainPlan
+from system.training.records import TrainJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from system.training.job import TrainJob
 
 _SAMPLE_BYTES = 2**20
 _SAMPLES = 16

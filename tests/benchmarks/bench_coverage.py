@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from bench_influence import REFERENCE, Measured, joined, measured_with, stored
 
-from system.influence.matrix import EffectMatrix, estimate_effects
-from system.influence.measurements import Measurements
+from system.influence.estimate.matrix import EffectMatrix, estimate_effects
+from system.influence.estimate.measurements import Measurements
 
 
 @dataclass(frozen=True)

@@ -38,18 +38,18 @@ from influence_judge import judge, median_interval, split_ranks
 from influence_worlds import World, planted, real
 
 from system.config import InfluenceConfig
-from system.influence.design import Design, Unit
-from system.influence.first_order import gradient_task, gradients_table, predicted_scores
-from system.influence.gradient import checkpoint_path, differentiate, warm_up
-from system.influence.heldout import draw_targets, seeded_draw
-from system.influence.interventions import (
+from system.influence.design.design import Design, Unit
+from system.influence.design.heldout import draw_targets, seeded_draw
+from system.influence.design.interventions import (
     Schedule,
     active_rows,
     assemble_design,
     plan_replication,
 )
-from system.influence.measurements import Measurements, collect_losses, paired_differences
-from system.influence.proxy import ProxyModel
+from system.influence.estimate.measurements import Measurements, collect_losses, paired_differences
+from system.influence.measure.first_order import gradient_task, gradients_table, predicted_scores
+from system.influence.measure.gradient import checkpoint_path, differentiate, warm_up
+from system.influence.measure.proxy import ProxyModel
 from system.models.base import load_model, load_tokenizer
 from system.scoring.score import score_reference
 from system.training.settings import TrainSettings

@@ -41,8 +41,8 @@ def build_job(root: Path, model: str, num_rows: int) -> Any:
     """The plan and the base model on disk, and a job without an output directory."""
     from transformers import AutoConfig
 
-    from system.training.job import TrainJob
     from system.training.plan import write_plan
+    from system.training.records import TrainJob
     from system.training.settings import TrainSettings
 
     if not (root / "model").exists():

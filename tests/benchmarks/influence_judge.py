@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from system.influence.agreement import compare, replications_to_halve
-from system.influence.matrix import EffectMatrix, Estimate, estimate_effects
+from system.influence.estimate.agreement import compare, replications_to_halve
+from system.influence.estimate.matrix import EffectMatrix, Estimate, estimate_effects
 
 if TYPE_CHECKING:
     from bench_influence import Measured

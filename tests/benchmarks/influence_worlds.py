@@ -15,10 +15,10 @@ from typing import Any
 
 from system.config import ModelConfig, RunConfig, SolveConfig, SourceConfig, TinyModelConfig
 from system.data.corpus import Corpus
-from system.data.ingest import ingest_local
-from system.influence.planted import planted_world
-from system.influence.planted_command import MAX_LENGTH, write_planted
-from system.models.tiny import build_tiny_model
+from system.data.ingest.ingest import ingest_local
+from system.examples.planted import planted_world
+from system.examples.planted_command import MAX_LENGTH, write_planted
+from system.examples.tiny_model import build_tiny_model
 
 SPLIT = {"estimate_share": 0.15, "test_share": 0.1}
 P3_TASKS = (

@@ -19,7 +19,7 @@ Contender = Callable[[list[Path], Path, int], int]
 def instructmix(files: list[Path], out: Path, processes: int, **settings: Any) -> int:
     """This project: in this process, or in Ray actors."""
     if processes == 1:
-        from system.data.ingest import ingest_local
+        from system.data.ingest.ingest import ingest_local
 
         return ingest_local(_config(files, out, **settings), str(out / "attempt")).read
     return _on_ray(_config(files, out, "local", processes, **settings), out)
@@ -84,7 +84,7 @@ def _on_ray(config: Any, out: Path) -> int:
 
 
 def _normalised(prompt: str, completion: str) -> dict[str, Any]:
-    from system.data.conversation import normalise, split_of
+    from system.data.rows.conversation import normalise, split_of
 
     found = normalise([("user", prompt), ("assistant", completion)], 200_000)
     messages = [

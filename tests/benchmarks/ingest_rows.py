@@ -19,7 +19,7 @@ def real_rows(data_dir: Path) -> list[dict[str, str]]:
 
     Rows that ingest would reject are left out, so that every contender has the same to do.
     """
-    from system.data.conversation import RowRejected, normalise
+    from system.data.rows.conversation import RowRejected, normalise
 
     rows = []
     for row in _all_rows(data_dir):

@@ -19,9 +19,9 @@ TEXT_BYTES = 64 * 2**20
 
 def ingest_real(data_dir: Path, folder: Path) -> Any:
     """The corpus of `configs/real_cpu.yaml`, ingested into the folder."""
+    from system.config.load import load_config
     from system.data.corpus import Corpus
-    from system.data.ingest import ingest_local
-    from system.load import load_config
+    from system.data.ingest.ingest import ingest_local
 
     example = str(ROOT / "configs" / "real_cpu.yaml")
     config = load_config(example, [f"data_dir={data_dir}", f"run_dir={folder}"])

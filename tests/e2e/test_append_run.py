@@ -2,19 +2,15 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
-from small_job import run_job
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
 from influence_corpus import TASKS, build_inputs
 from ingest_builders import write_lines
+from small_job import run_job
 
 from system.config import RunConfig, SourceConfig
-from system.influence.planted import planted_world
+from system.examples.planted import planted_world
 
 # Six commands, each with a Ray of its own; their parts are shown by the tests of the parts.
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]

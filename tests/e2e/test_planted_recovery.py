@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-from system.influence.matrix import EffectMatrix, estimate_effects
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 from bench_influence import Bench, Measured
 from influence_worlds import planted
+
+from system.influence.estimate.matrix import EffectMatrix, estimate_effects
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,6 @@ import yaml
 from small_job import ROOT, run_job
 
 from system.config import ModelConfig
-from system.data.tag import encode_choice, pick
 from system.models.base import load_model, load_tokenizer, materialise
 from system.models.chat import encode_prompt, encode_table
 from system.schema import CORPUS
@@ -27,6 +26,7 @@ from system.scoring.answers import end_of_turn
 from system.scoring.engine import Engine
 from system.scoring.llm import EngineSettings
 from system.scoring.score import score_reference, score_tokens
+from system.tagging.choose import encode_choice, pick
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(2400)]
 

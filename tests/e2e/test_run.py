@@ -13,7 +13,7 @@ from disturbance import started, wait_until
 from small_job import WholeRun, job_config, run_job
 
 from system import storage
-from system.load import load_config
+from system.config.load import load_config
 from system.rundir import RunDir
 from system.stages import STAGE_FOLDERS
 

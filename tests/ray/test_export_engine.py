@@ -13,8 +13,9 @@ from system.config import LoraConfig
 from system.models.base import load_model
 from system.scoring.engine import Engine
 from system.scoring.score import score_reference, score_tokens
-from system.training.job import Ranks, TrainJob, run_job
+from system.training.job import Ranks, run_job
 from system.training.plan import build_plan, write_plan
+from system.training.records import TrainJob
 from system.training.settings import TrainSettings
 
 pytestmark = pytest.mark.slow

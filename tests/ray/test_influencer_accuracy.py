@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,19 +9,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_influencer import World
+from influence_corpus import influence_config
+from influencer_world import World
+from ingest_builders import write_lines
 
 from system import storage
 from system.config import RunConfig, SourceConfig, TinyModelConfig
-from system.data.ingest import ingest_local
+from system.data.ingest.ingest import ingest_local
 from system.errors import DataError
-from system.influence.matrix import EffectMatrix
-from system.models.tiny import new_model, train_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from influence_corpus import influence_config
-from ingest_builders import write_lines
+from system.examples.tiny_model import new_model, train_tokenizer
+from system.influence.estimate.matrix import EffectMatrix
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,27 +10,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_influencer import Killed, StopsAfter, Trainings, World, matrix, record
+from influence_corpus import TASKS, influence_config
+from influencer_world import Killed, StopsAfter, Trainings, World, matrix, record
+from ingest_builders import write_lines
 
-from actors.influencer import run
+from actors.influence.influencer import run
 from actors.stage import StageResult
 from system import storage
 from system.config import SourceConfig
-from system.data.ingest import ingest_local
-from system.influence.design import Design
-from system.influence.matrix import EffectMatrix
-from system.influence.planted import planted_world
-from system.influence.proxy import ProxyModel
+from system.data.ingest.ingest import ingest_local
+from system.examples.planted import planted_world
+from system.influence.design.design import Design
+from system.influence.estimate.matrix import EffectMatrix
+from system.influence.measure.proxy import ProxyModel
 from system.models.base import load_model
 from system.progress import Progress
 from system.scoring.score import score_reference
 from system.training.plan import read_plan
 from system.training.settings import TrainSettings
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from influence_corpus import TASKS, influence_config
-from ingest_builders import write_lines
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

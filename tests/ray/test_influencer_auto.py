@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_influencer import Killed, StopsAfter, Trainings, World, matrix
+from influence_corpus import TASKS
+from influencer_world import Killed, StopsAfter, Trainings, World, matrix
 
 from system import storage
-from system.influence.design import Design
-from system.influence.random_design import enough_runs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from influence_corpus import TASKS
+from system.influence.design.design import Design
+from system.influence.design.random_design import enough_runs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

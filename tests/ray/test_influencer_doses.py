@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_influencer import TASKS, Killed, StopsAfter, Trainings, World, record
+from influence_corpus import TASKS
+from influencer_world import Killed, StopsAfter, Trainings, World, record
 
-from actors.planner import run_solve
+from actors import solver
 from system import storage
 from system.config import SolveConfig
-from system.influence.dose_views import read_levels
-from system.influence.matrix import EffectMatrix
+from system.influence.estimate.dose_views import read_levels
+from system.influence.estimate.matrix import EffectMatrix
 from system.schema import MATRIX, check_table
 from system.solve import Mix
 
@@ -123,7 +124,7 @@ def test_the_mix_says_which_doses_decided(resumed, solve, words):
     made = record("influence", "matrix", resumed.path("removed", "matrix.parquet"))
     upstream = {**context.upstream, "influence": dataclasses.replace(made, outputs=outputs)}
     context = dataclasses.replace(context, upstream=upstream)
-    lines = run_solve(context).lines
+    lines = solver.run(context).lines
     assert any(words in line for line in lines)
     mix = Mix.from_json(storage.read_bytes(f"{context.attempt}/mix.json").decode())
     assert sum(mix.counts().values()) == 100

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +13,11 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from influence_corpus import TASKS, influence_config
+from influencer_world import World, matrix
 from ray.cluster_utils import Cluster as Raylets
-from test_influencer import World, matrix
 
 from system.config import RunConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from influence_corpus import TASKS, influence_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -21,7 +21,7 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster as RayCluster
 
 import actors.ingestor
-import system.data.ingest_plan
+import system.data.ingest.plan
 from actors import selector
 from actors.cluster import Cluster
 from actors.stage import StageContext
@@ -34,7 +34,7 @@ from system.config import (
     SourceConfig,
 )
 from system.data.corpus import Corpus
-from system.data.ingest import ingest_local
+from system.data.ingest.ingest import ingest_local
 from system.errors import DataError
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord
@@ -50,7 +50,7 @@ NUM_ROWS = 6000
 DRIVER = """
 import json, sys
 from pathlib import Path
-import system.data.ingest_plan
+import system.data.ingest.plan
 from actors import ingestor
 from actors.cluster import Cluster
 from actors.stage import StageContext
@@ -58,7 +58,7 @@ from system.config import RunConfig
 from system.progress import Progress
 from system.rundir import RunDir
 
-system.data.ingest_plan.BUCKET_BYTES = int(sys.argv[3])
+system.data.ingest.plan.BUCKET_BYTES = int(sys.argv[3])
 config = RunConfig.model_validate_json(Path(sys.argv[1]).read_text())
 cluster = Cluster(config.cluster)
 context = StageContext(config=config, run_dir=RunDir(config.run_dir), attempt=sys.argv[2],
@@ -206,7 +206,7 @@ def test_a_killed_driver_goes_on_where_it_was(config, reference, tmp_path, phase
     assert finished
     answer = subprocess.run(command, check=True, capture_output=True, text=True)
     assert json.loads(answer.stdout.splitlines()[-1])["read"] == NUM_ROWS
-    monkeypatch.setattr(system.data.ingest_plan, "BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr(system.data.ingest.plan, "BUCKET_BYTES", bucket_bytes)
     ingest_local(config, str(tmp_path / "whole"))
     assert files(attempt) == files(tmp_path / "whole")
     one = Corpus.open(str(attempt / "manifest.json"))

@@ -28,7 +28,7 @@ from system.models.chat import encode
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord
 from system.schema import CORPUS
-from system.scoring.score import token_log_probs
+from system.scoring.parity import token_log_probs
 from system.selection.difficulty import opening_ids
 from system.selection.scores import read_scores
 

@@ -41,6 +41,7 @@ from system.training.plan import read_plan
 from system.training.settings import TrainSettings
 from system.training.train import Training
 
+SUPPORT = Path(__file__).parents[1] / "support"
 pytestmark = pytest.mark.ray
 
 BEST = {"keep_best": True, "export": "best"}
@@ -160,7 +161,7 @@ def test_killed_worker_changes_nothing(long_world, cluster, undisturbed):
 def start_driver(root: Path, attempt: str) -> subprocess.Popen[bytes]:
     """The stage in a process of its own, with a Ray of its own."""
     code = (
-        f"import signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import signal, sys; sys.path.insert(0, {str(SUPPORT)!r})\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path\n"
         "from trainer_world import build_context\n"

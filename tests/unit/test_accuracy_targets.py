@@ -5,19 +5,19 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_answers import corpus_of, tokenizer  # noqa: F401  (a fixture)
+from answer_rows import corpus_of, tokenizer  # noqa: F401  (a fixture)
 
 from system import storage
 from system.config import InfluenceConfig, IngestConfig
 from system.data.corpus import Corpus
 from system.errors import DataError
-from system.influence.accuracy_targets import (
+from system.influence.design.accuracy_targets import (
     QUESTIONS,
     check_some_vary,
     draw_accuracy_targets,
     score_answers,
 )
-from system.influence.external_targets import read_target
+from system.influence.design.external_targets import read_target
 from system.scoring.answers import Generated
 
 ROWS = {

@@ -20,19 +20,19 @@ from append_corpus import (
 from influence_corpus import TASKS, build_inputs, influence_config
 from ingest_builders import write_lines
 
-from actors.appender import Appending
+from actors.influence.appender import Appending
 from actors.pipeline import stage_inputs
 from system import storage
 from system.data.corpus import Corpus
 from system.data.lengths import SeededLengths
-from system.influence.append import earlier_unit, extend_plan
-from system.influence.append_cost import append_cost
-from system.influence.design import Design, Unit
-from system.influence.earlier import APPENDS_TO, Earlier
-from system.influence.heldout import seeded_draw
-from system.influence.interventions import active_rows, plan_replication
-from system.influence.matrix import EffectMatrix
-from system.influence.proxy import ProxyModel
+from system.influence.append.append import earlier_unit, extend_plan
+from system.influence.append.append_cost import append_cost
+from system.influence.append.earlier import APPENDS_TO, Earlier
+from system.influence.design.design import Design, Unit
+from system.influence.design.heldout import seeded_draw
+from system.influence.design.interventions import active_rows, plan_replication
+from system.influence.estimate.matrix import EffectMatrix
+from system.influence.measure.proxy import ProxyModel
 from system.models.base import load_tokenizer
 from system.rundir import RunDir
 from system.training.plan import APPENDED, read_plan, write_plan

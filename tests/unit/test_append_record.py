@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from system.config import InfluenceConfig
 from system.errors import ConfigError
-from system.influence.earlier import APPENDS_TO, appends_to
+from system.influence.append.earlier import APPENDS_TO, appends_to
 from system.rundir import RunDir, StageRecord, fingerprint
 
 

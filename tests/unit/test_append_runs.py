@@ -14,18 +14,18 @@ import torch
 from append_corpus import FOURTH, Grown, source
 from influence_corpus import TASKS
 
-from actors.analysis import analyse
-from actors.appender import Appending
-from actors.designer import draw_design
-from actors.influencer import _trainings
-from actors.measuring import Measuring
+from actors.influence.analysis import analyse
+from actors.influence.appender import Appending
+from actors.influence.designer import draw_design
+from actors.influence.influencer import _trainings
+from actors.influence.intervention_runner import InterventionRunner
 from actors.stage import StageContext
 from system import storage
-from system.influence.append_summary import append_summary
-from system.influence.design import Design
-from system.influence.interventions import active_rows
-from system.influence.ledger import Ledger
-from system.influence.proxy import ProxyModel
+from system.influence.append.append_summary import append_summary
+from system.influence.design.design import Design
+from system.influence.design.interventions import active_rows
+from system.influence.measure.ledger import Ledger
+from system.influence.measure.proxy import ProxyModel
 from system.models.base import load_model
 from system.scoring.score import score_reference
 
@@ -72,7 +72,7 @@ class Here:
             ledger.trained(unit)
 
 
-class MeasuringHere(Here, Measuring):
+class MeasuringHere(Here, InterventionRunner):
     """All runs of a design."""
 
 

@@ -11,15 +11,15 @@ from append_corpus import (
 )
 from influence_corpus import influence_config
 
-from actors.appender import draw_appended
+from actors.influence.appender import draw_appended
 from system import storage
 from system.data.corpus import Corpus
-from system.data.ingest import ingest_local
+from system.data.ingest.ingest import ingest_local
 from system.errors import DataError
-from system.influence.append import undrawn
-from system.influence.append_summary import append_lines, append_summary
-from system.influence.design import Unit
-from system.influence.interventions import active_rows
+from system.influence.append.append import undrawn
+from system.influence.append.append_summary import append_lines, append_summary
+from system.influence.design.design import Unit
+from system.influence.design.interventions import active_rows
 from system.rundir import RunDir
 from system.training.plan import APPENDED, read_plan
 

@@ -7,15 +7,15 @@ import ray
 from append_corpus import FOURTH, Grown, design_at, matrices, source
 from influence_corpus import TASKS
 
-from actors.measurer import measured_manifest
+from actors.influence.precheck import check_before_influence
 from actors.overview import describe_plan
-from actors.planner import check_before_influence
 from actors.stage import StageContext
+from actors.token_counter import measured_manifest
 from system import storage
 from system.data.corpus import Corpus, Manifest, make_manifest, moved_shards
 from system.data.lengths import SeededLengths, copy_lengths, measure_shard
 from system.errors import ConfigError
-from system.influence.append_cost import append_cost
+from system.influence.append.append_cost import append_cost
 from system.models.base import load_tokenizer
 from system.rundir import RunDir, fingerprint
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_layout import strict_varlen
+from strict_kernels import strict_varlen
 from torch.nn.attention import varlen
 from training_builders import build_model, build_small_plan
 from transformers import (

@@ -10,9 +10,9 @@ from influence_world import World
 from actors.pipeline import STAGES, stage_inputs
 from system.config import RunConfig, SolveConfig
 from system.errors import ConfigError
-from system.influence.matrix import EffectMatrix, estimate_effects
-from system.mix_notes import base_notes
-from system.planning import control_counts, importance_weights, mix_options, mix_problem
+from system.influence.estimate.matrix import EffectMatrix, estimate_effects
+from system.mix.notes import base_notes
+from system.mix.question import control_counts, importance_weights, mix_options, mix_problem
 from system.solve import Mix, MixPredictor, solve_mix
 
 COUNTS = {"c0": 700, "c1": 200, "c2": 60, "c3": 40}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from system.data import blocks
-from system.data.readers import decode_lines, decode_row
+from system.data.read import blocks
+from system.data.read.readers import decode_lines, decode_row
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 from ingest_builders import numbered, run_config, write_lines
 
-from system.data.bodies import take_rows
-from system.data.ingest import bucket_inputs, ingest_chunk, plan_ingest
-from system.data.ingest_bucket import reduce_bucket
-from system.data.spill import read_spill
+from system.data.ingest.bucket import reduce_bucket
+from system.data.ingest.ingest import bucket_inputs, ingest_chunk, plan_ingest
+from system.data.ingest.spill import read_spill
+from system.data.rows.bodies import take_rows
 
 
 def batches_of(sizes: list[int]) -> pa.Table:
@@ -26,7 +26,7 @@ def batches_of(sizes: list[int]) -> pa.Table:
 
 @pytest.mark.parametrize("small_bytes", [0, 2**30])
 def test_rows_are_taken_in_the_order_asked_for_from_any_batches(monkeypatch, small_bytes):
-    monkeypatch.setattr("system.data.bodies._SMALL_BYTES", small_bytes)
+    monkeypatch.setattr("system.data.rows.bodies._SMALL_BYTES", small_bytes)
     table = batches_of([3, 1, 7, 2])
     places = np.array(random.Random(0).sample(range(13), 9))
     assert take_rows(table, places).equals(table.take(pa.array(places)))
@@ -44,7 +44,7 @@ def test_copies_of_more_bytes_than_arrow_can_count_are_no_error(tmp_path, monkey
         batches = read_spill(uri, numbers)
         return batches * (2200 if "chunks" in uri and not uri.endswith("rejected.arrow") else 1)
 
-    monkeypatch.setattr("system.data.ingest_bucket.read_spill", read_many_times)
+    monkeypatch.setattr("system.data.ingest.bucket.read_spill", read_many_times)
     (bucket,) = [reduce_bucket(plan, given) for given in bucket_inputs(plan, outcomes)]
     assert bucket.duplicates == {"exact": 4 * 2199}
     assert sum(rows.rows for rows in bucket.kept) == 4

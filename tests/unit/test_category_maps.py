@@ -12,8 +12,8 @@ from ingest_builders import ingest, numbered, run_config, write_lines
 from pydantic import ValidationError
 
 from system.config import SourceConfig
-from system.data.category_maps import read_category_map
-from system.data.ingest import source_fingerprint
+from system.data.ingest.ingest import source_fingerprint
+from system.data.rows.category_maps import read_category_map
 from system.errors import DataError
 
 MAP = {"0": "even", "1": "odd", "2": "even"}

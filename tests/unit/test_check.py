@@ -2,107 +2,26 @@
 
 import dataclasses
 import hashlib
-import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import ray
 import torch
-from forecast_corpus import build_varied_inputs
-from influence_corpus import influence_config
+from check_runs import Run
 
 from actors.cluster import Cluster
+from actors.influence.precheck import check_before_influence
 from actors.overview import describe_plan
 from actors.pipeline import STAGES, stage_inputs
-from actors.planner import check_before_influence
 from actors.stage import StageContext
 from system import storage
-from system.cli import main
 from system.config import RunConfig
-from system.data.corpus import Corpus, make_manifest, moved_shards, write_manifest
-from system.data.ingest import ingest_local
-from system.data.lengths import SeededLengths, measure_shard, without_unusable
 from system.errors import ConfigError
-from system.influence.cost import InfluenceCost, influence_cost
-from system.influence.heldout_cost import loss_heldout
-from system.models.base import CHATML, load_tokenizer
+from system.forecast import describe
+from system.models.base import CHATML
 from system.progress import Progress
-from system.rundir import RunDir, StageRecord, fingerprint
-
-
-class Run:
-    """A run directory whose first stages are done, as `run` leaves them."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        build_varied_inputs(root)
-        self.config = influence_config(root)
-        self.records: dict[str, StageRecord] = {}
-
-    def commit(self, name: str, outputs: dict[str, str], fill: Callable[[str], None]) -> None:
-        stage = next(stage for stage in STAGES if stage.name == name)
-        inputs = stage_inputs(stage, self.config, self.records)
-        attempt = fingerprint(inputs)
-        run_dir = RunDir(self.config.run_dir)
-        uri = run_dir.attempt_uri(stage.folder, attempt)
-        Path(uri).mkdir(parents=True)
-        fill(uri)
-        self.records[name] = StageRecord(
-            stage=name, fingerprint=attempt, inputs=inputs, counts={}, lines=(), seconds=1.0,
-            outputs={key: f"{stage.folder}/{attempt}/{path}" for key, path in outputs.items()},
-            finished="", versions={},
-        )  # fmt: skip
-        run_dir.commit(stage.folder, self.records[name])
-
-    def ingest(self) -> None:
-        def fill(uri: str) -> None:
-            ingest_local(self.config, uri)
-
-        self.commit("ingest", {"manifest": "manifest.json"}, fill)
-
-    def model(self) -> None:
-        def fill(uri: str) -> None:
-            shutil.copytree(self.root / "model", Path(uri) / "model")
-
-        self.commit("model", {"model": "model"}, fill)
-
-    def tag(self) -> None:
-        corpus = Corpus.open(self.output("ingest", "manifest"))
-        tokenizer = load_tokenizer(self.output("model", "model"))
-
-        def fill(uri: str) -> None:
-            found = [
-                measure_shard(corpus, shard, uri, tokenizer, self.config.model.max_length)
-                for shard in corpus.manifest.shards
-            ]
-            manifest = make_manifest(
-                moved_shards(corpus, uri), read=corpus.manifest.read, kept=corpus.manifest.kept
-            )
-            write_manifest(storage.join(uri, "manifest.json"), without_unusable(manifest, found))
-
-        self.commit("tag", {"manifest": "manifest.json"}, fill)
-
-    def output(self, stage: str, name: str) -> str:
-        return RunDir(self.config.run_dir).output_uri(self.records[stage], name)
-
-    def cost(self) -> InfluenceCost:
-        corpus = Corpus.open(self.output("tag", "manifest"))
-        lengths = SeededLengths(corpus)
-        return influence_cost(
-            self.config.influence,
-            run_seed=self.config.seed,
-            sources=corpus.categories,
-            lengths=lengths,
-            heldout=loss_heldout(self.config, corpus.categories, lengths),
-        )
-
-    def check(self, *arguments: str) -> int:
-        path = self.root / "config.json"
-        path.write_text(json.dumps(self.config.model_dump(mode="json")))
-        return main(["check", str(path), *arguments])
+from system.rundir import RunDir, fingerprint
 
 
 @pytest.fixture
@@ -228,9 +147,9 @@ def test_a_device_that_was_not_measured_gets_no_hours(tagged: Run, capsys) -> No
 
 def test_a_disk_that_is_too_small_is_noted(tagged: Run) -> None:
     forecast = describe_plan(tagged.config).forecast
-    assert "will not fit" not in "\n".join(forecast.lines())
+    assert "will not fit" not in "\n".join(describe(forecast))
     full = dataclasses.replace(forecast, free_bytes=forecast.peak_bytes - 1)
-    assert "note: this will not fit" in "\n".join(full.lines())
+    assert "note: this will not fit" in "\n".join(describe(full))
 
 
 def test_a_plan_at_the_budget_passes_and_one_token_less_is_refused(tagged: Run, capsys) -> None:
@@ -287,17 +206,17 @@ def test_stages_that_are_done_are_within_any_budget(tagged: Run) -> None:
     assert forecast.left and forecast.peak_bytes > 0
     done = dataclasses.replace(forecast, done=everything, why_no_rates="")
     done.refuse(max_hours=1e-6, max_tokens=1)
-    assert "all of these stages are done" in "\n".join(done.lines())
+    assert "all of these stages are done" in "\n".join(describe(done))
     assert done.peak_bytes == 0
 
 
 def test_first_order_estimates_are_not_forecast_without_what_they_are(tagged):
     forecast = describe_plan(tagged.config).forecast
-    assert "first-order" not in "\n".join(forecast.lines())
+    assert "first-order" not in "\n".join(describe(forecast))
     influence = tagged.config.influence.model_copy(update={"estimator": "gradient"})
     config = tagged.config.model_copy(update={"influence": influence})
     asked = dataclasses.replace(forecast, config=config)
-    assert "confirm with estimator retrain" in "\n".join(asked.lines())
+    assert "confirm with estimator retrain" in "\n".join(describe(asked))
 
 
 def test_the_budget_is_no_part_of_what_the_matrix_depends_on(tagged: Run) -> None:

@@ -18,7 +18,7 @@ from actors.stage import StageContext
 from system.config import ClusterConfig, TrainConfig
 from system.errors import ClusterError
 from system.progress import Progress
-from system.training.job import TrainJob
+from system.training.records import TrainJob
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from influence_world import World
 from system import storage
 from system.cli import main
 from system.errors import DataError
-from system.influence.comparison import describe_comparison, shared_part
-from system.influence.matrix import EffectMatrix, estimate_effects
+from system.influence.estimate.comparison import describe_comparison, shared_part
+from system.influence.estimate.matrix import EffectMatrix, estimate_effects
 from system.rundir import RunDir, StageRecord
 
 

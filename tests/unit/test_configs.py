@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from system.config.load import load_config, parse_config
 from system.devices import idle_gpus_remark
-from system.load import load_config, parse_config
 
 ROOT = Path(__file__).parents[2]
 

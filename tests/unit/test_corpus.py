@@ -8,8 +8,6 @@ import pytest
 from ingest_builders import ingest, numbered, write_lines
 
 from system.config import SourceConfig
-from system.data.canonical import canonical_table
-from system.data.conversation import normalise
 from system.data.corpus import (
     Corpus,
     make_manifest,
@@ -21,6 +19,8 @@ from system.data.corpus import (
     write_manifest,
     write_shard,
 )
+from system.data.rows.canonical import canonical_table
+from system.data.rows.conversation import normalise
 from system.errors import DataError
 from system.schema import CORPUS, MESSAGES
 

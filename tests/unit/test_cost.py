@@ -10,28 +10,28 @@ from influence_corpus import influence_config
 
 from system.config import InfluenceConfig, RunConfig
 from system.data.corpus import Corpus
-from system.data.ingest import ingest_local
+from system.data.ingest.ingest import ingest_local
 from system.data.lengths import SeededLengths
 from system.errors import ConfigError, DataError
-from system.influence.accuracy_targets import draw_accuracy_targets
-from system.influence.cost import (
+from system.influence.design.accuracy_targets import draw_accuracy_targets
+from system.influence.design.cost import (
     InfluenceCost,
     check_token_limit,
     influence_cost,
     most_replications,
 )
-from system.influence.design import Design
-from system.influence.estimators import ESTIMATORS
-from system.influence.external_targets import read_targets
-from system.influence.first_order import gradient_task
-from system.influence.heldout import draw_targets, seeded_draw
-from system.influence.heldout_cost import stage_heldout
-from system.influence.interventions import (
+from system.influence.design.design import Design
+from system.influence.design.estimators import ESTIMATORS
+from system.influence.design.external_targets import read_targets
+from system.influence.design.heldout import draw_targets, seeded_draw
+from system.influence.design.heldout_cost import stage_heldout
+from system.influence.design.interventions import (
     Schedule,
     active_rows,
     assemble_design,
     plan_replication,
 )
+from system.influence.measure.first_order import gradient_task
 from system.models.base import load_tokenizer
 
 

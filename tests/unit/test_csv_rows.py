@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from system.data import blocks
-from system.data.raw_rows import Defect
-from system.data.readers import Piece, read_batches, read_rows
+from system.data.read import blocks
+from system.data.read.raw_rows import Defect
+from system.data.read.readers import Piece, read_batches, read_rows
 from system.errors import DataError
 
 

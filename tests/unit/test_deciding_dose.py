@@ -5,9 +5,9 @@ import pytest
 from dose_world import CurvedWorld
 
 from system.config import SolveConfig
-from system.influence.deciding_dose import choose_doses, deciding_note
-from system.influence.matrix import estimate_effects
-from system.planning import largest_moves, mix_options, mix_problem
+from system.influence.estimate.matrix import estimate_effects
+from system.mix.deciding_dose import choose_doses, deciding_note
+from system.mix.question import largest_moves, mix_options, mix_problem
 from system.solve import solve_mix
 
 

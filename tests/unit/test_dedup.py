@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from ingest_builders import ingest, numbered, run_config, write_lines
 
 from system.config import SourceConfig
-from system.data.benchmarks import BenchmarkIndex
-from system.data.dedup import split_by_category
-from system.data.ingest import plan_ingest
-from system.data.near import least_bins, rows_per_band, signatures
-from system.data.shingles import NUM_BINS, find_words, mix, ngrams
+from system.data.duplicates.dedup import split_by_category
+from system.data.duplicates.near import least_bins, rows_per_band, signatures
+from system.data.duplicates.shingles import NUM_BINS, find_words, mix, ngrams
+from system.data.ingest.ingest import plan_ingest
+from system.data.rows.benchmarks import BenchmarkIndex
 
 VOCABULARY = [f"word{k}" for k in range(3000)]
 
@@ -161,7 +161,7 @@ def test_near_deduplication_does_not_depend_on_the_cut(tmp_path, monkeypatch):
     whole = ingest(tmp_path, deduplicate="near").files()
     assert whole == ingest(tmp_path, deduplicate="near", chunk_bytes=9000).files()
     kept = [row["id"] for row in ingest(tmp_path, deduplicate="near").rows()]
-    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 20_000)
+    monkeypatch.setattr("system.data.ingest.plan.BUCKET_BYTES", 20_000)
     many = ingest(tmp_path, deduplicate="near", chunk_bytes=9000)
     assert plan_ingest(run_config(tmp_path), "").num_buckets > 3
     assert [row["id"] for row in many.rows()] == kept
@@ -209,12 +209,12 @@ def test_benchmarks_are_looked_for_in_many_rows_at_once(tmp_path, monkeypatch):
     alone = {k: found for k, row in enumerate(rows) for found in index.find([row]).values()}
     calls = []
     monkeypatch.setattr(
-        "system.data.benchmarks.find_words", lambda texts: calls.append(0) or find_words(texts)
+        "system.data.rows.benchmarks.find_words", lambda texts: calls.append(0) or find_words(texts)
     )
     assert index.find(rows) == alone
     assert list(alone) == list(range(0, 300, 7))
     assert len(calls) == 1
-    monkeypatch.setattr("system.data.benchmarks._SEARCHED_CHARS", 3000)
+    monkeypatch.setattr("system.data.rows.benchmarks._SEARCHED_CHARS", 3000)
     assert index.find(rows) == alone
     assert len(calls) > 20
 

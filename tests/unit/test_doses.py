@@ -5,18 +5,18 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_interventions import SOURCES, active_ids, config, design_of, schedule, unit
+from design_builders import SOURCES, active_ids, config, design_of, schedule, unit
 
 from actors.pipeline import STAGES, stage_inputs
 from system.config import InfluenceConfig, RunConfig
+from system.config.load import parse_config
 from system.errors import ConfigError
-from system.influence.design import Design, Unit
-from system.influence.dose_views import design_at, levels_table, losses_at, read_levels
-from system.influence.doses import at_level, distinct_doses
-from system.influence.interventions import active_rows
-from system.influence.matrix import EffectMatrix, estimate_effects
-from system.influence.measurements import Losses, Measurements, paired_differences
-from system.load import parse_config
+from system.influence.design.design import Design, Unit
+from system.influence.design.doses import at_level, distinct_doses
+from system.influence.design.interventions import active_rows
+from system.influence.estimate.dose_views import design_at, levels_table, losses_at, read_levels
+from system.influence.estimate.matrix import EffectMatrix, estimate_effects
+from system.influence.estimate.measurements import Losses, Measurements, paired_differences
 from system.rundir import StageRecord
 
 DOSES = (4, 8, 12)

@@ -3,48 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+from evaluation_world import BASE_GAP, full_summary, loss_table, simulate
 from scipy import stats
 
 from system.config import RunConfig
 from system.errors import ConfigError, DataError
 from system.evaluation.ablation import ARMS, ablation_config, ablation_tables
 from system.evaluation.contrast import contrast
-from system.evaluation.evaluate import ArmInfo, headline, summarise
-from system.evaluation.intervals import wilson_interval
-from system.evaluation.tables import LOSSES, OUTCOMES, accuracy_table, performance_of
+from system.evaluation.evaluate import headline
+from system.evaluation.tables import OUTCOMES, accuracy_table, performance_of
+from system.intervals import wilson_interval
 
 DIFFERENCE = {"solved": 1.0, "natural": -1.0}
-BASE_GAP = 0.7
-
-
-def simulate(
-    rng: np.random.Generator,
-    *,
-    gain: float = 0.0,
-    seeds: int = 3,
-    rows: int = 40,
-    seed_sd: float = 0.02,
-    example_sd: float = 0.5,
-    interaction_sd: float = 0.05,
-    categories: tuple[str, ...] = ("a", "b"),
-    arms: tuple[str, ...] = ("natural", "solved", "solved-curriculum"),
-) -> dict[str, dict[str, np.ndarray]]:
-    """Arms x seeds x examples with the error model of `system.evaluation.contrast`."""
-    performance = {arm: {} for arm in ("base", *arms)}
-    noise = {arm: rng.normal(0, seed_sd, seeds) for arm in arms}
-    common = rng.normal(0, 3 * seed_sd, seeds)
-    for category in categories:
-        examples = rng.normal(-2, example_sd, rows)
-        taste = rng.normal(0, interaction_sd, rows)
-        performance["base"][category] = (examples + taste - BASE_GAP)[None, :]
-        for arm in arms:
-            taste = rng.normal(0, interaction_sd, rows)
-            rest = rng.normal(0, 0.05, (seeds, rows))
-            level = gain if arm == "solved" else 0.0
-            performance[arm][category] = (
-                level + (common + noise[arm])[:, None] + examples + taste + rest
-            )
-    return performance
 
 
 def test_a_difference_by_hand():
@@ -154,18 +124,6 @@ def test_arms_with_different_seeds_cannot_be_paired():
         contrast(performance, DIFFERENCE, {"a": 1.0}, 0.95)
 
 
-def loss_table(performance: dict[str, dict[str, np.ndarray]]) -> pa.Table:
-    rows = [
-        {"arm": arm, "seed": seed, "category": c, "id": f"{c}{i:03d}", "nll": -value * 7,
-         "num_tokens": 7}
-        for arm, of in performance.items()
-        for c, values in of.items()
-        for seed, line in enumerate(values)
-        for i, value in enumerate(line)
-    ]  # fmt: skip
-    return pa.Table.from_pylist(rows, schema=LOSSES)
-
-
 def test_a_long_table_becomes_arrays_over_seeds_and_common_examples():
     performance = simulate(np.random.default_rng(8), rows=5)
     table = loss_table(performance)
@@ -178,26 +136,6 @@ def test_a_long_table_becomes_arrays_over_seeds_and_common_examples():
     found, left_out = performance_of(table.slice(1), "loss")
     assert left_out == {"a": 1}
     np.testing.assert_allclose(found["solved"]["a"], performance["solved"]["a"][:, 1:])
-
-
-def arm_info(name: str, seeds: int = 3) -> ArmInfo:
-    return ArmInfo(
-        name=name, mix="natural", order="shuffled", seeds=seeds, examples=10, response_tokens=70,
-        steps=2, counts={"a": 5, "b": 5},
-    )  # fmt: skip
-
-
-def full_summary(performance, outcomes=None, forecast=None, importance=None):
-    outcomes = OUTCOMES.empty_table() if outcomes is None else outcomes
-    trained = [name for name in performance if name != "base"]
-    return summarise(
-        losses=loss_table(performance),
-        outcomes=outcomes,
-        arms=[arm_info(name) for name in trained],
-        importance={"a": 30.0, "b": 10.0} if importance is None else importance,
-        forecast=forecast,
-        confidence=0.95,
-    )
 
 
 def test_the_summary_compares_every_arm_with_natural_and_with_base():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from system.influence.fieller import fieller_interval
+from system.influence.estimate.fieller import fieller_interval
 
 
 def interval(x, y, vxx, vyy, vxy, t=1.96):

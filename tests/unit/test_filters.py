@@ -6,7 +6,7 @@ import pytest
 from ingest_builders import ingest, numbered, run_config, write_lines
 
 from system.config import SourceConfig
-from system.data.ingest import source_fingerprint
+from system.data.ingest.ingest import source_fingerprint
 from system.errors import ConfigError
 
 FILTERS = """
@@ -58,8 +58,8 @@ def test_a_filter_rejects_rows_under_its_own_reason_however_the_input_is_cut(
     assert [row["row"] for row in listed] == sorted(seven | eight | {5, 90})
     assert all(filters in row["detail"] for row in listed if row["reason"].startswith("has-"))
     first = whole.files()
-    monkeypatch.setattr("system.data.ingest_chunk._FLUSH_ROWS", 7)
-    monkeypatch.setattr("system.data.ingest_chunk._FLUSH_REJECTED", 5)
+    monkeypatch.setattr("system.data.ingest.chunk._FLUSH_ROWS", 7)
+    monkeypatch.setattr("system.data.ingest.chunk._FLUSH_REJECTED", 5)
     assert ingest(tmp_path, filters=names, chunk_bytes=2000).files() == first
 
 

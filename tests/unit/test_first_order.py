@@ -7,16 +7,16 @@ import pyarrow as pa
 import pytest
 
 from system import storage
-from system.influence.design import CategoryRows, Design, Replication, Target, Unit
-from system.influence.first_order import (
+from system.influence.design.design import CategoryRows, Design, Replication, Target, Unit
+from system.influence.estimate.measurements import collect_losses, paired_differences
+from system.influence.measure.first_order import (
     GRADIENTS,
     NOT_FINITE,
     gradient_task,
     gradients_table,
     predicted_scores,
 )
-from system.influence.gradient import Derivatives
-from system.influence.measurements import collect_losses, paired_differences
+from system.influence.measure.gradient import Derivatives
 from system.schema import TOKENS, check_table
 from system.training.plan import TrainPlan, build_plan
 

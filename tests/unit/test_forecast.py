@@ -16,9 +16,9 @@ from influence_corpus import TASKS, build_inputs
 from safetensors.torch import save_file
 
 from system.config import LoraConfig, RunConfig, TagConfig
-from system.config_train import Arm
+from system.config.training import Arm
 from system.data.corpus import Corpus
-from system.data.ingest import ingest_local
+from system.data.ingest.ingest import ingest_local
 from system.data.lengths import DrawnLengths
 from system.errors import ConfigError
 from system.evaluation.arms import apportion
@@ -29,8 +29,8 @@ from system.forecast.probe import ProbeSettings, run_probe, why_no_probe
 from system.forecast.rates import Rate, Rates
 from system.forecast.text import duration, size
 from system.forecast.workload import Workload, pass_counts, workloads
-from system.influence.cost import influence_cost
-from system.influence.heldout import seeded_draw
+from system.influence.design.cost import influence_cost
+from system.influence.design.heldout import seeded_draw
 from system.models.base import load_tokenizer
 from system.models.chat import encode_table
 from system.training.settings import TrainSettings

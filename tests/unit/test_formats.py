@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from system.config import SourceConfig
-from system.data.conversation import (
+from system.data.rows.conversation import (
     RowRejected,
     find_answer,
     normalise,
     normalise_text,
     split_of,
 )
-from system.data.formats import FORMATS, choose_format, columns_format
+from system.data.rows.formats import FORMATS, choose_format, columns_format
 from system.errors import DataError
 
 

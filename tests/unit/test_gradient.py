@@ -14,7 +14,7 @@ from training_builders import build_model, build_tokens
 
 from system.config import LoraConfig
 from system.errors import DataError, ModelError
-from system.influence.gradient import (
+from system.influence.measure.gradient import (
     Derivatives,
     GradientTask,
     checkpoint_path,
@@ -23,7 +23,7 @@ from system.influence.gradient import (
     mean_rate,
     warm_up,
 )
-from system.influence.projection import Projection
+from system.influence.measure.projection import Projection
 from system.training.optim import learning_rate
 from system.training.plan import TrainPlan, build_plan
 from system.training.settings import TrainSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_train import loop_gradient, reference_gradient
+from reference_training import loop_gradient, reference_gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training_builders import build_model, build_small_plan

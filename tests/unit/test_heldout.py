@@ -10,9 +10,9 @@ from system.config import InfluenceConfig, IngestConfig, SourceConfig
 from system.data.corpus import Corpus
 from system.errors import DataError
 from system.evaluation.unseen_rows import untrained_rows
-from system.influence.external_targets import read_target, read_targets
-from system.influence.heldout import draw_targets, seeded_draw
-from system.influence.interventions import seed_of
+from system.influence.design.external_targets import read_target, read_targets
+from system.influence.design.heldout import draw_targets, seeded_draw
+from system.influence.design.interventions import seed_of
 from system.models.base import load_tokenizer
 
 

@@ -6,9 +6,9 @@ from influence_world import World
 from report_builder import RunBuilder
 
 from system import storage
-from system.influence.identify import MOST, identify_json, replications_to_identify
-from system.influence.matrix import Estimate, estimate_effects
-from system.influence.measurements import Measurements
+from system.influence.estimate.identify import MOST, identify_json, replications_to_identify
+from system.influence.estimate.matrix import Estimate, estimate_effects
+from system.influence.estimate.measurements import Measurements
 from system.report.influence_section import influence_section
 from system.report.view import RunView
 

@@ -7,15 +7,15 @@ from scipy import stats
 
 from system.config import InfluenceConfig
 from system.errors import DataError
-from system.influence.agreement import (
+from system.influence.estimate.agreement import (
     compare,
     left_out_prediction,
     replications_to_halve,
     split_half,
 )
-from system.influence.matrix import MATRIX_FILE, EffectMatrix, estimate_effects
-from system.influence.measurements import own_mask
-from system.influence.noise import fit_errors, heldout_covariance, moderate
+from system.influence.estimate.matrix import MATRIX_FILE, EffectMatrix, estimate_effects
+from system.influence.estimate.measurements import own_mask
+from system.influence.estimate.noise import fit_errors, heldout_covariance, moderate
 from system.schema import MATRIX, check_table
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from influence_world import AnswerWorld
 
-from system.influence.matrix import estimate_effects
-from system.influence.measurements import Measurements
-from system.influence.noise import moderate
-from system.influence.returns import worth
+from system.influence.estimate.matrix import estimate_effects
+from system.influence.estimate.measurements import Measurements
+from system.influence.estimate.noise import moderate
+from system.influence.estimate.returns import worth
 
 
 def without_target(measured: Measurements, row: int) -> Measurements:

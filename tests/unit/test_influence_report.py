@@ -1,12 +1,7 @@
 """What the page of estimator benchmarks says of its own reference."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from influence_report import _ceiling, reliability  # pyright: ignore[reportMissingImports]
 
 

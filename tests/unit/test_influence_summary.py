@@ -6,11 +6,11 @@ import pytest
 from influence_world import World
 
 from system.config import InfluenceConfig
-from system.influence.agreement import split_half
-from system.influence.design import CategoryRows, Design, Replication, Target
-from system.influence.matrix import estimate_effects
-from system.influence.measurements import Losses
-from system.influence.summary import (
+from system.influence.design.design import CategoryRows, Design, Replication, Target
+from system.influence.estimate.agreement import split_half
+from system.influence.estimate.matrix import estimate_effects
+from system.influence.estimate.measurements import Losses
+from system.influence.estimate.summary import (
     Cost,
     replicates_table,
     result_lines,

@@ -19,8 +19,7 @@ from ingest_builders import (
 
 from system import storage
 from system.config import SourceConfig
-from system.data.conversation import SPLITS
-from system.data.ingest import (
+from system.data.ingest.ingest import (
     bucket_inputs,
     check_rejected,
     finish_ingest,
@@ -33,6 +32,7 @@ from system.data.ingest import (
     source_fingerprint,
     write_shards,
 )
+from system.data.rows.conversation import SPLITS
 from system.errors import DataError
 
 BROKEN_MESSAGES = [
@@ -103,7 +103,7 @@ def test_the_cut_never_shows_in_the_result(tmp_path_factory, seed, chunk_bytes, 
 def test_buckets_and_order_of_work_never_show_in_the_rows(tmp_path, monkeypatch):
     write_lines(tmp_path / "rows.jsonl", messy_rows(3))
     one = ingest(tmp_path, max_chars=1000)
-    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 2500)
+    monkeypatch.setattr("system.data.ingest.plan.BUCKET_BYTES", 2500)
     config = run_config(tmp_path, max_chars=1000, chunk_bytes=1500)
     plan = plan_ingest(config, str(tmp_path / "other"))
     assert plan.num_buckets > 8 and len(plan.chunks) > 15
@@ -131,7 +131,7 @@ def test_buckets_and_order_of_work_never_show_in_the_rows(tmp_path, monkeypatch)
 def test_more_buckets_than_rows_are_no_error(tmp_path, monkeypatch):
     write_lines(tmp_path / "rows.jsonl", numbered(5))
     rows = ingest(tmp_path).rows()
-    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 4)
+    monkeypatch.setattr("system.data.ingest.plan.BUCKET_BYTES", 4)
     assert plan_ingest(run_config(tmp_path), "").num_buckets > 50
     assert ingest(tmp_path).rows() == rows
 
@@ -139,7 +139,7 @@ def test_more_buckets_than_rows_are_no_error(tmp_path, monkeypatch):
 def test_a_chunk_writes_one_batch_for_each_bucket(tmp_path, monkeypatch):
     rows = [{"prompt": f"{k} " + "x" * 10_000, "completion": "y"} for k in range(2000)]
     write_lines(tmp_path / "rows.jsonl", rows)
-    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 2 * 2**20)
+    monkeypatch.setattr("system.data.ingest.plan.BUCKET_BYTES", 2 * 2**20)
     plan = plan_ingest(run_config(tmp_path), str(tmp_path / "attempt"))
     (chunk,) = plan.chunks
     outcome = ingest_chunk(plan, chunk.index)
@@ -150,8 +150,8 @@ def test_a_chunk_writes_one_batch_for_each_bucket(tmp_path, monkeypatch):
 def test_shards_are_full_whatever_the_number_of_buckets(tmp_path, monkeypatch):
     rows = [{**row, "task": "ab"[k % 2]} for k, row in enumerate(numbered(900))]
     write_lines(tmp_path / "rows.jsonl", rows)
-    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 2000)
-    monkeypatch.setattr("system.data.ingest_shards.UNIT_BYTES", 3000)
+    monkeypatch.setattr("system.data.ingest.plan.BUCKET_BYTES", 2000)
+    monkeypatch.setattr("system.data.ingest.shards.UNIT_BYTES", 3000)
     source = SourceConfig(path="rows.jsonl", category_column="task")
     done = ingest(tmp_path, source, shard_rows=100)
     sizes: dict = {}
@@ -168,8 +168,8 @@ def test_shards_are_full_whatever_the_number_of_buckets(tmp_path, monkeypatch):
 def test_shards_of_long_rows_have_fewer(tmp_path, monkeypatch):
     rows = [{"prompt": f"{k}", "completion": "y" * 1000} for k in range(100)]
     write_lines(tmp_path / "rows.jsonl", rows)
-    monkeypatch.setattr("system.data.ingest_shards.SHARD_BYTES", 20_000)
-    monkeypatch.setattr("system.data.ingest_bucket._KEPT_BYTES", 7000)
+    monkeypatch.setattr("system.data.ingest.shards.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("system.data.ingest.bucket._KEPT_BYTES", 7000)
     done = ingest(tmp_path, estimate_share=0.0, test_share=0.0)
     assert [shard.rows for shard in done.manifest.shards][:-1] == [19] * 5
     assert done.manifest.kept == 100

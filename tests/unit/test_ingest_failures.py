@@ -21,7 +21,7 @@ from ingest_builders import (
 
 from system import storage
 from system.config import SourceConfig
-from system.data.ingest import (
+from system.data.ingest.ingest import (
     STEPS,
     finish_ingest,
     ingest_chunk,
@@ -56,8 +56,8 @@ def test_an_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
     tmp_path, monkeypatch, deduplicate
 ):
     write_lines(tmp_path / "rows.jsonl", [*messy_rows(7), *chained_rows(6, 4)])
-    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 20_000)
-    monkeypatch.setattr("system.data.ingest_shards.UNIT_BYTES", 1)
+    monkeypatch.setattr("system.data.ingest.plan.BUCKET_BYTES", 20_000)
+    monkeypatch.setattr("system.data.ingest.shards.UNIT_BYTES", 1)
     config = run_config(
         tmp_path, max_chars=4500, chunk_bytes=10_000, deduplicate=deduplicate, shard_rows=50
     )
@@ -118,7 +118,7 @@ def test_an_ingest_goes_on_with_the_buckets_it_began_with(tmp_path, monkeypatch)
     monkeypatch.setitem(STEPS, "read", stop_at(STEPS["read"], 4))
     with pytest.raises(KeyboardInterrupt):
         ingest_local(config, str(tmp_path / "again"))
-    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", 500)
+    monkeypatch.setattr("system.data.ingest.plan.BUCKET_BYTES", 500)
     again = Ingested(config, tmp_path / "again")
     assert again.files() == whole.files()
     assert again.manifest.kept == again.manifest.duplicates == 200
@@ -138,7 +138,7 @@ def test_an_ingest_does_not_go_on_with_other_files_or_settings(tmp_path, monkeyp
 
 
 def test_a_data_set_of_unknown_size_is_cut_into_many_buckets(tmp_path, monkeypatch):
-    monkeypatch.setattr("system.data.sources.stat", lambda uri: (0, "version"))
+    monkeypatch.setattr("system.data.read.sources.stat", lambda uri: (0, "version"))
     config = run_config(tmp_path, SourceConfig(path="hf://owner/name"))
     assert plan_ingest(config, "").num_buckets == 256
 
@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_no_manifest_and_a_rerun_completes(tmp_path):
     (tmp_path / "config.json").write_text(config.model_dump_json())
     program = (
         "import sys, pathlib; from system.config import RunConfig; "
-        "from system.data.ingest import ingest_local; "
+        "from system.data.ingest.ingest import ingest_local; "
         "ingest_local(RunConfig.model_validate_json(pathlib.Path(sys.argv[1]).read_text()), "
         "sys.argv[2])"
     )

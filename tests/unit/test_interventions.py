@@ -4,11 +4,19 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+from design_builders import (
+    SOURCES,
+    active_ids,
+    config,
+    design_of,
+    schedule,
+    unit,
+)
 
 from system.config import InfluenceConfig
 from system.errors import DataError
-from system.influence.design import Design, Target, Unit
-from system.influence.interventions import (
+from system.influence.design.design import Design
+from system.influence.design.interventions import (
     BASE,
     DOSE,
     EXTRA,
@@ -17,70 +25,9 @@ from system.influence.interventions import (
     asked_rows,
     assemble_design,
     fit_dose,
-    plan_replication,
     response_tokens,
 )
 from system.schema import TOKENS
-
-SOURCES = ("alpha", "beta", "gamma")
-
-
-def tokens(category, ids):
-    rows = [[1, 2, 3, 4 + len(name) % 5] for name in ids]
-    masks = [[False, False, True, True]] * len(rows)
-    return pa.table(
-        {"id": ids, "category": [category] * len(ids), "input_ids": rows, "response_mask": masks},
-        schema=TOKENS,
-    )
-
-
-def draw_from(supply):
-    """Rows in an order that depends on the seed, as the corpus gives them."""
-
-    def draw(split, category, wanted, seed):
-        assert split == "train"
-        order = np.random.default_rng([seed, len(category)]).permutation(supply[category])
-        return tokens(category, [f"{category}-{row}" for row in order[:wanted]]), {}
-
-    return draw
-
-
-def config(estimator="retrain", **knobs):
-    made = InfluenceConfig(
-        **{"rows_per_category": 24, "dose_rows": 8, "batch_size": 4, "replications": 2, **knobs}
-    )
-    return made.model_copy(update={"estimator": estimator})
-
-
-def schedule(index=0, supply=None, **knobs):
-    return plan_replication(
-        index,
-        run_seed=5,
-        sources=SOURCES,
-        config=config(**knobs),
-        max_length=16,
-        draw=draw_from(supply or dict.fromkeys(SOURCES, 500)),
-    )
-
-
-def design_of(made, **knobs):
-    return assemble_design(
-        run_seed=5,
-        config=config(**knobs),
-        sources=SOURCES,
-        targets=(Target(name="alpha", num_rows=9, num_tokens=40, is_external=False),),
-        schedules=made,
-        heldout_dropped={"no-response-token": 2},
-    )
-
-
-def active_ids(made, unit):
-    mask = active_rows(made.plan, unit, design_of([made]))
-    return {made.plan.table.column("id")[row].as_py() for row in np.flatnonzero(mask)}
-
-
-def unit(kind, source=-1):
-    return Unit(replication=0, kind=kind, source=source)
 
 
 def test_removing_masks_the_dose_rows_of_one_category_and_nothing_else():
@@ -234,10 +181,10 @@ def test_a_random_design_switches_half_of_the_doses_in_every_run(direction):
     made = schedule(estimator="random-design", directions=(direction,))
     whole = design_of([made], estimator="random-design", directions=(direction,))
     patterns = made.replication.patterns[direction]
-    assert [unit.kind for unit in whole.units] == [f"mix-{direction}"] * len(patterns)
+    assert [run.kind for run in whole.units] == [f"mix-{direction}"] * len(patterns)
     on = dict.fromkeys(SOURCES, 0)
-    for unit, pattern in zip(whole.units, patterns, strict=True):
-        mask = active_rows(made.plan, unit, whole)
+    for run, pattern in zip(whole.units, patterns, strict=True):
+        mask = active_rows(made.plan, run, whole)
         for source, is_in in zip(SOURCES, pattern, strict=True):
             rows = [
                 bool(mask[row])

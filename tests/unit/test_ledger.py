@@ -1,5 +1,5 @@
-from system.influence.design import Unit
-from system.influence.ledger import Ledger
+from system.influence.design.design import Unit
+from system.influence.measure.ledger import Ledger
 
 
 def units(replications=1, sources=3, warm=False):

@@ -10,9 +10,9 @@ import pytest
 from training_builders import CHATML, build_tokenizer
 
 from system import storage
-from system.data.conversation import SPLITS
 from system.data.corpus import Corpus, make_manifest, moved_shards, write_manifest, write_shard
 from system.data.lengths import mean_response_tokens, measure_shard, without_unusable
+from system.data.rows.conversation import SPLITS
 from system.models.chat import encode
 from system.schema import CORPUS
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from system.config.load import load_config
 from system.errors import ConfigError
-from system.load import load_config
 
 MINIMAL = {
     "run_dir": "runs/x",

@@ -8,7 +8,7 @@ import pytest
 from ingest_builders import ingest, numbered, write_lines
 
 from system.config import SourceConfig
-from system.data.readers import file_kind
+from system.data.read.readers import file_kind
 from system.errors import DataError
 
 DIRECTORY = SourceConfig(path="d")

@@ -12,7 +12,7 @@ import yaml
 from kuberay_names import validation_schema
 
 from system.config import RunConfig
-from system.load import parse_config
+from system.config.load import parse_config
 
 ROOT = Path(__file__).parents[2]
 JOB = ROOT / "deploy/kuberay/rayjob.yaml"

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from system.config import ModelConfig, TinyModelConfig
 from system.data.corpus import Corpus
-from system.data.ingest import ingest_local
+from system.data.ingest.ingest import ingest_local
 from system.errors import ModelError
+from system.examples.tiny_model import build_tiny_model, new_model, train_tokenizer
 from system.models.base import (
     CHATML,
     describe_model,
@@ -20,7 +21,6 @@ from system.models.base import (
     materialise,
     model_identity,
 )
-from system.models.tiny import build_tiny_model, new_model, train_tokenizer
 
 TINY = TinyModelConfig(vocab_size=300, hidden_size=32, num_layers=1, num_heads=1, warmup_tokens=0)
 MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]

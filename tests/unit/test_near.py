@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingest_builders import Ingested, chained_rows, ingest, run_config, write_lines
 
-from system.data import near_compare
-from system.data.ingest import ingest_local
-from system.data.near_decide import leaving_rows
-from system.data.shingles import NUM_BINS
+from system.data.duplicates import near_compare
+from system.data.duplicates.near_decide import leaving_rows
+from system.data.duplicates.shingles import NUM_BINS
+from system.data.ingest.ingest import ingest_local
 
 ALL_TRAIN: dict[str, Any] = {"deduplicate": "near", "estimate_share": 0.0, "test_share": 0.0}
 
@@ -56,7 +56,7 @@ def test_chains_do_not_depend_on_the_cut(tmp_path, monkeypatch, bucket_bytes):
     random.Random(0).shuffle(rows)
     write_lines(tmp_path / "rows.jsonl", [*rows, *rows[::4]])
     whole = outcome_of(ingest(tmp_path, **ALL_TRAIN))
-    monkeypatch.setattr("system.data.ingest_plan.BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr("system.data.ingest.plan.BUCKET_BYTES", bucket_bytes)
     cut = ingest(tmp_path, chunk_bytes=9000, **ALL_TRAIN)
     assert len(list((tmp_path / "attempt" / "duplicates").iterdir())) > 1
     assert outcome_of(cut) == whole
@@ -149,7 +149,7 @@ def test_rows_without_a_neighbour_hand_out_their_keys_alone(tmp_path, monkeypatc
     draw = random.Random(0)
     texts = [" ".join(str(draw.randrange(10**9)) for _ in range(60)) for _ in range(1000)]
     write_lines(tmp_path / "rows.jsonl", [{"prompt": t, "completion": "ok"} for t in texts])
-    monkeypatch.setattr("system.data.ingest.finish_ingest", lambda plan, *outcomes: None)
+    monkeypatch.setattr("system.data.ingest.ingest.finish_ingest", lambda plan, *outcomes: None)
     ingest_local(run_config(tmp_path, **ALL_TRAIN), str(tmp_path / "attempt"))
     work = tmp_path / "attempt" / "work"
     size = {

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from system.data.conversation import RowRejected, normalise, normalise_text, split_of
-from system.data.normal_batch import INERT, ROLES, normalise_batch, splits_of
-from system.data.readers import Defect
+from system.data.read.readers import Defect
+from system.data.rows.conversation import RowRejected, normalise, normalise_text, split_of
+from system.data.rows.normal_batch import INERT, ROLES, normalise_batch, splits_of
 
 PIECES = [
     "a", "word ", " ", "\t", "\n", "\r", "\r\n", "\x0b", "\x0c", "\x07", "\x1c", "\x7f", "\x85",

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from ingest_builders import ingest, numbered, write_lines
 
 from system.config import SourceConfig
-from system.data.conversation import RowRejected
-from system.data.formats import FORMATS, columns_format
-from system.data.labels import Labels
-from system.data.normal_batch import normalise_batch
+from system.data.rows.conversation import RowRejected
+from system.data.rows.formats import FORMATS, columns_format
+from system.data.rows.labels import Labels
+from system.data.rows.normal_batch import normalise_batch
 
 SHAPES = [*FORMATS, columns_format({"prompt": "q", "response": "a", "system": "s"})]
 DEEP = "[" * 100_000

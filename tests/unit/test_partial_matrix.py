@@ -9,14 +9,14 @@ import pyarrow as pa
 import pytest
 from append_corpus import Grown, design_at
 
-from actors.analysis import analyse
-from actors.measuring import Measuring
+from actors.influence.analysis import analyse
+from actors.influence.intervention_runner import InterventionRunner
 from actors.stage import StageContext
 from system import storage
 from system.errors import DataError
-from system.influence.design import Design
-from system.influence.ledger import Ledger
-from system.influence.matrix import EffectMatrix
+from system.influence.design.design import Design
+from system.influence.estimate.matrix import EffectMatrix
+from system.influence.measure.ledger import Ledger
 
 
 class Answered(Grown):
@@ -50,7 +50,7 @@ def test_a_first_replication_that_answers_alike_ends_nothing(tmp_path: Path, kin
     design, context = design_at(uri), run.context(uri)
     first = {unit.name for unit in design.units if unit.replication == 0}
     ledger = Ledger(design.units, trained=set(), scored=first, max_checkpoints=4)
-    Measuring(context, design)._show_partial_matrix(ledger)
+    InterventionRunner(context, design)._show_partial_matrix(ledger)
     partial = storage.read_table(storage.join(uri, "partial.parquet"))
     assert not EffectMatrix.from_table(partial, direction="remove").effect_TS.any()
     if kind is AllSilent:

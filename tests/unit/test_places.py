@@ -8,8 +8,8 @@ import zstandard
 from ingest_builders import ingest, numbered, write_lines
 
 from system.config import SourceConfig
-from system.data import sources
-from system.data.readers import Piece, read_rows
+from system.data.read import sources
+from system.data.read.readers import Piece, read_rows
 from system.errors import DataError
 
 

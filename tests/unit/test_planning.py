@@ -9,15 +9,15 @@ from mix_reference import problem
 
 from system.config import SolveConfig
 from system.errors import StageError
-from system.influence.matrix import estimate_effects
-from system.mix_notes import (
+from system.influence.estimate.matrix import estimate_effects
+from system.mix.notes import (
     EXTRAPOLATES,
     appended_notes,
     choose_shrinkage,
     evidence_notes,
     extrapolation_notes,
 )
-from system.planning import (
+from system.mix.question import (
     importance_weights,
     mix_options,
     mix_problem,

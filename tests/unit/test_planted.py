@@ -7,8 +7,8 @@ import yaml
 
 from system.config import RunConfig
 from system.errors import ConfigError
-from system.influence.planted import NUM_KEYS, planted_world
-from system.influence.planted_command import add_arguments, run
+from system.examples.planted import NUM_KEYS, planted_world
+from system.examples.planted_command import add_arguments, run
 
 WORLD = planted_world(4)
 TASKS = {task.name: task for task in WORLD.tasks}

@@ -6,21 +6,21 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+from evaluation_world import full_summary, simulate
 from mix_reference import problem
 from report_builder import CATEGORIES, RunBuilder
-from test_evaluate import full_summary, simulate
 
 from actors.cluster import Cluster
-from actors.planner import measured_problem
+from actors.solver import measured_problem
 from actors.stage import StageContext
 from system import storage
 from system.config import RunConfig
+from system.config.load import load_config
 from system.errors import ConfigError
 from system.evaluation.evaluate import headline
 from system.evaluation.prediction import ArmForecast
 from system.evaluation.verification import describe_prediction, prediction_tables
-from system.load import load_config
-from system.planning import mix_options
+from system.mix.question import mix_options
 from system.progress import Progress
 from system.report.view import RunView
 from system.rundir import RunDir, StageRecord

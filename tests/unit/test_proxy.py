@@ -8,10 +8,15 @@ from influence_corpus import TASKS, build_inputs
 from system.config import InfluenceConfig, LoraConfig, RunConfig
 from system.data.corpus import Corpus
 from system.errors import ModelError
-from system.influence.design import Unit
-from system.influence.heldout import seeded_draw
-from system.influence.interventions import Schedule, active_rows, assemble_design, plan_replication
-from system.influence.proxy import ProxyModel
+from system.influence.design.design import Unit
+from system.influence.design.heldout import seeded_draw
+from system.influence.design.interventions import (
+    Schedule,
+    active_rows,
+    assemble_design,
+    plan_replication,
+)
+from system.influence.measure.proxy import ProxyModel
 from system.models.base import load_tokenizer
 from system.training.settings import TrainSettings
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from system.influence.random_design import dose_patterns, effect_weights, enough_runs
+from system.influence.design.random_design import dose_patterns, effect_weights, enough_runs
 
 
 @pytest.mark.parametrize("sources", [2, 3, 7, 9, 11, 14, 19, 28])

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from system.config import SourceConfig
-from system.data import blocks, sources
-from system.data.readers import Defect, Piece, file_kind, read_rows
+from system.data.read import blocks, hub, sources
+from system.data.read.readers import Defect, Piece, file_kind, read_rows
 from system.errors import DataError
 
 ROWS = [{"prompt": f"q{k}\u2028\n", "completion": f'a "{k}" \\ {{[', "n": k} for k in range(57)]
@@ -267,8 +267,9 @@ def test_hub_sources_go_through_load_dataset(tmp_path, monkeypatch):
 
 
 def test_hub_addresses_name_revision_config_and_split():
-    hub = sources.parse_hub("hf://owner/name@v1?config=main&split=test")
-    assert (hub.path, hub.revision, hub.config, hub.split) == ("owner/name", "v1", "main", "test")
+    found = hub.parse_hub("hf://owner/name@v1?config=main&split=test")
+    parts = (found.path, found.revision, found.config, found.split)
+    assert parts == ("owner/name", "v1", "main", "test")
 
 
 def test_globs_and_directories_are_sorted_and_skip_what_is_no_data(tmp_path):

@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from system.cli import main
 from system.config import RunConfig
-from system.load import parse_config
-from system.reference import read_sections, render_defaults, render_reference
+from system.config.load import parse_config
+from system.config.reference import read_sections, render_defaults, render_reference
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 SECTIONS = read_sections()

@@ -5,7 +5,7 @@ import dataclasses
 from report_builder import RunBuilder
 
 from system import storage
-from system.influence.dose_summary import summarise_doses
+from system.influence.estimate.dose_summary import summarise_doses
 from system.report import RunView, render_report
 
 

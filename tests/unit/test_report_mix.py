@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import pytest
 from mix_reference import problem
 
-from actors.planner import mix_lines
+from system.mix.notes import mix_lines
 from system.report.blocks import Prose
 from system.report.mix_figures import price_figures
 from system.report.mix_section import mix_section

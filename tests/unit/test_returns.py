@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 from dose_world import CurvedWorld
 
-from system.influence.dose_summary import DIMINISH, GROW, STEADY, dose_lines, summarise_doses
-from system.influence.returns import estimate_change, own_effects, worth
+from system.influence.estimate.dose_summary import (
+    DIMINISH,
+    GROW,
+    STEADY,
+    dose_lines,
+    summarise_doses,
+)
+from system.influence.estimate.returns import estimate_change, own_effects, worth
 from system.report.dose_section import dose_blocks
 
 QUIET = {"shared_noise": 1e-3, "run_noise": 1e-3, "example_effect": 5e-3, "example_noise": 5e-3}

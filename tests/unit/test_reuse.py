@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
-from test_measurements import design, scores
+from measured_design import design, scores
 
-from system.influence.design import Unit
-from system.influence.reuse import SharedRuns, heldout_digest, run_key
+from system.influence.design.design import Unit
+from system.influence.measure.reuse import SharedRuns, heldout_digest, run_key
 from system.training.settings import TrainSettings
 
 UNIT = Unit(replication=0, kind="remove", source=1)

@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from system import schema
 from system.errors import DataError
-from system.scoring.score import NOT_FINITE, score_reference, token_log_probs
+from system.scoring.parity import token_log_probs
+from system.scoring.score import NOT_FINITE, score_reference
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from system import schema
-from system.influence.design import Unit
-from system.influence.score_parts import PART_ROWS, join_parts, score_parts
+from system.influence.design.design import Unit
+from system.influence.measure.score_parts import PART_ROWS, join_parts, score_parts
 from system.scoring.score import Scored
 
 UNIT = Unit(replication=0, kind="reference", source=-1)

@@ -12,9 +12,9 @@ from selection_world import corpus_of, hex_id, make_features, rows
 
 from actors.pipeline import STAGES, stage_inputs
 from system.config import RunConfig, SelectConfig
+from system.config.load import parse_config
 from system.errors import ConfigError, DataError
 from system.functions import UserFunction
-from system.load import parse_config
 from system.models.template import Encoded
 from system.rundir import StageRecord
 from system.selection import scores

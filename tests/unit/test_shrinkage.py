@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from system.influence.shrinkage import shrink
+from system.influence.estimate.shrinkage import shrink
 
 
 def world(rows=12, mean=-0.02, entry=0.05, row=0.03, noise=0.06, common=0.04, seed=0, dose=1.0):

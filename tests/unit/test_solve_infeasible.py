@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from curved_problems import curved_problem
 from mix_reference import problem, random_question
-from test_solve_curves import curved_problem
 
 from system.errors import DataError, InfeasibleMixError
 from system.solve import GroupLimit, MixOptions, MixSession, solve_mix

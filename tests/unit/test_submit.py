@@ -11,8 +11,8 @@ import yaml
 from actors.jobs import entrypoint, is_here, resolve_paths
 from system.cli import main
 from system.config import RunConfig
+from system.config.load import parse_config
 from system.errors import ConfigError
-from system.load import parse_config
 
 CLUSTER = "http://head.example:8265"
 LAPTOP = "http://127.0.0.1:8265"

@@ -11,9 +11,9 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 
-from system.data import blocks, readers, tables
-from system.data.raw_rows import Defect
-from system.data.readers import Piece, read_batches
+from system.data.read import blocks, readers, tables
+from system.data.read.raw_rows import Defect
+from system.data.read.readers import Piece, read_batches
 from system.errors import DataError
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from system.data.tag import (
+from system.errors import ConfigError
+from system.tagging.choose import (
     TAGS,
     instruction_of,
     measure_accuracy,
@@ -13,7 +14,6 @@ from system.data.tag import (
     rename_categories,
     stratified_sizes,
 )
-from system.errors import ConfigError
 
 NAMES = ("code", "creative writing", "math")
 

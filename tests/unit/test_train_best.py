@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train_job import (
+from train_jobs import (
     CPU,
     base,  # noqa: F401  (a fixture)
     build_job,
@@ -28,8 +28,9 @@ from training_builders import (
 from system.errors import DataError
 from system.models.base import load_model
 from system.training.heldout import held_out_loss
-from system.training.job import Ranks, TrainJob, run_job
+from system.training.job import Ranks, run_job
 from system.training.plan import write_plan
+from system.training.records import TrainJob
 from system.training.train import Training
 
 FORGETTING = {"learning_rate": 3e-2, "lr_schedule": "linear"}

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from test_train import loop_gradient, trained
+from reference_training import loop_gradient, trained
 from training_builders import build_model, build_settings, build_small_plan, largest_difference
 
 from system.config import LoraConfig, RunConfig

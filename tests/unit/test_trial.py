@@ -8,9 +8,9 @@ from report_builder import RunBuilder
 
 from system import storage
 from system.config import InfluenceConfig
-from system.influence.matrix import estimate_effects
-from system.influence.rounds import Round, why_stop
-from system.influence.trial import Trial, cheapest, describe_choice, typical_error
+from system.influence.auto.rounds import Round, why_stop
+from system.influence.auto.trial import Trial, cheapest, describe_choice, typical_error
+from system.influence.estimate.matrix import estimate_effects
 from system.report.influence_section import influence_section
 from system.report.view import RunView
 

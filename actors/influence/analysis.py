@@ -1,0 +1,169 @@
+"""From the scores of an influence stage to its effects: of all replications, or of the first few.
+
+scores/*.parquet ──> losses ──> paired differences ──> estimates, by unit and direction
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+from actors.stage import StageContext
+from system import storage
+from system.config import InfluenceConfig
+from system.influence.append.append import flag_appended, overlay
+from system.influence.append.earlier import Earlier
+from system.influence.design.accuracy_targets import check_some_vary
+from system.influence.design.design import Design
+from system.influence.estimate.dose_views import design_at, levels_table, losses_at
+from system.influence.estimate.matrix import EffectMatrix, Estimate, estimate_effects
+from system.influence.estimate.matrix import Unit as DataUnit
+from system.influence.estimate.measurements import (
+    Losses,
+    Measurements,
+    collect_losses,
+    paired_differences,
+)
+from system.influence.measure.first_order import predicted_scores
+
+_UNITS: tuple[DataUnit, ...] = ("examples", "tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """What the runs of one dose say."""
+
+    measured: dict[str, Measurements]
+    """By direction."""
+    estimates: dict[str, dict[str, Estimate]]
+    """By unit of data, then by direction."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysis:
+    """What the scores of a design say."""
+
+    scores: dict[str, pa.Table]
+    losses: Losses
+    levels: tuple[Level, ...]
+    """By ascending dose; one where one dose is measured."""
+
+    @property
+    def largest(self) -> Level:
+        """The largest dose's."""
+        return self.levels[-1]
+
+    def matrix_table(self) -> pa.Table:
+        """`matrix.parquet`: directions outermost, then units, then doses."""
+        return pa.concat_tables(
+            levels_table([level.estimates[unit][direction].matrix for level in self.levels])
+            for direction in self.largest.measured
+            for unit in _UNITS
+        )
+
+
+def analyse(context: StageContext, design: Design) -> Analysis:
+    """Reads the scores of all runs of a design and estimates its effects at every dose.
+
+    What an appended design was told before stays as it was told (`system.influence.append.append`).
+
+    Raises:
+        DataError: all runs gave all answers alike.
+    """
+    config = context.config.influence
+    found = _checked(config, estimate_alone(config, context.attempt, design))
+    if context.appends_to is None:
+        return found
+    attempts = context.attempt.rsplit("/", 1)[0]
+    return _on_earlier(config, found, design, Earlier(attempts, context.appends_to))
+
+
+def _on_earlier(
+    config: InfluenceConfig, found: Analysis, design: Design, earlier: Earlier
+) -> Analysis:
+    known = estimate_alone(config, earlier.uri, earlier.design)
+    if earlier.before is not None:
+        known = _on_earlier(config, known, earlier.design, earlier.before)
+    told = known.largest.estimates
+    estimates = {
+        unit: {
+            direction: replace(
+                estimate, matrix=overlay(design, estimate.matrix, told[unit][direction].matrix)
+            )
+            for direction, estimate in by_direction.items()
+        }
+        for unit, by_direction in found.largest.estimates.items()
+    }
+    # One dose: `append_refused` lets no other design in.
+    return replace(found, levels=(replace(found.largest, estimates=estimates),))
+
+
+def estimate_alone(config: InfluenceConfig, attempt: str, design: Design) -> Analysis:
+    """The estimates from the scores of one attempt alone, as far as a design says.
+
+    That all runs of its first replications answered alike is no error: later ones may not.
+    """
+    scores = {
+        unit.name: storage.read_table(storage.join(attempt, "scores", f"{unit.name}.parquet"))
+        for unit in design.units
+        if unit.kind != "warm"
+    }
+    by_gradient = design.estimator == "gradient"
+    losses = collect_losses(design, predicted_scores(design, scores) if by_gradient else scores)
+    views = [(design_at(design, dose), losses_at(design, losses, dose)) for dose in design.doses]
+    levels = tuple(_level(config, *view) for view in views or [(design, losses)])
+    return Analysis(scores=scores, losses=losses, levels=levels)
+
+
+def _checked(config: InfluenceConfig, analysis: Analysis) -> Analysis:
+    """The analysis of all runs that there are going to be, which must have told something."""
+    if config.metric == "accuracy":
+        check_some_vary(analysis.losses.loss)
+    return analysis
+
+
+def _level(config: InfluenceConfig, design: Design, losses: Losses) -> Level:
+    is_binary = config.metric == "accuracy"
+    measured = {
+        name: paired_differences(design, losses, name, is_binary=is_binary)
+        for name in design.directions
+    }
+    estimates = {
+        unit: {
+            direction: _flagged(
+                design,
+                estimate_effects(
+                    measurements,
+                    unit=unit,
+                    confidence=config.confidence,
+                    gamma_floor=config.gamma_floor,
+                    gamma_max_width=config.gamma_max_width,
+                ),
+            )
+            for direction, measurements in measured.items()
+        }
+        for unit in _UNITS
+    }
+    return Level(measured=measured, estimates=dict(estimates))
+
+
+def _flagged(design: Design, estimate: Estimate) -> Estimate:
+    return replace(estimate, matrix=flag_appended(design, estimate.matrix))
+
+
+def matrices_of(context: StageContext, design: Design) -> dict[str, EffectMatrix]:
+    """The effects of a design per example, by direction; of several doses, of the largest.
+
+    Raises:
+        DataError: all runs gave all answers alike.
+    """
+    config = context.config.influence
+    return largest_matrices(_checked(config, estimate_alone(config, context.attempt, design)))
+
+
+def largest_matrices(analysis: Analysis) -> dict[str, EffectMatrix]:
+    """The effects of the largest dose per example, by direction."""
+    found: Mapping[str, Estimate] = analysis.largest.estimates["examples"]
+    return {direction: estimate.matrix for direction, estimate in found.items()}

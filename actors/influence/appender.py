@@ -1,0 +1,264 @@
+"""Appending to a finished influence result: what is drawn, what is taken over, what is measured.
+
+    earlier attempt ── plans, heldout, design ──> draw_appended ──> plans/*-append, heldout, design
+           │                                                           │
+           └── scores, checkpoints ──> Appending (InterventionRunner) <─────────┘
+                 earlier runs: new held-out rows alone, from kept checkpoints or trained once more
+                 new runs:     all held-out rows
+
+Every attempt ends with whole scores of all its runs, so it can be analysed, and appended to, like
+any other.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+
+from actors.influence.designer import check_target_names, plan_uri
+from actors.influence.intervention_runner import InterventionRunner
+from actors.stage import StageContext
+from system import storage
+from system.data.corpus import Corpus
+from system.influence.append.append import (
+    Holding,
+    append_design,
+    append_replication,
+    appended_plan,
+    dose_size,
+    earlier_unit,
+    trained_ids,
+    undrawn,
+)
+from system.influence.append.append_cost import append_text
+from system.influence.append.earlier import Earlier
+from system.influence.design.accuracy_targets import answer_tokens, draw_accuracy_targets
+from system.influence.design.design import CategoryRows, Design, Replication, Target, Unit
+from system.influence.design.heldout import draw_targets, seeded_draw
+from system.influence.design.interventions import Draw
+from system.models.base import load_tokenizer
+from system.training.plan import TrainPlan, write_plan
+
+
+def earlier_of(context: StageContext) -> Earlier:
+    """The attempt that this one appends to."""
+    assert context.appends_to is not None, "the pipeline knows what is appended to"
+    return Earlier(context.attempt.rsplit("/", 1)[0], context.appends_to)
+
+
+def draw_appended(context: StageContext) -> Design:
+    """The design of this attempt: the earlier one, its new rows drawn the first time.
+
+    Raises:
+        DataError: nothing of the earlier design holds, or a new category has too few rows.
+        ConfigError: a category has the name of a further target.
+    """
+    uri = storage.join(context.attempt, "design.json")
+    if storage.exists(uri):
+        return Design.from_json(storage.read_json(uri), uri)
+    config, earlier = context.config, earlier_of(context)
+    corpus = Corpus.open(context.input("tag", "manifest"))
+    check_target_names(config, corpus.categories)
+    tokenizer = load_tokenizer(
+        context.input("model", "model"), trust_remote_code=config.model.trust_remote_code
+    )
+    draw = seeded_draw(corpus, tokenizer, config.model.max_length)
+    before = earlier.heldout()
+    holding = earlier.holding(corpus)
+    context.progress.say(f"  {append_text(earlier, holding)}")
+    heldout, targets, dropped = _new_targets(context, holding, corpus, draw, tokenizer)
+    seen = set(before.column("id").to_pylist())
+    replications = []
+    for found in earlier.design.replications:
+        plans = earlier.plans(found.index)
+        replication, lost = _extend(context, earlier.design, found, plans, holding, seen, draw)
+        replications.append(replication)
+        dropped = {key: dropped.get(key, 0) + lost.get(key, 0) for key in {*dropped, *lost}}
+    design = append_design(
+        earlier.design,
+        context.appends_to or "",
+        holding=holding,
+        replications=replications,
+        targets=targets,
+        dropped=dropped,
+    )
+    names = [target.name for target in design.targets if target.name not in holding.new]
+    kept = before.filter(_is_in(before, names))
+    storage.write_table(
+        storage.join(context.attempt, "heldout.arrow"), pa.concat_tables([kept, heldout])
+    )
+    storage.write_json(uri, design.to_json())
+    return design
+
+
+def _new_targets(
+    context: StageContext, holding: Holding, corpus: Corpus, draw: Draw, tokenizer: Any
+) -> tuple[pa.Table, tuple[Target, ...], dict[str, int]]:
+    """Held-out rows of the new categories; none where there is no new one."""
+    config = context.config
+    if not holding.new:
+        return earlier_of(context).heldout().slice(0, 0), (), {}
+    if config.influence.metric == "accuracy":
+        return draw_accuracy_targets(
+            run_seed=config.seed,
+            corpus=corpus,
+            num_rows=config.influence.heldout_rows,
+            max_prompt_tokens=config.model.max_length - answer_tokens(config),
+            external={},
+            tokenizer=tokenizer,
+            only=holding.new,
+        )
+    return draw_targets(
+        run_seed=config.seed,
+        sources=holding.new,
+        num_rows=config.influence.heldout_rows,
+        draw=draw,
+        external={},
+        tokenizer=tokenizer,
+        max_length=config.model.max_length,
+    )
+
+
+def _extend(
+    context: StageContext,
+    earlier: Design,
+    found: Replication,
+    plans: dict[str, TrainPlan],
+    holding: Holding,
+    seen: set[str],
+    draw: Draw,
+) -> tuple[Replication, dict[str, int]]:
+    """Writes a replication's schedules; the replication with its new doses, and rows dropped."""
+    taken = trained_ids(plans, holding.kept) | seen
+    rows: dict[str, CategoryRows] = {}
+    doses: dict[str, pa.Table] = {}
+    dropped: dict[str, int] = {}
+    for category in holding.new:
+
+        def drawn(wanted: int, category: str = category) -> tuple[pa.Table, dict[str, int]]:
+            return draw("train", category, wanted, found.seed)
+
+        asked = earlier.asked["dose"]
+        places = undrawn(lambda n: drawn(n)[0].column("id").to_pylist(), asked, taken)
+        tokens, lost = drawn(places[-1] + 1 if places else 0)
+        rows[category] = dose_size(category, len(places), earlier.asked)
+        doses[category] = tokens.take(pa.array(places, type=pa.int64()))
+        dropped = {key: dropped.get(key, 0) + lost.get(key, 0) for key in {*dropped, *lost}}
+    kept = {kind: plan for kind, plan in plans.items() if kind != "append"}
+    for kind, plan in kept.items():
+        write_plan(plan_uri(context, found.index, kind), plan)
+    extended = appended_plan(plans, holding.kept, doses, found.seed)
+    if extended is not None:
+        write_plan(plan_uri(context, found.index, "append"), extended)
+    replication = append_replication(
+        found,
+        holding=holding,
+        directions=earlier.directions,
+        rows=rows,
+        doses=doses,
+        append_sha256=None if extended is None else extended.sha256,
+    )
+    return replication, dropped
+
+
+def _is_in(table: pa.Table, names: list[str]) -> pa.Array:
+    wanted = set(names)
+    return pa.array([name in wanted for name in table.column("category").to_pylist()])
+
+
+class Appending(InterventionRunner):
+    """The runs of an appended design: earlier ones on new rows alone, new ones on all rows."""
+
+    def __init__(self, context: StageContext, design: Design) -> None:
+        super().__init__(context, design)
+        self.earlier = earlier_of(context)
+        assert design.append is not None, "drawn by draw_appended"
+        self.new_heldout = self.heldout.filter(_is_in(self.heldout, list(design.append.new)))
+        self.kept_targets = [
+            target.name for target in design.targets if target.name not in design.append.new
+        ]
+        self.kept = {
+            unit: uri
+            for unit in design.units
+            if (before := self._before(unit)) is not None
+            and (uri := self.earlier.checkpoint(before)) is not None
+        }
+
+    def run(self) -> None:
+        """Takes over what holds, then trains and scores the rest."""
+        for unit in self.design.units:
+            if unit.kind == "warm" or (before := self._before(unit)) is None:
+                continue
+            done = not self.new_heldout.num_rows
+            if (done or unit in self.kept) and not self._is_there("units", unit):
+                storage.write_json(self._file("units", unit, ".json"), self._taken_over(unit))
+            if done and not self._is_there("scores", unit):
+                nothing = self.earlier.scores(before).slice(0, 0)
+                table = self._complete(unit, nothing.replace_schema_metadata(_NOTHING))
+                storage.write_table(self._file("scores", unit, ".parquet"), table)
+        super().run()
+        for unit in self.design.units:  # warm-ups that no run had to start from
+            if not self._is_there("units", unit):
+                storage.write_json(self._file("units", unit, ".json"), self._taken_over(unit))
+
+    def _before(self, unit: Unit) -> Unit | None:
+        return earlier_unit(self.design, self.earlier.design, unit)
+
+    def _is_there(self, folder: str, unit: Unit) -> bool:
+        ending = ".json" if folder == "units" else ".parquet"
+        return storage.exists(self._file(folder, unit, ending))
+
+    def _taken_over(self, unit: Unit) -> dict[str, Any]:
+        before = self._before(unit)
+        assert before is not None, "new runs are measured here"
+        training = self.earlier.training(before)
+        return {key: value for key, value in training.items() if key != "repeated"} | {
+            "taken_over": True
+        }
+
+    def _trained(self) -> set[str]:
+        return super()._trained() | {unit.name for unit in self.kept}
+
+    def _checkpoint(self, unit: Unit) -> str:
+        return self.kept.get(unit) or super()._checkpoint(unit)
+
+    def _scored_on(self, unit: Unit) -> pa.Table:
+        return self.heldout if self._before(unit) is None else self.new_heldout
+
+    def _training_stats(self, unit: Unit, stats: dict[str, Any]) -> dict[str, Any]:
+        """Says of a repeated training whether it went as the first time."""
+        before = self._before(unit)
+        if before is None:
+            return stats
+        first = self.earlier.training(before)
+        is_same = all(stats[key] == first[key] for key in _BITS)
+        return {**stats, "repeated": {"is_same": is_same}}
+
+    def _complete(self, unit: Unit, table: pa.Table) -> pa.Table:
+        """The scores of new held-out rows behind those of the earlier ones."""
+        before = self._before(unit)
+        if before is None:
+            return table
+        first = self.earlier.scores(before)
+        kept = first.filter(_is_in(first, self.kept_targets))
+        parts = [_metadata(part) for part in (first, table)]
+        ids = set(self.heldout.column("id").to_pylist())
+        rejected = {**json.loads(parts[0][_REJECTED]), **json.loads(parts[1][_REJECTED])}
+        metadata = {
+            _SECONDS: f"{float(parts[0][_SECONDS]) + float(parts[1][_SECONDS]):.3f}",
+            _REJECTED: json.dumps({key: why for key, why in rejected.items() if key in ids}),
+        }
+        tables = [part.replace_schema_metadata(None) for part in (kept, table)]
+        return pa.concat_tables(tables).replace_schema_metadata(metadata)
+
+
+_BITS = ("trained_tokens", "first_loss", "last_loss")
+"""What tells whether two trainings were the same."""
+_SECONDS, _REJECTED = "instructmix.seconds", "instructmix.rejected"
+_NOTHING = {_SECONDS: "0", _REJECTED: "{}"}
+
+
+def _metadata(table: pa.Table) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in table.schema.metadata.items()}

@@ -1,0 +1,78 @@
+"""Rounds of an `auto` influence stage: measure a replication, solve, ask whether that is enough.
+
+    measure ──> matrices ──> judge ──> rounds.json
+       ^                       │
+       └── one more replication┘   until `why_stop` has a reason
+
+A verdict is written once and read again after a restart, so measured hours cannot change a decision
+that was made; all else follows from the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+
+from actors.stage import StageContext
+from system import storage
+from system.data.corpus import Corpus
+from system.data.lengths import mean_response_tokens
+from system.influence.auto.rounds import Round, judge_round, why_stop
+from system.influence.design.design import Design
+from system.influence.estimate.matrix import EffectMatrix
+
+
+def measure_in_rounds(
+    context: StageContext,
+    planned: Design,
+    measure: Callable[[Design], None],
+    matrices: Callable[[Design], Mapping[str, EffectMatrix]],
+    *,
+    spent_tokens: int = 0,
+    spent_hours: float = 0.0,
+) -> tuple[list[Round], str]:
+    """Measures replication after replication until there is a reason to stop.
+
+    Args:
+        context: of the influence stage.
+        planned: with all replications that may be measured.
+        measure: makes all runs of a design that are not there yet.
+        matrices: the effects of a design whose runs are all there, by direction.
+        spent_tokens: trained on before, for designs that were tried and left.
+        spent_hours: of training, likewise.
+
+    Returns:
+        The rounds, and why there is no further one.
+    """
+    config = context.config
+    corpus = Corpus.open(context.input("tag", "manifest"))
+    tokens = mean_response_tokens(corpus) if config.solve.unit == "tokens" else None
+    uri = storage.join(context.attempt, "rounds.json")
+    known = storage.read_json(uri) if storage.exists(uri) else []
+    rounds = [Round(**value) for value in known]
+    while (
+        not rounds
+        or (reason := why_stop(rounds, config.influence.auto, spent_tokens, spent_hours)) is None
+    ):
+        count = rounds[-1].replications + 1 if rounds else config.influence.replications
+        design = planned.first(count)
+        measure(design)
+        stats = [
+            storage.read_json(storage.join(context.attempt, "units", f"{unit.name}.json"))
+            for unit in design.units
+        ]
+        rounds.append(
+            judge_round(
+                matrices(design),
+                config.solve,
+                corpus.counts("train"),
+                tokens,
+                replications=count,
+                trained_tokens=spent_tokens + sum(item["trained_tokens"] for item in stats),
+                tuner_hours=spent_hours + sum(item["seconds"] for item in stats) / 3600.0,
+                seed=config.seed,
+            )
+        )
+        storage.write_json(uri, [asdict(item) for item in rounds])
+        context.progress.say(f"  {rounds[-1].line}")
+    return rounds, reason

@@ -1,0 +1,1 @@
+"""Duplicates: equal rows by digest, near-duplicates by MinHash."""

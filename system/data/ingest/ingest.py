@@ -1,0 +1,364 @@
+"""Raw files to the corpus: what is done with one chunk, with one bucket, and with all of them.
+
+    files ─ open_plan ─> chunks ─ ingest_chunk ─> spill by id bucket ─ reduce_bucket ─> kept rows
+                                (near: sign to settle)
+    kept rows of all buckets ─ write_shards ─> shards ─ finish_ingest ─> manifest
+
+Chunks, buckets and shards are independent of each other, can be done in any order by any number of
+workers, and leave a commit file each, so a killed run goes on with what is missing.  No row and no
+shard depends on how the input was cut: of equal rows the first one in the input's order is kept,
+and shards are cut from the kept rows by number and length.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from system import storage
+from system.config import IngestConfig, RunConfig
+from system.data.corpus import Manifest, make_manifest, write_manifest
+from system.data.duplicates import near, near_decide
+from system.data.duplicates.dedup import DUPLICATES
+from system.data.ingest.bucket import (
+    BucketInput,
+    BucketOutcome,
+    bucket_inputs,
+    placed,
+    read_bucket_outcome,
+    reduce_bucket,
+    row_bases,
+    sign_bucket,
+)
+from system.data.ingest.chunk import ingest_chunk
+from system.data.ingest.plan import (
+    ChunkOutcome,
+    IngestPlan,
+    chunk_uri,
+    empty_source,
+    open_plan,
+    plan_ingest,
+    read_outcome,
+    source_fingerprint,
+)
+from system.data.ingest.shards import (
+    ShardOutcome,
+    plan_shards,
+    read_shard_outcome,
+    write_shards,
+)
+from system.data.ingest.spill import read_spill
+from system.data.read.lost_files import check_lost_files
+from system.errors import DataError, StageError
+from system.schema import REJECTED
+
+__all__ = [
+    "STEPS",
+    "BucketInput",
+    "BucketOutcome",
+    "ChunkOutcome",
+    "IngestPlan",
+    "Step",
+    "bucket_inputs",
+    "check_category_sizes",
+    "check_rejected",
+    "finish_ingest",
+    "ingest_chunk",
+    "ingest_local",
+    "open_plan",
+    "plan_ingest",
+    "plan_shards",
+    "read_outcome",
+    "reduce_bucket",
+    "run_steps",
+    "source_fingerprint",
+    "write_shards",
+]
+
+MANIFEST = "manifest.json"
+_REJECTED_PART_ROWS = 100_000
+_NUM_EXAMPLES = 3
+
+
+def check_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
+    """Stops an ingest whose input is not what its owner believes.
+
+    Raises:
+        DataError: a source has no row, a file no usable one, or more rows are rejected than the
+            configuration allows.
+    """
+    for number, source in enumerate(plan.sources):
+        own = [item for item in outcomes if plan.chunks[item.index].source == number]
+        if not sum(item.read for item in own):
+            raise empty_source(source, [file.uri for file in plan.files if file.source == number])
+    check_lost_files(plan, outcomes)
+    num_read = sum(item.read for item in outcomes)
+    reasons = _reasons(outcomes)
+    num_rejected = sum(reasons.values())
+    limit = plan.settings.max_rejected_share
+    if num_rejected > limit * num_read:
+        bases = row_bases(outcomes)
+        examples = [
+            f"{plan.files[file].uri} row {place + bases.get((file, start), 0)}: {reason} ({detail})"
+            for item in outcomes
+            for file, start, place, reason, detail in item.examples
+        ]
+        counted = ", ".join(f"{name} {count:,}" for name, count in sorted(reasons.items()))
+        raise DataError(
+            f"{num_rejected:,} of {num_read:,} rows were rejected ({counted}), more than "
+            f"ingest.max_rejected_share = {limit} allows. The first ones: "
+            f"{'; '.join(examples[:_NUM_EXAMPLES])}. Correct the data or the source's `format`, or "
+            "raise ingest.max_rejected_share."
+        )
+
+
+def _reasons(outcomes: Sequence[ChunkOutcome]) -> Counter[str]:
+    reasons: Counter[str] = Counter()
+    for item in outcomes:
+        reasons.update(item.rejected)
+    return reasons
+
+
+def check_category_sizes(manifest: Manifest, settings: IngestConfig) -> None:
+    """Makes sure that every category can be trained on, measured and judged.
+
+    Raises:
+        DataError: a category has too few rows in a split.
+    """
+    least = {
+        "train": settings.min_train_rows,
+        "estimate": settings.min_heldout_rows,
+        "test": settings.min_heldout_rows,
+    }
+    short = [
+        f"{name!r} ("
+        + ", ".join(f"{split} {manifest.counts[split][name]}" for split in least)
+        + ")"
+        for name in manifest.categories
+        if any(manifest.counts[split][name] < rows for split, rows in least.items())
+    ]
+    if short:
+        raise DataError(
+            f"too few rows in {'; '.join(short[:10])}{'; ...' if len(short) > 10 else ''}: "
+            f"every category needs {least['train']} train rows (ingest.min_train_rows) and "
+            f"{least['test']} estimate and test rows each (ingest.min_heldout_rows). Add data, "
+            "merge the category into another with `category_map`, raise ingest.estimate_share and "
+            "ingest.test_share, or lower the limits."
+        )
+    if not manifest.categories and not sum(manifest.untagged.values()):
+        raise DataError("no row is left: every row was rejected or a duplicate")
+
+
+def finish_ingest(
+    plan: IngestPlan,
+    outcomes: Sequence[ChunkOutcome],
+    buckets: Sequence[BucketOutcome],
+    written: Sequence[ShardOutcome],
+) -> Manifest:
+    """Checks that every row is accounted for, writes the rejected rows, then the manifest.
+
+    Raises:
+        DataError: a category has too few rows.
+        StageError: the counts do not add up.
+    """
+    duplicates: Counter[str] = Counter()
+    for bucket in buckets:
+        duplicates.update(bucket.duplicates)
+    shards = [shard for unit in written for shard in unit.shards]
+    rejected = dict(sorted(_reasons(outcomes).items()))
+    manifest = make_manifest(
+        shards,
+        read=sum(item.read for item in outcomes),
+        kept=sum(shard.rows for shard in shards),
+        duplicates=sum(duplicates.values()),
+        rejected=rejected,
+        sources=tuple(_source_counts(plan, outcomes)),
+        details={"duplicates": dict(sorted(duplicates.items()))},
+    )
+    num_written = _write_rejected(plan, outcomes)
+    if not duplicates:
+        uri = storage.join(plan.attempt, "duplicates", "00000.parquet")
+        storage.write_table(uri, DUPLICATES.empty_table())
+    _check_sums(manifest, num_written)
+    if not sum(manifest.untagged.values()):
+        check_category_sizes(manifest, plan.settings)
+    write_manifest(storage.join(plan.attempt, MANIFEST), manifest)
+    storage.delete(storage.join(plan.attempt, "work"))
+    return manifest
+
+
+def _check_sums(manifest: Manifest, num_rejected_written: int) -> None:
+    num_rejected = sum(manifest.rejected.values())
+    total = manifest.kept + manifest.duplicates + num_rejected
+    if total != manifest.read or num_rejected != num_rejected_written:
+        raise StageError(
+            f"ingest: {manifest.read:,} rows were read, but {manifest.kept:,} kept + "
+            f"{manifest.duplicates:,} duplicates + {num_rejected:,} rejected = {total:,}, with "
+            f"{num_rejected_written:,} rejected rows written. Files below work/ were changed or "
+            "lost; run `ingest` again with --redo."
+        )
+
+
+def _source_counts(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> Iterator[dict[str, Any]]:
+    for number in range(len(plan.sources)):
+        own = [item for item in outcomes if plan.chunks[item.index].source == number]
+        files = [file for file in plan.files if file.source == number]
+        yield {
+            "name": plan.source_of(files[0].index),
+            "files": {file.uri: file.stamp for file in files},
+            "read": sum(item.read for item in own),
+            "rejected": dict(sorted(_reasons(own).items())),
+        }
+
+
+def _write_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> int:
+    """Writes `rejected/*.parquet` in the order of the input; returns the number of rows."""
+    bases = row_bases(outcomes)
+    held: list[pa.Table] = []
+    num_held = num_written = num_parts = 0
+
+    def write(rows: pa.Table) -> None:
+        nonlocal num_written, num_parts
+        uri = storage.join(plan.attempt, "rejected", f"{num_parts:05d}.parquet")
+        storage.write_table(uri, rows.combine_chunks())
+        num_written += rows.num_rows
+        num_parts += 1
+
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.index):
+        uri = chunk_uri(plan, outcome.index, "rejected.arrow")
+        for batch in read_spill(uri, outcome.rejected_batches):
+            rows = placed(plan, pa.Table.from_batches([batch]), bases)
+            held.append(rows.select(REJECTED.names).cast(REJECTED))
+            num_held += batch.num_rows
+            while num_held >= _REJECTED_PART_ROWS:
+                whole = pa.concat_tables(held)
+                write(whole.slice(0, _REJECTED_PART_ROWS))
+                held = [whole.slice(_REJECTED_PART_ROWS)]
+                num_held -= _REJECTED_PART_ROWS
+    if num_held or not num_parts:
+        write(pa.concat_tables(held) if held else REJECTED.empty_table())
+    return num_written
+
+
+def ingest_local(config: RunConfig, attempt: str) -> Manifest:
+    """The whole ingest in this process; the same bytes as through any number of actors.
+
+    Raises:
+        DataError: the input cannot be used.
+        StageError: the attempt was begun with other files or settings.
+    """
+
+    def do_all(step: Step, units: Mapping[int, Any]) -> dict[int, Any]:
+        return {
+            index: step.finished(plan, index) or step.do(plan, unit)
+            for index, unit in units.items()
+        }
+
+    plan = open_plan(config, attempt)
+    return run_steps(plan, do_all)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One kind of unit of work."""
+
+    name: str
+    label: str
+    """For people."""
+    do: Callable[[IngestPlan, Any], Any]
+    """Does one unit and commits it; may be repeated."""
+    finished: Callable[[IngestPlan, int], Any]
+    """The outcome of a unit that is done, else None."""
+
+
+def _near_step(name: str, label: str, do: Callable[[IngestPlan, Any], Any], folder: str) -> Step:
+    """A step whose units leave their outcomes in that folder below `work/`."""
+    return Step(
+        name=name,
+        label=f"ingest: {label}",
+        do=do,
+        finished=lambda plan, index: near.read_spill_outcome(plan, folder, index),
+    )
+
+
+STEPS = {
+    step.name: step
+    for step in (
+        Step(name="read", label="ingest: read", do=ingest_chunk, finished=read_outcome),
+        _near_step("sign", "sign", sign_bucket, "keys"),
+        _near_step("share", "find common keys", near.share_keys, "shared"),
+        _near_step("lend", "hand out signatures", near.lend_signatures, "bands"),
+        _near_step("match", "find near-duplicates", near.match_bands, "near"),
+        _near_step("decide", "decide which stay", near_decide.decide, "decided"),
+        _near_step("match-again", "find chains of near-duplicates", near.match_again, "near-all"),
+        _near_step("settle", "decide which of the chains stay", near_decide.settle, "settled"),
+        Step(
+            name="reduce",
+            label="ingest: deduplicate",
+            do=reduce_bucket,
+            finished=read_bucket_outcome,
+        ),
+        Step(
+            name="write",
+            label="ingest: write shards",
+            do=write_shards,
+            finished=read_shard_outcome,
+        ),
+    )
+}
+"""What workers can do, by name."""
+
+
+def run_steps(
+    plan: IngestPlan, do_all: Callable[[Step, Mapping[int, Any]], Mapping[int, Any]]
+) -> Manifest:
+    """The steps in order; `do_all` does a step's units, anywhere and in any order.
+
+    Args:
+        plan: of the whole ingest.
+        do_all: gets a step and its units by number, returns their outcomes by number; leaves out
+            units that are finished.
+
+    Raises:
+        DataError: the input cannot be used.
+        StageError: the counts do not add up.
+    """
+
+    def outcomes_of(name: str, units: Mapping[int, Any]) -> list[Any]:
+        found = do_all(STEPS[name], units)
+        return [found[index] for index in sorted(units)]
+
+    read = outcomes_of("read", {chunk.index: chunk.index for chunk in plan.chunks})
+    check_rejected(plan, read)
+    leaving: dict[str, near.SpillOutcome] = {}
+    if plan.settings.deduplicate == "near":
+        leaving = _find_near(plan, bucket_inputs(plan, read), outcomes_of)
+    inputs = bucket_inputs(plan, read, leaving)
+    reduced = outcomes_of("reduce", {given.index: given for given in inputs})
+    units = {unit.index: unit for unit in plan_shards(plan, reduced)}
+    return finish_ingest(plan, read, reduced, outcomes_of("write", units))
+
+
+def _find_near(
+    plan: IngestPlan,
+    buckets: Sequence[BucketInput],
+    outcomes_of: Callable[[str, Mapping[int, Any]], list[Any]],
+) -> dict[str, near.SpillOutcome]:
+    """Which rows leave as near-duplicates: step that decided -> its outcome."""
+
+    def inputs(outcomes: list[Any], num_units: int = plan.num_buckets) -> dict[int, Any]:
+        return dict(enumerate(near.spill_inputs(num_units, outcomes)))
+
+    signed = outcomes_of("sign", {given.index: given for given in buckets})
+    shared = outcomes_of("share", inputs(signed))
+    bands = inputs(outcomes_of("lend", inputs(shared)))
+    matched = outcomes_of("match", bands)
+    leaving = {"decided": outcomes_of("decide", inputs(matched, 1))[0]}
+    if near_decide.has_undecided(plan):
+        matched = outcomes_of("match-again", bands)
+        leaving["settled"] = outcomes_of("settle", inputs(matched, 1))[0]
+    return leaving

@@ -1,0 +1,230 @@
+"""What an ingest is going to do, fixed before it starts: files, chunks, buckets, commits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from system import storage
+from system.config import IngestConfig, RunConfig, SourceConfig
+from system.data.read import sources
+from system.data.read.readers import Piece
+from system.data.read.sources import Chunk, SourceFile
+from system.data.rows.category_maps import category_map_digests, with_category_map
+from system.errors import DataError, StageError
+from system.functions import UserFunction
+from system.rundir import describe_change, flatten
+from system.schema import CORPUS
+
+BUCKET_BYTES = 64 * 2**20
+"""Input, as plain text, that one reduce step holds in memory."""
+MAX_BUCKETS = 65536
+
+_COMPRESSED_GROWTH = 4
+_UNKNOWN_BYTES = 16 * 2**30
+"""Taken for a hub data set that does not tell its size: too many buckets cost less than too few."""
+_DENSE = (".gz", ".zst", ".bz2", ".parquet")
+_PLACE = (
+    pa.field("file", pa.int32(), nullable=False),
+    pa.field("start", pa.int64(), nullable=False),  # of the piece, in the file
+    pa.field("place", pa.int64(), nullable=False),  # row within the piece
+)
+
+SPILL = pa.schema([*CORPUS, pa.field("split", pa.int8(), nullable=False), *_PLACE])
+"""A normalised row on its way to its bucket; (file, start, place) is its place in the input."""
+REJECTED_SPILL = pa.schema(
+    [
+        *_PLACE,
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),
+    ]
+)
+"""A rejected row whose number in the file is not known yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestPlan:
+    """All that a worker has to know."""
+
+    settings: IngestConfig
+    sources: tuple[SourceConfig, ...]
+    files: tuple[SourceFile, ...]
+    chunks: tuple[Chunk, ...]
+    num_buckets: int
+    """Ranges of ids, each reduced on its own; follows from the size of the input alone."""
+    attempt: str
+    """Where the result is written; `work/` below it is removed at the end."""
+    benchmark_uris: tuple[str, ...] = ()
+    filters: tuple[UserFunction, ...] = ()
+
+    def source_of(self, file: int) -> str:
+        """Name of the source that a file belongs to."""
+        return sources.source_name(self.sources[self.files[file].source])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceCount:
+    """What was found in a piece of a file."""
+
+    file: int
+    start: int
+    numbers: int
+    """Row numbers that the piece takes up in its file."""
+    read: int
+    usable: int
+    """Rows that are conversations with labels, whatever becomes of them afterwards."""
+    first_rejected: str
+    """Why the first row was rejected that was no such conversation; empty: none was."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkOutcome:
+    """What became of a chunk's rows; its file is the chunk's commit."""
+
+    index: int
+    read: int
+    kept: int
+    """Rows in the spill, duplicates still among them."""
+    rejected: dict[str, int]
+    examples: tuple[tuple[int, int, int, str, str], ...]
+    """The first rejected rows: file, start of the piece, row within it, reason, detail."""
+    pieces: tuple[PieceCount, ...]
+    batches: dict[int, list[int]]
+    """Bucket -> record batches of the spill file."""
+    rejected_batches: list[int]
+
+
+def source_fingerprint(config: RunConfig) -> dict[str, str]:
+    """Every input file with what tells that it changed: part of the stage's identity.
+
+    Raises:
+        ConfigError: a filter's module is missing.
+        DataError: a source, benchmark or category file is missing.
+    """
+    files = sources.list_files(config.sources, config.data_dir)
+    stamps = {file.uri: file.stamp for file in files}
+    stamps |= {uri: sources.stat(uri)[1] for uri in _benchmark_uris(config)}
+    stamps |= category_map_digests(config.sources, config.data_dir)
+    return stamps | {item.name: item.source_digest() for item in _filters(config)}
+
+
+def plan_ingest(config: RunConfig, attempt: str) -> IngestPlan:
+    """Cuts the input into chunks.
+
+    Raises:
+        DataError: a source is missing, or has no byte to read.
+    """
+    files = sources.list_files(config.sources, config.data_dir)
+    for number, source in enumerate(config.sources):
+        own = [file for file in files if file.source == number]
+        if not any(file.size or file.uri.startswith("hf://") for file in own):
+            raise empty_source(source, [file.uri for file in own])
+    total = sum(_text_bytes(file) for file in files)
+    return IngestPlan(
+        settings=config.ingest,
+        sources=tuple(with_category_map(item, config.data_dir) for item in config.sources),
+        files=tuple(files),
+        chunks=tuple(sources.plan_chunks(files, config.sources, config.ingest.chunk_bytes)),
+        num_buckets=min(max(1, -(-total // BUCKET_BYTES)), MAX_BUCKETS),
+        attempt=attempt,
+        benchmark_uris=tuple(_benchmark_uris(config)),
+        filters=_filters(config),
+    )
+
+
+def _text_bytes(file: SourceFile) -> int:
+    if file.uri.startswith("hf://") and not file.size:
+        return _UNKNOWN_BYTES
+    return file.size * (_COMPRESSED_GROWTH if file.uri.lower().endswith(_DENSE) else 1)
+
+
+def open_plan(config: RunConfig, attempt: str) -> IngestPlan:
+    """The plan of an attempt: written down by the session that begins it, kept by all others.
+
+    What is committed was cut by the first plan.  A data set may tell its size only once it has been
+    read, and with another number of buckets equal rows would lie in different ones.
+
+    Raises:
+        DataError: a source is missing, or has no byte to read.
+        StageError: the attempt was begun with other files or settings.
+    """
+    plan = plan_ingest(config, attempt)
+    uri = storage.join(attempt, "work", "plan.json")
+    given = _givens(plan)
+    if not storage.exists(uri):
+        files, chunks = (list(map(asdict, items)) for items in (plan.files, plan.chunks))
+        cut = {"num_buckets": plan.num_buckets, "files": files, "chunks": chunks}
+        storage.write_json(uri, {"given": given, "cut": cut})
+        return plan
+    value = storage.read_json(uri)
+    if value["given"] != given:
+        raise StageError(
+            f"{uri}: the rows read so far are those of another plan "
+            f"({describe_change(flatten('', value['given']), flatten('', given))}). Run again with "
+            "the files and settings that it was begun with, or start over with --redo."
+        )
+    cut = value["cut"]
+    chunks = [
+        chunk | {"pieces": tuple(Piece(**p) for p in chunk["pieces"])} for chunk in cut["chunks"]
+    ]
+    return replace(
+        plan,
+        num_buckets=cut["num_buckets"],
+        files=tuple(SourceFile(**file) for file in cut["files"]),
+        chunks=tuple(Chunk(**chunk) for chunk in chunks),
+    )
+
+
+def _givens(plan: IngestPlan) -> dict[str, Any]:
+    """What a plan is made from, as JSON gives it back."""
+    return {
+        "ingest": plan.settings.model_dump(mode="json"),
+        "sources": [source.model_dump(mode="json") for source in plan.sources],
+        "files": {f"{file.index} {file.uri}": file.stamp for file in plan.files},
+        "benchmarks": list(plan.benchmark_uris),
+        "filters": {item.name: item.source_digest() for item in plan.filters},
+    }
+
+
+def empty_source(source: SourceConfig, uris: list[str]) -> DataError:
+    """The error for a source without a row."""
+    return DataError(
+        f"source {sources.source_name(source)!r}: expected rows, found none in "
+        f"{', '.join(uris[:3])}{', ...' if len(uris) > 3 else ''}. Remove the source, or give it a "
+        "file with rows."
+    )
+
+
+def _benchmark_uris(config: RunConfig) -> list[str]:
+    return [
+        uri for path in config.ingest.benchmarks for uri in sources.resolve(path, config.data_dir)
+    ]
+
+
+def _filters(config: RunConfig) -> tuple[UserFunction, ...]:
+    return tuple(UserFunction.here(name, "ingest.filters") for name in config.ingest.filters)
+
+
+def chunk_uri(plan: IngestPlan, index: int, ending: str) -> str:
+    """A chunk's file: `json` its commit, `arrow` its rows, `rejected.arrow` its rejected rows."""
+    return storage.join(plan.attempt, "work", "chunks", f"{index:06d}.{ending}")
+
+
+def read_outcome(plan: IngestPlan, index: int) -> ChunkOutcome | None:
+    """The outcome of a chunk that is done, else None."""
+    uri = chunk_uri(plan, index, "json")
+    if not storage.exists(uri):
+        return None
+    value = storage.read_json(uri)
+    value["pieces"] = tuple(PieceCount(**piece) for piece in value["pieces"])
+    value["examples"] = tuple(tuple(example) for example in value["examples"])
+    value["batches"] = {int(bucket): numbers for bucket, numbers in value["batches"].items()}
+    return ChunkOutcome(**value)
+
+
+def bucket_of_heads(heads: np.ndarray, num_buckets: int) -> np.ndarray:
+    """[N] int64: buckets of ids by their first 32 bits `heads` [N]; a bucket is a range of them."""
+    return (heads.astype(np.int64) * num_buckets) >> 32

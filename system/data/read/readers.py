@@ -1,0 +1,304 @@
+"""Files of any kind as numbered raw rows, one after the other, in flat memory.
+
+A reader yields `(row, value)`: the 0-based number of the row within its piece (lines of JSONL,
+elements of an array, records of CSV, rows of a table), and a dict, or a `Defect` where there is a
+row that cannot be read; or the values alone, many at a time, but not many bytes.  Every row of the
+file is yielded exactly once.  What ends in the middle (a truncated archive, an array without its
+bracket) is an error, never a short read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+
+from system import storage
+from system.data.read.blocks import (
+    COMPRESSION_MAGIC,
+    read_blocks,
+    split_lines,
+    split_runs,
+    split_values,
+)
+from system.data.read.csv_rows import read_csv
+from system.data.read.hub import dataset_batches
+from system.data.read.raw_rows import TOO_LONG, Defect, RawRow
+from system.data.read.tables import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    arrow_batches,
+    parquet_batches,
+    rows_of_batches,
+)
+from system.errors import DataError
+
+HUB = "hub"
+DATASET = "dataset"
+
+_HEAD_BYTES = 1 << 20
+_SNIFFED_BYTES = 64
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_NEVER_EMPTY = (".gz", ".zst", ".bz2", ".parquet", ".arrow", ".feather")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_decode = msgspec.json.Decoder().decode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A file, or a range of it."""
+
+    file: int
+    """Place of the file in the input's order."""
+    uri: str
+    stamp: str
+    """What `system.data.read.sources.stat` said when the run was planned."""
+    start: int = 0
+    end: int | None = None
+    """Bytes of JSONL, row groups of Parquet, record batches of an Arrow file, rows of a data set;
+    None: to the end."""
+
+
+class FileKind(NamedTuple):
+    """How a file is to be read."""
+
+    name: str
+    """lines | values | array | csv | tsv | parquet | arrow | dataset | hub."""
+    compression: str | None
+
+
+def file_kind(uri: str) -> FileKind:
+    """Looks at the file's first bytes, and at its name where they leave a choice.
+
+    Raises:
+        DataError: the file is of no known kind.
+    """
+    if uri.startswith("hf://"):
+        return FileKind(HUB, None)
+    path = storage.local_path(uri)
+    if path is not None and path.is_dir():
+        return FileKind(DATASET, None)
+    try:
+        with storage.open_input(uri) as file:
+            head = file.read(_SNIFFED_BYTES)
+    except OSError:
+        # Object stores have no directories to open; asking first would cost every file a request.
+        if path is None and storage.list_names(uri):
+            return FileKind(DATASET, None)
+        raise
+    if head.startswith(_LFS_POINTER):
+        raise DataError(
+            f"{uri}: expected data, found a Git LFS pointer: the file itself was never fetched. "
+            "Fetch it: git lfs pull"
+        )
+    if head.startswith(b"PAR1"):
+        return FileKind("parquet", None)
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return FileKind("arrow", None)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(
+            f"{uri}: expected UTF-8, found UTF-16. Convert it: iconv -f UTF-16 -t UTF-8"
+        )
+    compression = next(
+        (name for name, magic in COMPRESSION_MAGIC.items() if head.startswith(magic)), None
+    )
+    name = uri.lower()
+    if not head and name.endswith(_NEVER_EMPTY):
+        raise DataError(
+            f"{uri}: expected what its name says, found 0 bytes; even without rows such a file has "
+            "some. It is damaged; fetch or write it again."
+        )
+    for ending in (".gz", ".zst", ".bz2"):
+        name = name.removesuffix(ending)
+    if name.endswith(".tsv"):
+        return FileKind("tsv", compression)
+    if name.endswith(".csv"):
+        return FileKind("csv", compression)
+    if name.endswith((".parquet", ".arrow", ".feather")):
+        raise DataError(
+            f"{uri}: its name says Parquet or Arrow, but it starts with {head[:8]!r}. It is "
+            "damaged; fetch or write it again."
+        )
+    return FileKind(_json_kind(uri, compression), compression)
+
+
+def _json_kind(uri: str, compression: str | None) -> str:
+    head = b""
+    for block in read_blocks(uri, compression):
+        head += block
+        if len(head) >= _HEAD_BYTES:
+            break
+    head = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
+    if head.startswith(b"["):
+        return "array"
+    if not head.startswith(b"{"):
+        return "lines"
+    lines = head.split(b"\n")
+    is_whole = len(lines) == 1 or any(
+        line.startswith(b"{") and _is_object(line) for line in lines[:8]
+    )
+    return "lines" if is_whole or len(lines[0].strip()) > 1 else "values"
+
+
+def _is_object(line: bytes) -> bool:
+    value = decode_row(line)
+    return not isinstance(value, Defect)
+
+
+def decode_row(line: bytes) -> dict[str, Any] | Defect:
+    """One JSON object.  NaN and Infinity, which some writers leave in numbers, are read too."""
+    try:
+        value = _decode(line)
+    except UnicodeDecodeError as error:
+        return Defect("bad-utf8", f"byte {error.object[error.start]:#04x} is not UTF-8")
+    except RecursionError:
+        return Defect("bad-json", "nested too deeply")
+    except msgspec.DecodeError as strict:
+        try:
+            value = json.loads(line)
+        except UnicodeDecodeError as error:
+            return Defect("bad-utf8", f"byte {line[error.start]:#04x} is not UTF-8")
+        except (ValueError, RecursionError):
+            return Defect("bad-json", f"{strict}: {_excerpt(line)}")
+    if type(value) is not dict:
+        return Defect("bad-json", f"expected an object, found a {type(value).__name__}")
+    return value
+
+
+def _excerpt(line: bytes) -> str:
+    text = line[:80].decode("utf-8", "replace")
+    return text + ("..." if len(line) > 80 else "")
+
+
+def read_rows(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | Defect]]:
+    """All rows of a piece with their numbers, counted from 0.
+
+    Raises:
+        DataError: the file is damaged, cut off, or of no known kind.
+    """
+    for number, row in read_numbers(piece):
+        if row is not None:
+            yield number, row
+
+
+def read_numbers(piece: Piece) -> Iterator[tuple[int, RawRow]]:
+    """The same with an entry for every number: None is an empty line, which is no row."""
+    kind = file_kind(piece.uri)
+    if kind.name == "lines":
+        return enumerate(map(_decode_line, _lines(piece, kind)))
+    if kind.name in _ONE_BY_ONE:
+        data = read_blocks(piece.uri, kind.compression)
+        return enumerate(_ONE_BY_ONE[kind.name](data, kind, piece.uri))
+    return enumerate(itertools.chain.from_iterable(_table_batches(piece, kind)))
+
+
+def read_batches(piece: Piece) -> Iterator[list[RawRow]]:
+    """The same, many at a time: the first one has number 0, and no number is left out.
+
+    What stands before a damaged place is yielded before the error.
+    """
+    kind = file_kind(piece.uri)
+    if kind.name == "lines":
+        return _line_batches(piece, kind)
+    if kind.name in _ONE_BY_ONE:
+        data = _Counted(read_blocks(piece.uri, kind.compression))
+        return _batches(_ONE_BY_ONE[kind.name](data, kind, piece.uri), data)
+    return _table_batches(piece, kind)
+
+
+def _batches(values: Iterator[RawRow], data: _Counted) -> Iterator[list[RawRow]]:
+    batch: list[RawRow] = []
+    full = BATCH_BYTES
+    try:
+        for value in values:
+            batch.append(value)
+            if len(batch) == BATCH_ROWS or data.num_bytes > full:
+                yield batch
+                batch, full = [], data.num_bytes + BATCH_BYTES
+    except DataError:
+        yield batch
+        raise
+    yield batch
+
+
+def _table_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
+    if kind.name == "parquet":
+        batches = parquet_batches(piece.uri, piece.start, piece.end)
+        return rows_of_batches(batches, piece.uri)
+    if kind.name == "arrow":
+        return rows_of_batches(arrow_batches(piece.uri, piece.start, piece.end), piece.uri)
+    batches = dataset_batches(piece.uri, kind.name == HUB, piece.start, piece.end)
+    return rows_of_batches(batches, piece.uri)
+
+
+def _lines(piece: Piece, kind: FileKind) -> Iterator[bytes | None]:
+    blocks = read_blocks(piece.uri, kind.compression, piece.start)
+    for number, line in enumerate(split_lines(blocks, piece.start, piece.end)):
+        is_start = number == 0 and piece.start == 0
+        yield line.removeprefix(_BYTE_ORDER_MARK) if line and is_start else line
+
+
+def _decode_line(line: bytes | None) -> RawRow:
+    if line is None:
+        return TOO_LONG
+    return None if not line or line.isspace() else decode_row(line)
+
+
+def _line_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
+    blocks = read_blocks(piece.uri, kind.compression, piece.start)
+    is_start = piece.start == 0
+    for run in split_runs(blocks, piece.start, piece.end):
+        if run is None:
+            yield [TOO_LONG]
+        else:
+            yield decode_lines(run.removeprefix(_BYTE_ORDER_MARK) if is_start else run)
+        is_start = False
+
+
+def decode_lines(run: bytes) -> list[RawRow]:
+    """What each line holds: an object, a defect, or None where there is nothing."""
+    lines = run.split(b"\n")
+    try:
+        values = [_decode(line) for line in lines]
+        if set(map(type, values)) == {dict}:
+            return values
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    return [_decode_line(line) for line in lines]
+
+
+class _Counted:
+    """Blocks of a file, and how many bytes of them were taken."""
+
+    def __init__(self, data: Iterator[bytes]) -> None:
+        self._data = data
+        self.num_bytes = 0
+
+    def __iter__(self) -> _Counted:
+        return self
+
+    def __next__(self) -> bytes:
+        block = next(self._data)
+        self.num_bytes += len(block)
+        return block
+
+
+def _read_values(data: Iterator[bytes], kind: FileKind, where: str) -> Iterator[RawRow]:
+    for value in split_values(data, is_array=kind.name == "array", where=where):
+        yield TOO_LONG if value is None else decode_row(value)
+
+
+def _read_csv(data: Iterator[bytes], kind: FileKind, where: str) -> Iterator[RawRow]:
+    return read_csv(data, "\t" if kind.name == "tsv" else ",", where)
+
+
+_ONE_BY_ONE: dict[str, Callable[[Iterator[bytes], FileKind, str], Iterator[RawRow]]] = {
+    "array": _read_values,
+    "values": _read_values,
+    "csv": _read_csv,
+    "tsv": _read_csv,
+}

@@ -1,0 +1,279 @@
+"""Which files a run reads, how to notice that they changed, and how to cut them into chunks.
+
+The order of sources, then of files by path, then of rows is the order of the whole input: it
+decides which of two equal rows is kept.  A chunk is one actor's unit of work: a byte range of a big
+plain JSONL file, row groups of a big Parquet file, record batches of a big Arrow file, rows of a
+big data set, a whole file that cannot be cut, or many small files together.  The cut never shows in
+the result.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from system import storage
+from system.config import SourceConfig
+from system.data.read.hub import count_rows, stat_hub
+from system.data.read.readers import DATASET, HUB, Piece, file_kind
+from system.data.read.tables import count_arrow_batches
+from system.errors import DataError
+
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".csv", ".tsv")
+_COMPRESSIONS = (".gz", ".zst", ".bz2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFile:
+    """One file (or one `datasets` data set) of a source."""
+
+    index: int
+    """Place in the input's order, over all sources."""
+    source: int
+    """Index into the configuration's sources."""
+    uri: str
+    size: int
+    """Bytes; of a data set, of its Arrow files."""
+    stamp: str
+    """Changes when the content does: size with mtime, ETag or data set fingerprint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """One unit of reading."""
+
+    index: int
+    source: int
+    pieces: tuple[Piece, ...]
+    max_rows: int | None = None
+    """Stop after that many rows, all pieces together."""
+
+
+def source_name(source: SourceConfig) -> str:
+    """How reports call the source."""
+    if source.name:
+        return source.name
+    name = source.path.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
+    return name if name.startswith(".") else name.split(".")[0] or name
+
+
+def list_files(sources: Sequence[SourceConfig], data_dir: str) -> list[SourceFile]:
+    """All files of all sources, in the input's order.
+
+    Raises:
+        DataError: a source has no file.
+    """
+    found: list[SourceFile] = []
+    for number, source in enumerate(sources):
+        uris = resolve(source.path, data_dir)
+        for uri in uris:
+            size, stamp = stat(uri)
+            found.append(
+                SourceFile(index=len(found), source=number, uri=uri, size=size, stamp=stamp)
+            )
+    return found
+
+
+def locate(path: str, data_dir: str) -> str:
+    """The absolute address of a path that may be relative to `data_dir`."""
+    uri = path if "://" in path or path.startswith("/") else storage.join(data_dir, path)
+    uri = storage.absolute(uri)
+    local = storage.local_path(uri)
+    return uri if local is None else os.path.normpath(str(local))
+
+
+def resolve(path: str, data_dir: str) -> list[str]:
+    """The files that a source's path names, sorted.
+
+    Raises:
+        DataError: there is none.
+    """
+    if path.startswith("hf://"):
+        return [path]
+    uri = locate(path, data_dir)
+    if glob.has_magic(path) and not storage.exists(uri):
+        pattern = locate(path, glob.escape(storage.absolute(data_dir)))
+        files = [name for name in _glob(pattern) if _is_data_file(name)]
+        if not files:
+            raise DataError(f"{path!r}: no data file matches {uri}; a data file ends in {_known()}")
+        return sorted(files)
+    if not storage.exists(uri):
+        raise DataError(
+            f"{path!r}: expected a file or directory, found nothing at {uri}. Correct `path` of "
+            "this source, or `data_dir`, from which relative paths start."
+        )
+    if not _is_directory(uri):
+        return [uri]
+    if {"dataset_dict.json", "state.json"} & set(storage.list_names(uri)):
+        return [uri]
+    files = [name for name in _files_below(uri) if _is_data_file(name)]
+    if not files:
+        raise DataError(f"{uri}: the directory holds no data file; a data file ends in {_known()}")
+    return sorted(files)
+
+
+def _known() -> str:
+    return f"{', '.join(_ENDINGS)}, each perhaps with {', '.join(_COMPRESSIONS)}"
+
+
+def _is_data_file(uri: str) -> bool:
+    parts = PurePosixPath(uri).parts
+    name = parts[-1].lower()
+    for ending in _COMPRESSIONS:
+        name = name.removesuffix(ending)
+    is_hidden = any(part.startswith((".", "_")) for part in parts[-1:])
+    is_about = name in {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+    return name.endswith(_ENDINGS) and not is_hidden and not is_about
+
+
+def _is_directory(uri: str) -> bool:
+    path = storage.local_path(uri)
+    if path is not None:
+        return path.is_dir()
+    filesystem, key = fsspec.core.url_to_fs(uri)
+    return filesystem.isdir(key)
+
+
+def _files_below(uri: str) -> list[str]:
+    if storage.local_path(uri) is not None:
+        return _glob(storage.join(glob.escape(uri), "**"))
+    filesystem, key = fsspec.core.url_to_fs(uri)
+    return [filesystem.unstrip_protocol(name) for name in filesystem.find(key)]
+
+
+def _glob(pattern: str) -> list[str]:
+    if storage.local_path(pattern) is not None:
+        return [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+    filesystem, key = fsspec.core.url_to_fs(pattern)
+    return [
+        filesystem.unstrip_protocol(name)
+        for name in filesystem.glob(key)
+        if not filesystem.isdir(name)
+    ]
+
+
+def stat(uri: str) -> tuple[int, str]:
+    """Size in bytes, and a stamp that changes when the content does."""
+    if uri.startswith("hf://"):
+        return stat_hub(uri)
+    path = storage.local_path(uri)
+    if path is None:
+        filesystem, key = fsspec.core.url_to_fs(uri)
+        filesystem.invalidate_cache()
+        info = filesystem.info(key)
+        if info.get("type") == "directory":
+            found = filesystem.find(key, detail=True)
+            text = "\n".join(f"{name} {_version(found[name])}" for name in sorted(found))
+            total = sum(int(item["size"]) for item in found.values())
+            return total, f"{total}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+        return int(info["size"]), _version(info)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        stats = [file.stat() for file in files]
+        total = sum(item.st_size for item in stats)
+        return total, f"{total}-{max(item.st_mtime_ns for item in stats)}-{len(stats)}"
+    found = path.stat()
+    return found.st_size, f"{found.st_size}-{found.st_mtime_ns}"
+
+
+def _version(info: dict[str, Any]) -> str:
+    marks = ("ETag", "etag", "mtime", "LastModified", "created")
+    return f"{info['size']}-{next((str(info[name]) for name in marks if info.get(name)), '')}"
+
+
+def plan_chunks(
+    files: Sequence[SourceFile], sources: Sequence[SourceConfig], chunk_bytes: int
+) -> list[Chunk]:
+    """Cuts and groups the files into chunks of about `chunk_bytes` on disk."""
+    chunks: list[Chunk] = []
+    for number, source in enumerate(sources):
+        own = [file for file in files if file.source == number]
+        if source.max_rows is not None:
+            pieces = tuple(_whole(file) for file in own)
+            groups: Iterator[tuple[Piece, ...]] = iter([pieces])
+        else:
+            groups = _groups(own, chunk_bytes)
+        for pieces in groups:
+            chunks.append(
+                Chunk(index=len(chunks), source=number, pieces=pieces, max_rows=source.max_rows)
+            )
+    return chunks
+
+
+def _whole(file: SourceFile) -> Piece:
+    return Piece(file=file.index, uri=file.uri, stamp=file.stamp)
+
+
+def _groups(files: Sequence[SourceFile], chunk_bytes: int) -> Iterator[tuple[Piece, ...]]:
+    waiting: list[Piece] = []
+    held = 0
+    for file in files:
+        if held and held + file.size > chunk_bytes:
+            yield tuple(waiting)
+            waiting, held = [], 0
+        if file.size > chunk_bytes:
+            yield from ((piece,) for piece in _cut(file, chunk_bytes))
+        else:
+            waiting.append(_whole(file))
+            held += file.size
+    if waiting:
+        yield tuple(waiting)
+
+
+def _cut(file: SourceFile, chunk_bytes: int) -> Iterator[Piece]:
+    """Ranges of one big file; the whole of it where it cannot be read from the middle."""
+    kind = file_kind(file.uri)
+    if kind.name == "lines" and kind.compression is None:
+        for start in range(0, file.size, chunk_bytes):
+            end = min(start + chunk_bytes, file.size)
+            yield Piece(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
+    elif kind.name == "parquet":
+        for start, end in _row_group_ranges(file.uri, chunk_bytes):
+            yield Piece(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
+    elif count := _count_parts(file.uri, kind.name):
+        parts = min(count, math.ceil(file.size / chunk_bytes))
+        ends = [count * (k + 1) // parts for k in range(parts)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            yield Piece(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
+    else:
+        yield _whole(file)
+
+
+def _count_parts(uri: str, kind: str) -> int | None:
+    """Record batches of an Arrow file, rows of a data set; None where it has to be read whole."""
+    if kind == "arrow":
+        return count_arrow_batches(uri)
+    if kind not in (DATASET, HUB):
+        return None
+    return count_rows(uri, kind == HUB)
+
+
+def _row_group_ranges(uri: str, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+    metadata = _parquet_metadata(uri)
+    start, held = 0, 0
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).total_byte_size
+        if held and held + size > chunk_bytes:
+            yield start, group
+            start, held = group, 0
+        held += size
+    if start < metadata.num_row_groups or not metadata.num_row_groups:
+        yield start, metadata.num_row_groups
+
+
+def _parquet_metadata(uri: str) -> Any:
+    try:
+        with storage.open_input(uri) as file:
+            return pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{uri}: expected a Parquet file; it cannot be read: {error}") from error

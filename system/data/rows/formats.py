@@ -1,0 +1,145 @@
+"""The shapes in which people keep instruction data, and how to tell which one a file has.
+
+How a row of each shape becomes a list of turns is `system.data.rows.shapes`' business, and what a
+conversation must look like, and how its text is normalised, is `system.data.rows.conversation`'s.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from system.config import SourceConfig
+from system.data.rows import shapes
+from system.data.rows.conversation import Turn
+from system.data.rows.shapes import Row, Shape
+from system.errors import DataError
+
+_MESSAGE_OF_A_TREE = {"message_id", "parent_id", "text", "role"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A known shape."""
+
+    name: str
+    keys: str
+    """What its rows look like, for error messages."""
+    recognises: Callable[[Row], bool]
+    turns: Shape
+
+
+def _has_any(row: Row, keys: Sequence[str]) -> bool:
+    return any(key in row for key in keys)
+
+
+def _is_list(row: Row, *keys: str) -> bool:
+    values = [row.get(key) for key in keys]
+    return any(
+        isinstance(value, list) or (isinstance(value, str) and value.startswith("[{"))
+        for value in values
+    )
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(
+        name="messages",
+        keys="messages: [{role, content}, ...]",
+        recognises=lambda row: _is_list(row, "messages"),
+        turns=shapes.messages,
+    ),
+    Format(
+        name="sharegpt",
+        keys="conversations: [{from, value}, ...]",
+        recognises=lambda row: _is_list(row, *shapes.CONVERSATIONS),
+        turns=shapes.sharegpt,
+    ),
+    Format(
+        name="preference",
+        keys="chosen, rejected [, prompt]",
+        recognises=lambda row: "chosen" in row and "rejected" in row,
+        turns=shapes.preference,
+    ),
+    Format(
+        name="threads",
+        keys="data: [text, ...] or prompt: {text, role, replies}",
+        recognises=lambda row: (
+            isinstance(row.get("data"), list)
+            or (isinstance(row.get("prompt"), Mapping) and "replies" in row["prompt"])
+        ),
+        turns=shapes.threads,
+    ),
+    Format(
+        name="alpaca",
+        keys="instruction [, input], output",
+        recognises=lambda row: "instruction" in row and _has_any(row, shapes.ALPACA_RESPONSES),
+        turns=shapes.alpaca,
+    ),
+    Format(
+        name="prompt-completion",
+        keys="prompt, completion",
+        recognises=lambda row: "prompt" in row and _has_any(row, shapes.COMPLETIONS),
+        turns=shapes.prompt_completion,
+    ),
+    Format(
+        name="question-answer",
+        keys="question, answer",
+        recognises=lambda row: "question" in row and _has_any(row, shapes.ANSWERS),
+        turns=shapes.question_answer,
+    ),
+)
+"""Known shapes; where a row fits several, the first one is meant."""
+
+
+def columns_format(columns: Mapping[str, str]) -> Format:
+    """The shape in which `columns` names the prompt, the response and perhaps the system text."""
+    prompt, response, system = columns["prompt"], columns["response"], columns.get("system")
+
+    def turns(row: Row) -> list[Turn]:
+        before = [("system", shapes.optional_text_of(row, system))] if system is not None else []
+        return [
+            *before,
+            ("user", shapes.text_of(row, prompt)),
+            ("assistant", shapes.text_of(row, response)),
+        ]
+
+    return Format(
+        name="columns",
+        keys=", ".join(columns.values()),
+        recognises=lambda row: prompt in row and response in row,
+        turns=turns,
+    )
+
+
+def choose_format(source: SourceConfig, first_rows: Sequence[Row], where: str) -> Format:
+    """The shape that the source names, else the one that most of a file's first rows have.
+
+    Raises:
+        DataError: no known shape fits; the message shows the keys found and the known shapes.
+    """
+    if source.format == "columns":
+        return columns_format(source.columns)
+    if source.format != "auto":
+        return next(known for known in FORMATS if known.name == source.format)
+    if first_rows and all(row.keys() >= _MESSAGE_OF_A_TREE for row in first_rows):
+        raise DataError(
+            f"{where}: expected a conversation a row, found one message of a tree a row "
+            "(message_id, parent_id, text, role), as OpenAssistant's hub data sets have them. Join "
+            "each tree's messages into one row `{prompt: {text, role, replies: [...]}}` (format "
+            "`threads`; docs/data.md has the few lines that do it), or take a file of trees."
+        )
+    votes = Counter(
+        next((known.name for known in FORMATS if known.recognises(row)), None) for row in first_rows
+    )
+    votes.pop(None, None)
+    if not votes:
+        keys = sorted({key for row in first_rows for key in row})
+        known = "; ".join(f"{item.name} ({item.keys})" for item in FORMATS)
+        raise DataError(
+            f"{where}: unknown format. Its first rows have the keys {keys}, which fit none of the "
+            f"known formats: {known}. Set `format` of this source, or `format: columns` with "
+            "`columns: {prompt: ..., response: ...}`."
+        )
+    best = max(votes.values())
+    return next(known for known in FORMATS if votes.get(known.name) == best)

@@ -1,0 +1,193 @@
+"""What a row brings besides its conversation: category, answer, score, embedding."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from system.config import SourceConfig
+from system.data.rows.conversation import RowRejected, find_answer
+from system.errors import DataError
+
+_MAX_KNOWN = 10_000
+_MAX_FLOAT32 = 3.4028235e38
+
+
+class LabelColumns(NamedTuple):
+    """Labels of many rows, a list each; a rejected row has None everywhere."""
+
+    category: list[str | None]
+    answer: list[str | None]
+    answer_pattern: list[str | None]
+    score: list[float | None]
+    embedding: list[list[float] | None]
+
+    def keep(self, rows: Sequence[int]) -> LabelColumns:
+        """Those of the rows with these numbers."""
+        columns: list[list[Any]] = list(self)
+        return LabelColumns(*([column[row] for row in rows] for column in columns))
+
+
+class Labels:
+    """Category, verifiable answer, score and embedding of rows, as their source says."""
+
+    def __init__(self, source: SourceConfig) -> None:
+        assert isinstance(source.category_map, dict), "the plan has read the map"
+        self._source = source
+        self._names = source.category_map
+        self._fixed: str | None = None
+        self._known: dict[str, str | None] = {}
+        self._is_plain = (
+            source.answer_column is None
+            and source.answer_pattern is None
+            and source.score_column is None
+            and source.embedding_column is None
+        )
+
+    @property
+    def need_response(self) -> bool:
+        """Whether `of` looks at the responses."""
+        return self._source.answer_pattern is not None and self._source.answer_column is None
+
+    def open_file(self, uri: str) -> None:
+        """Takes what the file's path says.
+
+        Raises:
+            DataError: `category_pattern` does not match the path, or finds an unknown category.
+        """
+        source = self._source
+        self._fixed = source.category
+        if source.category_pattern is not None:
+            match = re.search(source.category_pattern, uri)
+            if match is None:
+                raise DataError(
+                    f"{uri}: expected its path to match category_pattern "
+                    f"{source.category_pattern!r}, which names its category; it does not. Correct "
+                    "the pattern or narrow the source's path."
+                )
+            try:
+                self._fixed = self._mapped(match["category"])
+            except RowRejected as why:
+                raise DataError(f"{uri}: {why.detail}, which is what its path names") from None
+
+    def of(
+        self, rows: Sequence[dict[str, Any]], responses: Sequence[bytes]
+    ) -> tuple[LabelColumns, list[tuple[int, RowRejected]]]:
+        """Labels of the rows, and which rows have a column that holds what cannot be meant.
+
+        Args:
+            rows: raw.
+            responses: the last turn of each; may be left out where `need_response` is false.
+        """
+        columns = LabelColumns([], [], [], [], [])
+        rejected: list[tuple[int, RowRejected]] = []
+        nothing: list[Any] = [None] * len(rows)
+        if self._is_plain and self._source.category_column is None:
+            return LabelColumns([self._fixed] * len(rows), *(nothing,) * 4), rejected
+        for number, row in enumerate(rows):
+            try:
+                columns.category.append(self._category(row))
+                if not self._is_plain:
+                    _append(columns, self._others(row, responses[number] if responses else b""))
+            except RowRejected as why:
+                rejected.append((number, why))
+                _fill(columns, number + 1)
+        if self._is_plain:
+            columns = LabelColumns(columns.category, *(nothing,) * 4)
+        return columns, rejected
+
+    def _category(self, row: dict[str, Any]) -> str | None:
+        column = self._source.category_column
+        if column is None:
+            return self._fixed
+        value = row.get(column)
+        if type(value) is not str:
+            return self._mapped(_label(row, column))
+        if value not in self._known:
+            found = self._mapped(_label(row, column))
+            if len(self._known) >= _MAX_KNOWN:
+                return found
+            self._known[value] = found
+        return self._known[value]
+
+    def _others(
+        self, row: dict[str, Any], response: bytes
+    ) -> tuple[str | None, str | None, float | None, list[float] | None]:
+        source = self._source
+        answer = None
+        if source.answer_column is not None:
+            answer = _label(row, source.answer_column)
+        elif source.answer_pattern is not None:
+            answer = find_answer(source.answer_pattern, response.decode())
+        pattern = source.answer_pattern if answer is not None else None
+        vector = _vector(row, source.embedding_column)
+        return answer, pattern, _score(row, source.score_column), vector
+
+    def _mapped(self, category: str | None) -> str | None:
+        if category is None:
+            return None
+        category = category.strip()
+        found = self._names.get(category)
+        if found is None and category and self._source.category_unmapped != "keep" and self._names:
+            if self._source.category_unmapped == "untagged":
+                return None
+            raise RowRejected("unknown-category", f"category_map does not have {category!r}")
+        return (category if found is None else found) or None
+
+
+def _append(columns: LabelColumns, values: tuple[Any, ...]) -> None:
+    column: list[Any]
+    for column, value in zip(columns[1:], values, strict=True):
+        column.append(value)
+
+
+def _fill(columns: LabelColumns, length: int) -> None:
+    column: list[Any]
+    for column in columns:
+        del column[length - 1 :]
+        column.append(None)
+
+
+def _label(row: dict[str, Any], column: str) -> str | None:
+    """A short text from a column; None where it is missing or empty."""
+    value = row.get(column)
+    if value is None:
+        return None
+    if not isinstance(value, str | int | float):
+        raise RowRejected("missing-field", f"{column!r} holds a {type(value).__name__}, not text")
+    text = str(value).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowRejected("bad-utf8", f"{column!r} holds half of a surrogate pair") from None
+    return text or None
+
+
+def _score(row: dict[str, Any], column: str | None) -> float | None:
+    value = row.get(column) if column is not None else None
+    if value is None or value == "":
+        return None
+    try:
+        # One that is not finite stays as it is: stage `select` quarantines and counts the row.
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise RowRejected(
+            "missing-field", f"{column!r} holds {reprlib.repr(value)}, not a number"
+        ) from None
+
+
+def _vector(row: dict[str, Any], column: str | None) -> list[float] | None:
+    value = row.get(column) if column is not None else None
+    if value is None:
+        return None
+    try:
+        vector = [float(item) for item in value] if isinstance(value, list) else []
+    except (TypeError, ValueError, OverflowError):
+        vector = []
+    if not vector or not all(abs(item) <= _MAX_FLOAT32 for item in vector):
+        raise RowRejected(
+            "missing-field", f"{column!r} holds {reprlib.repr(value)}, not a list of finite numbers"
+        )
+    return vector

@@ -1,0 +1,1 @@
+"""Effects of new categories, added to a finished matrix."""

@@ -1,0 +1,173 @@
+"""The finished influence result that `influence.append` adds to: which, whether it may, its files.
+
+    record.json of the stage ──> appends_to ──> name of an attempt, part of the new fingerprint
+    that attempt's files     ──> Earlier    ──> its design, schedules, held-out rows, scores
+
+An appended result is itself a finished one, so appends may follow each other; what an attempt does
+not have (checkpoints) is looked for in the one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from system import storage
+from system.config import InfluenceConfig
+from system.data.corpus import Corpus
+from system.errors import ConfigError
+from system.influence.append.append import Holding, earlier_unit, measured_ids, what_holds
+from system.influence.design.design import Design, Unit
+from system.rundir import RunDir, StageRecord, describe_change, fingerprint, flatten
+from system.stages import STAGE_FOLDERS
+from system.training.plan import TrainPlan, read_plan
+
+APPENDS_TO = "append.to"
+"""Name of the input that holds the earlier attempt."""
+_FOLDER = STAGE_FOLDERS["influence"]
+_FREE = {
+    "influence.confidence", "influence.gamma_floor", "influence.gamma_max_width",
+    "influence.min_agreement", APPENDS_TO,
+}  # fmt: skip
+"""Inputs that may differ from the earlier result: they analyse what was measured."""
+
+
+def appends_to(run_dir: RunDir, inputs: Mapping[str, Any], model_path: str) -> dict[str, str]:
+    """What an influence stage with these inputs appends to, as a further input.
+
+    The committed result, or a result before it, may be that of these very inputs: it stays so.
+    Otherwise the committed one is added to; without one everything is measured.
+
+    Args:
+        run_dir: where the results are.
+        inputs: all others of the stage.
+        model_path: `model.path`.
+
+    Raises:
+        ConfigError: the committed result was measured in another way.
+    """
+    committed = run_dir.read_record(_FOLDER)
+    record, wanted = committed, fingerprint(inputs)
+    while record is not None:
+        if fingerprint({k: v for k, v in record.inputs.items() if k != APPENDS_TO}) == wanted:
+            return _input(record.inputs.get(APPENDS_TO))
+        before = record.inputs.get(APPENDS_TO)
+        record = None if before is None else run_dir.read_attempt_record(_FOLDER, before)
+    if committed is None:
+        return {}
+    _check_same_way(run_dir, committed, inputs, model_path)
+    return _input(committed.fingerprint)
+
+
+def _input(name: str | None) -> dict[str, str]:
+    return {} if name is None else {APPENDS_TO: name}
+
+
+def _check_same_way(
+    run_dir: RunDir, record: StageRecord, inputs: Mapping[str, Any], model_path: str
+) -> None:
+    """Whether runs of today and those of the result can stand in one matrix."""
+    defaults = flatten("influence", InfluenceConfig().model_dump(mode="json"))
+    before = _what_measures({**defaults, **record.inputs})
+    now = _what_measures({**defaults, **inputs})
+    changes = [describe_change(before, now)] if before != now else []
+    folder, name = STAGE_FOLDERS["model"], "after.model"
+    if record.inputs[name] != inputs[name]:
+        models = [
+            run_dir.read_attempt_record(folder, value[name]) for value in (record.inputs, inputs)
+        ]
+        files = [_what_measures({} if model is None else model.inputs) for model in models]
+        if model_path.startswith("builtin:"):
+            changes.append(f"{model_path} is built from the corpus, so it is another model now")
+        elif not all(files) or files[0] != files[1]:
+            changes.append(f"the model: {describe_change(*files)}")
+    if changes:
+        raise ConfigError(
+            "influence.append: expected the settings with which the earlier result "
+            f"{_FOLDER}/{record.fingerprint} was measured, found other ones ({'; '.join(changes)}),"
+            " so new runs cannot be compared with its own. Undo the change, or set "
+            "influence.append to false to measure all categories anew."
+        )
+
+
+def _what_measures(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in inputs.items()
+        if not name.startswith(("after.", "solve.importance")) and name not in _FREE
+    }
+
+
+class Earlier:
+    """The files of a finished influence attempt.
+
+    Args:
+        attempts_uri: directory of all attempts of the stage.
+        name: of the attempt.
+    """
+
+    def __init__(self, attempts_uri: str, name: str) -> None:
+        self._attempts_uri = attempts_uri
+        self.name = name
+        self.uri = storage.join(attempts_uri, name)
+        uri = storage.join(self.uri, "design.json")
+        if not storage.exists(uri):
+            raise ConfigError(
+                f"influence.append: expected the earlier result at {self.uri}, found no "
+                "design.json there. Set influence.append to false to measure all categories anew."
+            )
+        self.design = Design.from_json(storage.read_json(uri), uri)
+
+    @cached_property
+    def before(self) -> Earlier | None:
+        """What this one was appended to."""
+        append = self.design.append
+        return None if append is None else Earlier(self._attempts_uri, append.earlier)
+
+    def heldout(self) -> pa.Table:
+        """Its held-out rows, category = name of the target."""
+        return storage.read_table(storage.join(self.uri, "heldout.arrow"))
+
+    def plans(self, replication: int) -> dict[str, TrainPlan]:
+        """Its schedules of a replication: `main`, and where it has them `warm` and `append`."""
+        found = self.design.replications[replication]
+        kinds = {"main": True, "warm": found.warm_sha256, "append": found.append_sha256}
+        folder = storage.join(self.uri, "plans")
+        return {
+            kind: read_plan(storage.join(folder, f"r{replication:02d}-{kind}.arrow"))
+            for kind, is_there in kinds.items()
+            if is_there
+        }
+
+    def holding(self, corpus: Corpus) -> Holding:
+        """What of it still holds for a corpus.
+
+        Raises:
+            DataError: nothing does.
+        """
+        plans = [
+            plan
+            for replication in self.design.replications
+            for plan in self.plans(replication.index).values()
+        ]
+        return what_holds(self.design, measured_ids(self.design, plans, self.heldout()), corpus)
+
+    def scores(self, unit: Unit) -> pa.Table:
+        """The scores of one of its runs."""
+        return storage.read_table(storage.join(self.uri, "scores", f"{unit.name}.parquet"))
+
+    def training(self, unit: Unit) -> dict[str, Any]:
+        """What the training of one of its units took."""
+        return storage.read_json(storage.join(self.uri, "units", f"{unit.name}.json"))
+
+    def checkpoint(self, unit: Unit) -> str | None:
+        """Where the weights of one of its units are kept (`influence.keep_checkpoints`)."""
+        uri = storage.join(self.uri, "checkpoints", unit.name)
+        if storage.exists(uri):
+            return uri
+        before = self.before
+        known = None if before is None else earlier_unit(self.design, before.design, unit)
+        return None if before is None or known is None else before.checkpoint(known)

@@ -1,0 +1,1 @@
+"""Estimator auto: which design goes on, and when to stop."""

@@ -1,0 +1,1 @@
+"""Which runs are made: doses, schedules, held-out rows, cost."""

@@ -1,0 +1,1 @@
+"""How one run is made and scored: ledger, proxy, gradients."""

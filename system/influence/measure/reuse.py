@@ -1,0 +1,97 @@
+"""Finished runs that still hold: scores kept by what decided them, for all attempts of the stage.
+
+    attempt A ── scores of a run ──> influence/shared/<key>.parquet ──> attempt B, untrained
+
+A run's scores depend on its schedule, its mask, the training settings, the model and the held-out
+rows, and on nothing else; `run_key` hashes exactly these.  So a change of the analysis (confidence,
+thresholds of gamma) or one more replication measures again only what is new, whichever field of the
+configuration changed, and a change that matters finds nothing.  Warm-ups leave their costs alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from system import storage
+from system.influence.design.design import Design, Unit
+from system.training.settings import TrainSettings
+
+FORMAT = 1
+"""Raised whenever the code changes what a training or a scoring gives."""
+
+
+def heldout_digest(heldout: pa.Table) -> str:
+    """SHA-256 over the content of the held-out rows, not over a file's bytes."""
+    digest = hashlib.sha256(f"heldout {heldout.num_rows}\n".encode())
+    for name in sorted(heldout.column_names):
+        text = json.dumps(heldout.column(name).to_pylist(), separators=(",", ":"))
+        digest.update(f"{name} {len(text)}\n{text}".encode())
+    return digest.hexdigest()
+
+
+def run_key(
+    design: Design,
+    unit: Unit,
+    active: np.ndarray,
+    settings: TrainSettings,
+    *,
+    how: Mapping[str, Any],
+    model: Mapping[str, Any],
+    heldout: str,
+) -> str:
+    """32 hex digits of a hash over everything that decides a run's scores.
+
+    Args:
+        design: the design that the run belongs to.
+        unit: the run.
+        active: [plan rows] bool, its mask.
+        settings: its training.
+        how: what is made of it: the metric, an estimator's own settings.
+        model: what the model's weights and the scorer's precision come from.
+        heldout: digest of the held-out rows.
+    """
+    replication = design.replications[unit.replication]
+    value = {
+        "format": FORMAT,
+        "kind": unit.kind,
+        "plan": replication.plan_of(unit.kind),
+        "start": replication.warm_sha256,
+        "active": hashlib.sha256(np.packbits(active).tobytes()).hexdigest(),
+        "settings": settings.sha256(),
+        "how": dict(how),
+        "model": dict(model),
+        "heldout": heldout,
+    }
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class SharedRuns:
+    """The finished runs below one directory, by key."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._known = set(storage.list_names(uri))
+
+    def find(self, key: str) -> tuple[pa.Table | None, dict[str, Any]] | None:
+        """(scores, what the training took) of a finished run; a warm-up has no scores."""
+        if f"{key}.json" not in self._known:
+            return None
+        stats = storage.read_json(storage.join(self._uri, f"{key}.json"))
+        name = f"{key}.parquet"
+        table = storage.read_table(storage.join(self._uri, name)) if stats["is_scored"] else None
+        return table, stats["training"]
+
+    def keep(self, key: str, scores: pa.Table | None, training: Mapping[str, Any]) -> None:
+        """Keeps a finished run; the JSON file, written last, commits it."""
+        if scores is not None:
+            storage.write_table(storage.join(self._uri, f"{key}.parquet"), scores)
+        value = {"is_scored": scores is not None, "training": dict(training)}
+        storage.write_json(storage.join(self._uri, f"{key}.json"), value)
+        self._known.add(f"{key}.json")

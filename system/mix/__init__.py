@@ -1,0 +1,1 @@
+"""What a run knows that the optimiser does not: its question, its doses, its notes."""

@@ -1,0 +1,1 @@
+"""Categories for rows that have none."""
