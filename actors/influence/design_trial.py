@@ -17,7 +17,7 @@ from actors.influence.designer import answer_tokens, draw_design
 from actors.influence.intervention_runner import InterventionRunner
 from actors.stage import StageContext
 from system import storage
-from system.influence.auto.trial import Trial, cheapest, describe_choice, typical_error
+from system.auto.trial import Trial, cheapest, describe_choice, typical_error
 from system.influence.design.cost import SCORED_SHARE
 from system.influence.design.design import Design
 from system.influence.estimate.summary import METRIC_UNITS, short_unit

@@ -22,10 +22,10 @@ from actors.influence.intervention_runner import TUNERS, InterventionRunner
 from actors.influence.rounds import measure_in_rounds
 from actors.stage import StageContext, StageResult
 from system import storage
+from system.auto.rounds import Round
+from system.auto.trial import Trial, describe_choice
 from system.data.corpus import Corpus
 from system.influence.append.append_summary import append_summary
-from system.influence.auto.rounds import Round
-from system.influence.auto.trial import Trial, describe_choice
 from system.influence.design.design import Design
 from system.influence.estimate.dose_summary import dose_lines, summarise_doses
 from system.influence.estimate.dose_views import levels_replicates

@@ -15,9 +15,9 @@ from dataclasses import asdict
 
 from actors.stage import StageContext
 from system import storage
+from system.auto.rounds import Round, judge_round, why_stop
 from system.data.corpus import Corpus
 from system.data.lengths import mean_response_tokens
-from system.influence.auto.rounds import Round, judge_round, why_stop
 from system.influence.design.design import Design
 from system.influence.estimate.matrix import EffectMatrix
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from system.auto.trial import Trial, describe_choice
 from system.influence.append.append_summary import appended_text, stale_texts
-from system.influence.auto.trial import Trial, describe_choice
 from system.influence.design.doses import in_words
 from system.influence.design.estimators import FIRST_ORDER
 from system.influence.estimate.summary import short_unit

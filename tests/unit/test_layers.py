@@ -79,6 +79,22 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     assert not circle
 
 
+def room_of(path: Path) -> str:
+    """The folder of a file right below `system/`, the file itself there, or `actors`."""
+    top, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return top if top == "actors" else rest[0]
+
+
+def test_no_rooms_import_each_other_in_a_circle() -> None:
+    left: dict[str, set[str]] = {}
+    for path in MODULES:
+        rooms = {room_of(file) for file in imported_files(path)} - {room_of(path)}
+        left.setdefault(room_of(path), set()).update(rooms)
+    while free := {room for room, imports in left.items() if not imports & left.keys()}:
+        left = {room: imports for room, imports in left.items() if room not in free}
+    assert not left, f"each of these rooms reaches another of them: {left}"
+
+
 @pytest.mark.parametrize(
     "path",
     sorted([*(ROOT / "system").rglob("*.py"), *(ROOT / "actors").rglob("*.py")]),

@@ -7,8 +7,8 @@ import pytest
 from influence_world import World
 
 from system import storage
+from system.auto.rounds import Round, judge_round, why_stop
 from system.config import AutoConfig, GroupLimit, InfluenceConfig, SolveConfig
-from system.influence.auto.rounds import Round, judge_round, why_stop
 from system.influence.estimate.matrix import estimate_effects
 from system.mix.question import mix_problem
 from system.solve import MixOptions, solve_mix

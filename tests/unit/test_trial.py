@@ -7,9 +7,9 @@ from influence_world import World
 from report_builder import RunBuilder
 
 from system import storage
+from system.auto.rounds import Round, why_stop
+from system.auto.trial import Trial, cheapest, describe_choice, typical_error
 from system.config import InfluenceConfig
-from system.influence.auto.rounds import Round, why_stop
-from system.influence.auto.trial import Trial, cheapest, describe_choice, typical_error
 from system.influence.estimate.matrix import estimate_effects
 from system.report.influence_section import influence_section
 from system.report.view import RunView

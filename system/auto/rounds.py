@@ -1,6 +1,6 @@
 """When enough has been measured: `influence.estimator: auto`.
 
-A round adds one replication of the design that was chosen (`system.influence.auto.trial`).  After
+A round adds one replication of the design that was chosen (`system.auto.trial`).  After
 each the mix is solved as the solve stage would, and its expected regret says what knowing the
 effects better could still bring.  Measuring stops when that is less than the user cares for, or the
 next round would break a budget.
@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from system.auto.trial import typical_error
 from system.config import AutoConfig, SolveConfig
 from system.errors import InfeasibleMixError
-from system.influence.auto.trial import typical_error
 from system.influence.estimate.matrix import EffectMatrix
 from system.mix.question import mix_options, mix_problem
 from system.solve import expected_regret
