@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from system.config import SourceConfig
 from system.data.rows.conversation import (
@@ -294,21 +292,6 @@ def test_ids_and_splits_never_change():
     known = normalise([("user", "What is 2 plus 2?"), ("assistant", "4")], 100)
     assert known.id == "275167cceca1044a361f80e7308f22f2"
     assert known.prompt_hash == 8951225997346819132
-
-
-@given(st.text(max_size=12), st.text(max_size=12))
-def test_the_short_way_for_pairs_gives_what_the_long_way_gives(question, answer):
-    pair = [("user", question), ("assistant", answer)]
-
-    def outcome(turns):
-        try:
-            return normalise(turns, 20)
-        except RowRejected as rejected:
-            return rejected.reason
-
-    short = outcome(pair)
-    # A turn after the last answer is dropped, and keeps the short way from being taken.
-    assert outcome([*pair, ("user", "and?")]) == short
 
 
 def test_control_characters_beside_any_other_text_are_named():

@@ -28,7 +28,11 @@ Turn = tuple[str, str]
 SPLITS: tuple[str, ...] = ("train", "estimate", "test")
 
 _CONTROL_BYTES = bytes([*range(0x09), *range(0x0E, 0x20), 0x7F])
-_CONTROL_CHARS = _CONTROL_BYTES.decode("latin-1")
+_ROLES = ("system", "user", "assistant", "tool")
+_BEFORE_TEXT = {role: f"\x1e{role}\x1f".encode() for role in _ROLES}
+"""Role -> what the hashed bytes hold before a turn's text."""
+_PAIR = ["user", "assistant"]
+"""The roles of most rows; their order needs no check."""
 _LINE_ENDS = ("\r\n", "\r", "\x0b", "\x0c")  # the first one before the second
 _FOLLOWS = {
     "start": {"system", "user"},
@@ -56,12 +60,28 @@ class RowRejected(Exception):  # noqa: N818 - a decision about a row, not an err
 class Conversation(NamedTuple):
     """A conversation that may enter the corpus."""
 
-    id: str
+    digest: bytes
+    """The id's 16 bytes."""
+    prompt_digest: bytes
+    """The first 8 bytes of the hash over the prompt side."""
     roles: list[str]
-    contents: list[str]
-    prompt_hash: int
-    """First 64 bits of the hash over the prompt side."""
-    num_chars: int
+    texts: list[bytes]
+    """UTF-8, one for each turn."""
+
+    @property
+    def id(self) -> str:
+        """The content id, as people and files write it."""
+        return self.digest.hex()
+
+    @property
+    def prompt_hash(self) -> int:
+        """What decides the split: see `split_of`."""
+        return int.from_bytes(self.prompt_digest, "big")
+
+    @property
+    def contents(self) -> list[str]:
+        """The texts, one for each turn."""
+        return [text.decode() for text in self.texts]
 
 
 def normalise_text(text: str) -> str:
@@ -81,18 +101,16 @@ def normalise(turns: Sequence[Turn], max_chars: int) -> Conversation:
         RowRejected: no-assistant-turn, empty-turn, wrong-role-order, too-long, control-characters
             or bad-utf8.
     """
-    if len(turns) == 2 and turns[0][0] == "user" and turns[1][0] == "assistant":
-        found = _plain_pair(turns[0][1], turns[1][1], max_chars)
-        if found is not None:
-            return found
     end = len(turns)
     while end and turns[end - 1][0] != "assistant":
         end -= 1
     if not end:
         raise RowRejected("no-assistant-turn", f"roles {[role for role, _ in turns]}")
     roles: list[str] = []
-    contents: list[str] = []
+    texts: list[bytes] = []
+    hashed: list[bytes] = []  # two for each turn: `_BEFORE_TEXT`, and the text
     num_chars = 0
+    not_utf8 = ""
     for role, raw in turns[:end]:
         text = normalise_text(raw)
         if not text and role != "tool":
@@ -101,38 +119,45 @@ def normalise(turns: Sequence[Turn], max_chars: int) -> Conversation:
             raise RowRejected("empty-turn", f"turn {len(roles)} ({role}) is empty")
         num_chars += len(text)
         roles.append(role)
-        contents.append(text)
-    _check_order(roles)
+        try:
+            encoded = text.encode()
+            # The hash ignores white space on both sides; `normalise_text` left none at the end.
+            hashed += (
+                _BEFORE_TEXT.get(role, b""),
+                text.lstrip().encode() if text[:1].isspace() else encoded,
+            )
+        except UnicodeEncodeError as error:
+            not_utf8 = f"half of a surrogate pair in turn {len(texts)}, character {error.start}"
+            encoded = b""
+        texts.append(encoded)
+    if roles != _PAIR:
+        _check_order(roles)
     if num_chars > max_chars:
         raise RowRejected("too-long", f"{num_chars} characters, ingest.max_chars is {max_chars}")
-    return _identify(roles, contents, num_chars)
+    if not_utf8:
+        raise RowRejected("bad-utf8", not_utf8)
+    whole = b"".join(hashed)
+    if len(whole) - len(whole.translate(None, _CONTROL_BYTES)) != 2 * len(texts):
+        raise RowRejected("control-characters", _describe_control(texts))
+    digest, prompt_digest = _digests(roles, hashed, whole)
+    return Conversation(digest[:16], prompt_digest[:8], roles, texts)
 
 
-def _plain_pair(question: str, answer: str, max_chars: int) -> Conversation | None:
-    """What `_identify` gives for one question and answer, at half the cost; None: look closer."""
-    asked, said = normalise_text(question), normalise_text(answer)
-    num_chars = len(asked) + len(said)
-    if not asked or not said or num_chars > max_chars:
-        return None
-    try:
-        prompt = ("user\x1f" + asked.strip()).encode()
-        whole = prompt + ("\x1eassistant\x1f" + said.strip()).encode()
-    except UnicodeEncodeError:
-        return None
-    if len(whole) - len(whole.translate(None, _CONTROL_BYTES)) != 3:
-        return None
-    return Conversation(
-        hashlib.sha256(whole).hexdigest()[:32],
-        ["user", "assistant"],
-        [asked, said],
-        int.from_bytes(hashlib.sha256(prompt).digest()[:8], "big"),
-        num_chars,
-    )
+def _digests(roles: list[str], hashed: list[bytes], whole: bytes) -> tuple[bytes, bytes]:
+    """SHA-256 of all turns and of the prompt side, without the separator before the first turn."""
+    if roles.count("assistant") == 1:
+        # The prompt side is all that stands before the answer, so its bytes are hashed once.
+        answer = len(hashed[-2]) + len(hashed[-1])
+        state = hashlib.sha256(whole[1:-answer])
+        prompt_digest = state.digest()
+        state.update(whole[-answer:])
+        return state.digest(), prompt_digest
+    turns = zip(roles, hashed[::2], hashed[1::2], strict=True)
+    prompt = b"".join(start + text for role, start, text in turns if role != "assistant")
+    return hashlib.sha256(whole[1:]).digest(), hashlib.sha256(prompt[1:]).digest()
 
 
 def _check_order(roles: list[str]) -> None:
-    if roles == ["user", "assistant"]:
-        return
     before = "start"
     for place, role in enumerate(roles):
         if role not in _FOLLOWS[before]:
@@ -142,27 +167,9 @@ def _check_order(roles: list[str]) -> None:
         before = role
 
 
-def _identify(roles: list[str], contents: list[str], num_chars: int) -> Conversation:
-    parts = [f"{role}\x1f{text.strip()}" for role, text in zip(roles, contents, strict=True)]
-    asked = [part for part, role in zip(parts, roles, strict=True) if role != "assistant"]
-    try:
-        prompt, whole = "\x1e".join(asked).encode(), "\x1e".join(parts).encode()
-    except UnicodeEncodeError as error:
-        raise RowRejected("bad-utf8", f"half of a surrogate pair at {error.start}") from None
-    if len(whole) - len(whole.translate(None, _CONTROL_BYTES)) != 2 * len(parts) - 1:
-        raise RowRejected("control-characters", _describe_control(contents))
-    return Conversation(
-        hashlib.sha256(whole).hexdigest()[:32],
-        roles,
-        contents,
-        int.from_bytes(hashlib.sha256(prompt).digest()[:8], "big"),
-        num_chars,
-    )
-
-
-def _describe_control(contents: Sequence[str]) -> str:
-    found = sorted({char for text in contents for char in text if char in _CONTROL_CHARS})
-    return "control characters " + ", ".join(f"U+{ord(char):04X}" for char in found)
+def _describe_control(texts: Sequence[bytes]) -> str:
+    codes = sorted({code for text in texts for code in text if code in _CONTROL_BYTES})
+    return "control characters " + ", ".join(f"U+{code:04X}" for code in codes)
 
 
 def split_of(prompt_hash: int, estimate_share: float, test_share: float) -> int:
