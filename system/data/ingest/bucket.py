@@ -34,7 +34,7 @@ class BucketInput:
     batches: dict[int, list[int]]
     """Chunk -> record batches of its spill file."""
     bases: dict[tuple[int, int], int]
-    """(file, start of piece) -> number of the piece's first row in the file; 0 is left out."""
+    """(file, start of the range) -> number in the file of the range's first row; 0 is left out."""
     near: dict[str, list[int]] = field(default_factory=dict)
     """Step that decided -> record batches with rows of this bucket that leave."""
 
@@ -83,16 +83,16 @@ def bucket_inputs(
 
 
 def row_bases(outcomes: Sequence[ChunkOutcome]) -> dict[tuple[int, int], int]:
-    """Number of each piece's first row in its file; pieces that start a file are left out."""
+    """Number of the first row of each file range; ranges that start a file are left out."""
     bases: dict[tuple[int, int], int] = {}
-    pieces = [piece for outcome in outcomes for piece in outcome.pieces]
+    ranges = [file_range for outcome in outcomes for file_range in outcome.pieces]
     file, base = -1, 0
-    for piece in sorted(pieces, key=lambda piece: (piece.file, piece.start)):
-        if piece.file != file:
-            file, base = piece.file, 0
+    for file_range in sorted(ranges, key=lambda file_range: (file_range.file, file_range.start)):
+        if file_range.file != file:
+            file, base = file_range.file, 0
         if base:
-            bases[piece.file, piece.start] = base
-        base += piece.numbers
+            bases[file_range.file, file_range.start] = base
+        base += file_range.numbers
     return bases
 
 

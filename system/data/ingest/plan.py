@@ -11,7 +11,7 @@ import pyarrow as pa
 from system import storage
 from system.config import IngestConfig, RunConfig, SourceConfig
 from system.data.read import sources
-from system.data.read.readers import Piece
+from system.data.read.readers import FileRange
 from system.data.read.sources import Chunk, SourceFile
 from system.data.rows.category_maps import category_map_digests, with_category_map
 from system.errors import DataError, StageError
@@ -29,8 +29,8 @@ _UNKNOWN_BYTES = 16 * 2**30
 _DENSE = (".gz", ".zst", ".bz2", ".parquet")
 _PLACE = (
     pa.field("file", pa.int32(), nullable=False),
-    pa.field("start", pa.int64(), nullable=False),  # of the piece, in the file
-    pa.field("place", pa.int64(), nullable=False),  # row within the piece
+    pa.field("start", pa.int64(), nullable=False),  # of the file range, in the file
+    pa.field("place", pa.int64(), nullable=False),  # row within the file range
 )
 
 SPILL = pa.schema([*CORPUS, pa.field("split", pa.int8(), nullable=False), *_PLACE])
@@ -66,13 +66,13 @@ class IngestPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PieceCount:
-    """What was found in a piece of a file."""
+class RangeCount:
+    """What was found in a file range."""
 
     file: int
     start: int
     numbers: int
-    """Row numbers that the piece takes up in its file."""
+    """Row numbers that the range takes up in its file."""
     read: int
     usable: int
     """Rows that are conversations with labels, whatever becomes of them afterwards."""
@@ -90,8 +90,8 @@ class ChunkOutcome:
     """Rows in the spill, duplicates still among them."""
     rejected: dict[str, int]
     examples: tuple[tuple[int, int, int, str, str], ...]
-    """The first rejected rows: file, start of the piece, row within it, reason, detail."""
-    pieces: tuple[PieceCount, ...]
+    """The first rejected rows: file, start of the file range, row within it, reason, detail."""
+    pieces: tuple[RangeCount, ...]
     batches: dict[int, list[int]]
     """Bucket -> record batches of the spill file."""
     rejected_batches: list[int]
@@ -168,7 +168,8 @@ def open_plan(config: RunConfig, attempt: str) -> IngestPlan:
         )
     cut = value["cut"]
     chunks = [
-        chunk | {"pieces": tuple(Piece(**p) for p in chunk["pieces"])} for chunk in cut["chunks"]
+        chunk | {"pieces": tuple(FileRange(**item) for item in chunk["pieces"])}
+        for chunk in cut["chunks"]
     ]
     return replace(
         plan,
@@ -219,7 +220,7 @@ def read_outcome(plan: IngestPlan, index: int) -> ChunkOutcome | None:
     if not storage.exists(uri):
         return None
     value = storage.read_json(uri)
-    value["pieces"] = tuple(PieceCount(**piece) for piece in value["pieces"])
+    value["pieces"] = tuple(RangeCount(**count) for count in value["pieces"])
     value["examples"] = tuple(tuple(example) for example in value["examples"])
     value["batches"] = {int(bucket): numbers for bucket, numbers in value["batches"].items()}
     return ChunkOutcome(**value)

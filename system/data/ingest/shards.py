@@ -35,7 +35,7 @@ class ShardPlan:
     path: str
     split: str
     category: str | None
-    pieces: tuple[tuple[int, tuple[int, ...], int, int], ...]
+    slices: tuple[tuple[int, tuple[int, ...], int, int], ...]
     """Bucket, its record batches, first row in them, number of rows."""
 
 
@@ -91,15 +91,15 @@ def _shard_plan(
 ) -> ShardPlan:
     # A thousand shards to a prefix.
     path = f"{shard_directory(split, category)}/{number // 1000:05d}-{number % 1000:03d}.arrow"
-    pieces = []
+    slices = []
     before = 0
     for bucket, rows in parts:
         first = max(start - before, 0)
         last = min(start + count - before, rows.rows)
         if first < last:
-            pieces.append((bucket, rows.batches, first, last - first))
+            slices.append((bucket, rows.batches, first, last - first))
         before += rows.rows
-    return ShardPlan(path=path, split=split, category=category, pieces=tuple(pieces))
+    return ShardPlan(path=path, split=split, category=category, slices=tuple(slices))
 
 
 def _commit_uri(plan: IngestPlan, index: int) -> str:
@@ -130,6 +130,6 @@ def write_shards(plan: IngestPlan, unit: ShardUnit) -> ShardOutcome:
 
 
 def _rows_of(plan: IngestPlan, given: ShardPlan) -> Iterator[pa.Table]:
-    for bucket, batches, first, count in given.pieces:
+    for bucket, batches, first, count in given.slices:
         rows = pa.Table.from_batches(read_spill(kept_uri(plan, bucket), batches), CORPUS)
         yield rows.slice(first, count)

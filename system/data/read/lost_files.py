@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from system.data.ingest.plan import ChunkOutcome, IngestPlan
-from system.data.read.readers import Piece, file_kind, read_rows
+from system.data.read.readers import FileRange, file_kind, read_rows
 from system.errors import DataError
 
 _NUM_NAMED = 3
@@ -26,12 +26,12 @@ def check_lost_files(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None
     read: dict[int, int] = {}
     first: dict[int, str] = {}
     usable: set[int] = set()
-    for piece in (piece for outcome in outcomes for piece in outcome.pieces):
-        read[piece.file] = read.get(piece.file, 0) + piece.read
-        if piece.usable:
-            usable.add(piece.file)
-        if piece.start == 0:
-            first[piece.file] = piece.first_rejected
+    for file_range in (file_range for outcome in outcomes for file_range in outcome.pieces):
+        read[file_range.file] = read.get(file_range.file, 0) + file_range.read
+        if file_range.usable:
+            usable.add(file_range.file)
+        if file_range.start == 0:
+            first[file_range.file] = file_range.first_rejected
     lost = sorted(file for file, rows in read.items() if rows and file not in usable)
     if not lost:
         return
@@ -57,8 +57,8 @@ def _list_inside(plan: IngestPlan, file: int, num_rows: int) -> Iterator[str]:
     source = plan.files[file]
     if num_rows > 1 or file_kind(source.uri).name not in ("lines", "values"):
         return
-    piece = Piece(file=file, uri=source.uri, stamp=source.stamp)
-    row = next((value for _, value in read_rows(piece)), None)
+    file_range = FileRange(file=file, uri=source.uri, stamp=source.stamp)
+    row = next((value for _, value in read_rows(file_range)), None)
     if not isinstance(row, dict):
         return
     for key, value in row.items():

@@ -1,6 +1,6 @@
 """Files of any kind as numbered raw rows, one after the other, in flat memory.
 
-A reader yields `(row, value)`: the 0-based number of the row within its piece (lines of JSONL,
+A reader yields `(row, value)`: the 0-based number of the row within its file range (lines of JSONL,
 elements of an array, records of CSV, rows of a table), and a dict, or a `Defect` where there is a
 row that cannot be read; or the values alone, many at a time, but not many bytes.  Every row of the
 file is yielded exactly once.  What ends in the middle (a truncated archive, an array without its
@@ -49,7 +49,7 @@ _decode = msgspec.json.Decoder().decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class FileRange:
     """A file, or a range of it."""
 
     file: int
@@ -174,40 +174,40 @@ def _excerpt(line: bytes) -> str:
     return text + ("..." if len(line) > 80 else "")
 
 
-def read_rows(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | Defect]]:
-    """All rows of a piece with their numbers, counted from 0.
+def read_rows(file_range: FileRange) -> Iterator[tuple[int, dict[str, Any] | Defect]]:
+    """All rows of a file range with their numbers, counted from 0.
 
     Raises:
         DataError: the file is damaged, cut off, or of no known kind.
     """
-    for number, row in read_numbers(piece):
+    for number, row in read_numbers(file_range):
         if row is not None:
             yield number, row
 
 
-def read_numbers(piece: Piece) -> Iterator[tuple[int, RawRow]]:
+def read_numbers(file_range: FileRange) -> Iterator[tuple[int, RawRow]]:
     """The same with an entry for every number: None is an empty line, which is no row."""
-    kind = file_kind(piece.uri)
+    kind = file_kind(file_range.uri)
     if kind.name == "lines":
-        return enumerate(map(_decode_line, _lines(piece, kind)))
+        return enumerate(map(_decode_line, _lines(file_range, kind)))
     if kind.name in _ONE_BY_ONE:
-        data = read_blocks(piece.uri, kind.compression)
-        return enumerate(_ONE_BY_ONE[kind.name](data, kind, piece.uri))
-    return enumerate(itertools.chain.from_iterable(_table_batches(piece, kind)))
+        data = read_blocks(file_range.uri, kind.compression)
+        return enumerate(_ONE_BY_ONE[kind.name](data, kind, file_range.uri))
+    return enumerate(itertools.chain.from_iterable(_table_batches(file_range, kind)))
 
 
-def read_batches(piece: Piece) -> Iterator[list[RawRow]]:
+def read_batches(file_range: FileRange) -> Iterator[list[RawRow]]:
     """The same, many at a time: the first one has number 0, and no number is left out.
 
     What stands before a damaged place is yielded before the error.
     """
-    kind = file_kind(piece.uri)
+    kind = file_kind(file_range.uri)
     if kind.name == "lines":
-        return _line_batches(piece, kind)
+        return _line_batches(file_range, kind)
     if kind.name in _ONE_BY_ONE:
-        data = _Counted(read_blocks(piece.uri, kind.compression))
-        return _batches(_ONE_BY_ONE[kind.name](data, kind, piece.uri), data)
-    return _table_batches(piece, kind)
+        data = _Counted(read_blocks(file_range.uri, kind.compression))
+        return _batches(_ONE_BY_ONE[kind.name](data, kind, file_range.uri), data)
+    return _table_batches(file_range, kind)
 
 
 def _batches(values: Iterator[RawRow], data: _Counted) -> Iterator[list[RawRow]]:
@@ -225,20 +225,22 @@ def _batches(values: Iterator[RawRow], data: _Counted) -> Iterator[list[RawRow]]
     yield batch
 
 
-def _table_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
+def _table_batches(file_range: FileRange, kind: FileKind) -> Iterator[list[RawRow]]:
     if kind.name == "parquet":
-        batches = parquet_batches(piece.uri, piece.start, piece.end)
-        return rows_of_batches(batches, piece.uri)
+        batches = parquet_batches(file_range.uri, file_range.start, file_range.end)
+        return rows_of_batches(batches, file_range.uri)
     if kind.name == "arrow":
-        return rows_of_batches(arrow_batches(piece.uri, piece.start, piece.end), piece.uri)
-    batches = dataset_batches(piece.uri, kind.name == HUB, piece.start, piece.end)
-    return rows_of_batches(batches, piece.uri)
+        return rows_of_batches(
+            arrow_batches(file_range.uri, file_range.start, file_range.end), file_range.uri
+        )
+    batches = dataset_batches(file_range.uri, kind.name == HUB, file_range.start, file_range.end)
+    return rows_of_batches(batches, file_range.uri)
 
 
-def _lines(piece: Piece, kind: FileKind) -> Iterator[bytes | None]:
-    blocks = read_blocks(piece.uri, kind.compression, piece.start)
-    for number, line in enumerate(split_lines(blocks, piece.start, piece.end)):
-        is_start = number == 0 and piece.start == 0
+def _lines(file_range: FileRange, kind: FileKind) -> Iterator[bytes | None]:
+    blocks = read_blocks(file_range.uri, kind.compression, file_range.start)
+    for number, line in enumerate(split_lines(blocks, file_range.start, file_range.end)):
+        is_start = number == 0 and file_range.start == 0
         yield line.removeprefix(_BYTE_ORDER_MARK) if line and is_start else line
 
 
@@ -248,10 +250,10 @@ def _decode_line(line: bytes | None) -> RawRow:
     return None if not line or line.isspace() else decode_row(line)
 
 
-def _line_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
-    blocks = read_blocks(piece.uri, kind.compression, piece.start)
-    is_start = piece.start == 0
-    for run in split_runs(blocks, piece.start, piece.end):
+def _line_batches(file_range: FileRange, kind: FileKind) -> Iterator[list[RawRow]]:
+    blocks = read_blocks(file_range.uri, kind.compression, file_range.start)
+    is_start = file_range.start == 0
+    for run in split_runs(blocks, file_range.start, file_range.end):
         if run is None:
             yield [TOO_LONG]
         else:

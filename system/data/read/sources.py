@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from system import storage
 from system.config import SourceConfig
 from system.data.read.hub import count_rows, stat_hub
-from system.data.read.readers import DATASET, HUB, Piece, file_kind
+from system.data.read.readers import DATASET, HUB, FileRange, file_kind
 from system.data.read.tables import count_arrow_batches
 from system.errors import DataError
 
@@ -54,9 +54,9 @@ class Chunk:
 
     index: int
     source: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FileRange, ...]
     max_rows: int | None = None
-    """Stop after that many rows, all pieces together."""
+    """Stop after that many rows, all ranges together."""
 
 
 def source_name(source: SourceConfig) -> str:
@@ -199,30 +199,30 @@ def plan_chunks(
     for number, source in enumerate(sources):
         own = [file for file in files if file.source == number]
         if source.max_rows is not None:
-            pieces = tuple(_whole(file) for file in own)
-            groups: Iterator[tuple[Piece, ...]] = iter([pieces])
+            ranges = tuple(_whole(file) for file in own)
+            groups: Iterator[tuple[FileRange, ...]] = iter([ranges])
         else:
             groups = _groups(own, chunk_bytes)
-        for pieces in groups:
+        for ranges in groups:
             chunks.append(
-                Chunk(index=len(chunks), source=number, pieces=pieces, max_rows=source.max_rows)
+                Chunk(index=len(chunks), source=number, pieces=ranges, max_rows=source.max_rows)
             )
     return chunks
 
 
-def _whole(file: SourceFile) -> Piece:
-    return Piece(file=file.index, uri=file.uri, stamp=file.stamp)
+def _whole(file: SourceFile) -> FileRange:
+    return FileRange(file=file.index, uri=file.uri, stamp=file.stamp)
 
 
-def _groups(files: Sequence[SourceFile], chunk_bytes: int) -> Iterator[tuple[Piece, ...]]:
-    waiting: list[Piece] = []
+def _groups(files: Sequence[SourceFile], chunk_bytes: int) -> Iterator[tuple[FileRange, ...]]:
+    waiting: list[FileRange] = []
     held = 0
     for file in files:
         if held and held + file.size > chunk_bytes:
             yield tuple(waiting)
             waiting, held = [], 0
         if file.size > chunk_bytes:
-            yield from ((piece,) for piece in _cut(file, chunk_bytes))
+            yield from ((file_range,) for file_range in _cut(file, chunk_bytes))
         else:
             waiting.append(_whole(file))
             held += file.size
@@ -230,21 +230,21 @@ def _groups(files: Sequence[SourceFile], chunk_bytes: int) -> Iterator[tuple[Pie
         yield tuple(waiting)
 
 
-def _cut(file: SourceFile, chunk_bytes: int) -> Iterator[Piece]:
+def _cut(file: SourceFile, chunk_bytes: int) -> Iterator[FileRange]:
     """Ranges of one big file; the whole of it where it cannot be read from the middle."""
     kind = file_kind(file.uri)
     if kind.name == "lines" and kind.compression is None:
         for start in range(0, file.size, chunk_bytes):
             end = min(start + chunk_bytes, file.size)
-            yield Piece(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
+            yield FileRange(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
     elif kind.name == "parquet":
         for start, end in _row_group_ranges(file.uri, chunk_bytes):
-            yield Piece(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
+            yield FileRange(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
     elif count := _count_parts(file.uri, kind.name):
         parts = min(count, math.ceil(file.size / chunk_bytes))
         ends = [count * (k + 1) // parts for k in range(parts)]
         for start, end in zip([0, *ends], ends, strict=False):
-            yield Piece(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
+            yield FileRange(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
     else:
         yield _whole(file)
 

@@ -13,7 +13,7 @@ from system.data.rows.normal_batch import ROLES, NormalBatch
 from system.schema import EMBEDDING, MESSAGES
 
 
-class HeldRows:
+class RowBuffer:
     """Rows of one source on their way to a SPILL table."""
 
     def __init__(self, source: str, num_buckets: int) -> None:
@@ -41,7 +41,7 @@ class HeldRows:
         Args:
             batch: its rows, `rejected` is not looked at.
             labels: of the same rows.
-            places: [rows, 4] int64: split, file, start of the piece, row within it.
+            places: [rows, 4] int64: split, file, start of the file range, row within it.
         """
         self.num_rows += len(batch.ids)
         self._ids.append(b"".join(batch.ids))
