@@ -103,7 +103,8 @@ def check_unchanged(file_range: FileRange) -> None:
     if now != file_range.stamp:
         raise DataError(
             f"{file_range.uri}: the file changed while it was read (size and time were "
-            f"{file_range.stamp}, are {now}). Nothing of it was used; run again when it is complete."
+            f"{file_range.stamp}, are {now}). Nothing of it was used; run again when it is "
+            "complete."
         )
 
 
