@@ -49,13 +49,13 @@ class Modeler:
 def run(context: StageContext) -> StageResult:
     """Builds, converts or downloads the base model."""
     config = context.config
-    builtin = kind_of(config.model.path) == "builtin"
+    is_builtin = kind_of(config.model.path) == "builtin"
     pool = context.cluster.pool(
         ActorSpec(
             name="modeler",
             actor_class=Modeler,
             args=(config.model, config.seed),
-            num_cpus=WARMUP_CPUS if builtin else config.cluster.actor_cpus,
+            num_cpus=WARMUP_CPUS if is_builtin else config.cluster.actor_cpus,
         )
     )
     target = storage.join(context.attempt, "model")

@@ -115,8 +115,8 @@ class _Tagging:
             for name in manifest.categories
         }
         self.new_names = rename_categories(rows, self.config.categories, self.config.aliases)
-        kept = {name for name in self.new_names.values() if name is not None}
-        self.names = tuple(sorted(self.config.categories or kept))
+        used_names = {name for name in self.new_names.values() if name is not None}
+        self.names = tuple(sorted(self.config.categories or used_names))
         self.renamed = sum(
             rows[old] for old, new in self.new_names.items() if new not in (old, None)
         )
@@ -164,12 +164,14 @@ class _Tagging:
         dropped = 0
         for number, shard in enumerate(self.corpus.manifest.shards):
             name = None if shard.category is None else self.new_names[shard.category]
+            # Most shards keep their category; their files are not written again.
             if name is not None and name == shard.category:
                 shards.append(moved[shard])
                 continue
-            new = list(self._split_shard(number, shard, name))
-            dropped += shard.rows - sum(part.rows for part in new)
-            shards += new
+            new_shards = list(self._split_shard(number, shard, name))
+            # A row for which the engine failed has no category and so falls into no new shard.
+            dropped += shard.rows - sum(part.rows for part in new_shards)
+            shards += new_shards
         old = self.corpus.manifest
         reasons = {"tag-failed": dropped} if dropped else {}
         manifest = make_manifest(
@@ -276,8 +278,8 @@ class _Tagging:
                     "false or use another model"
                 )
             storage.write_json(uri, dict(zip(self.names, value[0].tolist(), strict=True)))
-        kept = storage.read_json(uri)
-        return np.array([kept[name] for name in self.names])
+        prior = storage.read_json(uri)
+        return np.array([prior[name] for name in self.names])
 
     def _batch_uri(self, name: str) -> str:
         return storage.join(self.batches_uri, f"{name}.parquet")

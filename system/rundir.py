@@ -178,19 +178,20 @@ class RunDir:
             RunBusyError: another living driver has the lease.
         """
         uri = storage.join(self.uri, "lease.json")
-        mine = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        holder = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         _refuse_living_holder(uri, self.uri)
-        _write_lease(uri, mine)
+        _write_lease(uri, holder)
         # Two drivers may pass the check at the same time.  The later write wins; the wait lets the
         # other driver see that its token is gone.
         time.sleep(0.2)
-        if storage.read_json(uri)["token"] != mine["token"]:
+        if storage.read_json(uri)["token"] != holder["token"]:
             _refuse_living_holder(uri, self.uri)
+        # Without the heartbeat another driver would take the lease of a long run.
         stop = threading.Event()
 
         def beat() -> None:
             while not stop.wait(HEARTBEAT_SECONDS):
-                _write_lease(uri, mine)
+                _write_lease(uri, holder)
 
         thread = threading.Thread(target=beat, daemon=True, name="lease")
         thread.start()
@@ -216,8 +217,8 @@ def _read_record(uri: str) -> StageRecord | None:
     return StageRecord(**{**value, "lines": tuple(value["lines"])})
 
 
-def _write_lease(uri: str, mine: Mapping[str, Any]) -> None:
-    storage.write_json(uri, {**mine, "time": time.time()})
+def _write_lease(uri: str, holder: Mapping[str, Any]) -> None:
+    storage.write_json(uri, {**holder, "time": time.time()})
 
 
 def _refuse_living_holder(uri: str, run_dir: str) -> None:

@@ -141,6 +141,7 @@ def without_unusable(manifest: Manifest, measured: Iterable[ShardLengths]) -> Ma
     }
     for shard, lengths in zip(manifest.shards, measured, strict=True):
         dropped.update(lengths.dropped)
+        # Listing the shard would keep its category in the manifest, even with no row left.
         if not lengths.rows:
             continue
         path = lengths.path if lengths.dropped else None
@@ -207,13 +208,13 @@ class SeededLengths:
 
 
 def _measure(table: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> pa.Table:
-    encoded, kept, reason_of = encode_rows(table, tokenizer, max_length)
+    encoded, kept_rows, reason_of = encode_rows(table, tokenizer, max_length)
     tokens = np.zeros(table.num_rows, np.int32)
     response = np.zeros(table.num_rows, np.int32)
     reasons: list[str | None] = [None] * table.num_rows
     for row, reason in reason_of.items():
         reasons[row] = reason
-    for place, row in zip(kept, encoded, strict=True):
+    for place, row in zip(kept_rows, encoded, strict=True):
         tokens[place] = len(row.input_ids)
         response[place] = np.count_nonzero(row.response_mask)
     return pa.table(

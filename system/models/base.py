@@ -185,6 +185,7 @@ def load_model(
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: the model cannot be loaded: {error}") from error
+    # Training and scoring read whole sequences, so a cache would only cost memory.
     model.config.use_cache = False
     return model.to(device).eval()
 

@@ -95,13 +95,14 @@ def encode_table(
     Raises:
         ModelError: the chat template cannot be trained on.
     """
-    rows, kept, reason_of = encode_rows(table, tokenizer, max_length)
+    rows, kept_rows, reason_of = encode_rows(table, tokenizer, max_length)
+    # Built from flat arrays: a Python list for each token would be many times slower.
     lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     empty = np.zeros(0, dtype=np.int32)
     ids = np.concatenate([row.input_ids for row in rows] or [empty])
     masks = np.concatenate([row.response_mask for row in rows] or [empty.astype(bool)])
-    index = pa.array(kept, type=pa.int64())
+    index = pa.array(kept_rows, type=pa.int64())
     columns = [
         table.column("id").take(index),
         table.column("category").take(index),
@@ -121,7 +122,7 @@ def encode_rows(
     profile = template_profile(tokenizer, str(tokenizer.chat_template or ""))
     reason_of: dict[int, str] = {}
     rows: list[Encoded] = []
-    kept: list[int] = []
+    kept_rows: list[int] = []
     first = 0
     for batch in table.select(["messages"]).to_batches(max_chunksize=_BATCH_ROWS):
         segments, numbers = [], []
@@ -139,7 +140,7 @@ def encode_rows(
             # The first token has no prediction, so it cannot be learned.
             if row.response_mask[1:].any():
                 rows.append(row)
-                kept.append(number)
+                kept_rows.append(number)
             else:
                 reason_of[number] = "no-response-token"
-    return rows, kept, reason_of
+    return rows, kept_rows, reason_of

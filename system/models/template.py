@@ -106,6 +106,7 @@ def template_profile(tokenizer: PreTrainedTokenizerBase, chat_template: object) 
             f"the answer as {single!r}. Give another template in model.chat_template."
         )
     start = len(prompt) if opens_as_prompted else len(opening)
+    # Some tokenizers list end-of-turn tokens only among the added tokens.
     marks = {str(token) for token in tokenizer.all_special_tokens}
     marks |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     profile = TemplateProfile(
@@ -115,6 +116,7 @@ def template_profile(tokenizer: PreTrainedTokenizerBase, chat_template: object) 
         keeps_history=keeps_history,
         end_marks=tuple(sorted(marks)),
     )
+    # Try the profile on the probe itself: a mistake shows here, once, and not in every row.
     mask = next(
         tokenise(tokenizer, profile, [cut_conversation(tokenizer, profile, answer)], 2**20)
     ).response_mask

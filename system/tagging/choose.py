@@ -172,6 +172,7 @@ def pick(
         prior_K: nats, log-likelihood of each name after an empty instruction; None: no correction.
     """
     score_BK = log_likelihood_BK if prior_K is None else log_likelihood_BK - prior_K
+    # A failed row gets -inf here so that argmax works; its category becomes null below.
     best = np.round(np.nan_to_num(score_BK, nan=-np.inf), _TIE_DECIMALS).argmax(axis=1)
     failed_B = np.asarray(np.isnan(score_BK).any(axis=1))
     rows = np.arange(len(score_BK))
@@ -193,17 +194,17 @@ def pick(
 
 def stratified_sizes(rows: Mapping[str, int], total: int) -> dict[str, int]:
     """Rows of each category in a sample of `total` rows: as equal as the supply allows."""
-    left = min(total, sum(rows.values()))
+    num_left = min(total, sum(rows.values()))
     sizes = dict.fromkeys(sorted(rows), 0)
     # The smallest category first: what it cannot fill is shared by the larger ones.
     for place, name in enumerate(sorted(rows, key=lambda name: (rows[name], name))):
-        sizes[name] = min(rows[name], left // (len(rows) - place))
-        left -= sizes[name]
+        sizes[name] = min(rows[name], num_left // (len(rows) - place))
+        num_left -= sizes[name]
     # The division rounds down: hand out the remaining rows, one to each category with supply.
     for name in sizes:
-        step = min(left, 1, rows[name] - sizes[name])
+        step = min(num_left, 1, rows[name] - sizes[name])
         sizes[name] += step
-        left -= step
+        num_left -= step
     return sizes
 
 
@@ -260,6 +261,7 @@ def measure_accuracy(
     recall = {
         name: wilson_interval(hits[name], totals[name], confidence) for name in sorted(confusion)
     }
+    # The sample has equally many rows of each category, the corpus has not: weight the recalls.
     weight = sum(corpus_rows[name] for name in confusion)
     correct = sum(hits.values())
     return TagAccuracy(

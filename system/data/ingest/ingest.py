@@ -94,8 +94,8 @@ def check_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
             the configuration allows.
     """
     for number, source in enumerate(plan.sources):
-        own = [item for item in outcomes if plan.chunks[item.index].source == number]
-        if not sum(item.read for item in own):
+        source_outcomes = [i for i in outcomes if plan.chunks[i.index].source == number]
+        if not sum(item.read for item in source_outcomes):
             raise empty_source(source, [file.uri for file in plan.files if file.source == number])
     check_lost_files(plan, outcomes)
     num_read = sum(item.read for item in outcomes)
@@ -103,6 +103,7 @@ def check_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
     num_rejected = sum(reasons.values())
     limit = plan.settings.max_rejected_share
     if num_rejected > limit * num_read:
+        # Chunks count rows from the start of a file range; the message needs numbers in the file.
         bases = row_bases(outcomes)
         examples = [
             f"{plan.files[file].uri} row {place + bases.get((file, start), 0)}: {reason} ({detail})"
@@ -186,11 +187,14 @@ def finish_ingest(
     )
     num_written = _write_rejected(plan, outcomes)
     if not duplicates:
+        # One file without rows, so that duplicates/ can be read as a data set in any case.
         uri = storage.join(plan.attempt, "duplicates", "00000.parquet")
         storage.write_table(uri, DUPLICATES.empty_table())
     _check_sums(manifest, num_written)
+    # With untagged rows the sizes are not final: stage `tag` checks them.
     if not sum(manifest.untagged.values()):
         check_category_sizes(manifest, plan.settings)
+    # The manifest first: if the process is killed in between, work/ can still be used.
     write_manifest(storage.join(plan.attempt, MANIFEST), manifest)
     storage.delete(storage.join(plan.attempt, "work"))
     return manifest
@@ -210,13 +214,13 @@ def _check_sums(manifest: Manifest, num_rejected_written: int) -> None:
 
 def _source_counts(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> Iterator[dict[str, Any]]:
     for number in range(len(plan.sources)):
-        own = [item for item in outcomes if plan.chunks[item.index].source == number]
+        source_outcomes = [i for i in outcomes if plan.chunks[i.index].source == number]
         files = [file for file in plan.files if file.source == number]
         yield {
             "name": plan.source_of(files[0].index),
             "files": {file.uri: file.stamp for file in files},
-            "read": sum(item.read for item in own),
-            "rejected": dict(sorted(_reasons(own).items())),
+            "read": sum(item.read for item in source_outcomes),
+            "rejected": dict(sorted(_reasons(source_outcomes).items())),
         }
 
 

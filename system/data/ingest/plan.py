@@ -124,9 +124,10 @@ def plan_ingest(config: RunConfig, attempt: str) -> IngestPlan:
     """
     files = sources.list_files(config.sources, config.data_dir)
     for number, source in enumerate(config.sources):
-        own = [file for file in files if file.source == number]
-        if not any(file.size or file.uri.startswith("hf://") for file in own):
-            raise empty_source(source, [file.uri for file in own])
+        source_files = [file for file in files if file.source == number]
+        # A hub data set may state no size before it is downloaded.
+        if not any(file.size or file.uri.startswith("hf://") for file in source_files):
+            raise empty_source(source, [file.uri for file in source_files])
     total = sum(_text_bytes(file) for file in files)
     return IngestPlan(
         settings=config.ingest,
@@ -166,6 +167,7 @@ def open_plan(config: RunConfig, attempt: str) -> IngestPlan:
         storage.write_json(uri, {"given": inputs, "cut": cut})
         return plan
     value = storage.read_json(uri)
+    # Files that changed, or other settings, would mix rows of two inputs in one corpus.
     if value["given"] != inputs:
         raise StageError(
             f"{uri}: the rows read so far are those of another plan "

@@ -34,6 +34,7 @@ def check_lost_files(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None
         read[file_range.file] = read.get(file_range.file, 0) + file_range.read
         if file_range.usable:
             usable.add(file_range.file)
+        # Only the start of a file can say why its first row was rejected.
         if file_range.start == 0:
             first[file_range.file] = file_range.first_rejected
     lost = sorted(file for file, rows in read.items() if rows and file not in usable)

@@ -91,6 +91,7 @@ def file_kind(uri: str) -> FileKind:
         if path is None and storage.list_names(uri):
             return FileKind(DATASET, None)
         raise
+    # The content decides before the name does: a wrong name is a common mistake.
     if head.startswith(_LFS_POINTER):
         raise DataError(
             f"{uri}: expected data, found a Git LFS pointer: the file itself was never downloaded. "
@@ -130,6 +131,7 @@ def file_kind(uri: str) -> FileKind:
 def _json_kind(uri: str, compression: str | None) -> str:
     """`array`, `lines` (one object a line) or `values` (objects that span several lines)."""
     head = b""
+    # A compressed file may yield blocks of any size, so collect enough of them.
     for block in read_blocks(uri, compression):
         head += block
         if len(head) >= _HEAD_BYTES:

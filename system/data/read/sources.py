@@ -103,7 +103,9 @@ def resolve(path: str, data_dir: str) -> list[str]:
     if path.startswith("hf://"):
         return [path]
     uri = locate(path, data_dir)
+    # A file may be named `a[1].jsonl`: an existing path is never a pattern.
     if glob.has_magic(path) and not storage.exists(uri):
+        # Only `path` is a pattern; special characters in `data_dir` stand for themselves.
         pattern = locate(path, glob.escape(storage.absolute(data_dir)))
         files = [name for name in _glob(pattern) if _is_data_file(name)]
         if not files:
@@ -119,6 +121,7 @@ def resolve(path: str, data_dir: str) -> list[str]:
         )
     if not _is_directory(uri):
         return [uri]
+    # What `save_to_disk` writes is one data set, not a directory of files.
     if {"dataset_dict.json", "state.json"} & set(storage.list_names(uri)):
         return [uri]
     files = [name for name in _files_below(uri) if _is_data_file(name)]
@@ -205,13 +208,13 @@ def plan_chunks(
     """Cuts and groups the files into chunks of about `chunk_bytes` on disk."""
     chunks: list[Chunk] = []
     for number, source in enumerate(sources):
-        own = [file for file in files if file.source == number]
+        source_files = [file for file in files if file.source == number]
         if source.max_rows is not None:
             # One chunk: the first rows of the source are known only when they are read in order.
-            ranges = tuple(_whole(file) for file in own)
+            ranges = tuple(_whole(file) for file in source_files)
             groups: Iterator[tuple[FileRange, ...]] = iter([ranges])
         else:
-            groups = _groups(own, chunk_bytes)
+            groups = _groups(source_files, chunk_bytes)
         for ranges in groups:
             chunks.append(
                 Chunk(index=len(chunks), source=number, pieces=ranges, max_rows=source.max_rows)
