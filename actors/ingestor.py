@@ -7,8 +7,9 @@
                  ─ shards ──> Ingestor.do("write")  ──> shards/*, work/shards/*
             add up, manifest.json, remove work/
 
-Rows go through storage and never through the driver.  What has a commit file is not done again, so
-a killed driver or a lost actor costs the units that were in work.
+The driver sends work units (numbers of chunks and buckets); rows go through storage and never
+through the driver.  A unit with a commit file is not done again, so a killed driver or a lost actor
+costs only the units that were in work.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ POOL = "ingest"
 
 
 class Ingestor:
-    """Stateless but for the plan; every call can be repeated."""
+    """Does work units of the ingest.  Holds only the plan; every call can be repeated."""
 
     def __init__(self, plan: IngestPlan) -> None:
         self._plan = plan
 
     def do(self, step: str, unit: Any) -> Any:
-        """Does one unit of a step of `system.data.ingest.ingest.STEPS` and returns its outcome."""
+        """Does one work unit of a step of `ingest.STEPS` and returns its outcome."""
         return ingest.STEPS[step].do(self._plan, unit)
 
 
@@ -59,19 +60,19 @@ def run(context: StageContext) -> StageResult:
 def _do_all(
     context: StageContext, plan: IngestPlan, step: Step, units: Mapping[int, Any]
 ) -> dict[int, Any]:
-    """The outcomes of all units; those that an earlier session finished are taken as they are."""
+    """The outcomes of all work units; units that an earlier session finished are not repeated."""
     outcomes = {
-        index: found for index in units if (found := step.finished(plan, index)) is not None
+        index: outcome for index in units if (outcome := step.finished(plan, index)) is not None
     }
-    left: dict[Hashable, tuple[str, Any]] = {
+    unfinished: dict[Hashable, tuple[str, Any]] = {
         index: (step.name, unit) for index, unit in units.items() if index not in outcomes
     }
-    if not left:
+    if not unfinished:
         return outcomes
     with context.progress.bar(step.label, total=len(units)) as bar:
         bar.advance(len(outcomes))
-        for done, outcome in _pool(context, plan).map(left, "do"):
-            outcomes[cast(int, done)] = outcome
+        for index, outcome in _pool(context, plan).map(unfinished, "do"):
+            outcomes[cast(int, index)] = outcome
             bar.advance()
     return outcomes
 
@@ -84,7 +85,7 @@ def _pool(context: StageContext, plan: IngestPlan) -> ActorPool:
             actor_class=Ingestor,
             args=(plan,),
             num_actors=config.num_ingestors,
-            # Half a core: reading waits for storage, and two must fit on a machine with one core.
+            # Half a core: reading mostly waits for storage, and two must fit on a one-core machine.
             num_cpus=0.5,
             max_attempts=config.max_attempts,
         )

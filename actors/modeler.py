@@ -1,8 +1,8 @@
-"""Stage `model`: the base model as one local Hugging Face directory.
+"""Stage `model`: writes the base model as one Hugging Face directory.
 
-    driver ── build(target) ──> Modeler (one actor, a few CPUs)
+    driver ── build(target) ──> Modeler (one actor, a few CPUs) ──> <attempt>/model/
 
-The actor writes to the attempt's `model/`; the driver's record commits it.
+The record that the driver writes afterwards commits the directory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from system.data.corpus import Corpus
 from system.models.base import describe_model, kind_of, materialise
 
 WARMUP_CPUS = 2.0
-"""Threads of the built-in model's warm-up: fixed, because the number decides low bits."""
+"""Threads for the warm-up of the built-in model: fixed, because the lowest bits depend on it."""
 
 
 class Modeler:
@@ -30,7 +30,7 @@ class Modeler:
         self._seed = seed
 
     def build(self, manifest: str, target: str) -> dict[str, Any]:
-        """Writes the model below `target` and returns numbers about it."""
+        """Writes the model to `target` and returns its sizes and counts."""
         local = storage.local_path(target)
         folder = local if local is not None else Path(tempfile.mkdtemp()) / "model"
         counts: dict[str, Any] = {}
@@ -47,15 +47,15 @@ class Modeler:
 
 
 def run(context: StageContext) -> StageResult:
-    """Stage `model`."""
+    """Builds, converts or downloads the base model."""
     config = context.config
-    builtin = kind_of(config.model.path) == "builtin"
+    is_builtin = kind_of(config.model.path) == "builtin"
     pool = context.cluster.pool(
         ActorSpec(
             name="modeler",
             actor_class=Modeler,
             args=(config.model, config.seed),
-            num_cpus=WARMUP_CPUS if builtin else config.cluster.actor_cpus,
+            num_cpus=WARMUP_CPUS if is_builtin else config.cluster.actor_cpus,
         )
     )
     target = storage.join(context.attempt, "model")

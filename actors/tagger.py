@@ -1,11 +1,12 @@
-"""Stage `tag`: every row a category, and how far such categories can be trusted.
+"""Stage `tag`: gives every row a category, and measures the accuracy of the chosen categories.
 
-    corpus ── blocks of rows ──> Scorer.choose ──> blocks/<name>.parquet   committed one by one
-                                                          │ all there
-          old shards + newly categorised ones ──> lengths (actors.token_counter) ──> manifest.json
+    corpus ── batches of rows ──> Scorer.choose ──> blocks/<name>.parquet   committed one by one
+                                                          │ when all are written
+          old shards + newly tagged shards ──> lengths (actors.token_counter) ──> manifest.json
 
-Blocks are cut by rows, not by actors, so the number of scorers changes nothing.  A driver that
-starts again finds the blocks that are written and asks only for the others.
+The driver reads and encodes the batches, `actors.scorer` computes log-likelihoods, and the driver
+picks the names.  A batch is a fixed number of rows of one shard, so the number of scorers does not
+change the result.  A driver that is started again skips the batches that are already written.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from system.tagging.choose import (
     stratified_sizes,
 )
 
-BLOCK_ROWS = 256
+BATCH_ROWS = 256
 _COLUMNS = ["id", "category", "messages"]
 
 
@@ -56,7 +57,7 @@ def run(context: StageContext) -> StageResult:
     """Chooses categories for rows without one, measures accuracy, writes the new manifest.
 
     Raises:
-        ConfigError: there is no name to choose among, or a name is not usable.
+        ConfigError: there is no name to choose among, or a name cannot be used.
         DataError: a category ends up with too few rows.
     """
     stage = _Tagging(context)
@@ -92,8 +93,8 @@ def run(context: StageContext) -> StageResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Block:
-    """Rows that one call of a scorer looks at."""
+class _Batch:
+    """Rows that a scorer gets in one call."""
 
     name: str
     ids: list[str]
@@ -102,28 +103,28 @@ class _Block:
 
 
 class _Tagging:
-    """The work of one attempt; its files are its only state."""
+    """The work of one attempt.  The files of the attempt are its only state."""
 
     def __init__(self, context: StageContext) -> None:
         self.context = context
         self.config = context.config.tag
         self.corpus = Corpus.open(context.input("ingest", "manifest"))
         manifest = self.corpus.manifest
-        found = {
+        rows = {
             name: sum(manifest.counts[split][name] for split in SPLITS)
             for name in manifest.categories
         }
-        self.new_names = rename_categories(found, self.config.categories, self.config.aliases)
-        kept = {name for name in self.new_names.values() if name is not None}
-        self.names = tuple(sorted(self.config.categories or kept))
+        self.new_names = rename_categories(rows, self.config.categories, self.config.aliases)
+        used_names = {name for name in self.new_names.values() if name is not None}
+        self.names = tuple(sorted(self.config.categories or used_names))
         self.renamed = sum(
-            found[old] for old, new in self.new_names.items() if new not in (old, None)
+            rows[old] for old, new in self.new_names.items() if new not in (old, None)
         )
         self.known_rows: Counter[str] = Counter()
         for old, new in self.new_names.items():
             if new is not None:
-                self.known_rows[new] += found[old]
-        self.blocks_uri = storage.join(context.attempt, "blocks")
+                self.known_rows[new] += rows[old]
+        self.batches_uri = storage.join(context.attempt, "blocks")
 
     def needs_choice(self, shard: Shard) -> bool:
         return shard.category is None or self.new_names[shard.category] is None
@@ -133,21 +134,25 @@ class _Tagging:
 
     def choose(self, total: int) -> None:
         if total:
-            self._run_blocks("tag", total, self._untagged_blocks())
+            self._run_batches("tag", total, self._untagged_batches())
 
     def accuracy(self) -> TagAccuracy | None:
-        """On rows whose category is known; None where that is turned off or there are none."""
+        """Accuracy on rows with a known category; None if it is turned off or there are none."""
         sizes = stratified_sizes(self._sample_supply(), self.config.accuracy_rows)
         total = sum(sizes.values())
         if not total or len(self.names) < 2:
             return None
-        blocks = list(self._accuracy_blocks(sizes))
-        self._run_blocks("tag accuracy", total, iter(blocks))
-        tags = pa.concat_tables(self._read_block(block.name) for block in blocks)
+        batches = list(self._accuracy_batches(sizes))
+        self._run_batches("tag accuracy", total, iter(batches))
+        tags = pa.concat_tables(self._read_batch(batch.name) for batch in batches)
         return measure_accuracy(tags, self.known_rows)
 
     def split_corpus(self) -> tuple[Manifest, dict[str, int]]:
-        """Old shards as they are, changed ones anew; rows that got no category are left out."""
+        """Writes the shards whose categories changed, and refers to all others.
+
+        Returns:
+            The new manifest, and the number of rows without a category, which are left out.
+        """
         moved = dict(
             zip(
                 self.corpus.manifest.shards,
@@ -159,12 +164,14 @@ class _Tagging:
         dropped = 0
         for number, shard in enumerate(self.corpus.manifest.shards):
             name = None if shard.category is None else self.new_names[shard.category]
+            # Most shards keep their category; their files are not written again.
             if name is not None and name == shard.category:
                 shards.append(moved[shard])
                 continue
-            new = list(self._split_shard(number, shard, name))
-            dropped += shard.rows - sum(part.rows for part in new)
-            shards += new
+            new_shards = list(self._split_shard(number, shard, name))
+            # A row for which the engine failed has no category and so falls into no new shard.
+            dropped += shard.rows - sum(part.rows for part in new_shards)
+            shards += new_shards
         old = self.corpus.manifest
         reasons = {"tag-failed": dropped} if dropped else {}
         manifest = make_manifest(
@@ -183,9 +190,9 @@ class _Tagging:
         if name is not None:
             chosen = pa.array([name] * table.num_rows, pa.string())
         else:
-            starts = range(0, table.num_rows, BLOCK_ROWS)
-            blocks = [self._read_block(_block_name(shard, start)) for start in starts]
-            chosen = pa.concat_tables(blocks).column("category").combine_chunks()
+            starts = range(0, table.num_rows, BATCH_ROWS)
+            batches = [self._read_batch(_batch_name(shard, start)) for start in starts]
+            chosen = pa.concat_tables(batches).column("category").combine_chunks()
         index = CORPUS.get_field_index("category")
         table = table.set_column(index, CORPUS.field("category"), chosen)
         names = np.array(chosen.to_pylist(), dtype=object)
@@ -196,7 +203,7 @@ class _Tagging:
                 yield write_shard(self.context.attempt, path, part, shard.split, category)
 
     def _sample_supply(self) -> dict[str, int]:
-        """Train rows that came with a category, by its present name."""
+        """Train rows with a category from the source, by the new name of the category."""
         supply: Counter[str] = Counter()
         for old, count in self.corpus.counts("train").items():
             new = self.new_names[old]
@@ -204,28 +211,28 @@ class _Tagging:
                 supply[new] += count
         return dict(supply)
 
-    def _accuracy_blocks(self, sizes: Mapping[str, int]) -> Iterator[_Block]:
+    def _accuracy_batches(self, sizes: Mapping[str, int]) -> Iterator[_Batch]:
         for place, (name, size) in enumerate(sorted(sizes.items())):
             olds = [old for old, new in self.new_names.items() if new == name]
             samples = [
                 self.corpus.sample("train", old, size, self.context.config.seed) for old in olds
             ]
             rows = pa.concat_tables(samples).slice(0, size)
-            for start in range(0, rows.num_rows, BLOCK_ROWS):
-                part = rows.slice(start, BLOCK_ROWS)
-                yield _block(f"accuracy-{place:04d}-{start:08d}", part, [name] * part.num_rows)
+            for start in range(0, rows.num_rows, BATCH_ROWS):
+                part = rows.slice(start, BATCH_ROWS)
+                yield _batch(f"accuracy-{place:04d}-{start:08d}", part, [name] * part.num_rows)
 
-    def _untagged_blocks(self) -> Iterator[_Block]:
+    def _untagged_batches(self) -> Iterator[_Batch]:
         for shard in self.corpus.manifest.shards:
             if self.needs_choice(shard):
                 table = self.corpus.read_shard(shard, _COLUMNS)
-                for start in range(0, table.num_rows, BLOCK_ROWS):
-                    part = table.slice(start, BLOCK_ROWS)
+                for start in range(0, table.num_rows, BATCH_ROWS):
+                    part = table.slice(start, BATCH_ROWS)
                     known = part.column("category").to_pylist()
-                    yield _block(_block_name(shard, start), part, known)
+                    yield _batch(_batch_name(shard, start), part, known)
 
-    def _run_blocks(self, label: str, total: int, blocks: Iterator[_Block]) -> None:
-        done = set(storage.list_names(self.blocks_uri))
+    def _run_batches(self, label: str, total: int, batches: Iterator[_Batch]) -> None:
+        done = set(storage.list_names(self.batches_uri))
         tokenizer = load_tokenizer(
             self.context.input("model", "model"),
             trust_remote_code=self.context.config.model.trust_remote_code,
@@ -234,31 +241,31 @@ class _Tagging:
         empty = encode_choice(tokenizer, [""], self.names, limit)
         pool = scorer_pool(self.context)
         prior = self._prior(pool, empty.prompts, empty.names)
-        waiting: dict[Any, _Block] = {}
+        waiting: dict[Any, _Batch] = {}
 
         def keep(finished: Iterable[Done]) -> None:
             for unit in finished:
-                block = waiting.pop(unit.key)
-                tags = pick(block.ids, block.known, unit.value, self.names, prior)
-                storage.write_table(self._block_uri(block.name), tags)
-                bar.advance(len(block.ids))
+                batch = waiting.pop(unit.key)
+                tags = pick(batch.ids, batch.known, unit.value, self.names, prior)
+                storage.write_table(self._batch_uri(batch.name), tags)
+                bar.advance(len(batch.ids))
 
         with self.context.progress.bar(label, total=total) as bar:
-            for block in blocks:
-                if f"{block.name}.parquet" in done:
-                    bar.skip(len(block.ids))
+            for batch in batches:
+                if f"{batch.name}.parquet" in done:
+                    bar.skip(len(batch.ids))
                     continue
-                encoded = encode_choice(tokenizer, block.instructions, self.names, limit)
-                waiting[block.name] = block
-                pool.submit(block.name, "choose", None, encoded.prompts, encoded.names)
-                # One block waits beside those in work, so that no scorer waits for the tokenizer.
+                encoded = encode_choice(tokenizer, batch.instructions, self.names, limit)
+                waiting[batch.name] = batch
+                pool.submit(batch.name, "choose", None, encoded.prompts, encoded.names)
+                # One batch waits beside those in work, so that no scorer waits for the tokenizer.
                 while pool.num_pending > pool.spec.num_actors:
                     keep(wait_any([pool]))
             while waiting:
                 keep(wait_any([pool]))
 
     def _prior(self, pool: ActorPool, prompts: list[list[int]], names: list[list[int]]) -> Any:
-        """Log-likelihood of every name after an empty instruction; kept like a block."""
+        """Log-likelihood of each name after an empty instruction; computed once and stored."""
         if not self.config.prior_correction:
             return None
         uri = storage.join(self.context.attempt, "prior.json")
@@ -266,27 +273,28 @@ class _Tagging:
             ((_, value),) = pool.map({"prior": (None, prompts, names)}, "choose")
             if np.isnan(value).any():
                 raise StageError(
-                    "the scoring engine gave no log-likelihood for the category names after an "
-                    "empty instruction; set tag.prior_correction to false or use another model"
+                    "expected a log-likelihood of each category name after an empty instruction, "
+                    "found none from the scoring engine; set tag.prior_correction to "
+                    "false or use another model"
                 )
             storage.write_json(uri, dict(zip(self.names, value[0].tolist(), strict=True)))
-        kept = storage.read_json(uri)
-        return np.array([kept[name] for name in self.names])
+        prior = storage.read_json(uri)
+        return np.array([prior[name] for name in self.names])
 
-    def _block_uri(self, name: str) -> str:
-        return storage.join(self.blocks_uri, f"{name}.parquet")
+    def _batch_uri(self, name: str) -> str:
+        return storage.join(self.batches_uri, f"{name}.parquet")
 
-    def _read_block(self, name: str) -> pa.Table:
-        return storage.read_table(self._block_uri(name)).cast(TAGS)
+    def _read_batch(self, name: str) -> pa.Table:
+        return storage.read_table(self._batch_uri(name)).cast(TAGS)
 
 
-def _block_name(shard: Shard, start: int) -> str:
-    """The shard's content names its blocks: an attempt may be continued with its files only."""
+def _batch_name(shard: Shard, start: int) -> str:
+    """Named by the content of the shard, so a continued attempt finds the right file."""
     return f"shard-{shard.split}-{shard.sha256[:16]}-{start:08d}"
 
 
-def _block(name: str, rows: pa.Table, known: list[str | None]) -> _Block:
-    return _Block(
+def _batch(name: str, rows: pa.Table, known: list[str | None]) -> _Batch:
+    return _Batch(
         name=name,
         ids=rows.column("id").to_pylist(),
         known=known,
@@ -317,12 +325,18 @@ def _lines(counts: Mapping[str, Any], accuracy: TagAccuracy | None) -> tuple[str
         f"tagged by the model, {counts['renamed']:,} renamed"
     ]
     if counts["without_rows"]:
-        lines.append(f"left out, no row fell into them: {', '.join(counts['without_rows'])}")
+        lines.append(
+            f"categories left out, because no row belongs to them: "
+            f"{', '.join(counts['without_rows'])}"
+        )
     if counts["dropped"]:
-        lines.append(f"left out, no answer from the engine: {counts['dropped']['tag-failed']:,}")
+        lines.append(
+            f"rows left out, because the engine failed on them: {counts['dropped']['tag-failed']:,}"
+        )
     if counts["unusable"]:
         lines.append(
-            f"left out, no response within model.max_length or no place in the chat template: "
+            f"rows left out, because no response fits into model.max_length or the chat template "
+            f"refuses them: "
             f"{counts['unusable']:,}"
         )
     if accuracy is not None:

@@ -1,7 +1,7 @@
-"""Lengths of all rows in tokens, the last part of stage `tag`, measured shard by shard.
+"""Measures the lengths of all rows in tokens, shard by shard: the last part of stage `tag`.
 
-The driver sends the shards of the tagged manifest to actors; each writes `lengths/*.parquet` and
-answers with totals, of which the manifest without unusable rows is made.
+driver: shards of the tagged manifest ──> TokenCounter.measure ──> lengths/*.parquet
+totals of all shards ──> manifest without the rows that have no response to learn
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ POOL = "measure"
 
 
 class TokenCounter:
-    """Holds a tokenizer; every call can be repeated."""
+    """Measures shards.  Holds a tokenizer; every call can be repeated."""
 
     def __init__(
         self, corpus: Corpus, attempt: str, model_uri: str, trust_remote_code: bool, max_length: int
@@ -38,41 +38,43 @@ class TokenCounter:
         self._max_length = max_length
 
     def measure(self, shard: Shard) -> ShardLengths:
-        """The lengths of a shard's rows."""
+        """Measures the rows of one shard, writes their lengths and returns the totals."""
         return measure_shard(self._corpus, shard, self._attempt, self._tokenizer, self._max_length)
 
 
 def measured_manifest(context: StageContext, manifest: Manifest) -> Manifest:
-    """The manifest of the rows that can be learnt.
+    """Measures all shards; returns the manifest of the rows that have a response to learn.
 
     Args:
         context: of stage `tag`.
         manifest: of the tagged corpus, with paths relative to the attempt.
     """
-    # A shard is named by its content: an attempt that measured it for this model is as good.
+    # Lengths are named by the content of the shard and kept for this model, so those of an earlier
+    # attempt can be used again.
     shared = storage.join(context.shared_uri, fingerprint(context.model_identity))
-    found: dict[Any, ShardLengths] = {
+    measured: dict[Any, ShardLengths] = {
         number: lengths
         for number, shard in enumerate(manifest.shards)
         if (lengths := read_lengths(shard, context.attempt)) is not None
         or (lengths := copy_lengths(shard, shared, context.attempt)) is not None
     }
     units: dict[Hashable, tuple[Shard]] = {
-        number: (shard,) for number, shard in enumerate(manifest.shards) if number not in found
+        number: (shard,) for number, shard in enumerate(manifest.shards) if number not in measured
     }
     if units:
-        _measure(context, manifest, units, found)
+        _measure(context, manifest, units, measured)
     for shard in manifest.shards:
         copy_lengths(shard, context.attempt, shared)
-    return without_unusable(manifest, [found[number] for number in range(len(manifest.shards))])
+    return without_unusable(manifest, [measured[number] for number in range(len(manifest.shards))])
 
 
 def _measure(
     context: StageContext,
     manifest: Manifest,
     units: dict[Hashable, tuple[Shard]],
-    found: dict[Any, ShardLengths],
+    measured: dict[Any, ShardLengths],
 ) -> None:
+    """Measures the shards in `units` with actors and adds them to `measured`."""
     config = context.config
     context.cluster.connect()
     pool = context.cluster.pool(
@@ -87,16 +89,17 @@ def _measure(
                 config.model.max_length,
             ),
             num_actors=config.cluster.num_ingestors,
-            # On one machine the scorers hold its CPUs still, and idle: measuring takes their turn.
+            # On a cluster of our own the scorers still reserve all CPUs, but they are idle now: no
+            # CPU is asked for, else the actors would never start.
             num_cpus=0.0 if context.cluster.is_own else 0.5,
             max_attempts=config.cluster.max_attempts,
         )
     )
     try:
         with context.progress.bar("lengths", total=sum(s.rows for s in manifest.shards)) as bar:
-            bar.advance(sum(manifest.shards[number].rows for number in found))
+            bar.advance(sum(manifest.shards[number].rows for number in measured))
             for key, lengths in pool.map(units, "measure"):
-                found[key] = lengths
+                measured[key] = lengths
                 bar.advance(units[key][0].rows)
     finally:
         context.cluster.close_pool(POOL)

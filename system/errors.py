@@ -1,14 +1,15 @@
-"""The errors a user may meet.
+"""The errors that are shown to a user.
 
-Every message is one paragraph that says what was expected, what was found, where, and what to do.
-The command line prints it without a traceback and exits with the code of its class.
-No class has a constructor of its own: an exception that cannot be unpickled hides the real cause
-when it crosses a process border.
+Every message is one paragraph: what was expected, what was found, where, and what to do.  The
+command line prints it without a traceback and exits with the code of its class.
+
+No class has its own constructor: an exception that cannot be unpickled would hide the real cause
+when it travels from one process to another.
 """
 
 
 class InstructMixError(Exception):
-    """Something went wrong that is not the user's input: exit code 1."""
+    """An error whose cause is not the user's input: exit code 1."""
 
     exit_code = 1
 
@@ -44,8 +45,8 @@ class ModelError(InstructMixError, ValueError):
 
 
 class ClusterError(InstructMixError, RuntimeError):
-    """The Ray cluster cannot be reached, or cannot hold what the run asks for: exit code 1."""
+    """The Ray cluster cannot be reached, or has too few resources for the run: exit code 1."""
 
 
 class StageError(InstructMixError, RuntimeError):
-    """A stage failed for a reason that a rerun may or may not cure: exit code 1."""
+    """A stage failed; running it again may or may not help: exit code 1."""

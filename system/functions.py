@@ -1,7 +1,8 @@
-"""Functions of the user's own, named `module:function` in the configuration.
+"""Loads functions that the user wrote, named `module:function` in the configuration.
 
-The module is looked for on the import path and in the directory from which the command was started,
-here and in every worker.  Its source is part of the fingerprint of the stage that calls it.
+The driver and every worker search for the module on the import path and in the directory in which
+the command was started.  The source of the module is part of the fingerprint of the stage that
+calls the function.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ FUNCTION_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 @dataclass(frozen=True, slots=True)
 class UserFunction:
-    """A function by its name, as it travels to the workers."""
+    """The name of a function, which is sent to the workers instead of the function."""
 
     name: str
     """`module:function`."""
     field: str
-    """Where the configuration names it, for messages."""
+    """The configuration field that names it, for messages."""
     folder: str
-    """Where its module is looked for, besides the import path."""
+    """Directory that is searched for the module, besides the import path."""
 
     @classmethod
     def here(cls, name: str, field: str) -> UserFunction:
@@ -41,15 +42,15 @@ class UserFunction:
         return cls(name, field, os.getcwd())
 
     def load(self) -> Callable[..., Any]:
-        """The function itself.
+        """Imports the module and returns the function.
 
         Raises:
-            ConfigError: there is no such module or function, or importing it fails.
+            ConfigError: there is no such module or function, or the import fails.
         """
         return _load(self)
 
     def source_digest(self) -> str:
-        """SHA-256 of the module's source: what tells that the function changed.
+        """16 hex digits of the SHA-256 of the module's source, which change with the function.
 
         Raises:
             ConfigError: there is no such module.
@@ -64,31 +65,33 @@ class UserFunction:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
     def failed(self, what: str) -> ConfigError:
-        """The error for a function that does not do what is asked of it."""
+        """An error that names the function and its configuration field."""
         return ConfigError(f"{self.field} {self.name!r}: {what}")
 
     def _find(self) -> Any:
         module = self.name.partition(":")[0]
         if self.folder not in sys.path:
-            # It stays there: a function may import more when it runs.
+            # Not removed afterwards: the function may import other modules when it runs.
             sys.path.append(self.folder)
         importlib.invalidate_caches()
         try:
-            found = importlib.util.find_spec(module)
+            spec = importlib.util.find_spec(module)
         except ImportError:
-            found = None  # a parent package is missing
-        if found is None:
+            spec = None  # a parent package is missing
+        if spec is None:
             raise self.failed(
                 f"expected a module {module!r} on the import path or in {self.folder}, found "
-                "none. Start the command where the module lies, set PYTHONPATH, or install it "
-                "(on a cluster: on every node)."
+                "none. Start the command in the directory of the module, set PYTHONPATH, or "
+                "install the module (on a cluster: on every node)."
             )
-        return found
+        return spec
 
 
 @functools.lru_cache(maxsize=64)
 def _load(function: UserFunction) -> Callable[..., Any]:
     module_name, _, name = function.name.partition(":")
+    # First find, then import: an ImportError inside an existing module is another mistake than a
+    # missing module, and has its own message (pkgutil.resolve_name cannot tell them apart).
     function._find()
     try:
         module = importlib.import_module(module_name)
@@ -96,10 +99,10 @@ def _load(function: UserFunction) -> Callable[..., Any]:
         raise function.failed(
             f"importing {module_name!r} failed with {type(error).__name__}: {error}"
         ) from error
-    found = getattr(module, name, None)
-    if not callable(found):
+    value = getattr(module, name, None)
+    if not callable(value):
         raise function.failed(
             f"expected a function {name!r} in {getattr(module, '__file__', module_name)}, found "
-            f"{'nothing of that name' if found is None else type(found).__name__}"
+            f"{'nothing of that name' if value is None else type(value).__name__}"
         )
-    return found
+    return value

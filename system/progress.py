@@ -1,8 +1,7 @@
-"""What a person sees while a stage works: a bar on a terminal, a plain line now and then elsewhere.
+"""Shows the progress of a stage: a bar on a terminal, elsewhere a plain line from time to time.
 
-Everything goes to stderr; stdout belongs to data.  What is said is kept in a file of the
-run directory too, where that is on this machine, so that a run can be looked into after its
-terminal is gone.
+Everything goes to stderr, because stdout is for data.  If the run directory is on this machine, the
+messages are also written to a log file there, so they can be read after the terminal is closed.
 """
 
 from __future__ import annotations
@@ -17,18 +16,19 @@ from types import TracebackType
 from tqdm import tqdm
 
 _FORECAST_FROM = 0.1
-"""Share of the work to do from which the time left is told."""
+"""Share of the work that must be done before the remaining time is forecast."""
 LINE_SECONDS = 15.0
+"""Time between two lines where there is no terminal."""
 
 
 class Bar:
-    """Progress of one piece of work; use as a context manager."""
+    """Shows the progress of one task; use as a context manager."""
 
     def __init__(self, label: str, total: int, is_terminal: bool) -> None:
         self._label = label
         self._total = total
         self._done = 0
-        self._found = 0
+        self._skipped = 0
         self._started = time.monotonic()
         self._last_line = self._started
         self._bar = (
@@ -38,26 +38,26 @@ class Bar:
         )
 
     def skip(self, amount: int) -> None:
-        """Counts units that were found finished; they took no time, which tells nothing."""
+        """Counts units that an earlier session finished; the forecast ignores them."""
         self._done += amount
-        self._found += amount
+        self._skipped += amount
         if self._bar is not None:
             self._bar.initial += amount
             self._bar.n += amount
             self._bar.refresh()
 
     def advance(self, amount: int = 1) -> None:
-        """Counts units as they are finished."""
+        """Counts units that were finished now."""
         self._done += amount
         if self._bar is not None:
             self._bar.update(amount)
         elif self._done and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             seconds = self._last_line - self._started
-            # Early on the start of actors and engines is most of the time: no forecast from that.
+            # At first, most of the time is the start of actors and engines: no forecast from that.
             forecast = ""
-            worked = self._done - self._found
-            if worked and worked >= _FORECAST_FROM * (self._total - self._found):
+            worked = self._done - self._skipped
+            if worked and worked >= _FORECAST_FROM * (self._total - self._skipped):
                 left = seconds / worked * (self._total - self._done)
                 forecast = f", about {left:.0f} s left"
             print(
@@ -67,7 +67,7 @@ class Bar:
             )
 
     def __enter__(self) -> Bar:
-        """The bar itself."""
+        """Returns the bar."""
         return self
 
     def __exit__(
@@ -76,13 +76,13 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Takes the bar off the screen."""
+        """Removes the bar from the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 class Progress:
-    """Where a stage says how far it is."""
+    """Prints the messages and bars of a run, and writes messages to its log file."""
 
     def __init__(self, is_terminal: bool | None = None) -> None:
         self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
@@ -93,17 +93,17 @@ class Progress:
         return Bar(label, total, self._is_terminal)
 
     def say(self, line: str) -> None:
-        """One line for a person, without breaking a bar."""
+        """Prints one line without breaking a bar, and logs it."""
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
         self.note(line)
 
     def keep(self, log: Path) -> None:
-        """From here on what is said goes into a file as well, each line with its time."""
+        """From now on, writes each line to this file as well, with its time."""
         self._log = log
 
     def note(self, line: str) -> None:
-        """One line for the file alone."""
+        """Writes one line to the log file only."""
         if self._log is None:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")

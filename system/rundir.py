@@ -1,18 +1,18 @@
-"""The run directory: what is finished, what it was made from, and who works on it.
+"""The run directory: which stages are finished, what they were made from, and who writes to it.
 
     RUN_DIR/
-      lease.json                 who drives this run just now
+      lease.json                 the driver that may write now
       config.json                the resolved configuration of the last `run`
       <stage>/record.json        the commit: which attempt is the stage's result
-      <stage>/<fingerprint>/...  an attempt; its own record.json, written when it is finished
-      <stage>/shared/...         finished work of any attempt, by what decides it (influence)
-      <stage>/matrix.parquet     links to the committed attempt's outputs (local disks only)
+      <stage>/<fingerprint>/...  an attempt; its own record.json is written last
+      <stage>/shared/...         finished work that several attempts can use
+      <stage>/matrix.parquet     links to the outputs of the committed attempt (local disks only)
 
-A stage's fingerprint is the hash of everything its result depends on: its revision, the parts of
-the configuration that it reads, and the stages before it (their fingerprints, or a digest of what
-they made).  An attempt's
-directory is named by it, so a killed attempt is found and continued, and going back to an earlier
-configuration finds its finished result.  Readers follow records and never list directories.
+The fingerprint of a stage is a hash of everything that its result depends on: its revision, the
+parts of the configuration that it reads, and the stages before it (their fingerprints, or a digest
+of their results).  It is also the name of the attempt's directory.  So a killed attempt is found
+and continued, and a return to an earlier configuration finds its finished result.  Readers follow
+records and never list directories.
 """
 
 from __future__ import annotations
@@ -35,24 +35,26 @@ from system.errors import DataError, RunBusyError
 
 FORMAT = 1
 HEARTBEAT_SECONDS = 5.0
+"""Time between two renewals of the lease."""
 LEASE_SECONDS = 60.0
+"""A lease that was not renewed for so long is free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageRecord:
-    """What a finished stage leaves: the proof that it is finished, and how to read it."""
+    """The commit of a finished stage: what it was made from, and where its outputs lie."""
 
     stage: str
     fingerprint: str
     """Hash of `inputs`, 16 hex digits; also the name of the attempt's directory."""
     inputs: dict[str, Any]
-    """Flat: dotted name -> value; what the fingerprint was computed from."""
+    """Dotted name -> value; the fingerprint is computed from it."""
     outputs: dict[str, str]
     """Name -> path relative to the run directory."""
     counts: dict[str, Any]
-    """Rows in / out / dropped by reason, tokens, whatever the stage counts."""
+    """Numbers that the stage counted: rows in, out and dropped by reason, tokens, ..."""
     lines: tuple[str, ...]
-    """What the stage told a person when it was done."""
+    """The lines that the stage printed when it was finished."""
     seconds: float
     """Wall time of all sessions that worked on this attempt."""
     finished: str
@@ -60,18 +62,18 @@ class StageRecord:
     versions: dict[str, str]
     """Package -> version."""
     result: str = ""
-    """Digest of what later stages read, where the stage gives one: another way to the same result
-    (files copied anew, split in two) then repeats no later stage.  Empty: none given."""
+    """Digest of what later stages read; empty if the stage computes none.  With it, another way to
+    the same result (input files copied, or split in two) does not repeat the later stages."""
     format: int = FORMAT
 
     @property
     def identity(self) -> str:
-        """What stages that read this one's outputs depend on."""
+        """What the fingerprints of later stages contain of this one."""
         return self.result or self.fingerprint
 
 
 def shared_uri(attempt: str) -> str:
-    """What all attempts of a stage share, beside the directory of one of them."""
+    """The directory that all attempts of a stage share; it lies beside their directories."""
     return storage.join(attempt.rsplit("/", 1)[0], "shared")
 
 
@@ -82,7 +84,7 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
 
 
 def flatten(prefix: str, value: Any) -> dict[str, Any]:
-    """Nested mappings as one level of dotted names; sequences stay values."""
+    """Flattens nested mappings to dotted names; sequences stay values."""
     if isinstance(value, Mapping):
         flat: dict[str, Any] = {}
         for key, inner in value.items():
@@ -92,7 +94,7 @@ def flatten(prefix: str, value: Any) -> dict[str, Any]:
 
 
 def describe_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Which inputs differ, for people: `influence.learning_rate 0.001 -> 0.0003`."""
+    """The inputs that differ, for messages: `influence.learning_rate 0.001 -> 0.0003`."""
     changes = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name, "(absent)"), new.get(name, "(absent)")
@@ -122,15 +124,15 @@ class RunDir:
         return storage.join(self.uri, folder, attempt)
 
     def read_record(self, folder: str) -> StageRecord | None:
-        """The committed record of a stage, or None where the stage is not finished.
+        """The committed record of a stage, or None if the stage is not finished.
 
         Raises:
-            DataError: the record was written by another format of this program.
+            DataError: the record has another format version.
         """
         return _read_record(storage.join(self.stage_uri(folder), "record.json"))
 
     def read_attempt_record(self, folder: str, attempt: str) -> StageRecord | None:
-        """The record of a finished attempt, whether or not it is the committed one."""
+        """The record of a finished attempt, which need not be the committed one."""
         return _read_record(storage.join(self.attempt_uri(folder, attempt), "record.json"))
 
     def output_uri(self, record: StageRecord, name: str) -> str:
@@ -142,7 +144,7 @@ class RunDir:
         return storage.join(self.uri, record.outputs[name])
 
     def commit(self, folder: str, record: StageRecord) -> None:
-        """Makes a finished attempt the stage's result: one atomic write decides."""
+        """Makes a finished attempt the result of its stage, with one atomic write."""
         value = asdict(record)
         storage.write_json(
             storage.join(self.attempt_uri(folder, record.fingerprint), "record.json"), value
@@ -151,13 +153,13 @@ class RunDir:
         self._link_outputs(folder, record)
 
     def invalidate(self, folder: str, attempt: str) -> None:
-        """Forgets a stage's result, the attempt and what attempts share: `--redo`."""
+        """Deletes a stage's record, the attempt and what attempts share, for `--redo`."""
         storage.delete(storage.join(self.stage_uri(folder), "record.json"))
         storage.delete(self.attempt_uri(folder, attempt))
         storage.delete(shared_uri(self.attempt_uri(folder, attempt)))
 
     def _link_outputs(self, folder: str, record: StageRecord) -> None:
-        """Stable names beside the record, for people; programs follow the record."""
+        """Links outputs to stable names beside the record, for people; programs read the record."""
         stage = storage.local_path(self.stage_uri(folder))
         if stage is None:
             return
@@ -170,24 +172,26 @@ class RunDir:
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[None]:
-        """Holds the run directory for this process; a heartbeat keeps the lease fresh.
+        """Reserves the run directory for this process; a heartbeat renews the lease.
 
         Raises:
-            RunBusyError: a living driver holds it.
+            RunBusyError: another living driver has the lease.
         """
         uri = storage.join(self.uri, "lease.json")
-        mine = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        holder = {"token": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         _refuse_living_holder(uri, self.uri)
-        _write_lease(uri, mine)
-        # Two drivers may have passed the check together: the later write wins, the other sees it.
+        _write_lease(uri, holder)
+        # Two drivers may pass the check at the same time.  The later write wins; the wait lets the
+        # other driver see that its token is gone.
         time.sleep(0.2)
-        if storage.read_json(uri)["token"] != mine["token"]:
+        if storage.read_json(uri)["token"] != holder["token"]:
             _refuse_living_holder(uri, self.uri)
+        # Without the heartbeat another driver would take the lease of a long run.
         stop = threading.Event()
 
         def beat() -> None:
             while not stop.wait(HEARTBEAT_SECONDS):
-                _write_lease(uri, mine)
+                _write_lease(uri, holder)
 
         thread = threading.Thread(target=beat, daemon=True, name="lease")
         thread.start()
@@ -213,8 +217,8 @@ def _read_record(uri: str) -> StageRecord | None:
     return StageRecord(**{**value, "lines": tuple(value["lines"])})
 
 
-def _write_lease(uri: str, mine: Mapping[str, Any]) -> None:
-    storage.write_json(uri, {**mine, "time": time.time()})
+def _write_lease(uri: str, holder: Mapping[str, Any]) -> None:
+    storage.write_json(uri, {**holder, "time": time.time()})
 
 
 def _refuse_living_holder(uri: str, run_dir: str) -> None:

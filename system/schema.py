@@ -1,4 +1,7 @@
-"""Arrow schemas of the tables that cross a stage border, and the check done there, once."""
+"""Arrow schemas of the tables that one stage writes and another reads.
+
+`check_table` checks a table once, where the reading stage opens it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])
 """A conversation: roles system, user, assistant, tool; the last turn is the assistant's."""
 
 EMBEDDING = pa.list_(pa.float32())
-"""A vector that came with the row."""
+"""The embedding that the source gives for a row."""
 
 CORPUS = pa.schema(
     [
@@ -20,11 +23,11 @@ CORPUS = pa.schema(
         pa.field("messages", MESSAGES, nullable=False),
         pa.field("answer", pa.string()),  # verifiable final answer
         pa.field("answer_pattern", pa.string()),  # regex with one group; null: whole response
-        pa.field("score", pa.float64()),  # quality, as the source gives it
+        pa.field("score", pa.float64()),  # quality, from the source
         pa.field("embedding", EMBEDDING),
     ]
 )
-"""A row of the corpus (stage `ingest`). The split is the shard's, not the row's."""
+"""A row of the corpus (stage `ingest`). Its split is stored with the shard."""
 
 REJECTED = pa.schema(
     [
@@ -35,16 +38,16 @@ REJECTED = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
-"""A row that did not enter the corpus, with its reason."""
+"""A rejected row, with the reason."""
 
 LENGTHS = pa.schema(
     [
-        pa.field("tokens", pa.int32(), nullable=False),  # after truncation; 0 where left out
-        pa.field("response_tokens", pa.int32(), nullable=False),  # 0 where left out
-        pa.field("left_out", pa.string()),  # reason; null where the row can be learnt
+        pa.field("tokens", pa.int32(), nullable=False),  # after truncation; 0 if left out
+        pa.field("response_tokens", pa.int32(), nullable=False),  # 0 if left out
+        pa.field("left_out", pa.string()),  # reason; null if the row is used
     ]
 )
-"""Lengths of the rows of a shard, in their order."""
+"""Lengths of the rows of a shard, in the order of the rows."""
 
 TOKENS = pa.schema(
     [
@@ -59,7 +62,7 @@ TOKENS = pa.schema(
 PLAN = pa.schema(
     [
         pa.field("step", pa.int32(), nullable=False),
-        pa.field("sequence", pa.int32(), nullable=False),  # packed row within the step
+        pa.field("sequence", pa.int32(), nullable=False),  # packed sequence within the step
         pa.field("stage", pa.string(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("category", pa.string(), nullable=False),
@@ -67,7 +70,7 @@ PLAN = pa.schema(
         pa.field("response_mask", pa.large_list(pa.bool_()), nullable=False),
     ]
 )
-"""A frozen training schedule, sorted by step, sequence, place within the packed row.  One plan may
+"""A training schedule, sorted by step, sequence, and position in the packed sequence.  One plan may
 hold more than 2^31 tokens."""
 
 SCORES = pa.schema(
@@ -78,7 +81,7 @@ SCORES = pa.schema(
         pa.field("num_tokens", pa.int32(), nullable=False),  # response tokens
     ]
 )
-"""How one model likes one held-out response."""
+"""Negative log-likelihood of one held-out response under one model."""
 
 MATRIX = pa.schema(
     [
@@ -91,7 +94,7 @@ MATRIX = pa.schema(
         pa.field("effect", pa.float64(), nullable=False),  # nats/response token per unit
         pa.field("effect_se", pa.float64(), nullable=False),
         pa.field("effect_shrunk", pa.float64(), nullable=False),
-        pa.field("gamma", pa.float64()),  # null where the own effect is not identifiable
+        pa.field("gamma", pa.float64()),  # null if the own effect is not identifiable
         pa.field("gamma_low", pa.float64()),
         pa.field("gamma_high", pa.float64()),
         pa.field("identifiable", pa.bool_(), nullable=False),
@@ -101,12 +104,12 @@ MATRIX = pa.schema(
 
 SELECTION_SCORES = pa.schema(
     [
-        pa.field("score", pa.float64()),  # null where there is none
-        pa.field("reason", pa.string()),  # null: ranked by its score; else why it is not
-        pa.field("is_usable", pa.bool_(), nullable=False),  # false: quarantined, never chosen
+        pa.field("score", pa.float64()),  # null if the row has none
+        pa.field("reason", pa.string()),  # null: ranked by score; else why not
+        pa.field("is_usable", pa.bool_(), nullable=False),  # false: never selected
     ]
 )
-"""What select goes by, one line for each row of a shard, in its order."""
+"""Scores by which stage `select` ranks rows; one line for each row of a shard, in its order."""
 
 SELECTION = pa.schema(
     [
@@ -121,10 +124,10 @@ SELECTION = pa.schema(
 
 
 def check_table(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    """The table with exactly the schema's columns, in its order.
+    """The table with exactly the columns of the schema, in its order.
 
     Raises:
-        DataError: a column is missing, has another type, or holds nulls where none may be.
+        DataError: a column is missing, has another type, or contains forbidden nulls.
     """
     missing = [name for name in schema.names if name not in table.column_names]
     if missing:
@@ -136,7 +139,10 @@ def check_table(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
     for field in schema:
         nulls = table.column(field.name).null_count
         if nulls and not field.nullable:
-            raise DataError(f"{where}: column {field.name!r} has {nulls} nulls where none may be")
+            raise DataError(
+                f"{where}: expected no null, but column {field.name!r} has {nulls} nulls. The file "
+                "is damaged: run that stage again with --redo."
+            )
     try:
         return table.select(schema.names).cast(schema)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:

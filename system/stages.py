@@ -1,4 +1,7 @@
-"""The stages, in order, and where each one writes in the run directory."""
+"""The names of the stages, in order, and the folder of each in the run directory.
+
+A file of its own without imports: the command line needs the names before it loads anything heavy.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Files under one name space: local paths and fsspec URIs (`s3://`, `gs://`, ...) alike.
+"""Reads and writes files by URI: local paths and fsspec URIs (`s3://`, `gs://`, ...) alike.
 
-Every write is atomic: a reader sees the old bytes or the new ones.  On a local disk that is a
-temporary file in the same directory, flushed to disk and renamed; object stores give it themselves.
+All other modules read and write files through this one.  Every write is atomic: a reader sees
+either the old bytes or the new ones.  On a local disk the bytes go to a temporary file in the same
+directory, which is flushed to disk and then renamed; object stores write atomically themselves.
 """
 
 from __future__ import annotations
@@ -29,43 +30,44 @@ import pyarrow.parquet as pq
 from system.errors import DataError, StageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers that mean: no room left."""
 _UNFINISHED = ".unfinished"
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def local_path(uri: str) -> Path | None:
-    """The local path that the URI names, or None where it names something remote."""
+    """The local path of a URI, or None if it is remote."""
     if uri.startswith("file://"):
         return Path(uri[len("file://") :])
     return None if "://" in uri else Path(uri)
 
 
 def absolute(uri: str) -> str:
-    """The URI with a local path made absolute: Ray workers run in directories of their own."""
+    """Makes a local path absolute, because Ray workers run in other directories."""
     path = local_path(uri)
     return uri if path is None else str(path.absolute())
 
 
 def join(uri: str, *parts: str) -> str:
-    """The URI extended by path parts."""
+    """Appends path parts to a URI."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:
     try:
-        # Other processes write there too: a listing that is kept would soon be wrong.
+        # Without a cache: other processes write there too, so a cached listing would be wrong.
         return fsspec.core.url_to_fs(uri, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise DataError(
-            f"{uri!r} cannot be opened: {error}. Install the package for this kind of storage "
+            f"{uri!r}: expected a kind of storage that can be opened: {error}. Install its package "
             "(s3fs for s3://, gcsfs for gs://) or use a local path."
         ) from error
 
 
 def arrow_filesystem(uri: str) -> tuple[Any, str]:
-    """File system (None: the local one) and path on it, for libraries that ask for pyarrow's.
+    """A pyarrow file system (None: the local one) and the path on it, for other libraries.
 
-    Every kind of storage that this module can open, by the same package and the same credentials.
+    It opens every kind of storage that this module can open, with the same package and credentials.
     """
     path = local_path(uri)
     if path is not None:
@@ -75,7 +77,7 @@ def arrow_filesystem(uri: str) -> tuple[Any, str]:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or directory is there."""
+    """Whether the file or directory exists."""
     path = local_path(uri)
     if path is not None:
         return path.exists()
@@ -85,9 +87,9 @@ def exists(uri: str) -> bool:
 
 
 def stamp(uri: str) -> str:
-    """What tells one content of a file from another without reading it.
+    """A short text that changes with the content of a file, found without reading the file.
 
-    Size and modification time on a local disk; size and entity tag, checksum or time elsewhere.
+    On a local disk: size and modification time; elsewhere: size and entity tag, checksum or time.
 
     Raises:
         DataError: there is no such file.
@@ -108,7 +110,7 @@ def stamp(uri: str) -> str:
 
 
 def list_names(uri: str) -> list[str]:
-    """Names directly below a directory, sorted; empty where there is no such directory."""
+    """Names directly below a directory, sorted; empty if there is no such directory."""
     path = local_path(uri)
     if path is not None:
         return sorted(os.listdir(path)) if path.is_dir() else []
@@ -120,7 +122,7 @@ def list_names(uri: str) -> list[str]:
 
 
 def delete(uri: str) -> None:
-    """Removes a file or a directory with all below it; nothing there is no error."""
+    """Removes a file, or a directory with its content; a missing one is not an error."""
     path = local_path(uri)
     if path is None:
         filesystem, key = _filesystem(uri)
@@ -133,7 +135,7 @@ def delete(uri: str) -> None:
 
 
 def open_input(uri: str) -> IO[bytes]:
-    """A readable binary file."""
+    """Opens a file for reading bytes."""
     path = local_path(uri)
     if path is not None:
         return path.open("rb")
@@ -143,7 +145,7 @@ def open_input(uri: str) -> IO[bytes]:
 
 @contextlib.contextmanager
 def atomic_output(uri: str) -> Iterator[IO[bytes]]:
-    """A writable binary file that appears under its name only when the block ends well."""
+    """A file for writing that gets its name only when the `with` block ends without an error."""
     path = local_path(uri)
     if path is None:
         with tempfile.TemporaryFile() as buffer:
@@ -160,7 +162,8 @@ def atomic_output(uri: str) -> Iterator[IO[bytes]]:
     try:
         with os.fdopen(descriptor, "wb") as file:
             with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+                # Tells `remove_unfinished` that the writer lives; ends with the process.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -172,24 +175,24 @@ def atomic_output(uri: str) -> Iterator[IO[bytes]]:
 
 
 def remove_unfinished(uri: str) -> int:
-    """Removes what killed processes have half written below a local directory.
+    """Removes the temporary files that killed processes left below a local directory.
 
-    A file that a living process still writes is locked, and stays.
+    A living process locks the file that it writes, so its file stays.
 
     Returns:
-        The number of files.
+        The number of files removed.
     """
     root = local_path(uri)
     if root is None or not root.is_dir():
         return 0
-    found = [
+    unfinished = [
         Path(folder, name)
         for folder, _, names in os.walk(root)
         for name in names
         if name.startswith(".") and name.endswith(_UNFINISHED)
     ]
     count = 0
-    for path in found:
+    for path in unfinished:
         with contextlib.suppress(OSError), path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
@@ -198,11 +201,11 @@ def remove_unfinished(uri: str) -> int:
 
 
 class Writers:
-    """Writes files beside the work that makes them, some at a time.
+    """Writes several files at the same time, in threads, while the caller goes on working.
 
-    Waiting for a disk to have the bytes, or for an object store's answer, costs no processor time,
-    and several such waits at once take little longer than one.  When the block ends well, all files
-    are there; the first error is raised, at the latest then.
+    Waiting for a disk or an object store costs no processor time, so several waits at once take
+    little longer than one.  When the `with` block ends, all files are written; an error of a thread
+    is raised there at the latest.
     """
 
     def __init__(self, num_threads: int = 4) -> None:
@@ -211,17 +214,17 @@ class Writers:
         self._under_way: deque[Future[None]] = deque()
 
     def write(self, uri: str, data: Any) -> None:
-        """Writes the bytes (any buffer), atomically; may wait for files before it."""
+        """Writes the bytes (any buffer) atomically; waits if too many writes are pending."""
         while len(self._under_way) >= self._limit:
             self._under_way.popleft().result()
         self._under_way.append(self._threads.submit(write_bytes, uri, data))
 
     def __enter__(self) -> Writers:
-        """Nothing is under way."""
+        """Starts without pending writes."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits for all files; after an error, only for those that are being written."""
+        """Waits for all files; after an error only for the writes that have begun."""
         self._threads.shutdown(wait=True, cancel_futures=kind is not None)
         if kind is None:
             for file in self._under_way:
@@ -229,34 +232,35 @@ class Writers:
 
 
 def full_disk(error: BaseException) -> OSError | None:
-    """The error of a full disk (or a spent quota, or a file limit) behind an error, if any.
+    """The error of a full disk (or a used-up quota or file limit) that caused this error, if any.
 
-    Looks at what the error came from, and at the errors of other ranks in a CheckpointException.
+    Searches the causes of the error, and the errors of other ranks in a CheckpointException.
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
     while waiting:
-        found = waiting.pop()
-        if found is None or id(found) in seen:
+        cause = waiting.pop()
+        if cause is None or id(cause) in seen:
             continue
-        seen.add(id(found))
-        if isinstance(found, OSError) and found.errno in _FULL:
-            return found
-        rust = _RUST_ERROR.search(str(found))  # safetensors raises an error of its own
+        seen.add(id(cause))
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return cause
+        # safetensors is written in Rust and raises its own class, with the number in the text.
+        rust = _RUST_ERROR.search(str(cause))
         if rust and int(rust.group(1)) in _FULL:
             return OSError(int(rust.group(1)), os.strerror(int(rust.group(1))))
-        failures: dict[int, Any] = getattr(found, "failures", {})
-        waiting += [found.__cause__, found.__context__, *(pair[0] for pair in failures.values())]
+        failures: dict[int, Any] = getattr(cause, "failures", {})
+        waiting += [cause.__cause__, cause.__context__, *(pair[0] for pair in failures.values())]
     return None
 
 
 @contextlib.contextmanager
 def room_for(what: str, uri: str) -> Iterator[None]:
-    """Within the block, a full disk is an error that says what to do.
+    """Turns the error of a full disk inside the `with` block into one that says what to do.
 
     Args:
-        what: is written there, for the message.
-        uri: where it goes.
+        what: name of what is written, for the message.
+        uri: where it is written.
 
     Raises:
         StageError: the storage has no room left.
@@ -268,8 +272,8 @@ def room_for(what: str, uri: str) -> Iterator[None]:
         if full is None:
             raise
         raise StageError(
-            f"{uri}: expected room for {what}, found the storage full ({full}). What was half "
-            "written there does not count. Free some space, or raise the quota, then run again: "
+            f"{uri}: expected room for {what}, found the storage full ({full}). Unfinished "
+            "files do not count. Free some space, or raise the quota, then run again: "
             "finished work is kept and the results stay the same."
         ) from error
 
@@ -299,13 +303,13 @@ def read_json(uri: str) -> Any:
 
 
 def write_json(uri: str, value: Any) -> None:
-    """Writes a value as JSON, keys in the order given, NaN refused."""
+    """Writes a value as JSON, in the order of its keys; NaN is an error."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_bytes(uri, (text + "\n").encode())
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """An Arrow table from a `.parquet` or `.arrow` (IPC file) file; local IPC is memory-mapped."""
+    """Reads an Arrow table from a `.parquet` or `.arrow` (IPC) file; local IPC is memory-mapped."""
     path = local_path(uri)
     if uri.endswith(".parquet"):
         with open_input(uri) as file:
@@ -319,7 +323,7 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
 
 
 def write_table(uri: str, table: pa.Table) -> None:
-    """Writes an Arrow table as `.parquet` or `.arrow`, by the name's ending."""
+    """Writes an Arrow table as `.parquet` or `.arrow`, by the ending of the name."""
     with atomic_output(uri) as file:
         if uri.endswith(".parquet"):
             pq.write_table(table, file, compression="zstd")
@@ -329,7 +333,7 @@ def write_table(uri: str, table: pa.Table) -> None:
 
 
 def upload_directory(local: Path, uri: str) -> None:
-    """Copies a local directory; a file that is already there is replaced."""
+    """Copies a local directory to a URI; existing files are replaced."""
     for path in sorted(local.rglob("*")):
         if path.is_file():
             with (
@@ -340,15 +344,15 @@ def upload_directory(local: Path, uri: str) -> None:
 
 
 def download_directory(uri: str, cache: Path, without: str | None = None) -> Path:
-    """A local directory with the content of the URI: itself where it is local, else a copy.
+    """A local directory with the content of the URI: a copy, or the directory itself if local.
 
-    Processes of one machine may share the cache: one fetches, the others wait for it, and a file
-    that a killed process has half fetched is fetched again.
+    Processes of one machine may share the cache: one downloads while the others wait.  A file that
+    a killed process downloaded in part is downloaded again.
 
     Args:
         uri: the directory.
-        cache: where a copy goes.
-        without: files whose names end so are left out of a copy.
+        cache: where the copy goes.
+        without: files whose names end like this are not copied.
     """
     path = local_path(uri)
     if path is not None:
@@ -356,23 +360,23 @@ def download_directory(uri: str, cache: Path, without: str | None = None) -> Pat
     filesystem, key = _filesystem(uri)
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process that holds it
-        for found, info in filesystem.find(key, detail=True).items():
-            target = cache / found[len(key) :].lstrip("/")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends
+        for source, info in filesystem.find(key, detail=True).items():
+            target = cache / source[len(key) :].lstrip("/")
             if without is not None and target.name.endswith(without):
                 continue
             if not target.exists() or target.stat().st_size != info["size"]:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                filesystem.get_file(found, str(target))
+                filesystem.get_file(source, str(target))
     return cache
 
 
 class LocalCopy:
-    """A directory on a local disk: the URI's own, or a copy that ends with this object.
+    """A local directory for a URI: a copy that is deleted with this object, or the URI itself.
 
     Args:
         uri: the directory.
-        without: files whose names end so are left out of a copy.
+        without: files whose names end like this are not copied.
     """
 
     def __init__(self, uri: str, without: str | None = None) -> None:
@@ -381,4 +385,4 @@ class LocalCopy:
             self._folder = tempfile.TemporaryDirectory(prefix="instructmix-copy-")
         cache = Path(uri if self._folder is None else self._folder.name)
         self.path = str(download_directory(uri, cache, without))
-        """Of the directory."""
+        """Path of the local directory."""

@@ -3,8 +3,10 @@
     manifest.json
     shards/train/math-1f3c/00000-000.arrow     rows of one category, ordered by id
 
-A shard's path in the manifest is relative to the manifest's directory, so a later stage can write a
-manifest of its own that takes over shards of this one.  Readers follow the manifest alone.
+Stage `ingest` writes the corpus, stage `tag` writes a new manifest, and all later stages read it
+through `Corpus`.  A path in a manifest is relative to the directory of the manifest, so a later
+stage can write its own manifest that refers to shards of an earlier one.  Readers use only the
+manifest and never list directories.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -43,19 +45,19 @@ class Shard:
     """Relative to the manifest's directory."""
     split: str
     category: str | None
-    """None: rows that the tag stage has to look at."""
+    """None: rows without a category, which stage `tag` has to tag."""
     rows: int
-    """Rows that count; the file has more where `lengths` is set."""
+    """Rows that are used; the file has more rows if `lengths` is set."""
     first_id: str
     last_id: str
     sha256: str
     lengths: str | None = None
-    """Path of the LENGTHS table that says which rows of the file are left out; None: none."""
+    """Path of the LENGTHS table that marks the rows to leave out; None: no row is left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What is in the corpus, and where every row that was read has gone."""
+    """What the corpus contains, and what happened to every row that was read."""
 
     categories: tuple[str, ...]
     counts: dict[str, dict[str, int]]
@@ -64,18 +66,18 @@ class Manifest:
     """Split -> rows without a category."""
     shards: tuple[Shard, ...]
     read: int = 0
-    """Rows read = kept + duplicates + the sum of rejected."""
+    """Rows read; equals kept + duplicates + the sum of rejected."""
     kept: int = 0
     duplicates: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     sources: tuple[dict[str, Any], ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
-    """Further counts for people, such as near-duplicates."""
+    """More counts, such as duplicates by kind, and tokens by split and category."""
     format: int = FORMAT
 
     @property
     def duplicates_in_words(self) -> str:
-        """Rows that left for another one, by kind: `1,234 duplicates (1,100 exact, 134 near)`."""
+        """Number of duplicates, by kind: `1,234 duplicates (1,100 exact, 134 near)`."""
         kinds = self.details.get("duplicates", {})
         listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
         return f"{self.duplicates:,} duplicates" + (
@@ -84,13 +86,13 @@ class Manifest:
 
     @property
     def content_digest(self) -> str:
-        """16 hex digits of a hash of the rows, wherever they came from."""
+        """16 hex digits of a hash of all rows; it does not depend on the files they came from."""
         shards = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
         return hashlib.sha256(shards.encode()).hexdigest()[:16]
 
 
 def make_manifest(shards: Sequence[Shard], **counts: Any) -> Manifest:
-    """The manifest of these shards, its counts by split and category taken from them."""
+    """The manifest of these shards; counts by split and category are computed from them."""
     by_split: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
     untagged = dict.fromkeys(SPLITS, 0)
     names = sorted({shard.category for shard in shards if shard.category is not None})
@@ -116,12 +118,12 @@ def make_manifest(shards: Sequence[Shard], **counts: Any) -> Manifest:
 
 
 def write_manifest(uri: str, manifest: Manifest) -> None:
-    """Writes the manifest; the corpus exists from this moment on."""
+    """Writes the manifest, which makes the corpus complete."""
     storage.write_json(uri, asdict(manifest))
 
 
 def read_manifest(uri: str) -> Manifest:
-    """The manifest in a file.
+    """Reads a manifest.
 
     Raises:
         DataError: it is missing, damaged, or of another format version.
@@ -130,10 +132,10 @@ def read_manifest(uri: str) -> Manifest:
         raise DataError(f"{uri}: expected a corpus manifest, found nothing; run `ingest` first")
     value = storage.read_json(uri)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        found = value.get("format") if isinstance(value, dict) else type(value).__name__
+        version = value.get("format") if isinstance(value, dict) else type(value).__name__
         raise DataError(
-            f"{uri}: expected a corpus manifest of format {FORMAT}, found {found!r}; run `ingest` "
-            "again with --redo"
+            f"{uri}: expected a corpus manifest of format {FORMAT}, found {version!r}; run "
+            "`ingest` again with --redo"
         )
     value["shards"] = tuple(Shard(**shard) for shard in value["shards"])
     value["categories"] = tuple(value["categories"])
@@ -142,7 +144,7 @@ def read_manifest(uri: str) -> Manifest:
 
 
 def shard_directory(split: str, category: str | None) -> str:
-    """Where shards of the split and category lie; different categories never share a place."""
+    """Directory of the shards of a split and category; each category has one of its own."""
     if category is None:
         return f"shards/{split}/_untagged"
     readable = re.sub(r"[^a-z0-9]+", "-", category.lower()).strip("-")[:40]
@@ -155,7 +157,7 @@ def write_shard(
 ) -> Shard:
     """Writes rows (CORPUS schema, one category, ordered by id) as a shard.
 
-    The bytes depend on the rows alone, not on how the table came about.
+    The bytes depend on the rows alone, not on how the table was built.
     """
     shard, data = shard_of(path, table, split, category)
     with storage.atomic_output(storage.join(base_uri, path)) as file:
@@ -166,7 +168,7 @@ def write_shard(
 def shard_of(
     path: str, table: pa.Table, split: str, category: str | None
 ) -> tuple[Shard, pa.Buffer]:
-    """The shard that `write_shard` writes, and its bytes."""
+    """The shard that `write_shard` would write, and its bytes."""
     table = canonical_table(check_table(table, CORPUS, path))
     sink = pa.BufferOutputStream()
     with pyarrow.ipc.new_file(sink, CORPUS) as writer:
@@ -185,7 +187,7 @@ def shard_of(
 
 
 class Corpus:
-    """A corpus that is there to be read."""
+    """Reads a corpus: counts, shards, samples, and rows by id."""
 
     def __init__(self, uri: str, manifest: Manifest) -> None:
         self.uri = uri
@@ -226,14 +228,14 @@ class Corpus:
         return list(self._shards.get((split, category), ()))
 
     def shard_uri(self, shard: Shard) -> str:
-        """Where the shard lies."""
+        """The URI of the shard's file."""
         return resolve_path(self.base, shard.path)
 
     def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
-        """The rows of a shard (local ones are memory-mapped), without those left out.
+        """The rows of a shard, without the rows to leave out; a local file is memory-mapped.
 
         Raises:
-            DataError: the file is missing, damaged, or holds another number of rows.
+            DataError: the file is missing or damaged, or has another number of rows.
         """
         uri = self.shard_uri(shard)
         try:
@@ -256,22 +258,22 @@ class Corpus:
     def iter_tables(
         self, split: str, category: str | None, columns: list[str] | None = None
     ) -> Iterator[pa.Table]:
-        """Rows of a category in the order of their ids, some thousand at a time.
+        """Rows of a category, sorted by id, in tables of some thousand rows.
 
-        Shards whose ids overlap (a later stage added some) are merged on the way.
+        Shards with overlapping ids (a later stage added some) are merged while reading.
         """
-        wanted = columns or CORPUS.names
-        read = wanted if "id" in wanted else [*wanted, "id"]
+        names = columns or CORPUS.names
+        read = names if "id" in names else [*names, "id"]
         for group in _overlapping(self.shards(split, category)):
             tables = [self.read_shard(shard, read) for shard in group]
             for table in _merged(tables):
-                yield table.select(wanted)
+                yield table.select(names)
 
     def sample(self, split: str, category: str | None, num_rows: int, seed: int) -> pa.Table:
-        """The rows whose `sha256(f"{seed}:{id}")` is smallest, in the order of that hash.
+        """The rows with the smallest `sha256(f"{seed}:{id}")`, in the order of that hash.
 
-        Independent of shards, files and workers; a larger sample begins with the smaller one.
-        Fewer rows come back where the category has fewer.
+        The sample does not depend on shards, files or workers, and a larger sample begins with the
+        smaller one.  If the category has fewer rows, all of them are returned.
         """
         best: list[tuple[int, str]] = []
         for table in self.iter_tables(split, category, ["id"]):
@@ -290,14 +292,14 @@ class Corpus:
         Raises:
             DataError: an id is not there.
         """
-        wanted = pa.array(sorted(ids), pa.string())
-        found: list[pa.Table] = []
+        id_set = pa.array(sorted(ids), pa.string())
+        matches: list[pa.Table] = []
         for shard in self.shards(split, category):
             table = self.read_shard(shard)
-            mask = pc.is_in(table["id"], value_set=wanted)
+            mask = pc.is_in(table["id"], value_set=id_set)
             if pc.any(mask).as_py():
-                found.append(table.filter(mask))
-        table = pa.concat_tables(found) if found else CORPUS.empty_table()
+                matches.append(table.filter(mask))
+        table = pa.concat_tables(matches) if matches else CORPUS.empty_table()
         place = {row_id: k for k, row_id in enumerate(table["id"].to_pylist())}
         missing = [row_id for row_id in ids if row_id not in place]
         if missing:
@@ -315,12 +317,12 @@ class Corpus:
 
 
 def seeded_rank(seed: int, row_id: str) -> int:
-    """First 64 bits of SHA-256 over `seed:id`: the place of a row in a seeded order."""
+    """First 64 bits of SHA-256 over `seed:id`: the sort key of a row in a seeded random order."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{row_id}".encode()).digest()[:8], "big")
 
 
 def resolve_path(base_uri: str, path: str) -> str:
-    """A path relative to a directory, `..` resolved, for local paths and URIs alike."""
+    """Joins a relative path to a directory and resolves `..`; for local paths and URIs."""
     scheme, separator, rest = base_uri.rpartition("://")
     return f"{scheme}{separator}{posixpath.normpath(posixpath.join(rest, path))}"
 
@@ -331,7 +333,7 @@ def relative_path(uri: str, base_uri: str) -> str:
 
 
 def moved_shards(corpus: Corpus, manifest_dir: str) -> list[Shard]:
-    """The corpus's shards with paths for a manifest in another directory."""
+    """The shards of a corpus, with their paths made relative to another manifest's directory."""
     return [
         replace(
             shard,
@@ -345,6 +347,7 @@ def moved_shards(corpus: Corpus, manifest_dir: str) -> list[Shard]:
 
 
 def _overlapping(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
+    """Groups of shards whose ranges of ids overlap, in the order of the ids."""
     group: list[Shard] = []
     last = ""
     for shard in sorted(shards, key=lambda shard: shard.first_id):
@@ -358,12 +361,14 @@ def _overlapping(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
 
 
 def _merged(tables: Sequence[pa.Table]) -> Iterator[pa.Table]:
-    """Tables that are each ordered by id, as one ordered stream of small tables."""
+    """Merges tables that are each sorted by id into one sorted stream of small tables."""
     places = [0] * len(tables)
     while True:
         open_tables = [k for k, table in enumerate(tables) if places[k] < table.num_rows]
         if not open_tables:
             return
+        # All rows up to the cutoff lie in the next _BATCH_ROWS rows of each table, so they can be
+        # sorted now: no row that is read later comes before them.
         cutoff = min(
             tables[k]["id"][min(places[k] + _BATCH_ROWS, tables[k].num_rows) - 1].as_py()
             for k in open_tables

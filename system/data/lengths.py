@@ -1,14 +1,16 @@
-"""How long every row is in tokens, and which rows have no response left to learn.
+"""Measures the length of every row in tokens, and leaves out rows without a response to learn.
 
-    shard ── encode ──> lengths/<split>-<sha>.arrow      one line per row of the shard, committed
+    shard ── encode ──> lengths/<split>-<sha>.parquet      one line for each row of the shard
 
-A row whose response lies wholly behind `model.max_length` trains nothing.  Left in the corpus it
-would count as supply, be chosen, and be missing from the training: two mixes of equal counts would
-not train on equal numbers of examples.  So such rows leave the corpus before anything counts them,
-and what is left has its exact number of tokens.
+The last part of stage `tag`; `actors.token_counter` measures the shards in parallel.
 
-The shards stay as they are: a shard that holds such rows names its lengths in the manifest, and
-`Corpus.read_shard` leaves them out.
+A row whose response begins after `model.max_length` tokens trains nothing.  In the corpus it would
+count as supply and could be selected, but the training would skip it: two mixes with equal counts
+would then train on different numbers of examples.  So these rows leave the corpus before anything
+counts them, and the exact number of tokens is known for the other rows.
+
+The shards are not rewritten.  A shard with such rows names its lengths table in the manifest, and
+`Corpus.read_shard` leaves the rows out.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ from system.schema import LENGTHS, check_table
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BLOCK_ROWS = 4096
+_BATCH_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardLengths:
-    """What was found in a shard."""
+    """Rows and tokens of one shard."""
 
     path: str
     """Of the LENGTHS table, relative to the manifest's directory."""
@@ -58,18 +60,18 @@ class ShardLengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawnLengths:
-    """Rows that a seeded draw takes, without their content.  N = rows."""
+    """Ids and lengths of the rows in a seeded sample.  N = rows."""
 
     ids: list[str]
-    """N; empty where only their number is known."""
+    """N ids; empty if only the number of rows is known."""
     tokens: np.ndarray
-    """[N] tokens of each row, prompt included; means where the rows are not known."""
+    """[N] tokens of each row, prompt included; the mean length if the rows are unknown."""
     response: np.ndarray
-    """[N] those of the response."""
+    """[N] tokens of each response."""
 
 
 RowLengths = Callable[[str, str, int, int], DrawnLengths]
-"""(split, category, at most so many rows, seed) -> what `Corpus.sample` would draw."""
+"""(split, category, largest number of rows, seed) -> lengths of what `Corpus.sample` draws."""
 
 
 def measure_shard(
@@ -79,26 +81,26 @@ def measure_shard(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> ShardLengths:
-    """Encodes the rows of a shard and writes their lengths; a shard measured before is not.
+    """Encodes the rows of a shard and writes their lengths, unless they are already written.
 
     Raises:
         ModelError: the chat template cannot be trained on.
     """
-    known = read_lengths(shard, attempt_uri)
-    if known is not None:
-        return known
+    earlier = read_lengths(shard, attempt_uri)
+    if earlier is not None:
+        return earlier
     table = corpus.read_shard(shard, ["messages"])
-    blocks = [
-        _measure(table.slice(start, _BLOCK_ROWS), tokenizer, max_length)
-        for start in range(0, table.num_rows, _BLOCK_ROWS)
+    batches = [
+        _measure(table.slice(start, _BATCH_ROWS), tokenizer, max_length)
+        for start in range(0, table.num_rows, _BATCH_ROWS)
     ]
-    whole = pa.concat_tables(blocks)
+    whole = pa.concat_tables(batches)
     storage.write_table(storage.join(attempt_uri, lengths_path(shard)), whole)
     return _totals(lengths_path(shard), whole)
 
 
 def read_lengths(shard: Shard, attempt_uri: str) -> ShardLengths | None:
-    """What was found in a shard that is measured already; None where it is not."""
+    """The totals of a shard whose lengths are written; None if they are not."""
     uri = storage.join(attempt_uri, lengths_path(shard))
     if not storage.exists(uri):
         return None
@@ -106,10 +108,10 @@ def read_lengths(shard: Shard, attempt_uri: str) -> ShardLengths | None:
 
 
 def copy_lengths(shard: Shard, from_uri: str, to_uri: str) -> ShardLengths | None:
-    """Copies the lengths of a shard where they are in one directory and not in the other.
+    """Copies the lengths of a shard from one directory to another, unless they are there.
 
     Returns:
-        What was found in the shard; None where the first directory knows nothing of it.
+        The totals of the shard; None if the first directory does not have its lengths.
     """
     path = lengths_path(shard)
     if not storage.exists(storage.join(from_uri, path)):
@@ -121,32 +123,33 @@ def copy_lengths(shard: Shard, from_uri: str, to_uri: str) -> ShardLengths | Non
 
 
 def lengths_path(shard: Shard) -> str:
-    """Where the lengths of a shard lie; named by the shard's content."""
+    """Path of a shard's lengths; the name follows from the content of the shard."""
     return f"lengths/{shard.split}-{shard.sha256[:24]}.parquet"
 
 
 def without_unusable(manifest: Manifest, measured: Iterable[ShardLengths]) -> Manifest:
-    """The manifest of the rows that can be learnt, with the tokens they have.
+    """The manifest of the rows that have a response to learn, with their numbers of tokens.
 
     Args:
-        manifest: as the tag stage made it.
-        measured: one for each of its shards, in their order.
+        manifest: of the tagged corpus.
+        measured: one for each shard of the manifest, in the same order.
     """
     shards: list[Shard] = []
     dropped: Counter[str] = Counter()
     sums: dict[str, dict[str, Counter[str]]] = {
         kind: {split: Counter() for split in SPLITS} for kind in ("tokens", "response_tokens")
     }
-    for shard, found in zip(manifest.shards, measured, strict=True):
-        dropped.update(found.dropped)
-        if not found.rows:
+    for shard, lengths in zip(manifest.shards, measured, strict=True):
+        dropped.update(lengths.dropped)
+        # Listing the shard would keep its category in the manifest, even with no row left.
+        if not lengths.rows:
             continue
-        lengths = found.path if found.dropped else None
-        shards.append(replace(shard, rows=found.rows, lengths=lengths))
+        path = lengths.path if lengths.dropped else None
+        shards.append(replace(shard, rows=lengths.rows, lengths=path))
         name = str(shard.category)
-        sums["tokens"][shard.split][name] += found.tokens
-        sums["response_tokens"][shard.split][name] += found.response_tokens
-    lost = sum(dropped.values())
+        sums["tokens"][shard.split][name] += lengths.tokens
+        sums["response_tokens"][shard.split][name] += lengths.response_tokens
+    num_dropped = sum(dropped.values())
     details: dict[str, Any] = {
         kind: {split: dict(sorted(counts.items())) for split, counts in by_split.items()}
         for kind, by_split in sums.items()
@@ -154,7 +157,7 @@ def without_unusable(manifest: Manifest, measured: Iterable[ShardLengths]) -> Ma
     return make_manifest(
         shards,
         read=manifest.read,
-        kept=manifest.kept - lost,
+        kept=manifest.kept - num_dropped,
         duplicates=manifest.duplicates,
         rejected={**manifest.rejected, **dict(sorted(dropped.items()))},
         sources=manifest.sources,
@@ -163,29 +166,29 @@ def without_unusable(manifest: Manifest, measured: Iterable[ShardLengths]) -> Ma
 
 
 def mean_response_tokens(corpus: Corpus, split: str = "train") -> dict[str, float]:
-    """Response tokens of an example of each category, mean over all its rows."""
+    """Mean number of response tokens of an example, by category."""
     sums = corpus.manifest.details["response_tokens"][split]
     return {name: sums[name] / rows for name, rows in corpus.counts(split).items() if rows}
 
 
 class SeededLengths:
-    """The lengths of what is drawn from a tagged corpus, without reading or encoding a row.
+    """The lengths of seeded samples of a tagged corpus, without reading texts or encoding them.
 
     Args:
-        corpus: of the tag stage, whose lengths lie beside its manifest.
+        corpus: of stage `tag`, whose lengths lie beside its manifest.
     """
 
     def __init__(self, corpus: Corpus) -> None:
         self._corpus = corpus
         self._read: dict[tuple[str, str], tuple[list[str], np.ndarray, np.ndarray]] = {}
 
-    def __call__(self, split: str, category: str, wanted: int, seed: int) -> DrawnLengths:
-        """The rows whose `sha256(f"{seed}:{id}")` is smallest, in the order of that hash."""
+    def __call__(self, split: str, category: str, num_rows: int, seed: int) -> DrawnLengths:
+        """The rows with the smallest `sha256(f"{seed}:{id}")`, in the order of that hash."""
         if (split, category) not in self._read:
             self._read[split, category] = self._all(split, category)
         ids, tokens, response = self._read[split, category]
         ranks = ((seeded_rank(seed, name), row) for row, name in enumerate(ids))
-        rows = [row for _, row in heapq.nsmallest(wanted, ranks)]
+        rows = [row for _, row in heapq.nsmallest(num_rows, ranks)]
         return DrawnLengths(
             ids=[ids[row] for row in rows], tokens=tokens[rows], response=response[rows]
         )
@@ -197,20 +200,21 @@ class SeededLengths:
             ids += self._corpus.read_shard(shard, ["id"])["id"].to_pylist()
             uri = resolve_path(self._corpus.base, lengths_path(shard))
             lengths = storage.read_table(uri)
-            found = np.asarray(lengths["response_tokens"])
-            tokens.append(np.asarray(lengths["tokens"])[found > 0])
-            response.append(found[found > 0])
+            # A row without response tokens is not in the corpus, so its id was not read above.
+            shard_response = np.asarray(lengths["response_tokens"])
+            tokens.append(np.asarray(lengths["tokens"])[shard_response > 0])
+            response.append(shard_response[shard_response > 0])
         return ids, np.concatenate(tokens), np.concatenate(response)
 
 
 def _measure(table: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int) -> pa.Table:
-    encoded, kept, lost = encode_rows(table, tokenizer, max_length)
+    encoded, kept_rows, reason_of = encode_rows(table, tokenizer, max_length)
     tokens = np.zeros(table.num_rows, np.int32)
     response = np.zeros(table.num_rows, np.int32)
     reasons: list[str | None] = [None] * table.num_rows
-    for row, reason in lost.items():
+    for row, reason in reason_of.items():
         reasons[row] = reason
-    for place, row in zip(kept, encoded, strict=True):
+    for place, row in zip(kept_rows, encoded, strict=True):
         tokens[place] = len(row.input_ids)
         response[place] = np.count_nonzero(row.response_mask)
     return pa.table(

@@ -1,7 +1,8 @@
-"""The base model: from whatever `model.path` names to one local Hugging Face directory.
+"""The base model: turns `model.path` (hub id, directory, GGUF) into a Hugging Face directory.
 
-Weights are read from safetensors (or GGUF) only; nothing is unpickled, and code that comes with a
-model runs only when `model.trust_remote_code` says so.
+Stage `model` writes the directory; all other stages load the model and tokenizer from it.  Weights
+are read from safetensors or GGUF only.  Nothing is unpickled, and code that comes with a model runs
+only if `model.trust_remote_code` is set.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""The template of models that bring none."""
+"""The chat template for models that have none."""
 
 
 def kind_of(path: str) -> Kind:
-    """What `model.path` names.
+    """The kind of model that `model.path` names.
 
     Raises:
-        ModelError: it is neither something on this disk nor the form of a hub id.
+        ModelError: the path does not exist and does not look like a hub id.
     """
     if path == "builtin:tiny":
         return "builtin"
@@ -59,12 +60,13 @@ def kind_of(path: str) -> Kind:
 
 
 def model_identity(config: ModelConfig) -> dict[str, str]:
-    """What the model stage's fingerprint holds of the files behind `model`: weights by size and
-    time, a chat template by its content.
+    """The files of the model, for the fingerprint of stage `model`.
+
+    Weights count by size and time, a chat template by its content.
 
     Raises:
-        ModelError: the path names nothing, or a directory without a model in it; the chat template
-            is not there, or no text.
+        ModelError: the path does not exist, the directory has no model, or the chat template is
+            missing or not text.
     """
     files = _model_files(config)
     template = _read_template(config)
@@ -90,7 +92,7 @@ def _model_files(config: ModelConfig) -> dict[str, str]:
 
 
 def check_directory(path: Path) -> None:
-    """A directory that transformers can load without unpickling anything.
+    """Checks that transformers can load the directory without unpickling anything.
 
     Raises:
         ModelError: config, tokenizer or safetensors are missing.
@@ -105,8 +107,8 @@ def check_directory(path: Path) -> None:
         missing.append("a tokenizer")
     if missing:
         raise ModelError(
-            f"{path}: expected a Hugging Face model directory, but {' and '.join(missing)} is not "
-            f"there (found {sorted(names)[:12]}). Weights in other formats can be converted with "
+            f"{path}: expected a Hugging Face model directory, but {' and '.join(missing)} is "
+            f"missing (found {sorted(names)[:12]}). Weights in other formats can be converted with "
             "transformers' save_pretrained."
         )
 
@@ -117,7 +119,7 @@ def materialise(config: ModelConfig, target: Path) -> None:
     A directory's weight files are linked, not copied.
 
     Raises:
-        ModelError: the hub does not have it or cannot be reached; the files are not a model.
+        ModelError: the hub has no such model or cannot be reached, or the files are not a model.
     """
     target.mkdir(parents=True, exist_ok=True)
     source = Path(config.path)
@@ -135,10 +137,10 @@ def materialise(config: ModelConfig, target: Path) -> None:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a materialised model, local or remote; it has a chat template.
+    """Loads the tokenizer, with its chat template, from the directory of stage `model`.
 
     Raises:
-        ModelError: the files are no tokenizer.
+        ModelError: the files are not a tokenizer.
     """
     _quiet()
     from transformers import AutoTokenizer
@@ -157,16 +159,16 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode, without a generation cache.
+    """Loads a causal language model in evaluation mode, without a generation cache.
 
     Args:
         path: local Hugging Face directory.
         dtype: `float32` or `bfloat16`.
-        device: where the weights go.
-        trust_remote_code: run code that comes with the model.
+        device: for the weights.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
-        ModelError: the files are not such a model.
+        ModelError: the files are not a causal language model.
     """
     _quiet()
     import torch
@@ -183,12 +185,13 @@ def load_model(
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: the model cannot be loaded: {error}") from error
+    # Training and scoring read whole sequences, so a cache would only cost memory.
     model.config.use_cache = False
     return model.to(device).eval()
 
 
 def describe_model(path: str | Path) -> dict[str, int | str]:
-    """Architecture, parameters and vocabulary of a directory, read from its headers only."""
+    """Architecture, parameters and vocabulary of a model, read from its file headers only."""
     import safetensors
 
     config = json.loads((Path(path) / "config.json").read_text())
@@ -231,7 +234,9 @@ def _convert_gguf(source: Path, target: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{source}: expected a GGUF model, but {error}") from error
+        raise ModelError(
+            f"{source}: expected a GGUF model; it cannot be converted: {error}"
+        ) from error
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
@@ -247,9 +252,9 @@ def _download(config: ModelConfig, target: Path) -> None:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
-            f"model.path {config.path!r}: no such directory here, and the hub gave no model of "
-            f"that id ({type(error).__name__}: {error}). Check the id and the network, log in "
-            "for a gated model, or give a local directory or .gguf file."
+            f"model.path {config.path!r}: expected a local directory or a model of the hub, found "
+            f"neither ({type(error).__name__}: {error}). Check the id and the network, log in "
+            "for a gated model, or name a local directory or .gguf file."
         ) from error
     check_directory(target)
 
@@ -266,17 +271,17 @@ def _check_template(config: ModelConfig, target: Path) -> None:
 
 
 def template_of(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The chat template that a run uses: `model.chat_template`, the tokenizer's own, or ChatML.
+    """The chat template of the run: `model.chat_template`, else the tokenizer's own, else ChatML.
 
     Raises:
-        ModelError: the configured file is not there, or no text.
+        ModelError: the configured file is missing or not text.
     """
     template = _read_template(config)
     return (tokenizer.chat_template if template is None else template) or CHATML
 
 
 def _read_template(config: ModelConfig) -> str | None:
-    """The text of the file that `model.chat_template` names; None: it names none."""
+    """The text of the file `model.chat_template`; None if it is not set."""
     if config.chat_template is None:
         return None
     file = Path(config.chat_template)
@@ -295,7 +300,7 @@ def _read_template(config: ModelConfig) -> str | None:
 
 
 def _quiet() -> None:
-    """Loading bars and advice belong to interactive use of transformers, not to a run's output."""
+    """Turns off the progress bars and advice of transformers, which are for interactive use."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,8 +1,8 @@
-"""Conversations to token ids, with the exact mask of what the assistant says.
+"""Encodes conversations as token ids, with an exact mask of the assistant's tokens.
 
-Prompt and response are tokenised apart, as they are when the model answers: no token ever spans
-the border, and training sees the very prompt tokens that `encode_prompt` gives at inference.
-Where the border lies is read from the chat template (`system.models.template`).
+Prompt and response are tokenised separately, as they are when the model generates an answer.  So no
+token crosses the border between them, and training sees the same prompt tokens as `encode_prompt`
+gives at inference.  `system.models.template` finds the border in the chat template.
 
 L = tokens of a conversation.
 """
@@ -39,22 +39,24 @@ _BATCH_ROWS = 2048
 def encode(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int
 ) -> Encoded:
-    """One conversation, truncated at the end to `max_length` tokens.
+    """Encodes one conversation; tokens after the first `max_length` are cut off.
 
     Raises:
         ModelError: the chat template cannot be trained on (see `template_profile`).
-        DataError: the template refuses this conversation, or it has no assistant turn.
+        DataError: the template refuses the conversation, or it has no assistant turn.
     """
     profile = template_profile(tokenizer, str(tokenizer.chat_template or ""))
-    pieces = cut_conversation(tokenizer, profile, messages)
-    return next(tokenise(tokenizer, profile, [pieces], max_length))
+    segments = cut_conversation(tokenizer, profile, messages)
+    return next(tokenise(tokenizer, profile, [segments], max_length))
 
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int
 ) -> list[int]:
-    """What the model reads before it writes the last assistant turn: the turns before it and the
-    generation prompt.  A prompt longer than `max_length` keeps its end.
+    """Encodes what the model reads before it generates the last assistant turn.
+
+    That is all earlier turns and the generation prompt.  Of a prompt with more than `max_length`
+    tokens the last ones are kept.
 
     Raises:
         ModelError, DataError: as `encode`.
@@ -64,6 +66,7 @@ def encode_prompt(
     if turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     text = render(tokenizer, turns, prompt=True)
+    # Cut at earlier responses, where training cuts too; otherwise tokens could differ there.
     cuts = [0]
     if profile.cuts_text and profile.opens_as_prompted and profile.keeps_history:
         for start, end in response_spans(tokenizer, profile, turns, text):
@@ -77,28 +80,29 @@ def encode_prompt(
 def encode_table(
     table: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[pa.Table, dict[str, int]]:
-    """A CORPUS or SELECTION table as a TOKENS table, and what had to be left out.
+    """Encodes a CORPUS or SELECTION table as a TOKENS table.
 
     Args:
         table: columns `id`, `category`, `messages`; order is kept.
         tokenizer: with a chat template.
-        max_length: tokens of a row, prompt and response together; longer ones lose their end.
+        max_length: most tokens of a row, prompt and response together; the rest is cut off.
 
     Returns:
-        The TOKENS table and counts by reason: `template-refused` (the template raised, as on a
-        system turn it does not know), `not-prefix-stable` (it rewrites this conversation's text)
-        and `no-response-token` (truncation left nothing of the response).
+        The TOKENS table, and the number of rows left out by reason: `template-refused` (the
+        template raised an error, for example on a system turn), `not-prefix-stable` (the template
+        rewrites the text of this conversation) and `no-response-token` (the response was cut off).
 
     Raises:
         ModelError: the chat template cannot be trained on.
     """
-    rows, kept, lost = encode_rows(table, tokenizer, max_length)
+    rows, kept_rows, reason_of = encode_rows(table, tokenizer, max_length)
+    # Built from flat arrays: a Python list for each token would be many times slower.
     lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     empty = np.zeros(0, dtype=np.int32)
     ids = np.concatenate([row.input_ids for row in rows] or [empty])
     masks = np.concatenate([row.response_mask for row in rows] or [empty.astype(bool)])
-    index = pa.array(kept, type=pa.int64())
+    index = pa.array(kept_rows, type=pa.int64())
     columns = [
         table.column("id").take(index),
         table.column("category").take(index),
@@ -107,35 +111,36 @@ def encode_table(
     ]
     tokens = pa.Table.from_arrays(columns, names=schema.TOKENS.names)
     return schema.check_table(tokens, schema.TOKENS, "encoded conversations"), dict(
-        Counter(lost.values())
+        Counter(reason_of.values())
     )
 
 
 def encode_rows(
     table: pa.Table, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[Encoded], list[int], dict[int, str]]:
-    """As `encode_table`, row by row: encodings, their row numbers, reasons of the others."""
+    """As `encode_table`, but returns the encoded rows, their numbers, and number -> reason."""
     profile = template_profile(tokenizer, str(tokenizer.chat_template or ""))
-    lost: dict[int, str] = {}
+    reason_of: dict[int, str] = {}
     rows: list[Encoded] = []
-    kept: list[int] = []
+    kept_rows: list[int] = []
     first = 0
     for batch in table.select(["messages"]).to_batches(max_chunksize=_BATCH_ROWS):
-        pieces, numbers = [], []
+        segments, numbers = [], []
         for number, messages in enumerate(batch.column(0).to_pylist(), start=first):
             try:
-                pieces.append(cut_conversation(tokenizer, profile, messages))
+                segments.append(cut_conversation(tokenizer, profile, messages))
                 numbers.append(number)
             except DataError:
-                lost[number] = "template-refused"
-            except ModelError:  # the probe was stable, so this is about what the row says
-                lost[number] = "not-prefix-stable"
+                reason_of[number] = "template-refused"
+            except ModelError:  # the probe passed, so the text of this row is the cause
+                reason_of[number] = "not-prefix-stable"
         first += batch.num_rows
-        encoded = tokenise(tokenizer, profile, pieces, max_length)
+        encoded = tokenise(tokenizer, profile, segments, max_length)
         for number, row in zip(numbers, encoded, strict=True):
+            # The first token has no prediction, so it cannot be learned.
             if row.response_mask[1:].any():
                 rows.append(row)
-                kept.append(number)
+                kept_rows.append(number)
             else:
-                lost[number] = "no-response-token"
-    return rows, kept, lost
+                reason_of[number] = "no-response-token"
+    return rows, kept_rows, reason_of

@@ -1,17 +1,19 @@
-"""What a chat template makes of a conversation: its text, cut where the assistant speaks.
+"""Renders conversations with a chat template and finds the assistant's part of the text.
 
-The template renders text; the assistant's part of it is found by *prefix differences*: what the
-template writes for `messages[:k]` plus the generation prompt is exactly what the model has read
-when it starts turn k, so turn k is the rest.  A turn ends with its end-of-turn token; white space
-that the template puts behind that token is never generated and never counts.
+The assistant's part is found by *prefix differences*.  What the template writes for `messages[:k]`
+plus the generation prompt is what the model has read when it starts turn k; the rest is turn k.  A
+turn ends with its end-of-turn token.  White space that the template writes after this token is
+never generated, so it is not part of the turn.
 
-Tokenizers that mark the start of every text (SentencePiece's dummy prefix) cannot be given a text
-in pieces; for them it is tokenised once and the mask follows character offsets, a token across the
-border counting as prompt.
+Some tokenizers mark the start of every text (the dummy prefix of SentencePiece), so a text cannot
+be tokenised in segments.  For them the text is tokenised as a whole and the mask follows character
+offsets; a token that crosses the border counts as prompt.
 
-Templates that rewrite earlier turns when a new one arrives (reasoning models drop old thoughts)
-have no response that the whole conversation contains word for word but the last: only the last
-assistant turn is masked in for them.
+Some templates rewrite earlier turns when a new turn is added (reasoning models drop old thoughts).
+With them only the last response appears unchanged in the whole conversation, so only the last
+assistant turn is in the mask.
+
+`system.models.chat` is the interface to this module.
 
 L = tokens of a conversation.
 """
@@ -54,41 +56,43 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateProfile:
-    """What the probe conversation told about a tokenizer and its chat template."""
+    """Properties of a tokenizer and its chat template, found with a probe conversation."""
 
     cuts_text: bool
-    """Prompt and response can be tokenised apart without changing the text."""
+    """Prompt and response can be tokenised separately without changing the text."""
     opens_as_prompted: bool
     """The generation prompt is a prefix of the rendered turn."""
     opening: str
-    """What the template writes before the answer in the last turn, beyond the conversation so far;
-    used only where `opens_as_prompted` is false."""
+    """What the template writes between the conversation so far and the answer; used only if
+    `opens_as_prompted` is false."""
     keeps_history: bool
-    """A later turn leaves earlier ones as they were."""
+    """Adding a turn does not change the text of earlier turns."""
     end_marks: tuple[str, ...]
-    """Special tokens: a turn ends with one of these, if with any."""
+    """Special tokens; one of them may end a turn."""
 
 
 @functools.lru_cache(maxsize=16)
 def template_profile(tokenizer: PreTrainedTokenizerBase, chat_template: object) -> TemplateProfile:
-    """What a probe conversation tells about the template, checked to give a usable mask.
+    """Finds the properties of a template with a probe conversation, and checks its mask.
 
     Args:
         tokenizer: with a chat template.
-        chat_template: `tokenizer.chat_template`; part of the key under which this is cached.
+        chat_template: `tokenizer.chat_template`; a part of the cache key.
 
     Raises:
-        ModelError: no chat template; rendered turns are not prefixes of one another, so no mask
-            would be exact; the mask of the probe is all true or has no true token.
+        ModelError: there is no chat template; a rendered turn is not a prefix of the next, so no
+            mask would be exact; or the mask of the probe is all true or all false.
     """
     if not chat_template:
         raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: without one it is "
-            "unknown where a response starts. Name a Jinja file in model.chat_template."
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: expected one, "
+            "because without it nothing says where a response starts. Name a Jinja file in "
+            "model.chat_template."
         )
     question, answer = _PROBE[:1], _PROBE[:2]
     prompt = render(tokenizer, question, prompt=True)
     single = render(tokenizer, answer)
+    # What two different answers have in common is what the template writes before an answer.
     other = render(tokenizer, [*question, {"role": "assistant", "content": _OTHER_ANSWER}])
     opening = single[: _common_prefix(single, other)]
     bare = render(tokenizer, question)
@@ -96,12 +100,13 @@ def template_profile(tokenizer: PreTrainedTokenizerBase, chat_template: object) 
     opens_as_prompted = single.startswith(prompt)
     if not opens_as_prompted and not (opening.startswith(bare) and len(opening) > len(bare)):
         raise ModelError(
-            f"the chat template of {tokenizer.name_or_path!r} is not prefix-stable: what it writes "
-            "for a question is not how it starts the question with its answer, so no response mask "
-            f"would be exact. The question alone renders as {prompt!r}, with the answer as "
-            f"{single!r}. Give another template in model.chat_template."
+            f"the chat template of {tokenizer.name_or_path!r} is not prefix-stable: expected the "
+            "text of a question to be the start of the text of the question with its answer; "
+            f"otherwise no response mask is exact. The question alone renders as {prompt!r}, with "
+            f"the answer as {single!r}. Give another template in model.chat_template."
         )
     start = len(prompt) if opens_as_prompted else len(opening)
+    # Some tokenizers list end-of-turn tokens only among the added tokens.
     marks = {str(token) for token in tokenizer.all_special_tokens}
     marks |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     profile = TemplateProfile(
@@ -111,6 +116,7 @@ def template_profile(tokenizer: PreTrainedTokenizerBase, chat_template: object) 
         keeps_history=keeps_history,
         end_marks=tuple(sorted(marks)),
     )
+    # Try the profile on the probe itself: a mistake shows here, once, and not in every row.
     mask = next(
         tokenise(tokenizer, profile, [cut_conversation(tokenizer, profile, answer)], 2**20)
     ).response_mask
@@ -127,7 +133,7 @@ def template_profile(tokenizer: PreTrainedTokenizerBase, chat_template: object) 
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, prompt: bool = False
 ) -> str:
-    """What the template writes; with `prompt`, up to where the next answer starts.
+    """Renders the conversation; with `prompt`, up to the point where the next answer starts.
 
     Raises:
         DataError: the template refuses the conversation.
@@ -154,8 +160,8 @@ def _common_prefix(left: str, right: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
-    """A rendered conversation cut at the borders of its responses."""
+class Segments:
+    """A rendered conversation, cut at the start and end of each response."""
 
     texts: list[str]
     is_response: list[bool]
@@ -164,7 +170,7 @@ class Pieces:
 
 def cut_conversation(
     tokenizer: PreTrainedTokenizerBase, profile: TemplateProfile, messages: Sequence[Message]
-) -> Pieces:
+) -> Segments:
     """The rendered conversation, cut where the assistant starts and ends.
 
     Raises:
@@ -173,7 +179,7 @@ def cut_conversation(
     """
     if all(message["role"] != "assistant" for message in messages):
         raise DataError(
-            "a conversation to train on needs an assistant turn; found the roles "
+            "expected a conversation with an assistant turn, found the roles "
             f"{[message['role'] for message in messages]}"
         )
     text = render(tokenizer, messages)
@@ -185,7 +191,7 @@ def cut_conversation(
     if place < len(text):
         texts.append(text[place:])
         is_response.append(False)
-    return Pieces(texts, is_response)
+    return Segments(texts, is_response)
 
 
 def response_spans(
@@ -204,6 +210,7 @@ def response_spans(
         turns = turns[-1:]
     spans = []
     for k in turns:
+        # `closed` is the text up to the end of turn k, rendered without the later turns.
         closed = text if k == len(messages) - 1 else render(tokenizer, messages[: k + 1])
         start = len(_opened(tokenizer, profile, messages[:k], closed))
         if not text.startswith(closed):
@@ -212,11 +219,12 @@ def response_spans(
                 f"{k + 1} turns alone render as {closed!r}, but the whole conversation as "
                 f"{text!r}. Give another template in model.chat_template."
             )
-        said = text[start : len(closed)]
-        bare = said.rstrip()
-        if len(bare) < len(said) and bare.endswith(profile.end_marks):
-            said = bare
-        spans.append((start, start + len(said)))
+        response = text[start : len(closed)]
+        # White space after the end-of-turn token is never generated.
+        bare = response.rstrip()
+        if len(bare) < len(response) and bare.endswith(profile.end_marks):
+            response = bare
+        spans.append((start, start + len(response)))
     return spans
 
 
@@ -226,7 +234,7 @@ def _opened(
     before: Sequence[Message],
     closed: str,
 ) -> str:
-    """What the model has read when it starts the turn that completes `closed`."""
+    """The text that the model has read when it starts the last turn of `closed`."""
     if profile.opens_as_prompted:
         opened = render(tokenizer, before, prompt=True)
     else:
@@ -241,12 +249,13 @@ def _opened(
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, nothing added."""
+    """Token ids of each text, without special tokens added."""
     encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
     return encoded["input_ids"]
 
 
 def _can_cut(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> bool:
+    """Whether tokenising the texts separately gives the same text as tokenising them together."""
     apart = [token for ids in token_ids(tokenizer, texts) for token in ids]
     whole = token_ids(tokenizer, ["".join(texts)])[0]
     return _decoded(tokenizer, apart) == _decoded(tokenizer, whole)
@@ -260,27 +269,27 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     profile: TemplateProfile,
-    rows: Sequence[Pieces],
+    rows: Sequence[Segments],
     max_length: int,
 ) -> Iterator[Encoded]:
-    """Conversations as the model sees them, cut off at `max_length` tokens; all in one call.
+    """Encodes conversations, each truncated to `max_length` tokens, with one tokenizer call.
 
     Raises:
-        ModelError: neither pieces nor character offsets give an exact mask.
+        ModelError: neither segments nor character offsets give an exact mask.
     """
     if not rows:
         return
     if not profile.cuts_text:
         yield from _tokenise_by_offsets(tokenizer, rows, max_length)
         return
-    pieces = iter(token_ids(tokenizer, [text for row in rows for text in row.texts]))
+    segments = iter(token_ids(tokenizer, [text for row in rows for text in row.texts]))
     for row in rows:
         ids: list[int] = []
         mask: list[bool] = []
         for is_response in row.is_response:
-            piece = next(pieces)
-            ids += piece
-            mask += [is_response] * len(piece)
+            segment = next(segments)
+            ids += segment
+            mask += [is_response] * len(segment)
         yield Encoded(
             input_ids=np.array(ids[:max_length], dtype=np.int32),
             response_mask=np.array(mask[:max_length], dtype=bool),
@@ -288,12 +297,12 @@ def tokenise(
 
 
 def _tokenise_by_offsets(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Pieces], max_length: int
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Segments], max_length: int
 ) -> Iterator[Encoded]:
     if not tokenizer.is_fast:
         raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path!r} marks the start of a text and gives no "
-            "character offsets, so no exact response mask can be made. Use its fast version "
+            f"the tokenizer of {tokenizer.name_or_path!r} marks the start of a text and has no "
+            "character offsets, so an exact response mask is impossible. Use its fast version "
             "(tokenizer.json)."
         )
     encoded: Any = tokenizer(
@@ -305,8 +314,8 @@ def _tokenise_by_offsets(
     for row, ids, pairs in zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         offsets = np.array(pairs[:max_length], dtype=np.int64).reshape(-1, 2)
         ends = np.cumsum([len(text) for text in row.texts])
-        piece = np.searchsorted(ends, offsets[:, 0], side="right").clip(max=len(ends) - 1)
+        segment = np.searchsorted(ends, offsets[:, 0], side="right").clip(max=len(ends) - 1)
         yield Encoded(
             input_ids=np.array(ids[:max_length], dtype=np.int32),
-            response_mask=np.array(row.is_response, dtype=bool)[piece],
+            response_mask=np.array(row.is_response, dtype=bool)[segment],
         )

@@ -1,1 +1,1 @@
-"""Categories for rows that have none."""
+"""Chooses categories for rows that have none."""

@@ -1,10 +1,12 @@
-"""A category for every instruction: constrained choice among names, never free text.
+"""Chooses a category for each instruction among fixed names; the model writes no free text.
 
 For an instruction x and a name c the score is log p(c | x) - log p(c | empty instruction), summed
-over the tokens of the name and the line break that ends it (so that no name is a prefix of
-another).  The second term takes out what the model thinks of the name itself.  Source: contextual
-calibration, Zhao et al. 2021 (arXiv 2102.09690); as a ratio of likelihoods it is the domain-
-conditional PMI of Holtzman et al. 2021 (arXiv 2104.08315).
+over the tokens of the name and of the line break after it.  The line break makes sure that no name
+is a prefix of another one.  The second term removes the model's general preference for the name.
+Source: contextual calibration, Zhao et al. 2021 (arXiv 2102.09690); as a ratio of likelihoods it is
+the domain-conditional PMI of Holtzman et al. 2021 (arXiv 2104.08315).
+
+All functions here are pure; `actors.tagger` runs stage `tag` with them.
 
 B = rows, K = names.
 """
@@ -30,49 +32,50 @@ CUE = "\n\nCategory:"
 """Stands between the instruction and the name."""
 
 _TIE_DECIMALS = 4
-"""Scores that agree to this many decimals are a tie; it goes to the first name in order.
-Batch composition moves log-likelihoods in the sixth decimal."""
+"""Scores that agree to so many decimals are a tie; the first name in order wins.  Log-likelihoods
+change in the sixth decimal with the rows of the batch, so they must not break ties."""
 
 TAGS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("known", pa.string()),  # category the row came with
-        pa.field("category", pa.string()),  # chosen; null where the engine failed on the row
-        pa.field("score", pa.float64()),  # nats, calibrated, of the chosen name
-        pa.field("margin", pa.float64()),  # nats, over the second-best name
+        pa.field("known", pa.string()),  # category from the source
+        pa.field("category", pa.string()),  # chosen; null if the engine failed
+        pa.field("score", pa.float64()),  # of the chosen name, calibrated, in nats
+        pa.field("margin", pa.float64()),  # over the second-best name, in nats
     ]
 )
-"""What the choice made of each row."""
+"""The choice for each row."""
 
 
 def normal_form(tag: str) -> str:
-    """A tag without case, accents of width, punctuation and kind of separator."""
+    """A tag without differences of case, character width, punctuation and separators."""
     text = unicodedata.normalize("NFKC", tag).casefold()
     return " ".join(re.sub(r"[\W_]+", " ", text).split())
 
 
 def rename_categories(
-    found: Mapping[str, int], names: Sequence[str], aliases: Mapping[str, str]
+    rows: Mapping[str, int], names: Sequence[str], aliases: Mapping[str, str]
 ) -> dict[str, str | None]:
-    """What each category that the corpus came with is called from now on.
+    """Maps each category of the corpus to the name that the run uses for it.
 
     Args:
-        found: category -> rows.
-        names: the categories to use; empty: those found, spellings of one normal form merged into
-            the most frequent (ties: the first in alphabetical order).
-        aliases: free tag -> name.
+        rows: category -> number of rows.
+        names: the names to use.  If empty, the categories themselves; spellings with the same
+            normal form are merged into the most frequent one (ties: the first in the alphabet).
+        aliases: other tag -> name.
 
     Returns:
-        Category -> name, or None where it is no spelling of any name and its rows need a choice.
+        Category -> name, or None if it is no spelling of any name; its rows then need a choice.
 
     Raises:
-        ConfigError: an alias points to something that is no name, two names have one normal form,
-            or there are no names at all.
+        ConfigError: an alias points to an unknown name, two names have the same normal form, or
+            there are no names.
     """
     if not names:
         by_form: dict[str, str] = {}
-        for category in sorted(found, key=lambda name: (-found[name], name)):
+        for category in sorted(rows, key=lambda name: (-rows[name], name)):
             by_form.setdefault(normal_form(category), category)
+        # A category with an alias is replaced by another name, unless it is itself such a name.
         renamed_away = {normal_form(tag) for tag in aliases}
         names = sorted(
             name
@@ -81,26 +84,28 @@ def rename_categories(
         )
     if not names:
         raise ConfigError(
-            "no row of the corpus has a category and tag.categories names none: there is nothing "
-            "to choose among. List the categories in tag.categories, or give sources a category."
+            "expected categories to choose among, found none: no row of the corpus has one, and "
+            "tag.categories is empty. List the categories in tag.categories, or give "
+            "sources a category."
         )
     lookup = _lookup(names, aliases)
-    return {category: lookup.get(normal_form(category)) for category in found}
+    return {category: lookup.get(normal_form(category)) for category in rows}
 
 
 def _lookup(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Normal form -> name, for all names and aliases."""
     forms: dict[str, str] = {}
     for name in names:
         form = normal_form(name)
         if forms.setdefault(form, name) != name:
             raise ConfigError(
                 f"tag.categories: {forms[form]!r} and {name!r} are two spellings of one name; "
-                "keep one of them"
+                "expected different names. Keep one of them."
             )
     for tag, name in aliases.items():
         if name not in names:
             raise ConfigError(
-                f"tag.aliases: {tag!r} stands for {name!r}, which is none of the categories "
+                f"tag.aliases: {tag!r} stands for {name!r}; expected one of the categories "
                 f"{sorted(names)}"
             )
         forms[normal_form(tag)] = name
@@ -108,7 +113,7 @@ def _lookup(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, str]:
 
 
 def instruction_of(messages: Sequence[Mapping[str, str]]) -> str:
-    """The text that the choice sees: the first user turn, else the first turn of anyone else."""
+    """The text to choose a category for: the first user turn, else the first other turn."""
     for role in ("user", "system", "tool"):
         for message in messages:
             if message["role"] == role:
@@ -130,9 +135,9 @@ def encode_choice(
     names: Sequence[str],
     max_instruction_tokens: int,
 ) -> ChoicePrompts:
-    """Instruction (its first tokens), cue, names.
+    """Encodes the prompts (first tokens of the instruction, then the cue) and the names.
 
-    Names are shown as words: separators become blanks.
+    Separators in a name become blanks, so that the model reads words.
     """
     encoded: Any = tokenizer(
         list(instructions),
@@ -143,8 +148,8 @@ def encode_choice(
     cue: Any = tokenizer(CUE, add_special_tokens=False)["input_ids"]
     bos: Any = tokenizer.bos_token_id
     start = [] if bos is None else [int(bos)]
-    shown = [f" {normal_form(name) or name}\n" for name in names]
-    candidates: Any = tokenizer(shown, add_special_tokens=False)["input_ids"]
+    candidate_texts = [f" {normal_form(name) or name}\n" for name in names]
+    candidates: Any = tokenizer(candidate_texts, add_special_tokens=False)["input_ids"]
     return ChoicePrompts(
         prompts=[[*start, *ids, *cue] for ids in encoded["input_ids"]], names=list(candidates)
     )
@@ -157,16 +162,17 @@ def pick(
     names: Sequence[str],
     prior_K: np.ndarray | None,
 ) -> pa.Table:
-    """The TAGS table: for each row the name with the highest score.
+    """Picks the name with the highest score for each row; returns the TAGS table.
 
     Args:
         ids: B ids.
-        known: B categories that the rows came with, None where they had none.
+        known: B categories from the source, None if a row has none.
         log_likelihood_BK: nats; a row of NaN gives no category.
-        names: K names in an order that is the same everywhere: it breaks ties.
-        prior_K: nats, log-likelihood of the names after an empty instruction; None: no correction.
+        names: K names, in an order that must be fixed because it breaks ties.
+        prior_K: nats, log-likelihood of each name after an empty instruction; None: no correction.
     """
     score_BK = log_likelihood_BK if prior_K is None else log_likelihood_BK - prior_K
+    # A failed row gets -inf here so that argmax works; its category becomes null below.
     best = np.round(np.nan_to_num(score_BK, nan=-np.inf), _TIE_DECIMALS).argmax(axis=1)
     failed_B = np.asarray(np.isnan(score_BK).any(axis=1))
     rows = np.arange(len(score_BK))
@@ -187,34 +193,35 @@ def pick(
 
 
 def stratified_sizes(rows: Mapping[str, int], total: int) -> dict[str, int]:
-    """How many rows of each category a sample of `total` takes: as equal as supply allows."""
-    left = min(total, sum(rows.values()))
+    """Rows of each category in a sample of `total` rows: as equal as the supply allows."""
+    num_left = min(total, sum(rows.values()))
     sizes = dict.fromkeys(sorted(rows), 0)
+    # The smallest category first: what it cannot fill is shared by the larger ones.
     for place, name in enumerate(sorted(rows, key=lambda name: (rows[name], name))):
-        sizes[name] = min(rows[name], left // (len(rows) - place))
-        left -= sizes[name]
-    # Every category that is not exhausted now has the same size, but for rounding at the end.
+        sizes[name] = min(rows[name], num_left // (len(rows) - place))
+        num_left -= sizes[name]
+    # The division rounds down: hand out the remaining rows, one to each category with supply.
     for name in sizes:
-        step = min(left, 1, rows[name] - sizes[name])
+        step = min(num_left, 1, rows[name] - sizes[name])
         sizes[name] += step
-        left -= step
+        num_left -= step
     return sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TagAccuracy:
-    """How often the choice names the category that a row came with."""
+    """How often the choice agrees with the category from the source."""
 
     rows: int
     correct: int
     failed: int
     """Rows without an answer; they count as wrong."""
     interval: Interval
-    """Wilson interval of the share correct in the stratified sample."""
+    """Share of correct rows in the stratified sample, with its Wilson interval."""
     chance: float
-    """What guessing one name for every row would reach on this sample."""
+    """Accuracy on this sample of always choosing the same, most frequent name."""
     corpus_share: float
-    """Recalls weighted by the categories' share of the corpus."""
+    """Mean of the recalls, weighted by the share of each category in the corpus."""
     recall: dict[str, Interval]
     confusion: dict[str, dict[str, int]]
     """Known category -> chosen category -> rows."""
@@ -236,11 +243,11 @@ class TagAccuracy:
 def measure_accuracy(
     tags: pa.Table, corpus_rows: Mapping[str, int], confidence: float = 0.95
 ) -> TagAccuracy:
-    """Compares `known` with `category` on rows that have the former.
+    """Compares `category` with `known`.
 
     Args:
-        tags: TAGS, `known` never null.
-        corpus_rows: rows of each category in the corpus, for the corpus-weighted accuracy.
+        tags: TAGS; `known` must not be null.
+        corpus_rows: number of rows of each category in the corpus.
         confidence: level of the intervals.
     """
     known, chosen = tags.column("known").to_pylist(), tags.column("category").to_pylist()
@@ -254,6 +261,7 @@ def measure_accuracy(
     recall = {
         name: wilson_interval(hits[name], totals[name], confidence) for name in sorted(confusion)
     }
+    # The sample has equally many rows of each category, the corpus has not: weight the recalls.
     weight = sum(corpus_rows[name] for name in confusion)
     correct = sum(hits.values())
     return TagAccuracy(

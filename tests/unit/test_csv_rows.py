@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from system.data.read import blocks
 from system.data.read.raw_rows import Defect
-from system.data.read.readers import Piece, read_batches, read_rows
+from system.data.read.readers import FileRange, read_batches, read_rows
 from system.errors import DataError
 
 
 def rows_of(path: Path) -> list:
-    return [row for _, row in read_rows(Piece(file=0, uri=str(path), stamp=""))]
+    return [row for _, row in read_rows(FileRange(file=0, uri=str(path), stamp=""))]
 
 
 def write(tmp_path: Path, data: bytes | str) -> Path:
@@ -47,7 +47,7 @@ def test_a_quote_that_the_end_of_the_file_leaves_open_is_an_error_with_its_line(
         rows_of(path)
     before = []
     with pytest.raises(DataError):
-        for batch in read_batches(Piece(file=0, uri=str(path), stamp="")):
+        for batch in read_batches(FileRange(file=0, uri=str(path), stamp="")):
             before += batch
     assert before == [{"a": "1", "b": "2"}]
 

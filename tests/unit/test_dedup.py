@@ -11,7 +11,7 @@ from ingest_builders import ingest, numbered, run_config, write_lines
 
 from system.config import SourceConfig
 from system.data.duplicates.dedup import split_by_category
-from system.data.duplicates.near import least_bins, rows_per_band, signatures
+from system.data.duplicates.near import min_agreeing_bins, rows_per_band, signatures
 from system.data.duplicates.shingles import NUM_BINS, find_words, mix, ngrams
 from system.data.ingest.ingest import plan_ingest
 from system.data.rows.benchmarks import BenchmarkIndex
@@ -89,7 +89,7 @@ def test_pairs_are_found_as_often_as_the_documentation_says(similarity, share):
     bands = same[:, : NUM_BINS // size * size].reshape(len(same), -1, size)
     is_compared = bands.all(axis=2).any(axis=1)
     agree = (same | (draw.random(same.shape) < 1 / 256)).sum(axis=1)
-    found = is_compared & (agree >= least_bins(0.8))
+    found = is_compared & (agree >= min_agreeing_bins(0.8))
     assert found.mean() == pytest.approx(share, abs=0.01)
 
 

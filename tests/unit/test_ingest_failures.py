@@ -69,7 +69,7 @@ def test_an_interrupted_ingest_goes_on_and_ends_with_the_same_bytes(
         "write": len(whole.manifest.shards),
     }
     if deduplicate == "near":
-        steps = ("sign", "share", "lend", "match", "match-again")
+        steps = ("sign", "share", "send", "match", "match-again")
         units |= dict.fromkeys(steps, plan.num_buckets)
     assert min(units.values()) > 3
     calls = dict.fromkeys(units, 0)

@@ -60,7 +60,7 @@ def test_a_file_without_a_usable_row_is_an_error_or_counted(tmp_path, folder, ch
     with pytest.raises(DataError) as error:
         ingest(tmp_path, DIRECTORY, chunk_bytes=chunk_bytes)
     message = str(error.value)
-    assert message.startswith("1 of 3 files would be lost")
+    assert "found none in 1 of 3 files" in message
     assert "b.jsonl (all 31 rows, the first one bad-json: " in message
     assert "ingest.unusable_files: count" in message
     assert not (tmp_path / "attempt" / "manifest.json").exists()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ingest_builders import Ingested, chained_rows, ingest, run_config, write_lines
 
 from system.data.duplicates import near_compare
-from system.data.duplicates.near_decide import leaving_rows
+from system.data.duplicates.near import leaving_rows
 from system.data.duplicates.shingles import NUM_BINS
 from system.data.ingest.ingest import ingest_local
 

@@ -9,12 +9,12 @@ from ingest_builders import ingest, numbered, write_lines
 
 from system.config import SourceConfig
 from system.data.read import sources
-from system.data.read.readers import Piece, read_rows
+from system.data.read.readers import FileRange, read_rows
 from system.errors import DataError
 
 
 def rows_of(uri: str) -> list:
-    return [row for _, row in read_rows(Piece(file=0, uri=uri, stamp=""))]
+    return [row for _, row in read_rows(FileRange(file=0, uri=uri, stamp=""))]
 
 
 @pytest.mark.parametrize("kind", ["set", "dict"])

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 
 from system.config import SourceConfig
 from system.data.read import blocks, hub, sources
-from system.data.read.readers import Defect, Piece, file_kind, read_rows
+from system.data.read.readers import Defect, FileRange, file_kind, read_rows
 from system.errors import DataError
 
 ROWS = [{"prompt": f"q{k}\u2028\n", "completion": f'a "{k}" \\ {{[', "n": k} for k in range(57)]
 
 
 def rows_of(path: Path | str, start: int = 0, end: int | None = None) -> list:
-    piece = Piece(file=0, uri=str(path), stamp="", start=start, end=end)
-    return list(read_rows(piece))
+    file_range = FileRange(file=0, uri=str(path), stamp="", start=start, end=end)
+    return list(read_rows(file_range))
 
 
 def write_jsonl(path: Path, rows=ROWS) -> Path:
@@ -322,7 +322,7 @@ def test_big_files_are_cut_and_small_ones_put_together(tmp_path):
     assert len(by_source[3]) == 1
     assert [c.index for c in chunks] == list(range(len(chunks)))
     for own, rows in ((by_source[0], ROWS * 20), (by_source[1], ROWS)):
-        found = [row for c in own for p in c.pieces for _, row in read_rows(p)]
+        found = [row for c in own for part in c.pieces for _, row in read_rows(part)]
         assert found == rows
 
 
@@ -341,7 +341,7 @@ def test_arrow_files_and_data_sets_are_cut_too(tmp_path, kind):
     files = sources.list_files([SourceConfig(path=path.name)], str(tmp_path))
     chunks = sources.plan_chunks(files, [SourceConfig(path=path.name)], files[0].size // 5)
     assert len(chunks) == (1 if kind == "stream" else 6)
-    found = [[row for _, row in read_rows(piece)] for c in chunks for piece in c.pieces]
+    found = [[row for _, row in read_rows(file_range)] for c in chunks for file_range in c.pieces]
     assert all(found) and [row for rows in found for row in rows] == ROWS * 30
 
 
@@ -363,7 +363,7 @@ def test_memory_stays_flat_over_a_large_array(tmp_path):
     with path.open("w") as file:
         file.write("[" + ",\n".join([row] * 30_000) + "]")
     tracemalloc.start()
-    count = sum(1 for _ in read_rows(Piece(file=0, uri=str(path), stamp="")))
+    count = sum(1 for _ in read_rows(FileRange(file=0, uri=str(path), stamp="")))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 30_000

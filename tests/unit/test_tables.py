@@ -13,12 +13,12 @@ import pytest
 
 from system.data.read import blocks, readers, tables
 from system.data.read.raw_rows import Defect
-from system.data.read.readers import Piece, read_batches
+from system.data.read.readers import FileRange, read_batches
 from system.errors import DataError
 
 
 def batches_of(path: Path | str) -> list[list]:
-    return list(read_batches(Piece(file=0, uri=str(path), stamp="")))
+    return list(read_batches(FileRange(file=0, uri=str(path), stamp="")))
 
 
 def rows_of(path: Path | str) -> list:

@@ -1,1 +1,1 @@
-"""Duplicates: equal rows by digest, near-duplicates by MinHash."""
+"""Finding duplicates: equal rows by their content hash, near-duplicates by MinHash."""

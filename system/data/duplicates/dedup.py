@@ -1,4 +1,7 @@
-"""Which rows of a bucket stay, and in what order."""
+"""Exact duplicates within one bucket: the order of its rows, repeated ids, groups by category.
+
+Called by `system.data.ingest.bucket`, which decides on near-duplicates as well.
+"""
 
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions at import, where no type checker sees them)
@@ -18,20 +21,20 @@ DUPLICATES = pa.schema(
         pa.field("source", pa.string(), nullable=False),
         pa.field("file", pa.string(), nullable=False),
         pa.field("row", pa.int64(), nullable=False),  # 0-based, in file order
-        pa.field("id", pa.string(), nullable=False),  # of the row that stays
+        pa.field("id", pa.string(), nullable=False),  # of the row that is kept
         pa.field("kind", pa.string(), nullable=False),  # exact | near
     ]
 )
-"""A row that another row stands for."""
+"""A removed duplicate, with the id of the row that is kept for it."""
 
 
 KEYS = ("id", "category", "split", "file", "start", "place")
 
 
 def in_order(table: pa.Table) -> pa.Table:
-    """The keys of the rows by id, equal ids in the order of the input.
+    """The key columns of the rows, sorted by id, equal ids in the order of the input.
 
-    Column `at` tells where the row stands in the table, whose bodies are not touched.
+    Column `at` is the row's index in the table, so that the long texts need not be sorted.
     """
     keys = table.select(list(KEYS)).append_column("at", pa.array(np.arange(table.num_rows)))
     return _by_id(keys)
@@ -43,7 +46,7 @@ def _by_id(keys: pa.Table) -> pa.Table:
 
 
 def is_repeat(table: pa.Table) -> np.ndarray:
-    """[rows] bool: whether the row before has the same id; the rows are `in_order`."""
+    """[rows] bool: whether the row before has the same id; the rows must be `in_order`."""
     ids = table["id"].combine_chunks()
     same = np.zeros(table.num_rows, bool)
     if table.num_rows > 1:
@@ -52,9 +55,10 @@ def is_repeat(table: pa.Table) -> np.ndarray:
 
 
 def number_repeats(table: pa.Table) -> pa.Table:
-    """Equal rows that all stay get ids of their own: the k-th repeat's is made from id and k.
+    """Gives equal rows different ids, for `deduplicate: none`, where all of them are kept.
 
-    The first 8 digits stay, so the row stays in its bucket.
+    The id of the k-th repeat is made from the id and k.  It keeps the first 8 digits, which decide
+    the bucket, so the row stays in its bucket.
     """
     ids = table["id"].to_pylist()
     numbered: list[str] = []
@@ -69,7 +73,7 @@ def number_repeats(table: pa.Table) -> pa.Table:
 
 
 def split_by_category(table: pa.Table) -> Iterator[tuple[str, str | None, pa.Table]]:
-    """Split, category and rows of each pair that occurs; the order of the rows is kept."""
+    """(split, category, rows) for each pair of split and category; the rows keep their order."""
     if not table.num_rows:
         return
     names = pc.unique(table["category"]).to_pylist()

@@ -1,9 +1,9 @@
 """Words, word n-grams and MinHash signatures of many texts at once, in numpy.
 
-A word is a run of ASCII letters and digits or of non-ASCII characters, lower-cased; in scripts that
-put no spaces between words (CJK, Hangul, and what lies beyond the basic plane) each character is a
-word.  Hashes are polynomials over the word's UTF-8 bytes modulo 2^64, mixed; they are the same on
-every machine.
+A word is a run of ASCII letters and digits or of non-ASCII characters, in lower case.  In scripts
+without spaces between words (CJK, Hangul, and all characters beyond the basic plane) each character
+is a word.  The hash of a word is a polynomial over its UTF-8 bytes modulo 2^64, then mixed; it is
+the same on every machine.  Used by `near` and by the filter against benchmarks.
 
 Shapes: R rows, W words, G n-grams, K = 128 bins.
 """
@@ -31,7 +31,7 @@ class Words(NamedTuple):
     hashes: np.ndarray
     """[W] uint64."""
     rows: np.ndarray
-    """[W] int64: which text each word belongs to, ascending."""
+    """[W] int64: index of the text that each word belongs to, ascending."""
     num_rows: int
 
 
@@ -43,7 +43,7 @@ def _word_bytes() -> np.ndarray:
 
 
 def _lone_leads() -> np.ndarray:
-    """Lead bytes of characters that are words of their own: U+3000 up, without U+EE00-U+FFFF."""
+    """First bytes of characters that are words of their own: from U+3000, not U+EE00-U+FFFF."""
     table = np.zeros(256, bool)
     table[0xE3:0xEE] = True
     table[0xF0:0xF8] = True
@@ -75,6 +75,7 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 def find_words(texts: Sequence[str]) -> Words:
     """The words of every text."""
+    # All texts become one byte array, separated by blanks, so that numpy handles them together.
     encoded = [text.lower().encode() for text in texts]
     lengths = np.array([len(text) for text in encoded], np.int64)
     data = np.frombuffer(b" ".join(encoded) + b" ", np.uint8)
@@ -87,6 +88,8 @@ def find_words(texts: Sequence[str]) -> Words:
     is_end = np.zeros(len(data), bool)
     is_end[starts[1:]] = True
     stops = np.flatnonzero(before & (~inside | is_end))
+    # A word's polynomial is the difference of two prefix sums, divided by the power at its start
+    # (the prime is odd, so it has an inverse modulo 2^64).
     powers = _powers(_PRIME, len(data))
     sums = np.concatenate([[np.uint64(0)], np.cumsum((data.astype(np.uint64) + 1) * powers)])
     inverse = _powers(_INVERSE, len(data))
@@ -95,7 +98,7 @@ def find_words(texts: Sequence[str]) -> Words:
 
 
 def _after_lone_character(is_lone: np.ndarray, data: np.ndarray) -> np.ndarray:
-    """Bytes that follow the last byte of a character that is a word of its own."""
+    """Marks each byte that directly follows a character that is a word of its own."""
     is_after = np.zeros(len(data), bool)
     for width, leads in ((3, is_lone & (data < 0xF0)), (4, is_lone & (data >= 0xF0))):
         places = np.flatnonzero(leads) + width
@@ -104,15 +107,16 @@ def _after_lone_character(is_lone: np.ndarray, data: np.ndarray) -> np.ndarray:
 
 
 def ngrams(words: Words, size: int, keep_short: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes and rows of all runs of `size` words within a text.
+    """Hashes and rows of all n-grams of `size` words, each within one text.
 
-    With `keep_short` a text of fewer (but some) words is one run of all of them.
+    With `keep_short` a text with fewer words (but at least one) gives one n-gram of all its words.
 
     Returns:
         [G] uint64 hashes, [G] int64 rows, ascending.
     """
     counts = np.bincount(words.rows, minlength=words.num_rows)
     hashes = _runs(words.hashes, size)
+    # A run whose first and last word belong to different texts crosses a border: left out.
     first = np.arange(len(words.hashes) - size + 1)
     whole = words.rows[first] == words.rows[first + size - 1] if len(first) else first.astype(bool)
     grams, rows = hashes[whole], words.rows[: len(whole)][whole]
@@ -146,9 +150,10 @@ def _runs(hashes: np.ndarray, size: int) -> np.ndarray:
 def minhash(grams: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
     """[R, K] uint64: one-permutation MinHash signatures; rows without an n-gram are all ones.
 
-    Each n-gram falls into one bin and the bin keeps its smallest hash; empty bins borrow from bins
-    that a fixed pseudo-random sequence names (optimal densification).  Two signatures agree in a
-    share of the bins whose expectation is the Jaccard similarity of the two sets of n-grams.
+    Each n-gram falls into one bin, and the bin keeps the smallest hash.  An empty bin borrows from
+    the bins that a fixed pseudo-random sequence names (optimal densification).  The share of bins
+    in which two signatures agree has the Jaccard similarity of the two sets of n-grams as its
+    expectation.
     Source: Li, Owen & Zhang 2012; Shrivastava 2017 (arXiv 1703.04664).
     """
     bins = (grams >> np.uint64(64 - _BIN_BITS)).astype(np.int64)
@@ -157,6 +162,7 @@ def minhash(grams: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
     np.minimum.at(signature, rows * NUM_BINS + bins, values)
     signature = signature.reshape(num_rows, NUM_BINS)
     empty = signature == _EMPTY
+    # Bins borrow from the signature as it was before any borrowing, so order does not matter.
     source = signature.copy()
     open_rows = np.flatnonzero(empty.any(axis=1) & ~empty.all(axis=1))
     attempt = 0
@@ -174,6 +180,6 @@ def minhash(grams: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
 
 
 def _lenders(attempt: int) -> np.ndarray:
-    """[K] int64: the bin that each bin asks in this attempt."""
-    asked = np.arange(NUM_BINS, dtype=np.uint64) + np.uint64(attempt * NUM_BINS)
-    return (mix(asked * np.uint64(_PRIME)) >> np.uint64(64 - _BIN_BITS)).astype(np.int64)
+    """[K] int64: the bin that each bin borrows from in this attempt."""
+    counter = np.arange(NUM_BINS, dtype=np.uint64) + np.uint64(attempt * NUM_BINS)
+    return (mix(counter * np.uint64(_PRIME)) >> np.uint64(64 - _BIN_BITS)).astype(np.int64)

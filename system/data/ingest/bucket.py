@@ -1,4 +1,8 @@
-"""One bucket of normalised rows: duplicates out, the rest kept by split and category."""
+"""The work on one bucket: removes duplicates, keeps the other rows by split and category.
+
+Equal rows have equal ids, and a bucket is a range of ids, so all copies of a row are in one bucket.
+Called by the steps `sign` and `reduce` of `system.data.ingest.ingest`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from system import storage
-from system.data.duplicates import near, near_decide
+from system.data.duplicates import near
 from system.data.duplicates.dedup import (
     DUPLICATES,
     in_order,
@@ -18,25 +22,25 @@ from system.data.duplicates.dedup import (
     split_by_category,
 )
 from system.data.ingest.plan import SPILL, ChunkOutcome, IngestPlan, chunk_uri
-from system.data.ingest.spill import read_spill, spill_output
+from system.data.ingest.spill import SpillOutcome, read_spill, spill_output
 from system.data.rows.bodies import cut_by_bytes, take_rows, text_bytes
 from system.schema import CORPUS
 
 _KEPT_BYTES = 64 * 2**20
-"""Text that is put in order at once."""
+"""Text of the kept rows that is sorted in memory at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketInput:
-    """Where a bucket's rows lie."""
+    """Where the rows of a bucket lie, and which of them are near-duplicates."""
 
     index: int
     batches: dict[int, list[int]]
-    """Chunk -> record batches of its spill file."""
+    """Chunk -> the record batches of its spill file that belong to this bucket."""
     bases: dict[tuple[int, int], int]
-    """(file, start of piece) -> number of the piece's first row in the file; 0 is left out."""
+    """(file, start of the range) -> number in the file of the range's first row; 0 is left out."""
     near: dict[str, list[int]] = field(default_factory=dict)
-    """Step that decided -> record batches with rows of this bucket that leave."""
+    """Step that decided -> record batches that list the rows to remove from this bucket."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +57,7 @@ class KeptRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketOutcome:
-    """What became of a bucket's rows; its file is the bucket's commit."""
+    """What happened to the rows of a bucket; its file is the bucket's commit."""
 
     index: int
     duplicates: dict[str, int]
@@ -64,17 +68,17 @@ class BucketOutcome:
 def bucket_inputs(
     plan: IngestPlan,
     outcomes: Sequence[ChunkOutcome],
-    near_outcomes: Mapping[str, near.SpillOutcome] | None = None,
+    near_outcomes: Mapping[str, SpillOutcome] | None = None,
 ) -> list[BucketInput]:
-    """What each bucket has to read."""
+    """The work units of all buckets, from the outcomes of the chunks."""
     bases = row_bases(outcomes)
     batches: list[dict[int, list[int]]] = [{} for _ in range(plan.num_buckets)]
     leaving: list[dict[str, list[int]]] = [{} for _ in range(plan.num_buckets)]
     for outcome in outcomes:
         for bucket, numbers in outcome.batches.items():
             batches[bucket][outcome.index] = numbers
-    for step, found in (near_outcomes or {}).items():
-        for bucket, numbers in found.batches.items():
+    for step, decided in (near_outcomes or {}).items():
+        for bucket, numbers in decided.batches.items():
             leaving[bucket][step] = numbers
     return [
         BucketInput(index=bucket, batches=rows, bases=bases, near=leaving[bucket])
@@ -83,16 +87,20 @@ def bucket_inputs(
 
 
 def row_bases(outcomes: Sequence[ChunkOutcome]) -> dict[tuple[int, int], int]:
-    """Number of each piece's first row in its file; pieces that start a file are left out."""
+    """(file, start of the range) -> number of the range's first row in its file.
+
+    The ranges of a file are read apart, so a row knows its number in the range only.  Ranges at the
+    start of a file have the base 0 and are left out.
+    """
     bases: dict[tuple[int, int], int] = {}
-    pieces = [piece for outcome in outcomes for piece in outcome.pieces]
+    ranges = [file_range for outcome in outcomes for file_range in outcome.pieces]
     file, base = -1, 0
-    for piece in sorted(pieces, key=lambda piece: (piece.file, piece.start)):
-        if piece.file != file:
-            file, base = piece.file, 0
+    for file_range in sorted(ranges, key=lambda file_range: (file_range.file, file_range.start)):
+        if file_range.file != file:
+            file, base = file_range.file, 0
         if base:
-            bases[piece.file, piece.start] = base
-        base += piece.numbers
+            bases[file_range.file, file_range.start] = base
+        base += file_range.numbers
     return bases
 
 
@@ -106,7 +114,7 @@ def kept_uri(plan: IngestPlan, index: int) -> str:
 
 
 def read_bucket_outcome(plan: IngestPlan, index: int) -> BucketOutcome | None:
-    """The outcome of a bucket that is done, else None."""
+    """The outcome of a finished bucket, else None."""
     uri = _bucket_uri(plan, index)
     if not storage.exists(uri):
         return None
@@ -117,61 +125,62 @@ def read_bucket_outcome(plan: IngestPlan, index: int) -> BucketOutcome | None:
     return BucketOutcome(**value)
 
 
-def _read_rows(plan: IngestPlan, given: BucketInput) -> pa.Table:
-    """The bucket's rows, in no order that means anything."""
+def _read_rows(plan: IngestPlan, unit: BucketInput) -> pa.Table:
+    """The rows of the bucket, in the order of the chunks, which nothing may depend on."""
     batches: list[pa.RecordBatch] = []
-    for chunk, numbers in sorted(given.batches.items()):
+    for chunk, numbers in sorted(unit.batches.items()):
         batches += read_spill(chunk_uri(plan, chunk, "arrow"), numbers)
     return pa.Table.from_batches(batches, SPILL)
 
 
-def sign_bucket(plan: IngestPlan, given: BucketInput) -> near.SpillOutcome:
-    """Signatures of a bucket's different rows, and their keys (`deduplicate: near` only)."""
-    table = _read_rows(plan, given)
+def sign_bucket(plan: IngestPlan, unit: BucketInput) -> SpillOutcome:
+    """Signs the different rows of a bucket and spills their keys (`deduplicate: near` only)."""
+    table = _read_rows(plan, unit)
     keys = in_order(table)
     first = keys["at"].filter(pa.array(~is_repeat(keys)))
-    return near.sign_rows(plan, given.index, take_rows(table, np.asarray(first)))
+    return near.sign_rows(plan, unit.index, take_rows(table, np.asarray(first)))
 
 
-def reduce_bucket(plan: IngestPlan, given: BucketInput) -> BucketOutcome:
-    """Removes a bucket's duplicates, keeps the rest by split and category, and commits it."""
-    table = _read_rows(plan, given)
+def reduce_bucket(plan: IngestPlan, unit: BucketInput) -> BucketOutcome:
+    """Removes the duplicates of a bucket, keeps the rest by split and category, and commits."""
+    table = _read_rows(plan, unit)
     keys = in_order(table)
     if plan.settings.deduplicate == "none":
         keys = number_repeats(keys)
     repeats = is_repeat(keys)
-    kept_ids = _near_ids(plan, given, ~repeats)
+    kept_ids = _near_ids(plan, unit, ~repeats)
     is_near = kept_ids.astype(bool)
-    leaves = repeats | is_near
+    is_removed = repeats | is_near
+    # A copy of a row that is removed as near counts as near: the row it is equal to is not kept.
     exact = keys.filter(pa.array(repeats & ~is_near))
-    found = [_duplicates(exact, exact["id"].to_pylist(), "exact")] if exact.num_rows else []
+    removed = [_duplicates(exact, exact["id"].to_pylist(), "exact")] if exact.num_rows else []
     if is_near.any():
         near_rows = keys.filter(pa.array(is_near))
-        found.append(_duplicates(near_rows, kept_ids[is_near].tolist(), "near"))
-    if found:
-        _write_duplicates(plan, given, pa.concat_tables(found))
+        removed.append(_duplicates(near_rows, kept_ids[is_near].tolist(), "near"))
+    if removed:
+        _write_duplicates(plan, unit, pa.concat_tables(removed))
     outcome = BucketOutcome(
-        index=given.index,
-        duplicates={rows["kind"][0].as_py(): rows.num_rows for rows in found},
-        kept=_write_kept(plan, given.index, table, keys.filter(pa.array(~leaves))),
+        index=unit.index,
+        duplicates={rows["kind"][0].as_py(): rows.num_rows for rows in removed},
+        kept=_write_kept(plan, unit.index, table, keys.filter(pa.array(~is_removed))),
     )
-    storage.write_json(_bucket_uri(plan, given.index), asdict(outcome))
+    storage.write_json(_bucket_uri(plan, unit.index), asdict(outcome))
     return outcome
 
 
-def _near_ids(plan: IngestPlan, given: BucketInput, is_first: np.ndarray) -> np.ndarray:
-    """[rows] of each row that leaves as a near-duplicate the id of the row that stays, else "".
+def _near_ids(plan: IngestPlan, unit: BucketInput, is_first: np.ndarray) -> np.ndarray:
+    """[rows] the id of the row that is kept for each near-duplicate, "" for all other rows.
 
-    What a row is near to, its exact copies are near to as well.
+    Only the first of equal rows was compared; its exact copies share its result.
     """
-    leaving = near_decide.read_leaving(plan, given.near)
+    leaving = near.read_leaving(plan, unit.near)
     by_place = np.full(int(is_first.sum()), "", object)
     by_place[list(leaving)] = list(leaving.values())
     return by_place[np.cumsum(is_first) - 1]
 
 
 def _duplicates(rows: pa.Table, kept_ids: Sequence[str], kind: str) -> pa.Table:
-    """Places of rows that leave, with the id of the row that stands for each."""
+    """Places of removed rows, each with the id of the row that is kept for it."""
     return pa.table(
         {
             "file": rows["file"],
@@ -186,7 +195,9 @@ def _duplicates(rows: pa.Table, kept_ids: Sequence[str], kind: str) -> pa.Table:
 def _write_kept(
     plan: IngestPlan, bucket: int, table: pa.Table, keys: pa.Table
 ) -> tuple[KeptRows, ...]:
-    """Spills the rows that `keys` lists in order; no other row's body is touched."""
+    """Spills the rows that `keys` lists, in order of split, category and id."""
+    # Only the ids are sorted; the texts of kept rows are then taken part by part, which bounds the
+    # memory, and the texts of removed rows are never copied.
     parts = list(split_by_category(keys))
     listed = [rows.select(["id", "at"]) for _, _, rows in parts] or [keys.select(["id", "at"])]
     order = pa.concat_tables(listed)
@@ -213,21 +224,21 @@ def _write_kept(
     )
 
 
-def _write_duplicates(plan: IngestPlan, given: BucketInput, rows: pa.Table) -> None:
-    uri = storage.join(plan.attempt, "duplicates", f"{given.index:05d}.parquet")
-    table = placed(plan, rows, given.bases).select(DUPLICATES.names).cast(DUPLICATES)
+def _write_duplicates(plan: IngestPlan, unit: BucketInput, rows: pa.Table) -> None:
+    uri = storage.join(plan.attempt, "duplicates", f"{unit.index:05d}.parquet")
+    table = placed(plan, rows, unit.bases).select(DUPLICATES.names).cast(DUPLICATES)
     storage.write_table(uri, table.combine_chunks())
 
 
 def placed(plan: IngestPlan, rows: pa.Table, bases: dict[tuple[int, int], int]) -> pa.Table:
-    """Source, file and row in the file in place of (file, start, place)."""
+    """Replaces (file, start, place) by source name, file and the row's number in the file."""
     files = rows["file"].to_pylist()
     starts = rows["start"].to_pylist()
     base = np.array([bases.get(key, 0) for key in zip(files, starts, strict=True)], np.int64)
-    found = {
+    columns = {
         "source": pa.array([plan.source_of(file) for file in files], pa.string()),
         "file": pa.array([plan.files[file].uri for file in files], pa.string()),
         "row": pa.array(np.asarray(rows["place"]) + base),
     }
     others = [name for name in rows.column_names if name not in ("file", "start", "place")]
-    return pa.table(found | {name: rows[name] for name in others})
+    return pa.table(columns | {name: rows[name] for name in others})

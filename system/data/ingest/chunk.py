@@ -12,19 +12,19 @@ import pyarrow as pa
 
 from system import storage
 from system.config import SourceConfig
-from system.data.held_rows import HeldRows
 from system.data.ingest.plan import (
     REJECTED_SPILL,
     SPILL,
     ChunkOutcome,
     IngestPlan,
-    PieceCount,
+    RangeCount,
     chunk_uri,
 )
 from system.data.ingest.spill import SpillWriter, spill_output
 from system.data.read import sources
 from system.data.read.raw_rows import Defect, RawRow
-from system.data.read.readers import Piece, read_batches, read_rows
+from system.data.read.readers import FileRange, read_batches, read_rows
+from system.data.row_buffer import RowBuffer
 from system.data.rows.benchmarks import benchmark_index
 from system.data.rows.conversation import RowRejected, Turn
 from system.data.rows.filters import run_filters
@@ -57,26 +57,26 @@ def ingest_chunk(plan: IngestPlan, index: int) -> ChunkOutcome:
         spill_output(chunk_uri(plan, index, "rejected.arrow"), REJECTED_SPILL) as rejected,
     ):
         worker = _ChunkWorker(plan, plan.sources[chunk.source], rows, rejected)
-        for piece in chunk.pieces:
-            worker.read_piece(piece, chunk.max_rows)
+        for file_range in chunk.pieces:
+            worker.read_range(file_range, chunk.max_rows)
         outcome = worker.finish(index)
     storage.write_json(chunk_uri(plan, index, "json"), asdict(outcome))
     return outcome
 
 
-def detect_format(source: SourceConfig, piece: Piece) -> Format | None:
+def detect_format(source: SourceConfig, file_range: FileRange) -> Format | None:
     """The shape of a file's rows, from its first ones; None where the file has no readable row.
 
-    Depends on the file alone, so all pieces of a file come to the same answer.
+    Depends on the file alone, so all ranges of a file come to the same answer.
 
     Raises:
         DataError: no known shape fits the rows.
     """
     if source.format != "auto":
-        return choose_format(source, [], piece.uri)
+        return choose_format(source, [], file_range.uri)
     first: list[dict[str, Any]] = []
     defect: Defect | None = None
-    whole = Piece(file=piece.file, uri=piece.uri, stamp=piece.stamp)
+    whole = FileRange(file=file_range.file, uri=file_range.uri, stamp=file_range.stamp)
     for row, value in read_rows(whole):
         if isinstance(value, dict):
             first.append(value)
@@ -86,24 +86,25 @@ def detect_format(source: SourceConfig, piece: Piece) -> Format | None:
             break
         if row >= _SEARCHED_ROWS and not first:
             raise DataError(
-                f"{piece.uri}: expected rows, but none of the first {_SEARCHED_ROWS:,} can be "
+                f"{file_range.uri}: expected rows, but none of the first {_SEARCHED_ROWS:,} can be "
                 f"read; the first one: {defect.detail if defect else 'empty'}. Is it JSONL, a JSON "
                 "array, CSV, Parquet or Arrow? A CSV file's name must end in .csv or .tsv."
             )
-    return choose_format(source, first, piece.uri) if first else None
+    return choose_format(source, first, file_range.uri) if first else None
 
 
-def check_unchanged(piece: Piece) -> None:
+def check_unchanged(file_range: FileRange) -> None:
     """Makes sure that a file is still the one that the plan saw.
 
     Raises:
         DataError: it is not.
     """
-    now = sources.stat(piece.uri)[1]
-    if now != piece.stamp:
+    now = sources.stat(file_range.uri)[1]
+    if now != file_range.stamp:
         raise DataError(
-            f"{piece.uri}: the file changed while it was read (size and time were {piece.stamp}, "
-            f"are {now}). Nothing of it was used; run again when it is complete."
+            f"{file_range.uri}: the file changed while it was read (size and time were "
+            f"{file_range.stamp}, are {now}). Nothing of it was used; run again when it is "
+            "complete."
         )
 
 
@@ -139,45 +140,45 @@ class _ChunkWorker:
         self._filters = plan.filters
         self._rows = rows
         self._rejected = rejected
-        self._held = HeldRows(sources.source_name(source), plan.num_buckets)
+        self._held = RowBuffer(sources.source_name(source), plan.num_buckets)
         self._held_rejected: list[tuple[int, int, int, str, str]] = []
         self._read = 0
         self._kept = 0
         self._reasons: Counter[str] = Counter()
         self._examples: list[tuple[int, int, int, str, str]] = []
-        self._pieces: list[PieceCount] = []
+        self._ranges: list[RangeCount] = []
         self._usable = 0
         self._first_rejected = ""
 
-    def read_piece(self, piece: Piece, max_rows: int | None) -> None:
-        """Reads one piece to its end, or until the chunk has `max_rows` rows."""
-        shape = detect_format(self._source, piece)
-        self._labels.open_file(piece.uri)
+    def read_range(self, file_range: FileRange, max_rows: int | None) -> None:
+        """Reads one file range to its end, or until the chunk has `max_rows` rows."""
+        shape = detect_format(self._source, file_range)
+        self._labels.open_file(file_range.uri)
         num_numbers, num_before = 0, self._read
         self._usable, self._first_rejected = 0, ""
-        for values in read_batches(piece):
+        for values in read_batches(file_range):
             if max_rows is not None:
                 values = _first_rows(values, max_rows - self._read)
-            self._take(piece, num_numbers, values, shape)
+            self._take(file_range, num_numbers, values, shape)
             num_numbers += len(values)
             if max_rows is not None and self._read >= max_rows:
                 break
-        self._pieces.append(
-            PieceCount(
-                file=piece.file,
-                start=piece.start,
+        self._ranges.append(
+            RangeCount(
+                file=file_range.file,
+                start=file_range.start,
                 numbers=num_numbers,
                 read=self._read - num_before,
                 usable=self._usable,
                 first_rejected=self._first_rejected,
             )
         )
-        check_unchanged(piece)
+        check_unchanged(file_range)
 
     def _take(
-        self, piece: Piece, first: int, values: Sequence[RawRow], shape: Format | None
+        self, file_range: FileRange, first: int, values: Sequence[RawRow], shape: Format | None
     ) -> None:
-        """Takes rows whose numbers in the piece begin with `first`."""
+        """Takes rows whose numbers in the file range begin with `first`."""
         self._read += len(values) - values.count(None)
 
         def turns_of(row: dict[str, Any]) -> list[Turn]:
@@ -200,9 +201,9 @@ class _ChunkWorker:
             kept = [row for row in range(len(batch.places)) if row not in leaving]
             batch, labels, splits = batch.keep(kept), labels.keep(kept), splits[kept]
         for place, why in sorted(rejected, key=lambda item: item[0]):
-            self._reject(piece, first + place, why)
+            self._reject(file_range, first + place, why)
         places = np.empty((len(splits), 4), np.int64)
-        places[:, 0], places[:, 1], places[:, 2] = splits, piece.file, piece.start
+        places[:, 0], places[:, 1], places[:, 2] = splits, file_range.file, file_range.start
         places[:, 3] = np.array(batch.places, np.int64) + first
         self._kept += len(places)
         self._hold(batch, labels, places)
@@ -254,9 +255,9 @@ class _ChunkWorker:
             rows, buckets = rows.filter(pa.array(kept)), buckets[kept]
         self._rows.add(rows, buckets)
 
-    def _reject(self, piece: Piece, row: int, why: RowRejected) -> None:
+    def _reject(self, file_range: FileRange, row: int, why: RowRejected) -> None:
         detail = _writable(why.detail, _DETAIL_CHARS)
-        self._note_rejected((piece.file, piece.start, row, why.reason, detail))
+        self._note_rejected((file_range.file, file_range.start, row, why.reason, detail))
 
     def _note_rejected(self, rejected: tuple[int, int, int, str, str]) -> None:
         self._reasons[rejected[3]] += 1
@@ -286,7 +287,7 @@ class _ChunkWorker:
             kept=self._kept,
             rejected=dict(sorted(self._reasons.items())),
             examples=tuple(self._examples),
-            pieces=tuple(self._pieces),
+            pieces=tuple(self._ranges),
             batches=self._rows.batches,
             rejected_batches=self._rejected.batches.get(0, []),
         )

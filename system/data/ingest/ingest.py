@@ -1,13 +1,15 @@
-"""Raw files to the corpus: what is done with one chunk, with one bucket, and with all of them.
+"""Stage `ingest`, from raw files to the corpus: its steps, in order, and the checks between them.
 
     files ─ open_plan ─> chunks ─ ingest_chunk ─> spill by id bucket ─ reduce_bucket ─> kept rows
                                 (near: sign to settle)
     kept rows of all buckets ─ write_shards ─> shards ─ finish_ingest ─> manifest
 
-Chunks, buckets and shards are independent of each other, can be done in any order by any number of
-workers, and leave a commit file each, so a killed run goes on with what is missing.  No row and no
-shard depends on how the input was cut: of equal rows the first one in the input's order is kept,
-and shards are cut from the kept rows by number and length.
+`actors.ingestor` runs the steps on a cluster; `ingest_local` runs them in one process.
+
+Chunks, buckets and shards are work units.  They do not depend on each other, any number of workers
+can do them in any order, and each leaves a commit file.  So a killed run continues with the missing
+units.  The result does not depend on how the input was cut into chunks: of equal rows the first one
+in the order of the input is kept, and shards are cut from the kept rows by number and length.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import pyarrow as pa
 from system import storage
 from system.config import IngestConfig, RunConfig
 from system.data.corpus import Manifest, make_manifest, write_manifest
-from system.data.duplicates import near, near_decide
+from system.data.duplicates import near
 from system.data.duplicates.dedup import DUPLICATES
 from system.data.ingest.bucket import (
     BucketInput,
@@ -51,7 +53,7 @@ from system.data.ingest.shards import (
     read_shard_outcome,
     write_shards,
 )
-from system.data.ingest.spill import read_spill
+from system.data.ingest.spill import SpillOutcome, read_spill, read_spill_outcome, spill_inputs
 from system.data.read.lost_files import check_lost_files
 from system.errors import DataError, StageError
 from system.schema import REJECTED
@@ -85,15 +87,15 @@ _NUM_EXAMPLES = 3
 
 
 def check_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
-    """Stops an ingest whose input is not what its owner believes.
+    """Stops an ingest whose input cannot be what the user meant.
 
     Raises:
-        DataError: a source has no row, a file no usable one, or more rows are rejected than the
-            configuration allows.
+        DataError: a source has no row, a file has no usable row, or more rows were rejected than
+            the configuration allows.
     """
     for number, source in enumerate(plan.sources):
-        own = [item for item in outcomes if plan.chunks[item.index].source == number]
-        if not sum(item.read for item in own):
+        source_outcomes = [i for i in outcomes if plan.chunks[i.index].source == number]
+        if not sum(item.read for item in source_outcomes):
             raise empty_source(source, [file.uri for file in plan.files if file.source == number])
     check_lost_files(plan, outcomes)
     num_read = sum(item.read for item in outcomes)
@@ -101,6 +103,7 @@ def check_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
     num_rejected = sum(reasons.values())
     limit = plan.settings.max_rejected_share
     if num_rejected > limit * num_read:
+        # Chunks count rows from the start of a file range; the message needs numbers in the file.
         bases = row_bases(outcomes)
         examples = [
             f"{plan.files[file].uri} row {place + bases.get((file, start), 0)}: {reason} ({detail})"
@@ -124,40 +127,43 @@ def _reasons(outcomes: Sequence[ChunkOutcome]) -> Counter[str]:
 
 
 def check_category_sizes(manifest: Manifest, settings: IngestConfig) -> None:
-    """Makes sure that every category can be trained on, measured and judged.
+    """Checks that every category has enough rows for training, measuring and testing.
 
     Raises:
         DataError: a category has too few rows in a split.
     """
-    least = {
+    min_rows = {
         "train": settings.min_train_rows,
         "estimate": settings.min_heldout_rows,
         "test": settings.min_heldout_rows,
     }
     short = [
         f"{name!r} ("
-        + ", ".join(f"{split} {manifest.counts[split][name]}" for split in least)
+        + ", ".join(f"{split} {manifest.counts[split][name]}" for split in min_rows)
         + ")"
         for name in manifest.categories
-        if any(manifest.counts[split][name] < rows for split, rows in least.items())
+        if any(manifest.counts[split][name] < rows for split, rows in min_rows.items())
     ]
     if short:
         raise DataError(
             f"too few rows in {'; '.join(short[:10])}{'; ...' if len(short) > 10 else ''}: "
-            f"every category needs {least['train']} train rows (ingest.min_train_rows) and "
-            f"{least['test']} estimate and test rows each (ingest.min_heldout_rows). Add data, "
+            f"every category needs {min_rows['train']} train rows (ingest.min_train_rows) and "
+            f"{min_rows['test']} estimate and test rows each (ingest.min_heldout_rows). Add data, "
             "merge the category into another with `category_map`, raise ingest.estimate_share and "
             "ingest.test_share, or lower the limits."
         )
     if not manifest.categories and not sum(manifest.untagged.values()):
-        raise DataError("no row is left: every row was rejected or a duplicate")
+        raise DataError(
+            "expected rows for the corpus, found none: every row was rejected or is a duplicate. "
+            "The files below rejected/ list the reasons."
+        )
 
 
 def finish_ingest(
     plan: IngestPlan,
     outcomes: Sequence[ChunkOutcome],
     buckets: Sequence[BucketOutcome],
-    written: Sequence[ShardOutcome],
+    shard_units: Sequence[ShardOutcome],
 ) -> Manifest:
     """Checks that every row is accounted for, writes the rejected rows, then the manifest.
 
@@ -168,7 +174,7 @@ def finish_ingest(
     duplicates: Counter[str] = Counter()
     for bucket in buckets:
         duplicates.update(bucket.duplicates)
-    shards = [shard for unit in written for shard in unit.shards]
+    shards = [shard for unit in shard_units for shard in unit.shards]
     rejected = dict(sorted(_reasons(outcomes).items()))
     manifest = make_manifest(
         shards,
@@ -181,11 +187,14 @@ def finish_ingest(
     )
     num_written = _write_rejected(plan, outcomes)
     if not duplicates:
+        # One file without rows, so that duplicates/ can be read as a data set in any case.
         uri = storage.join(plan.attempt, "duplicates", "00000.parquet")
         storage.write_table(uri, DUPLICATES.empty_table())
     _check_sums(manifest, num_written)
+    # With untagged rows the sizes are not final: stage `tag` checks them.
     if not sum(manifest.untagged.values()):
         check_category_sizes(manifest, plan.settings)
+    # The manifest first: if the process is killed in between, work/ can still be used.
     write_manifest(storage.join(plan.attempt, MANIFEST), manifest)
     storage.delete(storage.join(plan.attempt, "work"))
     return manifest
@@ -205,21 +214,21 @@ def _check_sums(manifest: Manifest, num_rejected_written: int) -> None:
 
 def _source_counts(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> Iterator[dict[str, Any]]:
     for number in range(len(plan.sources)):
-        own = [item for item in outcomes if plan.chunks[item.index].source == number]
+        source_outcomes = [i for i in outcomes if plan.chunks[i.index].source == number]
         files = [file for file in plan.files if file.source == number]
         yield {
             "name": plan.source_of(files[0].index),
             "files": {file.uri: file.stamp for file in files},
-            "read": sum(item.read for item in own),
-            "rejected": dict(sorted(_reasons(own).items())),
+            "read": sum(item.read for item in source_outcomes),
+            "rejected": dict(sorted(_reasons(source_outcomes).items())),
         }
 
 
 def _write_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> int:
     """Writes `rejected/*.parquet` in the order of the input; returns the number of rows."""
     bases = row_bases(outcomes)
-    held: list[pa.Table] = []
-    num_held = num_written = num_parts = 0
+    buffer: list[pa.Table] = []
+    num_buffered = num_written = num_parts = 0
 
     def write(rows: pa.Table) -> None:
         nonlocal num_written, num_parts
@@ -232,20 +241,21 @@ def _write_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> int:
         uri = chunk_uri(plan, outcome.index, "rejected.arrow")
         for batch in read_spill(uri, outcome.rejected_batches):
             rows = placed(plan, pa.Table.from_batches([batch]), bases)
-            held.append(rows.select(REJECTED.names).cast(REJECTED))
-            num_held += batch.num_rows
-            while num_held >= _REJECTED_PART_ROWS:
-                whole = pa.concat_tables(held)
+            buffer.append(rows.select(REJECTED.names).cast(REJECTED))
+            num_buffered += batch.num_rows
+            # Parts of a fixed number of rows: where one ends does not depend on the chunks.
+            while num_buffered >= _REJECTED_PART_ROWS:
+                whole = pa.concat_tables(buffer)
                 write(whole.slice(0, _REJECTED_PART_ROWS))
-                held = [whole.slice(_REJECTED_PART_ROWS)]
-                num_held -= _REJECTED_PART_ROWS
-    if num_held or not num_parts:
-        write(pa.concat_tables(held) if held else REJECTED.empty_table())
+                buffer = [whole.slice(_REJECTED_PART_ROWS)]
+                num_buffered -= _REJECTED_PART_ROWS
+    if num_buffered or not num_parts:
+        write(pa.concat_tables(buffer) if buffer else REJECTED.empty_table())
     return num_written
 
 
 def ingest_local(config: RunConfig, attempt: str) -> Manifest:
-    """The whole ingest in this process; the same bytes as through any number of actors.
+    """Runs the whole ingest in this process; any number of actors gives the same bytes.
 
     Raises:
         DataError: the input cannot be used.
@@ -264,24 +274,24 @@ def ingest_local(config: RunConfig, attempt: str) -> Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One kind of unit of work."""
+    """One step of the ingest: what is done with each of its work units."""
 
     name: str
     label: str
-    """For people."""
+    """Shown beside the progress bar."""
     do: Callable[[IngestPlan, Any], Any]
-    """Does one unit and commits it; may be repeated."""
+    """Does one work unit and commits it; can be repeated safely."""
     finished: Callable[[IngestPlan, int], Any]
-    """The outcome of a unit that is done, else None."""
+    """The outcome of a finished work unit, else None."""
 
 
 def _near_step(name: str, label: str, do: Callable[[IngestPlan, Any], Any], folder: str) -> Step:
-    """A step whose units leave their outcomes in that folder below `work/`."""
+    """A step of near-deduplication; its work units write below `work/` in the folder `folder`."""
     return Step(
         name=name,
         label=f"ingest: {label}",
         do=do,
-        finished=lambda plan, index: near.read_spill_outcome(plan, folder, index),
+        finished=lambda plan, index: read_spill_outcome(plan, folder, index),
     )
 
 
@@ -290,12 +300,12 @@ STEPS = {
     for step in (
         Step(name="read", label="ingest: read", do=ingest_chunk, finished=read_outcome),
         _near_step("sign", "sign", sign_bucket, "keys"),
-        _near_step("share", "find common keys", near.share_keys, "shared"),
-        _near_step("lend", "hand out signatures", near.lend_signatures, "bands"),
+        _near_step("share", "find common keys", near.keep_shared_keys, "shared"),
+        _near_step("send", "send signatures", near.send_signatures, "bands"),
         _near_step("match", "find near-duplicates", near.match_bands, "near"),
-        _near_step("decide", "decide which stay", near_decide.decide, "decided"),
+        _near_step("decide", "decide which stay", near.decide, "decided"),
         _near_step("match-again", "find chains of near-duplicates", near.match_again, "near-all"),
-        _near_step("settle", "decide which of the chains stay", near_decide.settle, "settled"),
+        _near_step("settle", "decide which of the chains stay", near.settle, "settled"),
         Step(
             name="reduce",
             label="ingest: deduplicate",
@@ -310,18 +320,18 @@ STEPS = {
         ),
     )
 }
-"""What workers can do, by name."""
+"""All steps, by the name that a worker is called with; `run_steps` has their order."""
 
 
 def run_steps(
     plan: IngestPlan, do_all: Callable[[Step, Mapping[int, Any]], Mapping[int, Any]]
 ) -> Manifest:
-    """The steps in order; `do_all` does a step's units, anywhere and in any order.
+    """Runs the steps one after the other; the caller decides where the work units run.
 
     Args:
         plan: of the whole ingest.
-        do_all: gets a step and its units by number, returns their outcomes by number; leaves out
-            units that are finished.
+        do_all: takes a step and its work units by number, and returns their outcomes by number.
+            It may run them anywhere and in any order, and skips units that are finished.
 
     Raises:
         DataError: the input cannot be used.
@@ -329,16 +339,17 @@ def run_steps(
     """
 
     def outcomes_of(name: str, units: Mapping[int, Any]) -> list[Any]:
-        found = do_all(STEPS[name], units)
-        return [found[index] for index in sorted(units)]
+        outcomes = do_all(STEPS[name], units)
+        # Sorted: the order in which workers finish must not show in the result.
+        return [outcomes[index] for index in sorted(units)]
 
     read = outcomes_of("read", {chunk.index: chunk.index for chunk in plan.chunks})
     check_rejected(plan, read)
-    leaving: dict[str, near.SpillOutcome] = {}
+    leaving: dict[str, SpillOutcome] = {}
     if plan.settings.deduplicate == "near":
         leaving = _find_near(plan, bucket_inputs(plan, read), outcomes_of)
     inputs = bucket_inputs(plan, read, leaving)
-    reduced = outcomes_of("reduce", {given.index: given for given in inputs})
+    reduced = outcomes_of("reduce", {unit.index: unit for unit in inputs})
     units = {unit.index: unit for unit in plan_shards(plan, reduced)}
     return finish_ingest(plan, read, reduced, outcomes_of("write", units))
 
@@ -347,18 +358,31 @@ def _find_near(
     plan: IngestPlan,
     buckets: Sequence[BucketInput],
     outcomes_of: Callable[[str, Mapping[int, Any]], list[Any]],
-) -> dict[str, near.SpillOutcome]:
-    """Which rows leave as near-duplicates: step that decided -> its outcome."""
+) -> dict[str, SpillOutcome]:
+    """Finds the rows that are removed as near-duplicates.
+
+    Each step reads what the step before spilled, so the outcomes of one step are turned into the
+    inputs of the next.  Rows travel as `system.data.duplicates.near` describes it: bucket -> range
+    of keys -> bucket -> range of keys -> one unit that decides.
+
+    Returns:
+        Name of the step that decided -> its outcome: which record batches list the rows to remove
+        from each bucket.
+    """
 
     def inputs(outcomes: list[Any], num_units: int = plan.num_buckets) -> dict[int, Any]:
-        return dict(enumerate(near.spill_inputs(num_units, outcomes)))
+        # There are as many ranges of keys as buckets, so both kinds of step have as many units.
+        return dict(enumerate(spill_inputs(num_units, outcomes)))
 
-    signed = outcomes_of("sign", {given.index: given for given in buckets})
+    signed = outcomes_of("sign", {bucket.index: bucket for bucket in buckets})
     shared = outcomes_of("share", inputs(signed))
-    bands = inputs(outcomes_of("lend", inputs(shared)))
+    # Both match steps read the bands, so they are kept.
+    bands = inputs(outcomes_of("send", inputs(shared)))
     matched = outcomes_of("match", bands)
+    # Whether a row is removed can depend on rows of any bucket: one unit looks at all pairs.
     leaving = {"decided": outcomes_of("decide", inputs(matched, 1))[0]}
-    if near_decide.has_undecided(plan):
+    # Chains are rare.  Only they need all pairs of a row, which the first pass does not keep.
+    if near.has_undecided(plan):
         matched = outcomes_of("match-again", bands)
         leaving["settled"] = outcomes_of("settle", inputs(matched, 1))[0]
     return leaving

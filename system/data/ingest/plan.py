@@ -1,4 +1,8 @@
-"""What an ingest is going to do, fixed before it starts: files, chunks, buckets, commits."""
+"""The plan of an ingest, fixed before it starts: files, chunks, number of buckets, commit files.
+
+Every worker gets the plan and a work unit.  The plan is written to `work/plan.json`, so that a run
+that continues an attempt cuts the input in the same way.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import pyarrow as pa
 from system import storage
 from system.config import IngestConfig, RunConfig, SourceConfig
 from system.data.read import sources
-from system.data.read.readers import Piece
+from system.data.read.readers import FileRange
 from system.data.read.sources import Chunk, SourceFile
 from system.data.rows.category_maps import category_map_digests, with_category_map
 from system.errors import DataError, StageError
@@ -20,21 +24,22 @@ from system.rundir import describe_change, flatten
 from system.schema import CORPUS
 
 BUCKET_BYTES = 64 * 2**20
-"""Input, as plain text, that one reduce step holds in memory."""
+"""Input, as plain text, in one bucket: a worker holds one bucket in memory."""
 MAX_BUCKETS = 65536
 
 _COMPRESSED_GROWTH = 4
+"""Assumed ratio of plain text to compressed bytes."""
 _UNKNOWN_BYTES = 16 * 2**30
-"""Taken for a hub data set that does not tell its size: too many buckets cost less than too few."""
+"""Assumed size of a hub data set that states none: too many buckets cost less than too few."""
 _DENSE = (".gz", ".zst", ".bz2", ".parquet")
 _PLACE = (
     pa.field("file", pa.int32(), nullable=False),
-    pa.field("start", pa.int64(), nullable=False),  # of the piece, in the file
-    pa.field("place", pa.int64(), nullable=False),  # row within the piece
+    pa.field("start", pa.int64(), nullable=False),  # of the file range, in the file
+    pa.field("place", pa.int64(), nullable=False),  # row within the file range
 )
 
 SPILL = pa.schema([*CORPUS, pa.field("split", pa.int8(), nullable=False), *_PLACE])
-"""A normalised row on its way to its bucket; (file, start, place) is its place in the input."""
+"""A normalised row on its way to its bucket; (file, start, place) says where it was read."""
 REJECTED_SPILL = pa.schema(
     [
         *_PLACE,
@@ -42,19 +47,19 @@ REJECTED_SPILL = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
-"""A rejected row whose number in the file is not known yet."""
+"""A rejected row; its number in the file is known only when all chunks are read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngestPlan:
-    """All that a worker has to know."""
+    """All that a worker needs besides its work unit."""
 
     settings: IngestConfig
     sources: tuple[SourceConfig, ...]
     files: tuple[SourceFile, ...]
     chunks: tuple[Chunk, ...]
     num_buckets: int
-    """Ranges of ids, each reduced on its own; follows from the size of the input alone."""
+    """Ranges of ids, each reduced alone; only the size of the input decides how many."""
     attempt: str
     """Where the result is written; `work/` below it is removed at the end."""
     benchmark_uris: tuple[str, ...] = ()
@@ -66,39 +71,39 @@ class IngestPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PieceCount:
-    """What was found in a piece of a file."""
+class RangeCount:
+    """Counts of one file range."""
 
     file: int
     start: int
     numbers: int
-    """Row numbers that the piece takes up in its file."""
+    """How many row numbers of the file the range uses up; an empty line uses one, too."""
     read: int
     usable: int
-    """Rows that are conversations with labels, whatever becomes of them afterwards."""
+    """Rows that are conversations with labels, even if a later check rejects them."""
     first_rejected: str
-    """Why the first row was rejected that was no such conversation; empty: none was."""
+    """Why the first row that is not usable was rejected; empty: every row is usable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkOutcome:
-    """What became of a chunk's rows; its file is the chunk's commit."""
+    """What happened to the rows of a chunk; its file is the chunk's commit."""
 
     index: int
     read: int
     kept: int
-    """Rows in the spill, duplicates still among them."""
+    """Rows in the spill file, duplicates included."""
     rejected: dict[str, int]
     examples: tuple[tuple[int, int, int, str, str], ...]
-    """The first rejected rows: file, start of the piece, row within it, reason, detail."""
-    pieces: tuple[PieceCount, ...]
+    """The first rejected rows: file, start of the file range, row within it, reason, detail."""
+    pieces: tuple[RangeCount, ...]
     batches: dict[int, list[int]]
     """Bucket -> record batches of the spill file."""
     rejected_batches: list[int]
 
 
 def source_fingerprint(config: RunConfig) -> dict[str, str]:
-    """Every input file with what tells that it changed: part of the stage's identity.
+    """Every input file with a stamp of its content: part of the fingerprint of the stage.
 
     Raises:
         ConfigError: a filter's module is missing.
@@ -112,16 +117,17 @@ def source_fingerprint(config: RunConfig) -> dict[str, str]:
 
 
 def plan_ingest(config: RunConfig, attempt: str) -> IngestPlan:
-    """Cuts the input into chunks.
+    """Makes the plan: lists the files, cuts them into chunks, chooses the number of buckets.
 
     Raises:
-        DataError: a source is missing, or has no byte to read.
+        DataError: a source is missing or empty.
     """
     files = sources.list_files(config.sources, config.data_dir)
     for number, source in enumerate(config.sources):
-        own = [file for file in files if file.source == number]
-        if not any(file.size or file.uri.startswith("hf://") for file in own):
-            raise empty_source(source, [file.uri for file in own])
+        source_files = [file for file in files if file.source == number]
+        # A hub data set may state no size before it is downloaded.
+        if not any(file.size or file.uri.startswith("hf://") for file in source_files):
+            raise empty_source(source, [file.uri for file in source_files])
     total = sum(_text_bytes(file) for file in files)
     return IngestPlan(
         settings=config.ingest,
@@ -142,33 +148,36 @@ def _text_bytes(file: SourceFile) -> int:
 
 
 def open_plan(config: RunConfig, attempt: str) -> IngestPlan:
-    """The plan of an attempt: written down by the session that begins it, kept by all others.
+    """The plan of an attempt.  The first session writes it down, later sessions read it.
 
-    What is committed was cut by the first plan.  A data set may tell its size only once it has been
-    read, and with another number of buckets equal rows would lie in different ones.
+    The committed work units were cut by the first plan, and a new plan may differ: a hub data set
+    may state its size only after it was downloaded.  With another number of buckets, equal rows
+    could lie in different buckets, and duplicates would stay.
 
     Raises:
-        DataError: a source is missing, or has no byte to read.
+        DataError: a source is missing or empty.
         StageError: the attempt was begun with other files or settings.
     """
     plan = plan_ingest(config, attempt)
     uri = storage.join(attempt, "work", "plan.json")
-    given = _givens(plan)
+    inputs = _plan_inputs(plan)
     if not storage.exists(uri):
         files, chunks = (list(map(asdict, items)) for items in (plan.files, plan.chunks))
         cut = {"num_buckets": plan.num_buckets, "files": files, "chunks": chunks}
-        storage.write_json(uri, {"given": given, "cut": cut})
+        storage.write_json(uri, {"given": inputs, "cut": cut})
         return plan
     value = storage.read_json(uri)
-    if value["given"] != given:
+    # Files that changed, or other settings, would mix rows of two inputs in one corpus.
+    if value["given"] != inputs:
         raise StageError(
             f"{uri}: the rows read so far are those of another plan "
-            f"({describe_change(flatten('', value['given']), flatten('', given))}). Run again with "
-            "the files and settings that it was begun with, or start over with --redo."
+            f"({describe_change(flatten('', value['given']), flatten('', inputs))}). Run again "
+            "with the files and settings that it was begun with, or start over with --redo."
         )
     cut = value["cut"]
     chunks = [
-        chunk | {"pieces": tuple(Piece(**p) for p in chunk["pieces"])} for chunk in cut["chunks"]
+        chunk | {"pieces": tuple(FileRange(**item) for item in chunk["pieces"])}
+        for chunk in cut["chunks"]
     ]
     return replace(
         plan,
@@ -178,8 +187,8 @@ def open_plan(config: RunConfig, attempt: str) -> IngestPlan:
     )
 
 
-def _givens(plan: IngestPlan) -> dict[str, Any]:
-    """What a plan is made from, as JSON gives it back."""
+def _plan_inputs(plan: IngestPlan) -> dict[str, Any]:
+    """What a plan is made from, in a form that is equal after a round trip through JSON."""
     return {
         "ingest": plan.settings.model_dump(mode="json"),
         "sources": [source.model_dump(mode="json") for source in plan.sources],
@@ -190,7 +199,7 @@ def _givens(plan: IngestPlan) -> dict[str, Any]:
 
 
 def empty_source(source: SourceConfig, uris: list[str]) -> DataError:
-    """The error for a source without a row."""
+    """The error for a source that has no row."""
     return DataError(
         f"source {sources.source_name(source)!r}: expected rows, found none in "
         f"{', '.join(uris[:3])}{', ...' if len(uris) > 3 else ''}. Remove the source, or give it a "
@@ -214,17 +223,17 @@ def chunk_uri(plan: IngestPlan, index: int, ending: str) -> str:
 
 
 def read_outcome(plan: IngestPlan, index: int) -> ChunkOutcome | None:
-    """The outcome of a chunk that is done, else None."""
+    """The outcome of a finished chunk, else None."""
     uri = chunk_uri(plan, index, "json")
     if not storage.exists(uri):
         return None
     value = storage.read_json(uri)
-    value["pieces"] = tuple(PieceCount(**piece) for piece in value["pieces"])
+    value["pieces"] = tuple(RangeCount(**count) for count in value["pieces"])
     value["examples"] = tuple(tuple(example) for example in value["examples"])
     value["batches"] = {int(bucket): numbers for bucket, numbers in value["batches"].items()}
     return ChunkOutcome(**value)
 
 
 def bucket_of_heads(heads: np.ndarray, num_buckets: int) -> np.ndarray:
-    """[N] int64: buckets of ids by their first 32 bits `heads` [N]; a bucket is a range of them."""
+    """[N] int64: the bucket of each id; `heads` [N] are the first 32 bits, a bucket is a range."""
     return (heads.astype(np.int64) * num_buckets) >> 32

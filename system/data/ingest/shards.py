@@ -1,10 +1,10 @@
-"""The kept rows of all buckets as shards of a size that follows from the rows alone.
+"""Writes the kept rows of all buckets as shards; the rows alone decide the size of a shard.
 
     buckets' kept rows ─ plan_shards ─> units of a few shards ─ write_shards ─> shards/*
 
-A bucket has some rows of every split and category; the shards of a category are cut from the rows
-of all buckets, one after the other.  Buckets are ranges of ids, so these rows are in the order of
-their ids, and where a shard ends depends on neither their number nor that of the workers.
+Each bucket has some rows of every split and category.  The shards of a category are cut from the
+rows of all buckets, bucket after bucket.  Buckets are ranges of ids, so these rows are sorted by
+id.  Where a shard ends depends neither on the number of buckets nor on the number of workers.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from system.data.rows.conversation import SPLITS
 from system.schema import CORPUS
 
 SHARD_BYTES = 512 * 2**20
-"""Text in a shard of long rows; Arrow can count four times as much."""
+"""Most text in a shard of long rows; in memory, Arrow can need four times as much."""
 UNIT_BYTES = 64 * 2**20
-"""Text in the shards of a unit, unless one shard alone has more."""
+"""Most text in the shards of one work unit, unless a single shard has more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPlan:
-    """One shard, and the rows that it is made from."""
+    """One shard, and where its rows lie."""
 
     path: str
     split: str
     category: str | None
-    pieces: tuple[tuple[int, tuple[int, ...], int, int], ...]
+    slices: tuple[tuple[int, tuple[int, ...], int, int], ...]
     """Bucket, its record batches, first row in them, number of rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardUnit:
-    """Some shards that are written in one go."""
+    """A work unit: some shards that one worker writes."""
 
     index: int
     shards: tuple[ShardPlan, ...]
@@ -49,14 +49,14 @@ class ShardUnit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardOutcome:
-    """The shards of a unit; its file is the unit's commit."""
+    """The shards that a work unit wrote; its file is the unit's commit."""
 
     index: int
     shards: tuple[Shard, ...]
 
 
 def plan_shards(plan: IngestPlan, buckets: Sequence[BucketOutcome]) -> list[ShardUnit]:
-    """Cuts the kept rows of each split and category into shards, and puts these into units."""
+    """Cuts the kept rows of each split and category into shards, and groups the shards."""
     parts: dict[tuple[str, str | None], list[tuple[int, KeptRows]]] = {}
     for bucket in sorted(buckets, key=lambda bucket: bucket.index):
         for rows in bucket.kept:
@@ -64,18 +64,18 @@ def plan_shards(plan: IngestPlan, buckets: Sequence[BucketOutcome]) -> list[Shar
     order = sorted(parts, key=lambda key: (SPLITS.index(key[0]), key[1] is None, key[1] or ""))
     units: list[ShardUnit] = []
     waiting: list[ShardPlan] = []
-    held = 0.0
+    waiting_bytes = 0.0
     for key in order:
         num_rows = sum(rows.rows for _, rows in parts[key])
         row_bytes = max(1.0, sum(rows.text_bytes for _, rows in parts[key]) / num_rows)
         size = min(plan.settings.shard_rows, max(1, int(SHARD_BYTES / row_bytes)))
         for start in range(0, num_rows, size):
             count = min(size, num_rows - start)
-            if held and held + count * row_bytes > UNIT_BYTES:
+            if waiting_bytes and waiting_bytes + count * row_bytes > UNIT_BYTES:
                 units.append(ShardUnit(index=len(units), shards=tuple(waiting)))
-                waiting, held = [], 0.0
+                waiting, waiting_bytes = [], 0.0
             waiting.append(_shard_plan(*key, start // size, parts[key], start, count))
-            held += count * row_bytes
+            waiting_bytes += count * row_bytes
     if waiting:
         units.append(ShardUnit(index=len(units), shards=tuple(waiting)))
     return units
@@ -89,17 +89,17 @@ def _shard_plan(
     start: int,
     count: int,
 ) -> ShardPlan:
-    # A thousand shards to a prefix.
+    # One number for each thousand shards, one within it: names sort like the shards.
     path = f"{shard_directory(split, category)}/{number // 1000:05d}-{number % 1000:03d}.arrow"
-    pieces = []
+    slices = []
     before = 0
     for bucket, rows in parts:
         first = max(start - before, 0)
         last = min(start + count - before, rows.rows)
         if first < last:
-            pieces.append((bucket, rows.batches, first, last - first))
+            slices.append((bucket, rows.batches, first, last - first))
         before += rows.rows
-    return ShardPlan(path=path, split=split, category=category, pieces=tuple(pieces))
+    return ShardPlan(path=path, split=split, category=category, slices=tuple(slices))
 
 
 def _commit_uri(plan: IngestPlan, index: int) -> str:
@@ -107,7 +107,7 @@ def _commit_uri(plan: IngestPlan, index: int) -> str:
 
 
 def read_shard_outcome(plan: IngestPlan, index: int) -> ShardOutcome | None:
-    """The outcome of a unit that is done, else None."""
+    """The outcome of a finished work unit, else None."""
     uri = _commit_uri(plan, index)
     if not storage.exists(uri):
         return None
@@ -116,20 +116,20 @@ def read_shard_outcome(plan: IngestPlan, index: int) -> ShardOutcome | None:
 
 
 def write_shards(plan: IngestPlan, unit: ShardUnit) -> ShardOutcome:
-    """Writes a unit's shards, then commits them."""
+    """Writes the shards of a work unit, then commits them."""
     shards: list[Shard] = []
     with storage.Writers() as writers:
-        for given in unit.shards:
-            rows = pa.concat_tables(_rows_of(plan, given))
-            shard, data = shard_of(given.path, rows, given.split, given.category)
-            writers.write(storage.join(plan.attempt, given.path), data)
+        for shard_plan in unit.shards:
+            rows = pa.concat_tables(_rows_of(plan, shard_plan))
+            shard, data = shard_of(shard_plan.path, rows, shard_plan.split, shard_plan.category)
+            writers.write(storage.join(plan.attempt, shard_plan.path), data)
             shards.append(shard)
     outcome = ShardOutcome(index=unit.index, shards=tuple(shards))
     storage.write_json(_commit_uri(plan, unit.index), asdict(outcome))
     return outcome
 
 
-def _rows_of(plan: IngestPlan, given: ShardPlan) -> Iterator[pa.Table]:
-    for bucket, batches, first, count in given.pieces:
+def _rows_of(plan: IngestPlan, shard_plan: ShardPlan) -> Iterator[pa.Table]:
+    for bucket, batches, first, count in shard_plan.slices:
         rows = pa.Table.from_batches(read_spill(kept_uri(plan, bucket), batches), CORPUS)
         yield rows.slice(first, count)

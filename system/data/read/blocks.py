@@ -1,4 +1,8 @@
-"""Bytes of (compressed) files in blocks, and blocks as lines or JSON values, in flat memory."""
+"""Reads (compressed) files in blocks of bytes, and cuts the blocks into lines or JSON values.
+
+The lowest layer of `readers`.  Memory stays small whatever the size of the file or of its rows: a
+block is 1 MiB, and a row of more than MAX_ROW_BYTES is skipped.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +19,22 @@ from system.errors import DataError
 
 COMPRESSION_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh"}
 MAX_ROW_BYTES = 64 * 2**20
-"""A longer row is rejected unread, so that one broken file cannot take the memory."""
+"""A longer row is rejected without being read, so one broken file cannot fill the memory."""
 
 _BLOCK_BYTES = 1 << 20
 _ZSTD_INPUT_BYTES = 1 << 16
 _ZSTD_WINDOW_BYTES = 1 << 31
-"""What `zstd --long=31` looks back; a file takes as much memory as it was written with."""
+"""Window of `zstd --long=31`; reading a file needs as much memory as its writer's window."""
 _QUOTE = 0x22
 _TOKEN = re.compile(rb'[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*("?)', re.DOTALL)
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 def read_blocks(uri: str, compression: str | None, start: int = 0) -> Iterator[bytes]:
-    """The (decompressed) bytes of a file; a plain one from the byte before `start`.
+    """The (decompressed) bytes of a file.  A plain file is read from the byte before `start`.
 
     Raises:
-        DataError: the archive is damaged or cut off.
+        DataError: the compressed file is damaged or cut off.
     """
     try:
         with storage.open_input(uri) as raw:
@@ -50,6 +54,7 @@ def read_blocks(uri: str, compression: str | None, start: int = 0) -> Iterator[b
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise _damaged(uri, str(error)) from error
     except OSError as error:
+        # The bzip2 module reports damage as an OSError without a number.
         if compression == "bzip2" and error.errno is None:
             raise _damaged(uri, str(error)) from error
         raise
@@ -57,13 +62,13 @@ def read_blocks(uri: str, compression: str | None, start: int = 0) -> Iterator[b
 
 def _damaged(uri: str, what: str) -> DataError:
     return DataError(
-        f"{uri}: the archive is damaged or cut off ({what}). Nothing of it was used; fetch or "
-        "write the file again."
+        f"{uri}: expected a whole compressed file, found one that is damaged or cut off ({what}). "
+        "No row of it was used; download or write the file again."
     )
 
 
 def _zstd_blocks(raw: object, uri: str) -> Iterator[bytes]:
-    """Frame after frame: the library's own stream reader takes a cut-off frame for a whole one."""
+    """Decompresses frame by frame: the library's stream reader would accept a cut-off frame."""
     context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
     frame = None
     while data := raw.read(_ZSTD_INPUT_BYTES):  # type: ignore[attr-defined]
@@ -80,10 +85,10 @@ def _zstd_blocks(raw: object, uri: str) -> Iterator[bytes]:
 
 
 def split_lines(blocks: Iterator[bytes], start: int, end: int | None) -> Iterator[bytes | None]:
-    """Lines without their LF; None stands for one that is longer than MAX_ROW_BYTES.
+    """Lines without their LF; None stands for a line of more than MAX_ROW_BYTES.
 
-    A line belongs to the range [start, end) of the file in which its first byte lies.  With a
-    start above 0 the blocks begin at the byte before it, which tells whether a line begins there.
+    A line belongs to the range [start, end) of the file that contains its first byte.  With a start
+    above 0 the blocks must begin one byte earlier: that byte says whether a line begins at `start`.
     """
     for run in split_runs(blocks, start, end):
         if run is None:
@@ -93,13 +98,16 @@ def split_lines(blocks: Iterator[bytes], start: int, end: int | None) -> Iterato
 
 
 def split_runs(blocks: Iterator[bytes], start: int, end: int | None) -> Iterator[bytes | None]:
-    """The same lines, as many at a time as a block holds: joined by LF, without the last one's."""
+    """The lines of `split_lines`, many at a time: joined by LF, without the last LF.
+
+    Splitting a whole run at once is much faster than handling single lines.
+    """
     position = start - 1 if start else 0
     is_first = start > 0
     for run, size in _raw_runs(blocks):
         begin, position = position, position + size + 1
         if is_first:
-            # What stands before the first LF belongs to the range before this one.
+            # The bytes before the first LF belong to a line of the range before this one.
             is_first = False
             cut = -1 if run is None else run.find(b"\n")
             if run is None or cut < 0:
@@ -116,40 +124,46 @@ def split_runs(blocks: Iterator[bytes], start: int, end: int | None) -> Iterator
 
 
 def _raw_runs(blocks: Iterator[bytes]) -> Iterator[tuple[bytes | None, int]]:
-    """Whole lines with their size together; None: one line that is too long."""
-    held: list[bytes] = []
+    """Runs of whole lines, each with its size; None stands for one line that is too long.
+
+    An unfinished line at the end of a block is kept for the next block.  Of a line that is too long
+    only the size is kept.
+    """
+    unfinished: list[bytes] = []
     size = 0
     for block in blocks:
         first, last = block.find(b"\n"), block.rfind(b"\n")
         size += len(block) if first < 0 else first
         is_too_long = size > MAX_ROW_BYTES
         if is_too_long:
-            held.clear()
+            unfinished.clear()
         if first < 0:
             if not is_too_long:
-                held.append(block)
+                unfinished.append(block)
             continue
         if is_too_long:
             yield None, size
             if last > first:
                 yield block[first + 1 : last], last - first - 1
         else:
-            yield b"".join([*held, block[:last]]), size + last - first
-        held, size = [block[last + 1 :]], len(block) - last - 1
+            yield b"".join([*unfinished, block[:last]]), size + last - first
+        unfinished, size = [block[last + 1 :]], len(block) - last - 1
     if size:
-        yield (b"".join(held) if size <= MAX_ROW_BYTES else None), size
+        yield (b"".join(unfinished) if size <= MAX_ROW_BYTES else None), size
 
 
 def split_values(blocks: Iterator[bytes], is_array: bool, where: str) -> Iterator[bytes | None]:
-    """The elements of one JSON array, or JSON objects one after the other, as bytes.
+    """The elements of one JSON array, or a sequence of JSON objects, each as bytes.
 
-    Only brackets and strings are looked at, so an element with any other mistake is handed out like
-    all others, and decoding it finds the mistake.  None stands for an element that is longer than
-    MAX_ROW_BYTES.
+    Only brackets and strings are parsed.  An element with another mistake is yielded like all
+    others; decoding it finds the mistake.  None stands for an element of more than MAX_ROW_BYTES.
 
     Raises:
-        DataError: the brackets do not add up: the file is cut off, or a quote is unbalanced.
+        DataError: the brackets do not match: the file is cut off, or a quote is not escaped.
     """
+    # `depth` counts open brackets; an element begins and ends at depth `inside`.  In `buffer`,
+    # `scan` is where the search goes on, `start` where the open element begins, and `gap` where
+    # the last element ended.
     inside = 1 if is_array else 0
     depth = scan = start = gap = num_values = 0
     buffer = b""
@@ -157,6 +171,7 @@ def split_values(blocks: Iterator[bytes], is_array: bool, where: str) -> Iterato
     for block in blocks:
         base = start if depth > inside else gap
         if len(buffer) - base > MAX_ROW_BYTES:
+            # Forget the element's bytes but go on counting its brackets, to find where it ends.
             is_oversized = depth > inside
             buffer, base, scan = _unfinished_string(buffer[scan:]), 0, 0
             start = gap = 0
@@ -167,6 +182,7 @@ def split_values(blocks: Iterator[bytes], is_array: bool, where: str) -> Iterato
             byte = buffer[place]
             if byte == _QUOTE:
                 if not match.group(1):
+                    # The string goes on in the next block: search again from its quote.
                     scan = place
                     break
             elif byte in b"{[":
@@ -190,15 +206,15 @@ def split_values(blocks: Iterator[bytes], is_array: bool, where: str) -> Iterato
             scan = match.end()
     if depth != 0 or is_array:
         raise DataError(
-            f"{where}: expected JSON that ends where its brackets close, found its end "
-            f"{depth} levels deep, after {num_values:,} whole values. The file is cut off, or a "
-            "quote in it is not escaped; fetch or write it again."
+            f"{where}: expected every bracket of the JSON to be closed, found the end of the file "
+            f"inside {depth} open brackets, after {num_values:,} whole values. The file is cut "
+            "off, or a quote in it is not escaped; download or write it again."
         )
     yield from _scalars(buffer[gap:])
 
 
 def _unfinished_string(rest: bytes) -> bytes:
-    """The least that lets the scan go on after the rest is thrown away."""
+    """The shortest text that leaves the search in the same state as `rest` does."""
     if not rest.startswith(b'"'):
         return b""
     num_backslashes = len(rest) - len(rest.rstrip(b"\\"))
@@ -206,7 +222,7 @@ def _unfinished_string(rest: bytes) -> bytes:
 
 
 def _scalars(text: bytes) -> Iterator[bytes]:
-    """What stands between two elements besides commas: values that are no objects."""
+    """Values between two elements that are neither objects nor arrays."""
     if not text.strip(b", \t\r\n"):
         return
     values = _STRING.findall(text)

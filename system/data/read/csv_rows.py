@@ -1,8 +1,9 @@
-"""Records of CSV and TSV, one after the other, in flat memory.
+"""Reads the records of CSV and TSV files, one at a time, in little memory.
 
-A record ends where its quotes close, so one quote too many takes the lines after it for its own.
-Where that comes to light (text after a closing quote), every line that it took is a row that cannot
-be read; where it does not (the file ends, or a record grows past any row's size), it is an error.
+A record ends on the line on which its quotes are closed, so one quote too many joins the following
+lines to its record.  If the mistake shows (text after a closing quote), every joined line counts as
+a row that cannot be read.  If it does not show before the file ends, or before the record is longer
+than a row may be, the whole file is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from system.errors import DataError
 
 
 def read_csv(data: Iterator[bytes], delimiter: str, where: str) -> Iterator[RawRow]:
-    """The records after the header, as dicts by the header's names.
+    """The records after the header, as dicts with the names of the header as keys.
 
     Raises:
         DataError: there is no usable header, or a quote is never closed.
@@ -41,8 +42,8 @@ def read_csv(data: Iterator[bytes], delimiter: str, where: str) -> Iterator[RawR
         if len(record) == len(header):
             yield dict(zip(header, record, strict=True))
         elif record:
-            found = f"{len(record)} fields, the header has {len(header)}"
-            yield Defect("bad-csv", f"{lines.span(records.line_num)}: {found}")
+            detail = f"{len(record)} fields, the header has {len(header)}"
+            yield Defect("bad-csv", f"{lines.span(records.line_num)}: {detail}")
         elif lines.take_too_long():
             yield TOO_LONG
 
@@ -62,63 +63,63 @@ def _header(records: Iterator[list[str]], lines: _Lines) -> list[str]:
 
 
 class _Lines:
-    """The lines of a file as text, and which of them the record being read has taken."""
+    """The lines of a file as text; keeps count of the lines in the current record."""
 
     def __init__(self, data: Iterator[bytes], where: str) -> None:
         self.where = where
         self.has_ended = False
         self._data = data
         self._before = 0
-        """Lines before the record."""
-        self._given = 0
-        """Lines handed out."""
+        """Lines before the current record."""
+        self._num_yielded = 0
+        """Lines that `texts` has yielded."""
         self._num_bytes = 0
-        """Size of the blocks of lines that lie in the record as a whole."""
+        """Size of the runs of lines that lie completely in the current record."""
         self._is_too_long = False
 
     def begin_record(self, num_lines: int) -> None:
-        """Says that what follows the first `num_lines` lines is a new record."""
+        """Starts a new record after the first `num_lines` lines."""
         self._before = num_lines
         self._num_bytes = 0
 
     def texts(self) -> Iterator[str]:
-        """Each line with its end; an empty one stands for one that is longer than a row may be."""
+        """Each line with its LF; an empty line stands for one that is longer than a row may be."""
         for run in blocks.split_runs(self._data, 0, None):
-            before, is_inside = self._before, self._given > self._before
+            before, is_inside = self._before, self._num_yielded > self._before
             if is_inside and (run is None or self._num_bytes > blocks.MAX_ROW_BYTES):
                 raise self.unclosed(f"within {blocks.MAX_ROW_BYTES:,} bytes")
             if run is None:
                 self._is_too_long = True
                 run = b""
             text = run.decode("utf-8", "surrogateescape")
-            text = text if self._given else text.removeprefix("\ufeff")
-            self._given += 1 + text.count("\n")
-            # Cuts at LF alone, unlike splitlines.
+            text = text if self._num_yielded else text.removeprefix("\ufeff")
+            self._num_yielded += 1 + text.count("\n")
+            # StringIO cuts at LF only; splitlines would also cut at other separators.
             yield from io.StringIO(text + "\n", newline="\n")
             if is_inside and before == self._before:
                 self._num_bytes += len(run)
         self.has_ended = True
 
     def take_too_long(self) -> bool:
-        """Whether the empty record just read stands for a line that is too long."""
-        found, self._is_too_long = self._is_too_long, False
-        return found
+        """Whether the empty record just read stands for a line that is too long; resets it."""
+        is_too_long, self._is_too_long = self._is_too_long, False
+        return is_too_long
 
     def unclosed(self, until: str) -> DataError:
-        """The error for a quote that takes the rest of the file."""
+        """The error for a quote that is never closed."""
         return DataError(
-            f"{self.where}: expected every quote to be closed; one that is opened on line "
+            f"{self.where}: expected every quote to be closed; the quote opened on line "
             f'{self._before + 1} is not closed {until}. Write quotes inside of a field twice (""), '
-            "or fetch the file again if it is cut off."
+            "or download the file again if it is cut off."
         )
 
     def span(self, last: int) -> str:
-        """The record's lines, for people."""
+        """The lines of the record, for messages."""
         first = self._before + 1
         return f"line {first}" if first == last else f"lines {first}-{last}"
 
     def defects(self, last: int, error: str) -> Iterator[Defect]:
-        """A row that cannot be read for every line of the record."""
+        """One unreadable row for each line of the record."""
         first = self._before + 1
         since = f", in a record that begins on line {first}" if last > first else ""
         for line in range(first, last + 1):

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets`: hub ids, and directories written by `save_to_disk`."""
+"""Reads Hugging Face `datasets`: ids of the hub, and directories written by `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from system.errors import DataError
 
 @functools.cache
 def hub_builder(uri: str) -> Any:
-    """What `datasets` knows of a hub data set before it is fetched.
+    """The builder of a hub data set: what `datasets` knows before the data is downloaded.
 
     Raises:
         DataError: there is no such data set, or the hub cannot be reached.
@@ -38,7 +38,7 @@ def hub_builder(uri: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSource:
-    """A hub data set's address."""
+    """The parts of the address of a hub data set."""
 
     path: str
     revision: str | None
@@ -47,7 +47,7 @@ class HubSource:
 
 
 def parse_hub(uri: str) -> HubSource:
-    """`hf://owner/name@revision?config=c&split=s`; the split is `train` where none is given."""
+    """`hf://owner/name@revision?config=c&split=s`; the default split is `train`."""
     address, _, query = uri.removeprefix("hf://").partition("?")
     options = {name: values[-1] for name, values in parse_qs(query).items()}
     unknown = sorted(set(options) - {"config", "split"})
@@ -67,7 +67,7 @@ def parse_hub(uri: str) -> HubSource:
 
 @functools.cache
 def stat_hub(uri: str) -> tuple[int, str]:
-    """The version of a hub data set: its builder's directory ends in the hash of its files."""
+    """Size and stamp of a hub data set.  The builder's directory ends in a hash of its files."""
     builder = hub_builder(uri)
     size = getattr(builder.info, "dataset_size", None) or 0
     return int(size), "/".join(PurePosixPath(builder.cache_dir).parts[-3:])
@@ -76,7 +76,7 @@ def stat_hub(uri: str) -> tuple[int, str]:
 def dataset_batches(
     uri: str, is_hub: bool, start: int = 0, end: int | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """The rows `start` to before `end` of a data set as Arrow batches, in its order.
+    """The rows from `start` up to `end` (excluded) of a data set as Arrow batches, in order.
 
     Raises:
         DataError: it cannot be loaded, or has no split of that name.
@@ -89,7 +89,7 @@ def dataset_batches(
 
 
 def count_rows(uri: str, is_hub: bool) -> int | None:
-    """Rows of a data set, where they are known without fetching it.
+    """Number of rows of a data set, or None where it is unknown before the download.
 
     Raises:
         DataError: it cannot be loaded, or has no split of that name.
@@ -118,16 +118,16 @@ def _load_directory(uri: str) -> Any:
     import datasets
 
     try:
-        found = datasets.load_from_disk(uri)
+        loaded = datasets.load_from_disk(uri)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{uri}: expected a saved data set; it cannot be loaded: {error}"
         ) from error
-    if not isinstance(found, datasets.DatasetDict):
-        return found
-    if "train" not in found:
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if "train" not in loaded:
         raise DataError(
-            f"{uri}: expected a split named 'train', found {sorted(found)}. Name the directory of "
+            f"{uri}: expected a split named 'train', found {sorted(loaded)}. Name the directory of "
             "the split you mean."
         )
-    return found["train"]
+    return loaded["train"]

@@ -1,4 +1,8 @@
-"""Files of which nothing would be used: they would go unseen behind the others' rows."""
+"""Stops an ingest when no row of a file can be used.
+
+Without this check such a file would go unnoticed behind the rows of the other files: the limit on
+rejected rows counts all files together.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +10,43 @@ import json
 from collections.abc import Iterator, Sequence
 
 from system.data.ingest.plan import ChunkOutcome, IngestPlan
-from system.data.read.readers import Piece, file_kind, read_rows
+from system.data.read.readers import FileRange, file_kind, read_rows
 from system.errors import DataError
 
 _NUM_NAMED = 3
 
 
 def check_lost_files(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
-    """Stops an ingest that can use no row of a file which has rows.
+    """Stops an ingest that can use none of the rows of some file.
 
-    Rows count as usable here before anything is known of duplicates, benchmarks and filters: those
-    may well take all of them.
+    A row that is a duplicate, or that a benchmark or a filter removes, counts as usable here: these
+    may rightly remove all rows of a file.
 
     Raises:
-        DataError: such a file, and `ingest.unusable_files` is `error`.
+        DataError: there is such a file, and `ingest.unusable_files` is `error`.
     """
     if plan.settings.unusable_files == "count":
         return
     read: dict[int, int] = {}
     first: dict[int, str] = {}
     usable: set[int] = set()
-    for piece in (piece for outcome in outcomes for piece in outcome.pieces):
-        read[piece.file] = read.get(piece.file, 0) + piece.read
-        if piece.usable:
-            usable.add(piece.file)
-        if piece.start == 0:
-            first[piece.file] = piece.first_rejected
+    for file_range in (file_range for outcome in outcomes for file_range in outcome.pieces):
+        read[file_range.file] = read.get(file_range.file, 0) + file_range.read
+        if file_range.usable:
+            usable.add(file_range.file)
+        # Only the start of a file can say why its first row was rejected.
+        if file_range.start == 0:
+            first[file_range.file] = file_range.first_rejected
     lost = sorted(file for file, rows in read.items() if rows and file not in usable)
     if not lost:
         return
     named = "; ".join(_description(plan, file, read[file], first) for file in lost[:_NUM_NAMED])
     more = f"; and {len(lost) - _NUM_NAMED} more files" if len(lost) > _NUM_NAMED else ""
     raise DataError(
-        f"{len(lost)} of {len(plan.files)} files would be lost, for every row of theirs was "
-        f"rejected: {named}{more}. Correct them or the source's `format`, leave them out with a "
-        "narrower `path`, or set ingest.unusable_files: count, which counts and lists their rows "
-        "among the rejected ones."
+        f"expected usable rows in every file, found none in {len(lost)} of {len(plan.files)} "
+        f"files; every row was rejected: {named}{more}. Correct the files or the source's "
+        "`format`, leave the files out with a narrower `path`, or set ingest.unusable_files: "
+        "count, which counts and lists their rows among the rejected ones."
     )
 
 
@@ -53,12 +58,12 @@ def _description(plan: IngestPlan, file: int, num_rows: int, first: dict[int, st
 
 
 def _list_inside(plan: IngestPlan, file: int, num_rows: int) -> Iterator[str]:
-    """What to do about one object that holds a list of objects, which may be the rows."""
+    """A hint for a file that is one object with a list of objects in it, perhaps the rows."""
     source = plan.files[file]
     if num_rows > 1 or file_kind(source.uri).name not in ("lines", "values"):
         return
-    piece = Piece(file=file, uri=source.uri, stamp=source.stamp)
-    row = next((value for _, value in read_rows(piece)), None)
+    file_range = FileRange(file=file, uri=source.uri, stamp=source.stamp)
+    row = next((value for _, value in read_rows(file_range)), None)
     if not isinstance(row, dict):
         return
     for key, value in row.items():

@@ -1,4 +1,8 @@
-"""What a reader yields where there is a row: a dict, or why it cannot be read."""
+"""What every reader yields for a row: a dict, or a `Defect` that says why it cannot be read.
+
+A file of its own, because the readers of CSV, JSON and tables share it and must not import each
+other.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,13 @@ from system.data.read.blocks import MAX_ROW_BYTES
 
 
 class Defect(NamedTuple):
-    """A row that cannot be read."""
+    """A row that cannot be read; `reason` and `detail` go into the list of rejected rows."""
 
     reason: str
     detail: str
 
 
 RawRow = dict[str, Any] | Defect | None
-"""None: an empty line, which is no row."""
+"""None stands for an empty line, which is not a row."""
 
 TOO_LONG = Defect("too-long", f"longer than {MAX_ROW_BYTES:,} bytes")

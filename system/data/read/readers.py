@@ -1,10 +1,10 @@
-"""Files of any kind as numbered raw rows, one after the other, in flat memory.
+"""Reads a file of any kind as a stream of raw rows, in little memory.
 
-A reader yields `(row, value)`: the 0-based number of the row within its piece (lines of JSONL,
-elements of an array, records of CSV, rows of a table), and a dict, or a `Defect` where there is a
-row that cannot be read; or the values alone, many at a time, but not many bytes.  Every row of the
-file is yielded exactly once.  What ends in the middle (a truncated archive, an array without its
-bracket) is an error, never a short read.
+`read_rows` yields `(number, value)`.  The number counts the rows of the file range from 0 (lines of
+JSONL, elements of an array, records of CSV, rows of a table).  The value is a dict, or a `Defect`
+for a row that cannot be read.  `read_batches` yields the values alone, in small batches; the ingest
+uses it.  Every row of the file is yielded exactly once.  A file that ends too early (a truncated
+archive, an array without its last bracket) is an error, never a short result.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ _decode = msgspec.json.Decoder().decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A file, or a range of it."""
+class FileRange:
+    """A file, or a part of it."""
 
     file: int
-    """Place of the file in the input's order."""
+    """Number of the file in the order of the input."""
     uri: str
     stamp: str
-    """What `system.data.read.sources.stat` said when the run was planned."""
+    """Result of `system.data.read.sources.stat` when the run was planned."""
     start: int = 0
     end: int | None = None
-    """Bytes of JSONL, row groups of Parquet, record batches of an Arrow file, rows of a data set;
-    None: to the end."""
+    """Excluded; None: to the end.  The unit of both depends on the kind of file: bytes of JSONL,
+    row groups of Parquet, record batches of an Arrow file, rows of a data set."""
 
 
 class FileKind(NamedTuple):
-    """How a file is to be read."""
+    """How to read a file."""
 
     name: str
     """lines | values | array | csv | tsv | parquet | arrow | dataset | hub."""
@@ -72,10 +72,10 @@ class FileKind(NamedTuple):
 
 
 def file_kind(uri: str) -> FileKind:
-    """Looks at the file's first bytes, and at its name where they leave a choice.
+    """Detects the kind of a file from its first bytes, and from its name where those do not decide.
 
     Raises:
-        DataError: the file is of no known kind.
+        DataError: the kind of the file is unknown.
     """
     if uri.startswith("hf://"):
         return FileKind(HUB, None)
@@ -86,14 +86,16 @@ def file_kind(uri: str) -> FileKind:
         with storage.open_input(uri) as file:
             head = file.read(_SNIFFED_BYTES)
     except OSError:
-        # Object stores have no directories to open; asking first would cost every file a request.
+        # A directory of an object store cannot be opened.  It is tested only now, because a test
+        # beforehand would cost one request for every file.
         if path is None and storage.list_names(uri):
             return FileKind(DATASET, None)
         raise
+    # The content decides before the name does: a wrong name is a common mistake.
     if head.startswith(_LFS_POINTER):
         raise DataError(
-            f"{uri}: expected data, found a Git LFS pointer: the file itself was never fetched. "
-            "Fetch it: git lfs pull"
+            f"{uri}: expected data, found a Git LFS pointer: the file itself was never downloaded. "
+            "Download it: git lfs pull"
         )
     if head.startswith(b"PAR1"):
         return FileKind("parquet", None)
@@ -109,8 +111,8 @@ def file_kind(uri: str) -> FileKind:
     name = uri.lower()
     if not head and name.endswith(_NEVER_EMPTY):
         raise DataError(
-            f"{uri}: expected what its name says, found 0 bytes; even without rows such a file has "
-            "some. It is damaged; fetch or write it again."
+            f"{uri}: expected a file of the kind that its name says, found 0 bytes; even without "
+            "rows such a file is not empty. It is damaged; download or write it again."
         )
     for ending in (".gz", ".zst", ".bz2"):
         name = name.removesuffix(ending)
@@ -120,14 +122,16 @@ def file_kind(uri: str) -> FileKind:
         return FileKind("csv", compression)
     if name.endswith((".parquet", ".arrow", ".feather")):
         raise DataError(
-            f"{uri}: its name says Parquet or Arrow, but it starts with {head[:8]!r}. It is "
-            "damaged; fetch or write it again."
+            f"{uri}: expected Parquet or Arrow, as its name says, found a file that starts with "
+            f"{head[:8]!r}. It is damaged; download or write it again."
         )
     return FileKind(_json_kind(uri, compression), compression)
 
 
 def _json_kind(uri: str, compression: str | None) -> str:
+    """`array`, `lines` (one object a line) or `values` (objects that span several lines)."""
     head = b""
+    # A compressed file may yield blocks of any size, so collect enough of them.
     for block in read_blocks(uri, compression):
         head += block
         if len(head) >= _HEAD_BYTES:
@@ -137,6 +141,8 @@ def _json_kind(uri: str, compression: str | None) -> str:
         return "array"
     if not head.startswith(b"{"):
         return "lines"
+    # A first line that is just `{` opens an object that goes on in the next lines, unless some line
+    # is a whole object.
     lines = head.split(b"\n")
     is_whole = len(lines) == 1 or any(
         line.startswith(b"{") and _is_object(line) for line in lines[:8]
@@ -150,7 +156,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def decode_row(line: bytes) -> dict[str, Any] | Defect:
-    """One JSON object.  NaN and Infinity, which some writers leave in numbers, are read too."""
+    """Decodes one JSON object; accepts NaN and Infinity, which some writers produce."""
     try:
         value = _decode(line)
     except UnicodeDecodeError as error:
@@ -158,6 +164,7 @@ def decode_row(line: bytes) -> dict[str, Any] | Defect:
     except RecursionError:
         return Defect("bad-json", "nested too deeply")
     except msgspec.DecodeError as strict:
+        # The standard library is slower, but it reads NaN and Infinity.
         try:
             value = json.loads(line)
         except UnicodeDecodeError as error:
@@ -174,43 +181,43 @@ def _excerpt(line: bytes) -> str:
     return text + ("..." if len(line) > 80 else "")
 
 
-def read_rows(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | Defect]]:
-    """All rows of a piece with their numbers, counted from 0.
+def read_rows(file_range: FileRange) -> Iterator[tuple[int, dict[str, Any] | Defect]]:
+    """All rows of a file range with their numbers, counted from 0.
 
     Raises:
         DataError: the file is damaged, cut off, or of no known kind.
     """
-    for number, row in read_numbers(piece):
+    for number, row in read_numbers(file_range):
         if row is not None:
             yield number, row
 
 
-def read_numbers(piece: Piece) -> Iterator[tuple[int, RawRow]]:
-    """The same with an entry for every number: None is an empty line, which is no row."""
-    kind = file_kind(piece.uri)
+def read_numbers(file_range: FileRange) -> Iterator[tuple[int, RawRow]]:
+    """As `read_rows`, but with an entry for every number: None is an empty line, not a row."""
+    kind = file_kind(file_range.uri)
     if kind.name == "lines":
-        return enumerate(map(_decode_line, _lines(piece, kind)))
+        return enumerate(map(_decode_line, _lines(file_range, kind)))
     if kind.name in _ONE_BY_ONE:
-        data = read_blocks(piece.uri, kind.compression)
-        return enumerate(_ONE_BY_ONE[kind.name](data, kind, piece.uri))
-    return enumerate(itertools.chain.from_iterable(_table_batches(piece, kind)))
+        data = read_blocks(file_range.uri, kind.compression)
+        return enumerate(_ONE_BY_ONE[kind.name](data, kind, file_range.uri))
+    return enumerate(itertools.chain.from_iterable(_table_batches(file_range, kind)))
 
 
-def read_batches(piece: Piece) -> Iterator[list[RawRow]]:
-    """The same, many at a time: the first one has number 0, and no number is left out.
+def read_batches(file_range: FileRange) -> Iterator[list[RawRow]]:
+    """The values of `read_numbers` in batches, without their numbers: 0, 1, 2, ... in order.
 
-    What stands before a damaged place is yielded before the error.
+    The rows before a damaged place are yielded before the error is raised.
     """
-    kind = file_kind(piece.uri)
+    kind = file_kind(file_range.uri)
     if kind.name == "lines":
-        return _line_batches(piece, kind)
+        return _line_batches(file_range, kind)
     if kind.name in _ONE_BY_ONE:
-        data = _Counted(read_blocks(piece.uri, kind.compression))
-        return _batches(_ONE_BY_ONE[kind.name](data, kind, piece.uri), data)
-    return _table_batches(piece, kind)
+        data = _CountedBlocks(read_blocks(file_range.uri, kind.compression))
+        return _batches(_ONE_BY_ONE[kind.name](data, kind, file_range.uri), data)
+    return _table_batches(file_range, kind)
 
 
-def _batches(values: Iterator[RawRow], data: _Counted) -> Iterator[list[RawRow]]:
+def _batches(values: Iterator[RawRow], data: _CountedBlocks) -> Iterator[list[RawRow]]:
     batch: list[RawRow] = []
     full = BATCH_BYTES
     try:
@@ -225,20 +232,22 @@ def _batches(values: Iterator[RawRow], data: _Counted) -> Iterator[list[RawRow]]
     yield batch
 
 
-def _table_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
+def _table_batches(file_range: FileRange, kind: FileKind) -> Iterator[list[RawRow]]:
     if kind.name == "parquet":
-        batches = parquet_batches(piece.uri, piece.start, piece.end)
-        return rows_of_batches(batches, piece.uri)
+        batches = parquet_batches(file_range.uri, file_range.start, file_range.end)
+        return rows_of_batches(batches, file_range.uri)
     if kind.name == "arrow":
-        return rows_of_batches(arrow_batches(piece.uri, piece.start, piece.end), piece.uri)
-    batches = dataset_batches(piece.uri, kind.name == HUB, piece.start, piece.end)
-    return rows_of_batches(batches, piece.uri)
+        return rows_of_batches(
+            arrow_batches(file_range.uri, file_range.start, file_range.end), file_range.uri
+        )
+    batches = dataset_batches(file_range.uri, kind.name == HUB, file_range.start, file_range.end)
+    return rows_of_batches(batches, file_range.uri)
 
 
-def _lines(piece: Piece, kind: FileKind) -> Iterator[bytes | None]:
-    blocks = read_blocks(piece.uri, kind.compression, piece.start)
-    for number, line in enumerate(split_lines(blocks, piece.start, piece.end)):
-        is_start = number == 0 and piece.start == 0
+def _lines(file_range: FileRange, kind: FileKind) -> Iterator[bytes | None]:
+    blocks = read_blocks(file_range.uri, kind.compression, file_range.start)
+    for number, line in enumerate(split_lines(blocks, file_range.start, file_range.end)):
+        is_start = number == 0 and file_range.start == 0
         yield line.removeprefix(_BYTE_ORDER_MARK) if line and is_start else line
 
 
@@ -248,10 +257,10 @@ def _decode_line(line: bytes | None) -> RawRow:
     return None if not line or line.isspace() else decode_row(line)
 
 
-def _line_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
-    blocks = read_blocks(piece.uri, kind.compression, piece.start)
-    is_start = piece.start == 0
-    for run in split_runs(blocks, piece.start, piece.end):
+def _line_batches(file_range: FileRange, kind: FileKind) -> Iterator[list[RawRow]]:
+    blocks = read_blocks(file_range.uri, kind.compression, file_range.start)
+    is_start = file_range.start == 0
+    for run in split_runs(blocks, file_range.start, file_range.end):
         if run is None:
             yield [TOO_LONG]
         else:
@@ -260,8 +269,9 @@ def _line_batches(piece: Piece, kind: FileKind) -> Iterator[list[RawRow]]:
 
 
 def decode_lines(run: bytes) -> list[RawRow]:
-    """What each line holds: an object, a defect, or None where there is nothing."""
+    """The value of each line: an object, a defect, or None for an empty line."""
     lines = run.split(b"\n")
+    # Fast path: most runs hold whole objects only.  Any other line sends the run to the slow path.
     try:
         values = [_decode(line) for line in lines]
         if set(map(type, values)) == {dict}:
@@ -271,14 +281,14 @@ def decode_lines(run: bytes) -> list[RawRow]:
     return [_decode_line(line) for line in lines]
 
 
-class _Counted:
-    """Blocks of a file, and how many bytes of them were taken."""
+class _CountedBlocks:
+    """Iterates over the blocks of a file and counts their bytes."""
 
     def __init__(self, data: Iterator[bytes]) -> None:
         self._data = data
         self.num_bytes = 0
 
-    def __iter__(self) -> _Counted:
+    def __iter__(self) -> _CountedBlocks:
         return self
 
     def __next__(self) -> bytes:

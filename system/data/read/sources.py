@@ -1,10 +1,12 @@
-"""Which files a run reads, how to notice that they changed, and how to cut them into chunks.
+"""Lists the files of a run, stamps them so that a change shows, and cuts them into chunks.
 
-The order of sources, then of files by path, then of rows is the order of the whole input: it
-decides which of two equal rows is kept.  A chunk is one actor's unit of work: a byte range of a big
-plain JSONL file, row groups of a big Parquet file, record batches of a big Arrow file, rows of a
-big data set, a whole file that cannot be cut, or many small files together.  The cut never shows in
-the result.
+The order of the input is: sources as configured, then files by path, then rows.  It decides which
+of two equal rows is kept.
+
+A chunk is the file ranges that one ingest actor reads as one work unit: a byte range of a big plain
+JSONL file, row groups of a big Parquet file, record batches of a big Arrow file, rows of a big data
+set, a whole file that cannot be cut, or many small files together.  The result does not depend on
+the cut.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import pyarrow.parquet as pq
 from system import storage
 from system.config import SourceConfig
 from system.data.read.hub import count_rows, stat_hub
-from system.data.read.readers import DATASET, HUB, Piece, file_kind
+from system.data.read.readers import DATASET, HUB, FileRange, file_kind
 from system.data.read.tables import count_arrow_batches
 from system.errors import DataError
 
@@ -38,29 +40,29 @@ class SourceFile:
     """One file (or one `datasets` data set) of a source."""
 
     index: int
-    """Place in the input's order, over all sources."""
+    """Number in the order of the input, over all sources."""
     source: int
     """Index into the configuration's sources."""
     uri: str
     size: int
-    """Bytes; of a data set, of its Arrow files."""
+    """In bytes; for a data set, of its Arrow files."""
     stamp: str
-    """Changes when the content does: size with mtime, ETag or data set fingerprint."""
+    """Changes with the content: size and mtime, ETag, or fingerprint of a data set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """One unit of reading."""
+    """The file ranges that one ingest actor reads as one work unit."""
 
     index: int
     source: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FileRange, ...]
     max_rows: int | None = None
-    """Stop after that many rows, all pieces together."""
+    """Stop after so many rows, counted over all ranges; None: read all."""
 
 
 def source_name(source: SourceConfig) -> str:
-    """How reports call the source."""
+    """The name of the source in reports: the configured one, else made from its path."""
     if source.name:
         return source.name
     name = source.path.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
@@ -68,20 +70,20 @@ def source_name(source: SourceConfig) -> str:
 
 
 def list_files(sources: Sequence[SourceConfig], data_dir: str) -> list[SourceFile]:
-    """All files of all sources, in the input's order.
+    """All files of all sources, in the order of the input.
 
     Raises:
         DataError: a source has no file.
     """
-    found: list[SourceFile] = []
+    files: list[SourceFile] = []
     for number, source in enumerate(sources):
         uris = resolve(source.path, data_dir)
         for uri in uris:
             size, stamp = stat(uri)
-            found.append(
-                SourceFile(index=len(found), source=number, uri=uri, size=size, stamp=stamp)
+            files.append(
+                SourceFile(index=len(files), source=number, uri=uri, size=size, stamp=stamp)
             )
-    return found
+    return files
 
 
 def locate(path: str, data_dir: str) -> str:
@@ -101,11 +103,16 @@ def resolve(path: str, data_dir: str) -> list[str]:
     if path.startswith("hf://"):
         return [path]
     uri = locate(path, data_dir)
+    # A file may be named `a[1].jsonl`: an existing path is never a pattern.
     if glob.has_magic(path) and not storage.exists(uri):
+        # Only `path` is a pattern; special characters in `data_dir` stand for themselves.
         pattern = locate(path, glob.escape(storage.absolute(data_dir)))
         files = [name for name in _glob(pattern) if _is_data_file(name)]
         if not files:
-            raise DataError(f"{path!r}: no data file matches {uri}; a data file ends in {_known()}")
+            raise DataError(
+                f"{path!r}: no data file matches {uri}; a data file ends in {_known_endings()}. "
+                "Correct `path` of this source."
+            )
         return sorted(files)
     if not storage.exists(uri):
         raise DataError(
@@ -114,16 +121,20 @@ def resolve(path: str, data_dir: str) -> list[str]:
         )
     if not _is_directory(uri):
         return [uri]
+    # What `save_to_disk` writes is one data set, not a directory of files.
     if {"dataset_dict.json", "state.json"} & set(storage.list_names(uri)):
         return [uri]
     files = [name for name in _files_below(uri) if _is_data_file(name)]
     if not files:
-        raise DataError(f"{uri}: the directory holds no data file; a data file ends in {_known()}")
+        raise DataError(
+            f"{uri}: the directory holds no data file; a data file ends in {_known_endings()}. "
+            "Correct `path` of this source."
+        )
     return sorted(files)
 
 
-def _known() -> str:
-    return f"{', '.join(_ENDINGS)}, each perhaps with {', '.join(_COMPRESSIONS)}"
+def _known_endings() -> str:
+    return f"{', '.join(_ENDINGS)}, optionally followed by {', '.join(_COMPRESSIONS)}"
 
 
 def _is_data_file(uri: str) -> bool:
@@ -172,9 +183,9 @@ def stat(uri: str) -> tuple[int, str]:
         filesystem.invalidate_cache()
         info = filesystem.info(key)
         if info.get("type") == "directory":
-            found = filesystem.find(key, detail=True)
-            text = "\n".join(f"{name} {_version(found[name])}" for name in sorted(found))
-            total = sum(int(item["size"]) for item in found.values())
+            infos = filesystem.find(key, detail=True)
+            text = "\n".join(f"{name} {_version(infos[name])}" for name in sorted(infos))
+            total = sum(int(item["size"]) for item in infos.values())
             return total, f"{total}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
         return int(info["size"]), _version(info)
     if path.is_dir():
@@ -182,8 +193,8 @@ def stat(uri: str) -> tuple[int, str]:
         stats = [file.stat() for file in files]
         total = sum(item.st_size for item in stats)
         return total, f"{total}-{max(item.st_mtime_ns for item in stats)}-{len(stats)}"
-    found = path.stat()
-    return found.st_size, f"{found.st_size}-{found.st_mtime_ns}"
+    info = path.stat()
+    return info.st_size, f"{info.st_size}-{info.st_mtime_ns}"
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -197,60 +208,62 @@ def plan_chunks(
     """Cuts and groups the files into chunks of about `chunk_bytes` on disk."""
     chunks: list[Chunk] = []
     for number, source in enumerate(sources):
-        own = [file for file in files if file.source == number]
+        source_files = [file for file in files if file.source == number]
         if source.max_rows is not None:
-            pieces = tuple(_whole(file) for file in own)
-            groups: Iterator[tuple[Piece, ...]] = iter([pieces])
+            # One chunk: the first rows of the source are known only when they are read in order.
+            ranges = tuple(_whole(file) for file in source_files)
+            groups: Iterator[tuple[FileRange, ...]] = iter([ranges])
         else:
-            groups = _groups(own, chunk_bytes)
-        for pieces in groups:
+            groups = _groups(source_files, chunk_bytes)
+        for ranges in groups:
             chunks.append(
-                Chunk(index=len(chunks), source=number, pieces=pieces, max_rows=source.max_rows)
+                Chunk(index=len(chunks), source=number, pieces=ranges, max_rows=source.max_rows)
             )
     return chunks
 
 
-def _whole(file: SourceFile) -> Piece:
-    return Piece(file=file.index, uri=file.uri, stamp=file.stamp)
+def _whole(file: SourceFile) -> FileRange:
+    return FileRange(file=file.index, uri=file.uri, stamp=file.stamp)
 
 
-def _groups(files: Sequence[SourceFile], chunk_bytes: int) -> Iterator[tuple[Piece, ...]]:
-    waiting: list[Piece] = []
-    held = 0
+def _groups(files: Sequence[SourceFile], chunk_bytes: int) -> Iterator[tuple[FileRange, ...]]:
+    """The file ranges of each chunk; small files share a chunk, a big file is cut."""
+    waiting: list[FileRange] = []
+    waiting_bytes = 0
     for file in files:
-        if held and held + file.size > chunk_bytes:
+        if waiting_bytes and waiting_bytes + file.size > chunk_bytes:
             yield tuple(waiting)
-            waiting, held = [], 0
+            waiting, waiting_bytes = [], 0
         if file.size > chunk_bytes:
-            yield from ((piece,) for piece in _cut(file, chunk_bytes))
+            yield from ((file_range,) for file_range in _cut(file, chunk_bytes))
         else:
             waiting.append(_whole(file))
-            held += file.size
+            waiting_bytes += file.size
     if waiting:
         yield tuple(waiting)
 
 
-def _cut(file: SourceFile, chunk_bytes: int) -> Iterator[Piece]:
-    """Ranges of one big file; the whole of it where it cannot be read from the middle."""
+def _cut(file: SourceFile, chunk_bytes: int) -> Iterator[FileRange]:
+    """The ranges of one big file; a file that cannot be read from the middle stays whole."""
     kind = file_kind(file.uri)
     if kind.name == "lines" and kind.compression is None:
         for start in range(0, file.size, chunk_bytes):
             end = min(start + chunk_bytes, file.size)
-            yield Piece(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
+            yield FileRange(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
     elif kind.name == "parquet":
         for start, end in _row_group_ranges(file.uri, chunk_bytes):
-            yield Piece(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
+            yield FileRange(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
     elif count := _count_parts(file.uri, kind.name):
         parts = min(count, math.ceil(file.size / chunk_bytes))
         ends = [count * (k + 1) // parts for k in range(parts)]
         for start, end in zip([0, *ends], ends, strict=False):
-            yield Piece(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
+            yield FileRange(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)
     else:
         yield _whole(file)
 
 
 def _count_parts(uri: str, kind: str) -> int | None:
-    """Record batches of an Arrow file, rows of a data set; None where it has to be read whole."""
+    """Record batches of an Arrow file, rows of a data set; None: it cannot be cut."""
     if kind == "arrow":
         return count_arrow_batches(uri)
     if kind not in (DATASET, HUB):
@@ -260,13 +273,13 @@ def _count_parts(uri: str, kind: str) -> int | None:
 
 def _row_group_ranges(uri: str, chunk_bytes: int) -> Iterator[tuple[int, int]]:
     metadata = _parquet_metadata(uri)
-    start, held = 0, 0
+    start, range_bytes = 0, 0
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).total_byte_size
-        if held and held + size > chunk_bytes:
+        if range_bytes and range_bytes + size > chunk_bytes:
             yield start, group
-            start, held = group, 0
-        held += size
+            start, range_bytes = group, 0
+        range_bytes += size
     if start < metadata.num_row_groups or not metadata.num_row_groups:
         yield start, metadata.num_row_groups
 

@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files, some at a time: so many, or so many bytes of them."""
+"""Reads the rows of Parquet and Arrow files in batches of limited rows and bytes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from system.data.read.raw_rows import TOO_LONG, Defect, RawRow
 from system.errors import DataError
 
 BATCH_ROWS = 1024
-"""Rows that are read at once where they are small."""
+"""Most rows in a batch."""
 BATCH_BYTES = 16 * 2**20
-"""About as many bytes where they are not."""
+"""About the most bytes in a batch, where rows are large."""
 
 _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 def parquet_batches(uri: str, start: int, end: int | None) -> Iterator[pa.RecordBatch]:
-    """The rows of the row groups from `start` to before `end`."""
+    """The rows of the row groups from `start` up to `end` (excluded)."""
     with storage.open_input(uri) as file:
         parquet = pq.ParquetFile(file)
         end = parquet.num_row_groups if end is None else end
@@ -34,16 +34,16 @@ def parquet_batches(uri: str, start: int, end: int | None) -> Iterator[pa.Record
 
 
 def _rows_at_once(metadata: Any, groups: list[int]) -> int:
-    found = [metadata.row_group(group) for group in groups]
-    row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in found), default=0)
+    metas = [metadata.row_group(group) for group in groups]
+    row_bytes = max((meta.total_byte_size // max(meta.num_rows, 1) for meta in metas), default=0)
     return min(BATCH_ROWS, max(1, BATCH_BYTES // max(row_bytes, 1)))
 
 
 def arrow_batches(uri: str, start: int = 0, end: int | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of an Arrow file's record batches `start` to before `end`, or of a whole stream.
+    """The rows of the record batches from `start` up to `end` (excluded), or of a whole stream.
 
     Raises:
-        DataError: a stream ends without its mark, so nobody knows what is missing.
+        DataError: a stream ends without its end mark, so rows may be missing.
     """
     with _open_arrow(uri) as (source, is_file):
         if is_file:
@@ -58,7 +58,7 @@ def arrow_batches(uri: str, start: int = 0, end: int | None = None) -> Iterator[
 
 
 def count_arrow_batches(uri: str) -> int | None:
-    """Record batches of an Arrow file; None of a stream, which has no list of them.
+    """Number of record batches in an Arrow file; None for a stream, which has no list of them.
 
     Raises:
         DataError: the file is damaged.
@@ -72,7 +72,7 @@ def count_arrow_batches(uri: str) -> int | None:
 
 @contextlib.contextmanager
 def _open_arrow(uri: str) -> Iterator[tuple[pa.NativeFile, bool]]:
-    """The file, and whether it is one in the file format, not a stream."""
+    """The open file, and whether it has the Arrow file format (else the stream format)."""
     path = storage.local_path(uri)
     source = (
         pa.memory_map(str(path))
@@ -94,13 +94,12 @@ def _stream_batches(source: pa.NativeFile, uri: str) -> Iterator[pa.RecordBatch]
         except StopIteration:
             break
         yield batch
-    # The library takes the end of the file for the end of the stream.
+    # The library treats the end of the file as the end of the stream, so look for the mark here.
     source.seek(place)
     if source.read(len(_STREAM_END)) != _STREAM_END:
         raise DataError(
-            f"{uri}: expected the mark with which an Arrow stream ends, found the end of the file "
-            "at a batch's end. The file is cut off, or its writer was not closed; fetch or write "
-            "it again."
+            f"{uri}: expected the end mark of an Arrow stream, found the end of the file after a "
+            "batch. The file is cut off, or its writer was not closed; download or write it again."
         )
 
 
@@ -127,7 +126,7 @@ def rows_of_batches(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[l
 
 
 def _small_parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """The batch in parts of one row, or of few enough bytes."""
+    """Halves the batch until each part has one row or at most BATCH_BYTES."""
     if batch.num_rows <= 1 or batch.nbytes <= BATCH_BYTES:
         yield batch
         return
@@ -139,6 +138,7 @@ def _small_parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 def _values_of_batch(batch: pa.RecordBatch) -> list[RawRow]:
     if batch.num_rows == 1 and _row_bytes(batch) > blocks.MAX_ROW_BYTES:
         return [TOO_LONG]
+    # One bad value makes the whole conversion fail; then each row is converted alone.
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError) as error:
@@ -148,7 +148,7 @@ def _values_of_batch(batch: pa.RecordBatch) -> list[RawRow]:
 
 
 def _row_bytes(row: pa.RecordBatch) -> int:
-    """Size of the only row, without the dictionary that its columns may share with others."""
+    """Size of a batch of one row, without dictionaries that its columns share with other rows."""
     columns = [
         column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
         for column in row.columns

@@ -14,7 +14,7 @@ import numpy as np
 
 from system.data.duplicates.shingles import find_words, ngrams
 from system.data.read.blocks import read_blocks, split_lines
-from system.data.read.readers import Piece, read_rows
+from system.data.read.readers import FileRange, read_rows
 from system.data.rows.bodies import cut_by_bytes
 
 _BATCH_TEXTS = 1024
@@ -88,7 +88,7 @@ def _texts(uri: str) -> Iterator[str]:
             if line is not None:
                 yield line.decode("utf-8", "replace")
         return
-    for _, row in read_rows(Piece(file=0, uri=uri, stamp="")):
+    for _, row in read_rows(FileRange(file=0, uri=uri, stamp="")):
         yield from _strings(row)
 
 

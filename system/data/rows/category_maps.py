@@ -11,7 +11,7 @@ import yaml
 
 from system import storage
 from system.config import SourceConfig
-from system.data.read.readers import Piece, read_rows
+from system.data.read.readers import FileRange, read_rows
 from system.data.read.sources import locate
 from system.errors import DataError
 
@@ -86,7 +86,7 @@ def _pairs(uri: str) -> Iterator[tuple[Any, Any]]:
     elif name.endswith((".yaml", ".yml")):
         raise DataError(f"{uri}: expected `value: category` lines, found no mapping")
     else:
-        for number, row in read_rows(Piece(file=0, uri=uri, stamp="")):
+        for number, row in read_rows(FileRange(file=0, uri=uri, stamp="")):
             others = [key for key in row if key != "category"] if isinstance(row, dict) else []
             if not isinstance(row, dict) or "category" not in row or len(others) != 1:
                 raise DataError(

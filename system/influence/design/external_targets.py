@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 
 from system.config import IngestConfig, RunConfig, SourceConfig
-from system.data.read.readers import Defect, Piece, read_rows
+from system.data.read.readers import Defect, FileRange, read_rows
 from system.data.read.sources import list_files
 from system.data.rows.conversation import SPLITS, Conversation, RowRejected, normalise, split_of
 from system.data.rows.formats import Format, choose_format
@@ -89,7 +89,7 @@ def read_target(
     left_out: Counter[str] = Counter()
     num_rows = num_broken = 0
     for file in list_files([source], data_dir):
-        rows = read_rows(Piece(file=file.index, uri=file.uri, stamp=file.stamp))
+        rows = read_rows(FileRange(file=file.index, uri=file.uri, stamp=file.stamp))
         first = list(itertools.islice(rows, _HEAD_ROWS))
         shape = choose_format(
             source, [row for _, row in first if not isinstance(row, Defect)], file.uri

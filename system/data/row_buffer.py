@@ -1,4 +1,4 @@
-"""Normalised rows, column by column, until there are enough to write."""
+"""Collects normalised rows, column by column, until a chunk has enough of them to spill."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from system.data.rows.normal_batch import ROLES, NormalBatch
 from system.schema import EMBEDDING, MESSAGES
 
 
-class HeldRows:
-    """Rows of one source on their way to a SPILL table."""
+class RowBuffer:
+    """Rows of one source that wait to become a SPILL table."""
 
     def __init__(self, source: str, num_buckets: int) -> None:
         self._source = source
@@ -22,10 +22,10 @@ class HeldRows:
         self._clear()
 
     def _clear(self) -> None:
-        # A few long values a batch: an object for each row would be long out of the processor's
-        # cache when it is looked at again.
+        # A few long values for each batch, not an object for each row: an object would have left
+        # the processor's cache by the time `take` reads it again.
         self.num_rows = 0
-        """Rows held."""
+        """Rows in the buffer."""
         self.num_bytes = 0
         self._ids: list[bytes] = []
         self._num_turns: list[int] = []
@@ -36,12 +36,12 @@ class HeldRows:
         self._places: list[np.ndarray] = []
 
     def add(self, batch: NormalBatch, labels: LabelColumns, places: np.ndarray) -> None:
-        """Takes the rows of a batch.
+        """Adds the rows of a batch.
 
         Args:
-            batch: its rows, `rejected` is not looked at.
+            batch: its accepted rows; `rejected` is ignored.
             labels: of the same rows.
-            places: [rows, 4] int64: split, file, start of the piece, row within it.
+            places: [rows, 4] int64: split, file, start of the file range, row within it.
         """
         self.num_rows += len(batch.ids)
         self._ids.append(b"".join(batch.ids))
@@ -57,7 +57,7 @@ class HeldRows:
         self.num_bytes += 4 * sum(len(vector) for vector in labels.embedding if vector)
 
     def take(self) -> tuple[pa.Table, np.ndarray]:
-        """All rows as a SPILL table with each row's bucket; nothing is held afterwards."""
+        """Empties the buffer: a SPILL table of all rows, and the bucket of each row."""
         if not self.num_rows:
             return SPILL.empty_table(), np.zeros(0, np.int64)
         digests = np.frombuffer(b"".join(self._ids), np.uint8).reshape(-1, 16)
@@ -92,8 +92,8 @@ class HeldRows:
 
 
 def _strings(joined: bytes, lengths: np.ndarray) -> pa.Array:
-    """Texts of these lengths, which are UTF-8 for certain."""
-    assert len(joined) < 2**31, "rows are taken before they fill what 32-bit offsets can reach"
+    """Splits the joined texts at these lengths.  They are valid UTF-8, so nothing checks it."""
+    assert len(joined) < 2**31, "the rows must be spilled before they need more than 32-bit offsets"
     ends = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=ends[1:])
     return pa.StringArray.from_buffers(len(lengths), pa.py_buffer(ends), pa.py_buffer(joined))
