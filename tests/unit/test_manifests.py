@@ -247,9 +247,10 @@ def test_all_kinds_of_actors_are_counted_here() -> None:
     """A module that starts actors of its own belongs into `together`."""
     launchers = {
         path.stem
-        for path in (ROOT / "actors").glob("*.py")
+        for path in (ROOT / "actors").rglob("*.py")
         if re.search(r"(?<!class )ActorSpec\($|\(TorchTrainer\):$", path.read_text(), re.MULTILINE)
     }
     assert launchers == {
-        "features", "fit", "ingestor", "measurer", "measuring", "modeler", "scorer", "selector",
+        "features", "fit", "ingestor", "intervention_runner", "modeler", "scorer", "selector",
+        "token_counter",
     }  # fmt: skip
