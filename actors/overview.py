@@ -10,6 +10,7 @@ from typing import Any
 from actors.pipeline import STAGES, Stage, stage_inputs
 from system import storage
 from system.config import RunConfig
+from system.data.corpus import Corpus
 from system.devices import idle_gpus_remark, visible_gpus
 from system.errors import ConfigError
 from system.forecast import Forecast, Found, describe, make_forecast
@@ -49,8 +50,9 @@ def describe_plan(config: RunConfig, *, probe: bool = False) -> PlanView:
     for stage in STAGES:
         state = _state(stage, config, records, run_dir)
         lines.append(f"  {stage.name:<11} {state}")
-    remarks = _remarks(config, records)
-    forecast = make_forecast(config, _found(config, records, run_dir), probe=probe)
+    found = _found(config, records, run_dir)
+    remarks = _remarks(config, _train_rows(found))
+    forecast = make_forecast(config, found, probe=probe)
     text = "\n".join([*lines, "", *describe(forecast), *remarks]).rstrip()
     return PlanView(text=text, forecast=forecast)
 
@@ -137,15 +139,28 @@ def _speed_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _remarks(config: RunConfig, records: Mapping[str, StageRecord]) -> list[str]:
-    """What is allowed but will disappoint."""
+def _train_rows(found: Found) -> int | None:
+    """Train rows of all categories, as far as the stages that are done say."""
+    uri = found.tagged_uri or found.ingested_uri
+    return None if uri is None else sum(Corpus.open(uri).counts("train").values())
+
+
+def _remarks(config: RunConfig, supply: int | None) -> list[str]:
+    """What is allowed but will disappoint.
+
+    Args:
+        config: of the run.
+        supply: train rows of all categories; None while nothing is read.
+
+    Raises:
+        ConfigError: the budget is more than the train rows that there are.
+    """
     remarks = []
     if config.influence.replications == 1:
         remarks.append(
             "influence.replications is 1: errors will be held-out only, nothing will count as "
             "identifiable, and the mix will stay at the base"
         )
-    supply = records["ingest"].counts.get("train_rows") if "ingest" in records else None
     solve = config.solve
     if supply is not None and solve.unit == "examples" and solve.max_epochs == 1.0:
         if solve.budget > supply:

@@ -50,10 +50,10 @@ def _model_identity(config: RunConfig) -> dict[str, str]:
 
 
 def _target_identity(config: RunConfig) -> dict[str, str]:
-    from system.data.read.sources import resolve
+    from system.data.read.sources import resolve, stat
 
     return {
-        f"{name}.{uri}": storage.stamp(uri)
+        f"{name}.{uri}": stat(uri)[1]
         for name, source in config.influence.target_sources.items()
         for uri in resolve(source.path, config.data_dir)
     }

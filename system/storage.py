@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -86,27 +87,45 @@ def exists(uri: str) -> bool:
     return filesystem.exists(key)
 
 
-def stamp(uri: str) -> str:
-    """A short text that changes with the content of a file, found without reading the file.
+def stat(uri: str) -> tuple[int, str]:
+    """Size in bytes of a file or directory, and a stamp that changes when the content does.
 
-    On a local disk: size and modification time; elsewhere: size and entity tag, checksum or time.
+    Nothing is read.  On a local disk the stamp is size and modification time; elsewhere size and
+    entity tag, checksum or time.  A directory has those of all files below it.
 
     Raises:
-        DataError: there is no such file.
+        DataError: there is nothing of that name.
     """
     path = local_path(uri)
     if path is not None:
+        if path.is_dir():
+            stats = [file.stat() for file in path.rglob("*") if file.is_file()]
+            total, newest = (
+                sum(s.st_size for s in stats),
+                max((s.st_mtime_ns for s in stats), default=0),
+            )
+            return total, f"{total}-{newest}-{len(stats)}"
         if not path.is_file():
-            raise DataError(f"{uri}: expected a file, found nothing there")
-        stat = path.stat()
-        return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
+            raise DataError(f"{uri}: expected a file or directory, found nothing there")
+        status = path.stat()
+        return status.st_size, f"{status.st_size}-{status.st_mtime_ns}"
     filesystem, key = _filesystem(uri)
+    filesystem.invalidate_cache()
     try:
         info = filesystem.info(key)
     except FileNotFoundError as error:
-        raise DataError(f"{uri}: expected a file, found nothing there") from error
-    marks = [info[name] for name in ("ETag", "etag", "md5Hash", "mtime", "created") if name in info]
-    return f"{info['size']} bytes, {marks[0] if marks else 'no time'}"
+        raise DataError(f"{uri}: expected a file or directory, found nothing there") from error
+    if info.get("type") != "directory":
+        return int(info["size"]), _version(info)
+    infos = filesystem.find(key, detail=True)
+    text = "\n".join(f"{name} {_version(infos[name])}" for name in sorted(infos))
+    total = sum(int(item["size"]) for item in infos.values())
+    return total, f"{total}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def _version(info: dict[str, Any]) -> str:
+    marks = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
+    return f"{info['size']}-{next((str(info[name]) for name in marks if info.get(name)), '')}"
 
 
 def list_names(uri: str) -> list[str]:

@@ -81,11 +81,11 @@ def _model_files(config: ModelConfig) -> dict[str, str]:
         case "builtin" | "hub":
             return {}
         case "gguf":
-            return {path.name: storage.stamp(str(path))}
+            return {path.name: storage.stat(str(path))[1]}
         case "directory":
             check_directory(path)
             return {
-                file.name: storage.stamp(str(file))
+                file.name: storage.stat(str(file))[1]
                 for file in sorted(path.iterdir())
                 if file.is_file()
             }

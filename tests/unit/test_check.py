@@ -16,9 +16,11 @@ from actors.overview import describe_plan
 from actors.pipeline import STAGES, stage_inputs
 from actors.stage import StageContext
 from system import storage
-from system.config import RunConfig
+from system.config import InfluenceConfig, RunConfig
+from system.data.corpus import Corpus
 from system.errors import ConfigError
 from system.forecast import describe
+from system.influence.design.external_targets import read_targets
 from system.models.base import CHATML
 from system.progress import Progress
 from system.rundir import RunDir, fingerprint
@@ -198,6 +200,42 @@ def test_run_refuses_a_design_above_its_budget_before_it_trains(tagged: Run) -> 
 def test_check_refuses_what_run_refuses_for_its_budget(tagged: Run, capsys) -> None:
     assert tagged.check("--no-probe", "--set", "influence.max_token_equivalents=1000") == 2
     assert "influence.max_token_equivalents is 1,000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("last", ["ingest", "tag"])
+def test_check_refuses_a_budget_above_the_train_rows(run: Run, capsys, last: str) -> None:
+    """As soon as the rows are counted; before that nobody knows."""
+    assert run.check("--no-probe", "--set", "solve.budget=1000000") == 0
+    run.ingest()
+    if last == "tag":
+        run.model()
+        run.tag()
+    capsys.readouterr()
+    train_rows = sum(Corpus.open(run.output(last, "manifest")).counts("train").values())
+    assert run.check("--no-probe", "--set", f"solve.budget={train_rows + 1}") == 2
+    error = capsys.readouterr().err
+    assert f"solve.budget {train_rows + 1:,} is more than the {train_rows:,} train rows" in error
+    assert run.check("--no-probe", "--set", f"solve.budget={train_rows}") == 0
+    assert "equals all train rows" in capsys.readouterr().out
+    many = (f"solve.budget={train_rows + 1}", "solve.max_epochs=2")
+    assert run.check("--no-probe", "--set", many[0], "--set", many[1]) == 0
+
+
+def test_a_saved_data_set_is_a_target_as_it_is_a_source(run: Run, tmp_path, capsys) -> None:
+    """Its stamp is that of its files; a directory was refused where a file was expected."""
+    import datasets
+
+    rows = [{"prompt": f"bench question {k}", "completion": f"answer {k}"} for k in range(40)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    run.ingest()
+    run.model()
+    run.tag()
+    assert run.check("--no-probe", "--set", f"influence.targets.bench={tmp_path / 'saved'}") == 0
+    assert "influence" in capsys.readouterr().out
+    target = InfluenceConfig(targets={"bench": str(tmp_path / "saved")})
+    config = run.config.model_copy(update={"influence": target})
+    tables, _ = read_targets(config, "estimate")
+    assert tables["bench"].num_rows + read_targets(config, "test")[0]["bench"].num_rows == 40
 
 
 def test_stages_that_are_done_are_within_any_budget(tagged: Run) -> None:

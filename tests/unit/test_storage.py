@@ -92,11 +92,23 @@ def test_delete_of_a_link_keeps_what_it_points_to(tmp_path: Path) -> None:
 def test_stamp_changes_with_the_content(tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_text("1")
-    before = storage.stamp(str(file))
+    before = storage.stat(str(file))
     file.write_text("12")
-    assert storage.stamp(str(file)) != before
+    assert storage.stat(str(file)) != before
     with pytest.raises(DataError, match="nothing there"):
-        storage.stamp(str(tmp_path / "y"))
+        storage.stat(str(tmp_path / "y"))
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_stat_of_a_directory_is_that_of_its_files(tmp_path: Path, place: str) -> None:
+    root = str(tmp_path / "d") if place == "local" else "memory://stat-of-directory"
+    storage.write_bytes(storage.join(root, "a/x"), b"12")
+    storage.write_bytes(storage.join(root, "y"), b"345")
+    before = storage.stat(root)
+    assert before[0] == 5
+    assert storage.stat(root) == before
+    storage.write_bytes(storage.join(root, "y"), b"3456")
+    assert storage.stat(root) != before
 
 
 def test_directories_travel_to_a_store_and_back(tmp_path: Path) -> None:

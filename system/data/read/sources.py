@@ -12,7 +12,6 @@ the cut.
 from __future__ import annotations
 
 import glob
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -174,32 +173,12 @@ def _glob(pattern: str) -> list[str]:
 
 
 def stat(uri: str) -> tuple[int, str]:
-    """Size in bytes, and a stamp that changes when the content does."""
-    if uri.startswith("hf://"):
-        return stat_hub(uri)
-    path = storage.local_path(uri)
-    if path is None:
-        filesystem, key = fsspec.core.url_to_fs(uri)
-        filesystem.invalidate_cache()
-        info = filesystem.info(key)
-        if info.get("type") == "directory":
-            infos = filesystem.find(key, detail=True)
-            text = "\n".join(f"{name} {_version(infos[name])}" for name in sorted(infos))
-            total = sum(int(item["size"]) for item in infos.values())
-            return total, f"{total}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-        return int(info["size"]), _version(info)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        stats = [file.stat() for file in files]
-        total = sum(item.st_size for item in stats)
-        return total, f"{total}-{max(item.st_mtime_ns for item in stats)}-{len(stats)}"
-    info = path.stat()
-    return info.st_size, f"{info.st_size}-{info.st_mtime_ns}"
+    """Size in bytes, and a stamp that changes when the content does.
 
-
-def _version(info: dict[str, Any]) -> str:
-    marks = ("ETag", "etag", "mtime", "LastModified", "created")
-    return f"{info['size']}-{next((str(info[name]) for name in marks if info.get(name)), '')}"
+    Raises:
+        DataError: there is nothing of that name.
+    """
+    return stat_hub(uri) if uri.startswith("hf://") else storage.stat(uri)
 
 
 def plan_chunks(
