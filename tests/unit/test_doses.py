@@ -260,8 +260,8 @@ def test_a_limit_of_the_search_counts_only_where_it_is_given():
 @pytest.mark.parametrize(
     ("influence", "words"),
     [
-        ({"dose_rows": [16, 16]}, "different ones, found [16, 16]"),
-        ({"dose_rows": []}, "different ones, found []"),
+        ({"dose_rows": [16, 16]}, "each once, found [16, 16]"),
+        ({"dose_rows": []}, "each once, found []"),
         ({"dose_rows": [16, 300]}, "dose_rows 300 is more than rows_per_category 192"),
         ({"dose_rows": 0}, "influence.dose_rows: expected a whole number of rows above 0"),
         ({"dose_rows": ["many"]}, "influence.dose_rows: expected a whole number of rows above 0"),
