@@ -91,7 +91,7 @@ class Cluster:
             if "timed out during startup" not in str(error):
                 raise
             raise ClusterError(
-                "expected a local Ray to start within half a minute, but it did not: the machine is "
+                "a local Ray did not start within half a minute. The machine is "
                 "overloaded, or short of memory or of open files. Finished work is kept; run the "
                 "same command again to continue."
             ) from error

@@ -256,7 +256,7 @@ class ActorPool:
         if unit.attempts >= self.spec.max_attempts:
             raise ClusterError(
                 f"{self.spec.name} {unit.key}: expected a result, but its actor died "
-                f"{unit.attempts} times in a row ({type(error).__name__}). The usual cause is too little "
+                f"{unit.attempts} times in a row ({type(error).__name__}). The usual cause is "
                 "memory: see the log of the node, lower the actor's batch size or raise its "
                 "memory. Finished work units are kept; run the same command again to continue."
             ) from error
