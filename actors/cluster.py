@@ -64,6 +64,7 @@ class Cluster:
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
         address = self._config.ray_address
+        # The caller has started Ray (tests do): it is used, and neither owned nor checked.
         if ray.is_initialized():
             self._is_connected = True
             return

@@ -45,6 +45,7 @@ def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     value = resolved.model_dump(mode="json")
+    # Ray refuses an id that was used before, so the time makes a second submission possible.
     job = f"instructmix-{fingerprint(value)}-{int(time.time())}"
     try:
         client = JobSubmissionClient(address)

@@ -97,6 +97,7 @@ def _select(context: StageContext, quotas: tuple[StageQuota, ...]) -> None:
     chosen = _choose(context, corpus, pool, select.totals(quotas))
     select.check_chosen(quotas, chosen, settings)
     arranged: Selection = select.arrange(corpus, quotas, chosen, seed)
+    # The plan depends on the selection alone, so work units of an interrupted session still fit.
     groups = {group.index: (group,) for group in selection.plan_gather(arranged)}
     finished = {
         index: outcome

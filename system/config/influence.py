@@ -229,6 +229,7 @@ class InfluenceConfig(Section):
 
     @model_validator(mode="after")
     def _dose_fits(self) -> InfluenceConfig:
+        # Combinations that make no sense must fail here, before anything is trained.
         if self.largest_dose > self.rows_per_category:
             raise ValueError(
                 f"dose_rows {self.largest_dose} is more than rows_per_category "

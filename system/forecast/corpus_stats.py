@@ -74,6 +74,7 @@ def from_tagged(corpus: Corpus, config: RunConfig, model_dir: Path | None) -> Co
     """
     rows = {split: corpus.counts(split) for split in SPLITS}
     sums = {split: corpus.manifest.details["tokens"][split] for split in SPLITS}
+    # Drawing the very rows of the run is exact but takes time for each row and replication.
     is_small = sum(rows["train"].values()) * most_replications(config.influence) <= EXACT_ROWS
     means = {
         split: {name: sums[split][name] / count for name, count in counts.items() if count}

@@ -103,6 +103,7 @@ def disk_parts(
     scored = replications * max(
         _num_scored(influence, name, num_categories or 0) for name in designs
     )
+    # Without keep_checkpoints a checkpoint is deleted as soon as it is scored.
     if num_categories is not None:
         at_once = scored if influence.keep_checkpoints else min(at_once, scored)
     arms = len(evaluate.arms) * evaluate.seeds
@@ -114,6 +115,7 @@ def disk_parts(
             stays=influence.keep_checkpoints,
         ),
         DiskPart(
+            # One more than is kept: the new one is written before the oldest is deleted.
             name=f"{config.train.keep_checkpoints + 1} training checkpoints with optimiser",
             size_bytes=(config.train.keep_checkpoints + 1) * state,
             stage="train",

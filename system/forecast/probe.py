@@ -91,6 +91,7 @@ def run_probe(
         training: training settings of an intervention run.
         settings: threads, device, batch.
     """
+    # The number of threads is global; it must be restored for the rest of the process.
     before = torch.get_num_threads()
     torch.set_num_threads(settings.num_threads)
     try:

@@ -42,6 +42,7 @@ def export_selection(run_dir_uri: str, trainer: str, out: str | None) -> str:
     manifest = storage.read_json(run_dir.output_uri(record, "manifest"))
     folder = run_dir.output_uri(record, "selection")
     target = Path(storage.absolute(out or storage.join(run_dir.uri, "export", trainer)))
+    # Files of an earlier export would mix with the new ones without anyone noticing.
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target}: expected a new or empty directory for the export")
     target.mkdir(parents=True, exist_ok=True)

@@ -221,6 +221,7 @@ def write_selection_manifest(
         *(chosen[name].quarantined for name in sorted(chosen)),
     ]
     storage.write_table(storage.join(attempt, "quarantined.parquet"), pa.concat_tables(quarantined))
+    # Parts are in training order, so this digest changes with any row and with any order.
     digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
     manifest = {
         "format": 1,

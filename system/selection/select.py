@@ -235,6 +235,7 @@ def select_arm(
         for category, count in arm_counts.items()
     }
     selection = arrange(corpus, quotas, chosen, seed)
+    # Every shard is read once; the rows are brought into training order afterwards.
     bodies = [
         rows_of_shard(corpus, selection, number) for number in np.unique(selection.shard).tolist()
     ]

@@ -55,6 +55,7 @@ def infeasibility(model: Model) -> InfeasibleMixError:
     First it asks whether only ``max_categories`` or whole counts are to blame, by solving without
     them; otherwise it looks for a conflict among the other limits.
     """
+    # Only a linear program has prices that show a conflict, so the integer limits are taken out.
     fractional = replace(model.options, max_categories=None, integer=False)
     relaxed = replace(model, options=fractional)
     conflict = _Conflict(relaxed)
@@ -68,6 +69,7 @@ def infeasibility(model: Model) -> InfeasibleMixError:
                 "trust region (move), the caps or the guards slightly, or leave integer out"
             )
     limits = conflict.minimal()
+    # The solver found no mix, and yet no violation is larger than its rounding.
     if not limits:
         return InfeasibleMixError(
             f"no mix of {model.budget:.10g} {model.options.unit} satisfies all limits, but the "
@@ -299,6 +301,7 @@ def _limits(model: Model) -> list[_Limit]:
             size=budget,
         )
     ]
+    # A row limits the change from the base, so the base count moves to the right-hand side.
     for group in model.groups:
         base_count = float(model.base_S[group.members].sum())
         index = np.r_[group.members, S + group.members]
@@ -374,6 +377,7 @@ def _category_limits(model: Model, j: int, size: float) -> list[_Limit]:
                 size=size,
             )
         )
+    # A cap limits u and v separately, so it is two rows under one name.
     if np.isfinite(cap):
         for column in both:
             limits.append(

@@ -106,7 +106,7 @@ class MixProblem:
 
     def __post_init__(self) -> None:
         """Convert, check, and fill the default importance."""
-        set_field = object.__setattr__
+        set_field = object.__setattr__  # the dataclass is frozen for everyone else
         set_field(self, "categories", _names(self.categories, "categories"))
         set_field(self, "targets", _names(self.targets, "targets"))
         S, T = len(self.categories), len(self.targets)

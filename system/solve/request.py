@@ -40,6 +40,7 @@ def read_request(args: argparse.Namespace) -> tuple[MixProblem, MixOptions]:
     base = read_base(args.base)
     limits = _Limits(args.limits, base) if args.limits else None
     main = read_matrix(args.gamma or args.effect, base)
+    # `align` words the error, which must come before the test of targets against sources.
     if set(main.categories) != set(base.categories):
         align(main, main.targets, base.categories)
     if args.gamma and set(main.targets) != set(main.categories):
@@ -57,6 +58,7 @@ def read_request(args: argparse.Namespace) -> tuple[MixProblem, MixOptions]:
         if path is not None:
             values_TS, measured_TS = align(read_matrix(path, base), targets, base.categories)
             others[flag] = _complete(values_TS, measured_TS, mask_TS, path, flag)
+            # An effect that was measured in one direction only counts as not measured.
             if flag == "remove":
                 mask_TS = mask_TS & measured_TS
     numbers = dict(base.numbers)

@@ -117,6 +117,7 @@ def read_base(path: str) -> BaseTable:
         raise DataError(f"{path}: expected one row for each category, found none")
     column = {name: k for k, name in enumerate(header)}
     names = [_cell(row[column["category"]]) for row in rows]
+    # An empty cell is NaN here: what it means depends on the column, and `request.py` decides.
     numbers = {}
     for name in _BASE_NUMBERS:
         if name in column:
