@@ -24,7 +24,7 @@ from system.config import ClusterConfig
 from system.devices import idle_gpus_remark
 from system.errors import ClusterError
 
-_QUIET = {
+_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
@@ -61,7 +61,7 @@ class Cluster:
         """
         if self._is_connected:
             return
-        for name, value in _QUIET.items():
+        for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         address = self._config.ray_address
         # The caller has started Ray (tests do): it is used, and neither owned nor checked.
@@ -72,7 +72,7 @@ class Cluster:
             "log_to_driver": False,
             "logging_level": logging.ERROR,
             "configure_logging": True,
-            "runtime_env": {"env_vars": dict(_QUIET)},
+            "runtime_env": {"env_vars": dict(_ENVIRONMENT)},
         }
         if address == "local":
             options |= {"include_dashboard": False, "_temp_dir": _short_temporary_directory()}

@@ -103,7 +103,7 @@ class IngestConfig(Section):
 
     estimate_share: Share = 0.1
     """Share of the rows in the `estimate` split, on which the effect matrix is measured. The hash
-    of a row's content decides its split."""
+    of its prompt decides to which split a row belongs."""
     test_share: Share = 0.1
     """Share of the rows in the `test` split, on which the trained models are judged."""
     max_rejected_share: Share = 0.05
@@ -112,10 +112,10 @@ class IngestConfig(Section):
     """What happens when a file has rows but none is usable. `error`: the stage fails; `count`: its
     rows count as rejected."""
     min_train_rows: Positive = 32
-    """Smallest number of train rows that a category may have."""
+    """Smallest number of train rows that a category may have. With fewer the stage fails."""
     min_heldout_rows: Positive = 8
     """Smallest number of rows that a category may have in the `estimate` split and in the `test`
-    split, each."""
+    split, each. With fewer the stage fails."""
     max_chars: Positive = 200_000
     """Largest number of characters in all messages of a row. Longer rows are rejected
     (`too-long`)."""
