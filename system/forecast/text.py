@@ -87,7 +87,7 @@ def _work(forecast: Forecast) -> Iterator[str]:
         others = sum(item.scored_tokens + item.generated_tokens for item in left)
         total = sum(item.token_equivalents for item in left)
         yield (
-            f"  {which}: {trained:,} tokens trained, {others:,} scored or generated = "
+            f"  {which}: {trained:,} tokens trained, {others:,} scored or generated: "
             f"{total:,.0f} token equivalents (scored and generated tokens count a third)"
         )
     basis = _BASIS[stats.basis]

@@ -155,7 +155,7 @@ def test_a_disk_that_is_too_small_is_noted(tagged: Run) -> None:
 def test_a_plan_at_the_budget_passes_and_one_token_less_is_refused(tagged: Run, capsys) -> None:
     assert tagged.check("--no-probe") == 0
     line = next(
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("  in all")
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("  total:")
     )
     total = int(line.split(":")[2].split("token equivalents")[0].replace(",", ""))
     assert total > tagged.cost().token_equivalents, "train and evaluate are in it"

@@ -334,7 +334,7 @@ def test_a_probe_measures_the_model_in_steps_that_the_rows_allow(tmp_path):
     assert re.search("steps of [12] rows", few.source) and few.train.num_samples >= 3
     model_dir = tmp_path / "model"
     assert why_no_probe(model_dir, 4, training, probe) == ""
-    assert "gave 3 rows" in why_no_probe(model_dir, 3, training, probe)
+    assert "has 3 usable ones" in why_no_probe(model_dir, 3, training, probe)
     if not torch.cuda.is_available():
         on_gpu = dataclasses.replace(probe, trains_on_gpu=True)
         assert "this machine has none" in why_no_probe(model_dir, 40, training, on_gpu)
