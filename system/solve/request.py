@@ -127,7 +127,7 @@ def _importance(
                 weights_T[position[name]] = weight
             if name in extra and not np.isnan(weight):
                 raise ConfigError(
-                    f"the importance of {name!r} is set twice, in a column of {base.path} and in "
+                    f"the importance of {name!r} is given twice, in a column of {base.path} and in "
                     "the limits file; remove one"
                 )
     for name, weight in extra.items():
@@ -208,7 +208,7 @@ class _Limits:
                 column = numbers.get(limit, empty).copy()
                 if not np.isnan(column[position[name]]):
                     raise ConfigError(
-                        f"the {limit} of category {name!r} is set twice, in {self._base.path} "
+                        f"the {limit} of category {name!r} is given twice, in {self._base.path} "
                         f"and in {self._path}; remove one"
                     )
                 column[position[name]] = self._value(value, f"categories: {name}: {limit}")
