@@ -139,8 +139,8 @@ class MixProblem:
             set_field(self, "importance_T", weights)
         if not self.importance_T.sum() > 0:
             raise DataError(
-                "at least one target needs a positive importance, but all are 0, so there is nothing "
-                "to optimise"
+                "at least one target needs a positive importance, but all are 0; there is "
+                "nothing to optimise"
             )
 
     def _check_vectors(self) -> None:
