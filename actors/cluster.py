@@ -1,8 +1,8 @@
-"""The only place that starts or joins Ray, and the owner of the actor pools.
+"""Starts or joins Ray, and owns the actor pools.  No other module calls `ray.init`.
 
-Pools live as long as the driver wants them: the vLLM scorers, which take long to start, serve
-tagging, influence and evaluation with one engine each.  `close_pools` frees their CPUs and GPUs
-before Ray Train asks for its own.
+A pool lives until the driver closes it: vLLM scorers take long to start, so the same engines serve
+tagging, influence and evaluation.  `close_pools` frees their CPUs and GPUs before Ray Train needs
+them.  `actors.pipeline` makes the one Cluster of a run; stages reach it through their context.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from system.config import ClusterConfig
 from system.devices import idle_gpus_remark
 from system.errors import ClusterError
 
-_QUIET = {
+_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
@@ -33,15 +33,15 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 MAX_DIRECTORY_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
-"""Longest directory whose sockets Linux can still name."""
+"""Longest directory in which Ray can create its sockets: Linux limits socket paths to 107 bytes."""
 
 
 class Cluster:
-    """A connection to Ray, made on first use.
+    """A connection to Ray, which is made on first use.
 
     Args:
-        config: where Ray is, and how many actors of each kind.
-        say: tells the user that actors wait for room.
+        config: address of Ray, and resources of the actors.
+        say: writes a log line for the user.
     """
 
     def __init__(
@@ -61,9 +61,10 @@ class Cluster:
         """
         if self._is_connected:
             return
-        for name, value in _QUIET.items():
+        for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         address = self._config.ray_address
+        # The caller has started Ray (tests do): it is used, and neither owned nor checked.
         if ray.is_initialized():
             self._is_connected = True
             return
@@ -71,7 +72,7 @@ class Cluster:
             "log_to_driver": False,
             "logging_level": logging.ERROR,
             "configure_logging": True,
-            "runtime_env": {"env_vars": dict(_QUIET)},
+            "runtime_env": {"env_vars": dict(_ENVIRONMENT)},
         }
         if address == "local":
             options |= {"include_dashboard": False, "_temp_dir": _short_temporary_directory()}
@@ -79,7 +80,7 @@ class Cluster:
                 options["num_cpus"] = self._config.num_cpus
             self._is_own = True
         try:
-            with _own_end():
+            with _own_sigterm_handler():
                 ray.init(address=address, **options)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             raise ClusterError(
@@ -91,8 +92,9 @@ class Cluster:
             if "timed out during startup" not in str(error):
                 raise
             raise ClusterError(
-                "a local Ray did not start within its half minute: the machine is overloaded, or "
-                "short of memory or of files. Finished work is kept; run again to continue."
+                "a local Ray did not start within half a minute. The machine is "
+                "overloaded, or short of memory or of open files. Finished work is kept; run the "
+                "same command again to continue."
             ) from error
         self._is_connected = True
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -101,10 +103,10 @@ class Cluster:
             self._say(f"  note: {remark}")
 
     def pool(self, spec: ActorSpec) -> ActorPool:
-        """The pool of that name; made on first use, the same one afterwards.
+        """The pool with the name of the spec, which is created on first use.
 
         Raises:
-            ClusterError: a local Ray can never hold all actors of the open pools.
+            ClusterError: a local Ray has too few CPUs or GPUs for the actors of all open pools.
         """
         self.connect()
         if spec.name not in self._pools:
@@ -124,7 +126,7 @@ class Cluster:
             self.close_pool(name)
 
     def shutdown(self) -> None:
-        """Ends all actors and leaves Ray; a local Ray that was started here ends."""
+        """Ends all actors and disconnects; a Ray that was started here ends too."""
         if self._is_connected:
             self.close_pools()
             ray.shutdown()
@@ -132,46 +134,48 @@ class Cluster:
 
     @property
     def is_own(self) -> bool:
-        """Whether this process started the Ray it is connected to, on its own machine."""
+        """Whether this process started the Ray to which it is connected."""
         return self._is_own
 
     def _check_room(self, spec: ActorSpec) -> None:
-        """A joined cluster may grow; a local one cannot, and waiting for it would never end."""
+        """Checks that a local Ray can hold all actors.
+
+        A joined cluster may grow, so it is not checked.  A local Ray cannot grow: actors without
+        room would wait for ever.
+        """
         if not self._is_own:
             return
-        have = {kind: ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
+        available = {kind: ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
         specs = [*(pool.spec for pool in self._pools.values()), spec]
-        asked = {
+        required = {
             "CPU": sum(other.num_cpus * other.num_actors for other in specs),
             "GPU": sum(other.num_gpus * other.num_actors for other in specs),
         }
-        if any(asked[kind] > have[kind] for kind in have):
+        if any(required[kind] > available[kind] for kind in available):
             names = ", ".join(f"{other.num_actors} {other.name}" for other in specs)
             raise ClusterError(
-                f"the actors {names} ask for {asked} together, but this local Ray has {have}. "
-                "Lower cluster.num_tuners, cluster.num_scorers or cluster.actor_cpus, raise "
-                "cluster.num_cpus, or use a larger machine."
+                f"the actors {names} need {required} together, but this local Ray has "
+                f"{available}. Lower cluster.num_tuners, cluster.num_scorers or "
+                "cluster.actor_cpus, raise cluster.num_cpus, or use a larger machine."
             )
 
 
 def _short_temporary_directory() -> str:
-    """A directory of this user's own, which nobody else can have prepared.
-
-    Ray puts Unix sockets below it, whose paths may have 107 bytes at most.
+    """A directory for Ray's files that belongs to this user, with a path short enough for sockets.
 
     Raises:
-        ClusterError: what is there belongs to another user.
+        ClusterError: the directory belongs to another user, who could have prepared its files.
     """
-    given = os.environ.get("RAY_TMPDIR")
-    path = _directory_in(given or tempfile.gettempdir())
-    if given is None and len(os.fsencode(path)) > MAX_DIRECTORY_BYTES:
+    configured = os.environ.get("RAY_TMPDIR")
+    path = _directory_in(configured or tempfile.gettempdir())
+    if configured is None and len(os.fsencode(path)) > MAX_DIRECTORY_BYTES:
         path = _directory_in("/tmp")
     path.mkdir(mode=0o700, exist_ok=True)
     owner = path.lstat().st_uid
     if owner != os.getuid():
         raise ClusterError(
-            f"{path}: expected this user's directory for Ray's files, found one of user {owner}. "
-            "Set RAY_TMPDIR to another directory with a short path."
+            f"{path}: expected a directory of this user for Ray's files, found one of user "
+            f"{owner}. Set RAY_TMPDIR to another directory with a short path."
         )
     return str(path)
 
@@ -181,11 +185,11 @@ def _directory_in(root: str) -> Path:
 
 
 @contextlib.contextmanager
-def _own_end() -> Iterator[None]:
-    """Keeps the process' answer to SIGTERM.
+def _own_sigterm_handler() -> Iterator[None]:
+    """Keeps the process' own handler of SIGTERM.
 
-    Ray puts its own in its place, which ends the driver with another exit code.  Its processes are
-    ended by `Cluster.shutdown`, and at exit, in any case.
+    `ray.init` replaces it by one that ends the driver with another exit code.  Ray's processes do
+    not need that one: `Cluster.shutdown` ends them, or the exit of the driver.
     """
     before = signal.getsignal(signal.SIGTERM)
     try:

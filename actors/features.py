@@ -1,11 +1,11 @@
-"""Scores and vectors of all train rows, the first part of stage `select`.
+"""The first part of stage `select`: actors compute scores and vectors of all train rows.
 
     driver: blocks ──> Scorer.measure (loss, ifd) or Featurer.score (function) ──> scores/*.parquet
             shards ──> Featurer.count ── sum ──> word weights                        (tf-idf only)
                    ──> Featurer.embed ──> vectors/*.arrow
 
-Each file is the commit of its unit.  All categories are covered, not only those in the mix: the
-arms of stage `evaluate` select from the others too, by the same scores and vectors.
+Each file commits its work unit.  All categories are covered, not only those in the mix, because
+the arms of stage `evaluate` select from the others too, with the same scores and vectors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ POOL = "features"
 
 
 class Featurer:
-    """Reads the corpus, and holds the base model where vectors come from it."""
+    """Actor that computes scores and vectors; holds the base model if vectors come from it."""
 
     def __init__(
         self,
@@ -55,33 +55,33 @@ class Featurer:
             self._max_length = config.max_length
 
     def score(self, block: Block, function: UserFunction) -> None:
-        """Commits a block's scores by the user's function, found where the driver found it."""
-        found = scores.score_with(function, self._corpus, block)
-        scores.write_scores(self._attempt, block, found)
+        """Computes a block's scores with the user's function and commits them."""
+        block_scores = scores.score_with(function, self._corpus, block)
+        scores.write_scores(self._attempt, block, block_scores)
 
     def count(self, shard: Shard) -> tuple[np.ndarray, int]:
-        """In how many rows of a shard each word occurs, of how many."""
+        """The number of rows of a shard with each word, and the number of rows counted."""
         return embed.count_words(self._corpus, shard, self._num_rows)
 
     def embed(self, shard: Shard) -> None:
-        """Commits a shard's vectors.  Keeps the word weights it reads first."""
+        """Computes a shard's vectors and commits them; keeps the word weights for later calls."""
         match self._settings.embedding:
             case "tf-idf":
                 if self._weights is None:
                     self._weights = embed.read_weights(self._attempt)
                 vectors = embed.embed_texts(self._corpus, shard, self._weights)
-                found = vectors, np.ones(len(vectors), bool)
+                has_vector = np.ones(len(vectors), bool)
             case "model":
-                found = embed.embed_model(
+                vectors, has_vector = embed.embed_model(
                     self._corpus, shard, self._model, self._tokenizer, self._max_length
                 )
             case "column":
-                found = embed.embed_column(self._corpus, shard)
-        embed.write_vectors(self._attempt, shard, *found)
+                vectors, has_vector = embed.embed_column(self._corpus, shard)
+        embed.write_vectors(self._attempt, shard, vectors, has_vector)
 
 
 def make_features(context: StageContext, corpus: Corpus) -> None:
-    """Brings all scores and vectors that the method needs to the attempt's directory.
+    """Computes all scores and vectors that the method needs, in the attempt's directory.
 
     Raises:
         ConfigError: the user's function cannot be used.
@@ -97,25 +97,27 @@ def make_features(context: StageContext, corpus: Corpus) -> None:
 def _score(context: StageContext, corpus: Corpus) -> None:
     settings, attempt = context.config.select, context.attempt
     blocks = {block.path: block for block in scores.score_blocks(corpus, settings)}
-    left = {path: block for path, block in blocks.items() if not scores.is_scored(attempt, block)}
-    if not left:
+    remaining = {
+        path: block for path, block in blocks.items() if not scores.is_scored(attempt, block)
+    }
+    if not remaining:
         return
     units: dict[Hashable, tuple[Any, ...]]
     function = scores.score_function(settings)
     if function is not None:
         pool = _pool(context, corpus)
-        units = {path: (block, function) for path, block in left.items()}
+        units = {path: (block, function) for path, block in remaining.items()}
         answers = pool.map(units, "score")
     else:
         pool = scorer.scorer_pool(context)
         units = {
             path: (_one_shard(corpus, block.shard), block, settings.score, attempt)
-            for path, block in left.items()
+            for path, block in remaining.items()
         }
         answers = pool.map(units, "measure")
     total = sum(block.rows for block in blocks.values())
     with context.progress.bar("select: score", total=total) as bar:
-        bar.skip(total - sum(block.rows for block in left.values()))
+        bar.skip(total - sum(block.rows for block in remaining.values()))
         for path, _ in answers:
             bar.advance(blocks[str(path)].rows)
 
@@ -125,18 +127,18 @@ def _embed(context: StageContext, corpus: Corpus) -> None:
     if not settings.uses_embedding:
         return
     shards = {shard.path: shard for shard in _train_shards(corpus)}
-    left = [path for path, shard in shards.items() if not embed.has_vectors(attempt, shard)]
-    if not left:
+    remaining = [path for path, shard in shards.items() if not embed.has_vectors(attempt, shard)]
+    if not remaining:
         return
     if settings.embedding == "model":
-        # Its actors take the place of the scorers, which would hold their processors or memory.
+        # Idle scorers would hold the CPUs or the GPU memory that these actors need.
         context.cluster.close_pool(scorer.POOL)
     pool = _pool(context, corpus)
     if settings.embedding == "tf-idf" and not embed.has_weights(attempt):
         _count_words(context, pool, shards)
     with context.progress.bar("select: embed", total=len(shards)) as bar:
-        bar.advance(len(shards) - len(left))
-        for _ in pool.map({path: (shards[path],) for path in left}, "embed"):
+        bar.advance(len(shards) - len(remaining))
+        for _ in pool.map({path: (shards[path],) for path in remaining}, "embed"):
             bar.advance()
 
 
@@ -144,11 +146,14 @@ def _count_words(context: StageContext, pool: ActorPool, shards: dict[str, Shard
     counts: np.ndarray | None = None
     num_rows = 0
     with context.progress.bar("select: count words", total=len(shards)) as bar:
-        for _, (found, rows) in pool.map({path: (shards[path],) for path in shards}, "count"):
-            counts = found if counts is None else counts + found
+        for _, (shard_counts, rows) in pool.map(
+            {path: (shards[path],) for path in shards}, "count"
+        ):
+            # Whole numbers: the sum does not depend on which shard is finished first.
+            counts = shard_counts if counts is None else counts + shard_counts
             num_rows += rows
             bar.advance()
-    assert counts is not None, "there is a shard"
+    assert counts is not None, "a corpus has at least one train shard"
     embed.write_weights(context.attempt, counts, num_rows)
 
 
@@ -180,5 +185,5 @@ def _train_shards(corpus: Corpus) -> Iterator[Shard]:
 
 
 def _one_shard(corpus: Corpus, shard: Shard) -> Corpus:
-    """The corpus as far as one unit needs it: its manifest may be large."""
+    """A corpus of one shard, for one work unit: the manifest of all shards may be large."""
     return Corpus(corpus.uri, make_manifest([shard]))

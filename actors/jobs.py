@@ -1,9 +1,9 @@
-"""`instructmix submit`: the same job on a Ray cluster, through the Ray Jobs API.
+"""`instructmix submit`: runs all stages as a job on a Ray cluster, through the Ray Jobs API.
 
-The configuration travels with the job; the package itself must be installed on the cluster's nodes
-(deploy/Dockerfile), and data and results must be where all nodes see them.  The job's driver is
-`instructmix run`, so a job that failed or was stopped is continued by submitting the same
-configuration again.
+The configuration is sent with the job.  The package must be installed on all nodes of the cluster
+(deploy/Dockerfile), and data and results must be on storage that all nodes see.  The driver of the
+job is `instructmix run`, so submitting the same configuration again continues a job that failed or
+was stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from system.errors import ClusterError, ConfigError
 from system.rundir import fingerprint
 
 AGENT_SECONDS = 90.0
-"""How long a new cluster may take to accept its first job."""
+"""Longest time that a new cluster may need to accept its first job."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MODEL = ("path", "chat_template")
 """Keys of the section `model` that may hold paths."""
@@ -39,12 +39,13 @@ def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
         ClusterError: there is no Ray dashboard at the address, or it lost the job.
     """
     resolved = resolve_paths(config, address)
-    _use_token_where_there_is_one()
-    # Ray's client configures progress bars and log lines of its own, which nobody asked for.
+    _enable_token()
+    # Otherwise Ray's client prints progress bars and log lines of its own.
     os.environ.setdefault("RAY_RUNTIME_ENV_LOG_TO_DRIVER_ENABLED", "0")
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     value = resolved.model_dump(mode="json")
+    # Ray refuses an id that was used before, so the time makes a second submission possible.
     job = f"instructmix-{fingerprint(value)}-{int(time.time())}"
     try:
         client = JobSubmissionClient(address)
@@ -59,9 +60,9 @@ def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
             )
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(
-            f"--address {address}: expected the dashboard of a Ray cluster, but {error}. It "
-            "usually listens on http://HEAD:8265; `ray start --head --include-dashboard=true` "
-            "starts one."
+            f"--address {address}: expected the dashboard of a Ray cluster, but the request "
+            f"failed: {error}. Its usual address is http://HEAD:8265; `ray start --head "
+            "--include-dashboard=true` starts a cluster with one."
         ) from error
     print(f"submitted {job}; results go to {resolved.run_dir}", file=sys.stderr, flush=True)
     if not wait:
@@ -77,7 +78,7 @@ def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
 
 
 def _submit(client: Any, **job: Any) -> None:
-    """Submits; a head that has just started has a dashboard before it can take jobs."""
+    """Submits the job; waits if the head of the cluster has just started and takes no jobs yet."""
     deadline = time.monotonic() + AGENT_SECONDS
     while True:
         try:
@@ -90,15 +91,16 @@ def _submit(client: Any, **job: Any) -> None:
 
 
 def is_here(address: str) -> bool:
-    """Whether the address names this machine; a port that is forwarded from a cluster does too."""
+    """Whether the address is a loopback one: this machine, or a port forwarded from a cluster."""
     host = urlsplit(address if "://" in address else f"//{address}").hostname
     return host in LOOPBACK
 
 
 def entrypoint(address: str) -> str:
-    """The shell command of the job's driver: on this machine it runs with this Python.
+    """The shell command of the job's driver.
 
-    Elsewhere, and where a loopback address leads elsewhere, it runs with the image's.
+    On this machine it uses this Python.  On a cluster it uses the Python of the image; the test in
+    the command finds out when a loopback address leads to a cluster.
     """
     command = "-m system.cli run config.json"
     if not is_here(address):
@@ -107,40 +109,44 @@ def entrypoint(address: str) -> str:
     return f"if [ -x {python} ]; then exec {python} {command}; else exec python {command}; fi"
 
 
-def _use_token_where_there_is_one() -> None:
-    """Ray protects new clusters with a token, but its job client sends one only when told to."""
+def _enable_token() -> None:
+    """Makes Ray's job client send the token of the cluster, if this user has one.
+
+    Ray protects new clusters with a token, but the client sends it only in this mode.
+    """
     token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     if token or (Path.home() / ".ray" / "auth_token").exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def resolve_paths(config: RunConfig, address: str) -> RunConfig:
-    """The configuration as the job reads it: from another directory, perhaps on another machine.
+    """The configuration for the job, which runs in another directory or on another machine.
 
-    On this machine relative paths become absolute.  Absolute ones stay: file systems are shared.
+    On this machine relative paths become absolute.  Absolute paths are kept, since the file system
+    is shared.
 
     Raises:
         ConfigError: a path is relative, and the cluster is not this machine.
     """
     relative = _relative_paths(config)
     if relative and not is_here(address):
-        found = ", ".join(f"{key} {path!r}" for key, path in relative.items())
-        better = " ".join(f"--set {key}={_shared(key, path)}" for key, path in relative.items())
+        listed = ", ".join(f"{key} {path!r}" for key, path in relative.items())
+        example = " ".join(f"--set {key}={_shared(key, path)}" for key, path in relative.items())
         raise ConfigError(
             f"--address {address}: expected paths that all nodes of the cluster see, found "
-            f"relative ones, which start from {os.getcwd()} on this machine: {found}. Give "
-            f"absolute paths on a shared file system, such as {better}, or s3:// or gs:// URIs."
+            f"relative ones, which start from {os.getcwd()} on this machine: {listed}. Give "
+            f"absolute paths on a shared file system, such as {example}, or s3:// or gs:// URIs."
         )
-    found = {key: storage.absolute(path) for key, path in relative.items()}
-    of_model = {key: found.pop(f"model.{key}") for key in _MODEL if f"model.{key}" in found}
-    return config.model_copy(update={**found, "model": config.model.model_copy(update=of_model)})
+    paths = {key: storage.absolute(path) for key, path in relative.items()}
+    of_model = {key: paths.pop(f"model.{key}") for key in _MODEL if f"model.{key}" in paths}
+    return config.model_copy(update={**paths, "model": config.model.model_copy(update=of_model)})
 
 
 def _relative_paths(config: RunConfig) -> dict[str, str]:
     """Relative local paths that the run would read or write: key -> path.
 
-    Paths of sources, their maps, benchmarks and targets start from `data_dir`, which stands for
-    them.
+    Paths of sources, category maps, benchmarks and targets start from `data_dir`, so `data_dir` is
+    listed instead of them.
     """
     model = config.model
     paths = {"run_dir": config.run_dir}
@@ -150,7 +156,7 @@ def _relative_paths(config: RunConfig) -> dict[str, str]:
     inputs += config.ingest.benchmarks
     if any(_is_relative(path) for path in inputs):
         paths["data_dir"] = config.data_dir
-    # Anything else of that form is the id of a model on the hub.
+    # Any other relative path is the id of a model on the hub.
     if Path(model.path).exists() or model.path.startswith(".") or model.path.endswith(".gguf"):
         paths["model.path"] = model.path
     if model.chat_template is not None:
@@ -164,7 +170,7 @@ def _is_relative(uri: str) -> bool:
 
 
 def _shared(key: str, path: str) -> str:
-    """An example of where the path could be on the cluster."""
+    """An example of a path on the cluster, for the error message."""
     return f"/shared/{Path(path).name.lstrip('.') or key}"
 
 
@@ -174,7 +180,7 @@ async def _follow(client: Any, job: str) -> None:
 
 
 def _finished(client: Any, job: str) -> Any:
-    """The job's last state; the log may end a moment before the state changes."""
+    """The final state of the job; the log may end a moment before the state changes."""
     deadline = time.monotonic() + 60
     while True:
         info = client.get_job_info(job)
@@ -182,7 +188,7 @@ def _finished(client: Any, job: str) -> Any:
             return info
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"the log of job {job} ended, but after a minute the job is still "
-                f"{info.status.value}; ask `ray job status {job}`"
+                f"expected job {job} to be finished, since its log ended a minute ago, found it "
+                f"{info.status.value}; see `ray job status {job}`"
             )
         time.sleep(0.5)

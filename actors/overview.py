@@ -1,4 +1,7 @@
-"""What `check` and `status` print: what would run and why, what is finished, what it cost."""
+"""The text of `check` (what would run and why, and its cost) and `status` (what is finished).
+
+Called by `system.cli`.  Starts no Ray and changes nothing in the run directory.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from system.config import RunConfig
 from system.data.corpus import Corpus
 from system.devices import idle_gpus_remark, visible_gpus
 from system.errors import ConfigError
-from system.forecast import Forecast, Found, describe, make_forecast
+from system.forecast import Forecast, RunState, describe, make_forecast
 from system.influence.append.earlier import APPENDS_TO
 from system.models.base import kind_of
 from system.rundir import RunDir, StageRecord, describe_change, fingerprint
@@ -23,23 +26,23 @@ from system.stages import STAGE_FOLDERS
 _SPEED_FIELDS = (
     "after.model", "influence.batch_size", "influence.metric", "influence.max_new_tokens",
 )  # fmt: skip
-"""Inputs of the influence stage that decide how fast it is on a given machine."""
+"""Inputs of the influence stage that decide its speed on a given machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanView:
-    """What `check` found out."""
+    """The result of `check`."""
 
     text: str
     forecast: Forecast
 
 
 def describe_plan(config: RunConfig, *, probe: bool = False) -> PlanView:
-    """The plan of a run, stage by stage, and what it takes; starts nothing, changes nothing.
+    """The plan of a run, stage by stage, with its cost.  Starts nothing and changes nothing.
 
     Args:
-        config: of the run.
-        probe: measure the proxy's speed for some seconds where no finished run tells it.
+        config: the configuration of the run.
+        probe: measure for some seconds how fast the model is, unless finished work units show it.
 
     Raises:
         InstructMixError: the same input errors that `run` would report before it starts.
@@ -50,9 +53,9 @@ def describe_plan(config: RunConfig, *, probe: bool = False) -> PlanView:
     for stage in STAGES:
         state = _state(stage, config, records, run_dir)
         lines.append(f"  {stage.name:<11} {state}")
-    found = _found(config, records, run_dir)
-    remarks = _remarks(config, _train_rows(found))
-    forecast = make_forecast(config, found, probe=probe)
+    state = _run_state(config, records, run_dir)
+    remarks = _remarks(config, _train_rows(state))
+    forecast = make_forecast(config, state, probe=probe)
     text = "\n".join([*lines, "", *describe(forecast), *remarks]).rstrip()
     return PlanView(text=text, forecast=forecast)
 
@@ -72,16 +75,16 @@ def _state(
     earlier = run_dir.read_attempt_record(stage.folder, attempt)
     if earlier is not None:
         records[stage.name] = earlier
-        return "done in an earlier attempt with these settings"
+        return "done (in an earlier attempt with these settings)"
     if committed is not None:
-        return f"again: {describe_change(committed.inputs, inputs)}"
+        return f"to do again: {describe_change(committed.inputs, inputs)}"
     if storage.exists(run_dir.attempt_uri(stage.folder, attempt)):
-        return "to continue"
+        return "to do (continues an interrupted attempt)"
     return "to do"
 
 
-def _found(config: RunConfig, records: Mapping[str, StageRecord], run_dir: RunDir) -> Found:
-    """What the forecast is made from."""
+def _run_state(config: RunConfig, records: Mapping[str, StageRecord], run_dir: RunDir) -> RunState:
+    """The files of the run directory from which the forecast is computed."""
 
     def output(stage: str, name: str) -> str | None:
         return run_dir.output_uri(records[stage], name) if stage in records else None
@@ -94,7 +97,7 @@ def _found(config: RunConfig, records: Mapping[str, StageRecord], run_dir: RunDi
     mix = None
     if mix_uri is not None:
         mix = Mix.from_json(storage.read_bytes(mix_uri).decode()).counts()
-    return Found(
+    return RunState(
         tagged_uri=output("tag", "manifest"),
         ingested_uri=output("ingest", "manifest"),
         model_dir=model_dir,
@@ -108,7 +111,7 @@ def _found(config: RunConfig, records: Mapping[str, StageRecord], run_dir: RunDi
 def _earlier_attempt(
     config: RunConfig, records: Mapping[str, StageRecord], run_dir: RunDir
 ) -> str | None:
-    """The influence attempt that this configuration appends to."""
+    """The influence attempt that this configuration appends to, if any."""
     stage = next(item for item in STAGES if item.name == "influence")
     if any(name not in records for name in stage.after):
         return None
@@ -119,7 +122,7 @@ def _earlier_attempt(
 def _measured_attempts(
     config: RunConfig, records: Mapping[str, StageRecord], run_dir: RunDir
 ) -> Iterator[str]:
-    """Influence attempts that tell the speed of this one: same model, batches and adapters."""
+    """Influence attempts with the speed of this one: same model, batches and adapters."""
     stage = next(item for item in STAGES if item.name == "influence")
     if any(name not in records for name in stage.after):
         return
@@ -131,7 +134,7 @@ def _measured_attempts(
 
 
 def _speed_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a stage's inputs, those that decide how fast it is on a given machine."""
+    """The inputs of a stage that decide its speed on a given machine."""
     return {
         name: value
         for name, value in inputs.items()
@@ -139,39 +142,40 @@ def _speed_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _train_rows(found: Found) -> int | None:
-    """Train rows of all categories, as far as the stages that are done say."""
-    uri = found.tagged_uri or found.ingested_uri
+def _train_rows(state: RunState) -> int | None:
+    """Train rows of all categories; None while nothing has been read."""
+    uri = state.tagged_uri or state.ingested_uri
     return None if uri is None else sum(Corpus.open(uri).counts("train").values())
 
 
 def _remarks(config: RunConfig, supply: int | None) -> list[str]:
-    """What is allowed but will disappoint.
+    """Notes on settings that are valid but probably not intended.
 
     Args:
         config: of the run.
-        supply: train rows of all categories; None while nothing is read.
+        supply: train rows of all categories; None while nothing has been read.
 
     Raises:
-        ConfigError: the budget is more than the train rows that there are.
+        ConfigError: the budget is larger than the number of train rows.
     """
     remarks = []
     if config.influence.replications == 1:
         remarks.append(
-            "influence.replications is 1: errors will be held-out only, nothing will count as "
-            "identifiable, and the mix will stay at the base"
+            "influence.replications is 1: the errors will not contain the noise of training, no "
+            "effect will count as identifiable, and the mix will stay at the base"
         )
     solve = config.solve
     if supply is not None and solve.unit == "examples" and solve.max_epochs == 1.0:
         if solve.budget > supply:
             raise ConfigError(
-                f"solve.budget {solve.budget:,} is more than the {supply:,} train rows there are "
-                "at solve.max_epochs 1: lower the budget or allow more epochs"
+                f"solve.budget: expected at most the {supply:,} train rows, since solve.max_epochs "
+                f"is 1, found {solve.budget:,}. Lower solve.budget or raise solve.max_epochs."
             )
         if solve.budget == supply:
             remarks.append(
-                "solve.budget equals all train rows at solve.max_epochs 1: nothing can move; "
-                "lower the budget or allow more epochs"
+                "solve.budget equals the number of train rows and solve.max_epochs is 1: the mix "
+                "must use every row once and cannot change; lower solve.budget or raise "
+                "solve.max_epochs"
             )
     idle = idle_gpus_remark(config.cluster, visible_gpus(), "this machine")
     if idle is not None:
@@ -180,23 +184,23 @@ def _remarks(config: RunConfig, supply: int | None) -> list[str]:
 
 
 def describe_status(run_dir_uri: str) -> str:
-    """What is finished in a run directory.
+    """The finished stages of a run directory, with their log lines.
 
     Raises:
-        ConfigError: there is no run directory.
+        ConfigError: the directory is not a run directory.
     """
     run_dir = RunDir(run_dir_uri)
     if not storage.exists(storage.join(run_dir.uri, "config.json")):
         raise ConfigError(
             f"{run_dir_uri}: expected a run directory, found no config.json in it; "
-            "`instructmix run CONFIG` makes one"
+            "`instructmix run CONFIG` creates one"
         )
     lines = []
     for name, folder in STAGE_FOLDERS.items():
         record = run_dir.read_record(folder)
         if record is None:
-            begun = bool(storage.list_names(run_dir.stage_uri(folder)))
-            lines.append(f"{name:<11} {'begun' if begun else '-'}")
+            is_begun = bool(storage.list_names(run_dir.stage_uri(folder)))
+            lines.append(f"{name:<11} {'started' if is_begun else '-'}")
             continue
         lines.append(f"{name:<11} done {record.finished}, {record.seconds:.0f} s")
         lines += [f"            {line}" for line in record.lines]

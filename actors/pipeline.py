@@ -1,10 +1,11 @@
-"""The driver: the stages in order, skipping what is done, continuing what was killed.
+"""The driver: runs the stages in order, skips finished ones and continues interrupted ones.
 
     ingest > model > tag > influence > solve > curriculum > select > train > evaluate > report
 
-For each stage it computes the fingerprint of everything the result depends on.  A finished attempt
-with that fingerprint is taken as it is; otherwise the stage runs in the attempt's directory, where
-it finds the units that an earlier, killed session finished.  The record, written last, commits.
+For each stage it computes the fingerprint of everything that the result depends on.  A finished
+attempt with that fingerprint is used as it is.  Otherwise the stage runs in the directory of that
+attempt, where it finds the work units that an interrupted session committed.  The record is
+written last and commits the attempt.  Called by `system.cli`.
 """
 
 from __future__ import annotations
@@ -64,24 +65,27 @@ def _no_history(config: RunConfig, inputs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _earlier_measurement(config: RunConfig, inputs: Mapping[str, Any]) -> dict[str, str]:
-    """The finished result that an influence stage adds to (`influence.append`)."""
+    """The finished attempt that the influence stage appends to (`influence.append`)."""
     if not config.influence.append:
         return {}
     return appends_to(RunDir(config.run_dir), inputs, config.model.path)
 
 
-def _nothing_else(config: RunConfig) -> tuple[str, ...]:
+def _no_sections(config: RunConfig) -> tuple[str, ...]:
     return ()
 
 
-def _what_the_mix_asks(config: RunConfig) -> tuple[str, ...]:
-    """`auto` measures until the mix would not change, so it reads how the mix is solved.
+def _solve_fields(config: RunConfig) -> tuple[str, ...]:
+    """Fields of `solve` that decide the result of stage `influence`.
 
-    Whether any matrix is believed depends on what the mix is to be good at.
+    `auto` solves the mix after every round to decide when to stop, so it reads all of them.  The
+    other estimators weigh targets by importance to compute the agreement of replications.
     """
     if config.influence.estimator == "auto":
         return ("solve",)
-    weighs_by_base = config.solve.importance == "base"
+    # The natural base is left out: with it, `influence.append` would refuse to extend a result
+    # once solve.importance is set to something else than the base.
+    weighs_by_base = config.solve.importance == "base" and config.solve.base != "natural"
     return ("solve.importance", "solve.base") if weighs_by_base else ("solve.importance",)
 
 
@@ -94,7 +98,7 @@ def _score_identity(config: RunConfig) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One stage: where its code is, what it reads, where it writes."""
+    """One stage: the module that runs it, and everything that its result depends on."""
 
     name: str
     module: str
@@ -105,21 +109,21 @@ class Stage:
     after: tuple[str, ...] = ()
     """Stages whose outputs it reads."""
     precheck: tuple[str, str] | None = None
-    """Module and function that looks for what would make a later stage fail."""
+    """Module and function that checks, before it runs, what would make a later stage fail."""
     identity: Callable[[RunConfig], dict[str, str]] = field(default=_no_identity)
-    """What else the result depends on: the files behind the configured paths."""
-    also_reads: Callable[[RunConfig], tuple[str, ...]] = field(default=_nothing_else)
-    """Further sections that decide the result of this configuration."""
+    """Identity of the files behind the configured paths, as further inputs."""
+    also_reads: Callable[[RunConfig], tuple[str, ...]] = field(default=_no_sections)
+    """Further sections and fields that decide the result, depending on the configuration."""
     history: Callable[[RunConfig, Mapping[str, Any]], dict[str, str]] = field(default=_no_history)
-    """Which earlier result in the run directory the result depends on, given all other inputs."""
+    """The earlier attempt that the result builds on, given all other inputs."""
     shows_all: bool = False
-    """Shows how the stages before it came about too, not only what they made."""
+    """Depends on the inputs of the stages before it too, not only on their results."""
     revision: int = 1
-    """Raised whenever the code changes the stage's results."""
+    """Raised whenever a change of the code changes the stage's results."""
 
     @property
     def folder(self) -> str:
-        """Where it writes, below the run directory."""
+        """Its folder, below the run directory."""
         return STAGE_FOLDERS[self.name]
 
 
@@ -139,7 +143,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="influence", module="actors.influence.influencer",
         reads=("influence", "seed"), after=("tag", "model"),
-        identity=_target_identity, also_reads=_what_the_mix_asks,
+        identity=_target_identity, also_reads=_solve_fields,
         precheck=("actors.influence.precheck", "check_before_influence"), revision=3,
         history=_earlier_measurement,
     ),
@@ -179,12 +183,12 @@ _NO_RESULT = {
     "train.activation_checkpointing",
     "influence.keep_checkpoints", "influence.max_token_equivalents", "influence.append",
 }  # fmt: skip
-"""Fields of sections that stages read, but which change no result, or the order of sums alone."""
+"""Fields that change no result, or only the order in which numbers are added up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which stages a call covers."""
+    """Which stages a command runs."""
 
     first: str = STAGE_NAMES[0]
     last: str = STAGE_NAMES[-1]
@@ -202,30 +206,30 @@ class Plan:
                     f"unknown stage {name!r}; the stages are {', '.join(STAGE_NAMES)}"
                 )
         if STAGE_NAMES.index(self.first) > STAGE_NAMES.index(self.last):
-            raise ConfigError(f"--from {self.first} comes after --until {self.last}")
+            raise ConfigError(
+                f"expected --from at or before --until, but {self.first} comes after {self.last}; "
+                f"the order is {', '.join(STAGE_NAMES)}"
+            )
 
 
 def stage_inputs(
     stage: Stage, config: RunConfig, records: Mapping[str, StageRecord]
 ) -> dict[str, Any]:
-    """Everything a stage's result depends on, flat: dotted name -> value."""
+    """Everything that a stage's result depends on, flat: dotted name -> value."""
     values = config.model_dump(mode="json")
     inputs: dict[str, Any] = {"stage": stage.name, "revision": stage.revision}
     for name in (*stage.reads, *stage.also_reads(config)):
         value: Any = values
-        for part in name.split("."):
-            value = value[part]
+        for key in name.split("."):
+            value = value[key]
         inputs |= flatten(name, value)
-    unread = set() if len(config.influence.doses) > 1 else {"solve.dose"}
-    if config.solve.mip_max_nodes is None:  # the solver's own limit, which the revision stands for
-        unread.add("solve.mip_max_nodes")
+    # A field that this configuration does not read must not make a finished stage run again.
+    unread = _NO_RESULT | config.select.unread_fields
+    if len(config.influence.doses) == 1:
+        unread |= {"solve.dose"}
     if config.influence.estimator != "auto":
-        unread.add("influence.auto.designs")
-    if config.influence.dose_tokens is None:
-        unread.add("influence.dose_tokens")
-    if config.solve.base == "natural":  # as it was before there was a choice
-        unread.add("solve.base")
-    for name in _NO_RESULT | config.select.unread_fields | unread:
+        unread |= {name for name in inputs if name.startswith("influence.auto.")}
+    for name in unread:
         inputs.pop(name, None)
     inputs |= flatten("file", stage.identity(config))
     inputs |= {
@@ -236,13 +240,13 @@ def stage_inputs(
 
 
 def run_pipeline(config: RunConfig, plan: Plan, progress: Progress) -> None:
-    """Brings the run directory to the state that the configuration and the plan ask for.
+    """Runs the stages of the plan that are not finished, under the lease of the run directory.
 
     Raises:
-        InstructMixError: bad input (exit code 2) or a stage that failed (1); finished work stays.
+        InstructMixError: invalid input (exit code 2) or a failed stage (1); finished work is kept.
     """
     run_dir = RunDir(config.run_dir)
-    # Everything that can be wrong with the input is looked at before anything is started.
+    # Missing files and unreadable functions must be reported before hours are spent.
     for stage in STAGES:
         stage.identity(config)
     cluster = Cluster(config.cluster, progress.say)
@@ -277,18 +281,23 @@ def _run_stages(
 def _finished_record(
     stage: Stage, config: RunConfig, records: Mapping[str, StageRecord], run_dir: RunDir
 ) -> StageRecord:
-    """The record of a stage before `--from`: it must be there, and it must still fit."""
+    """The record of a stage before `--from`.
+
+    Raises:
+        ConfigError: the stage is not finished, or was run with another configuration.
+    """
     record = run_dir.read_record(stage.folder)
     if record is None:
         raise ConfigError(
             f"--from needs the stage {stage.name} to be finished, but {run_dir.uri} has no "
-            f"{stage.folder}/record.json; leave --from out, and finished stages are skipped anyway"
+            f"{stage.folder}/record.json. Leave --from out; finished stages are skipped anyway."
         )
     inputs = stage_inputs(stage, config, records)
     if record.fingerprint != fingerprint(inputs):
         raise ConfigError(
-            f"--from would build on the stage {stage.name} of another configuration: "
-            f"{describe_change(record.inputs, inputs)}. Leave --from out to run it again."
+            f"--from needs the stage {stage.name} as this configuration describes it, but it was "
+            f"run with another one: {describe_change(record.inputs, inputs)}. Leave --from out to "
+            "run it again."
         )
     return record
 
@@ -307,21 +316,23 @@ def _run_stage(
     committed = run_dir.read_record(stage.folder)
     if stage.name in plan.redo:
         run_dir.invalidate(stage.folder, attempt)
-        # What was forgotten cannot be added to, in this session or in one that continues it.
+        # Without its record, the earlier result is no longer one to append to, so the inputs may
+        # differ now; the attempt under the new fingerprint must go as well.
         inputs = stage_inputs(stage, config, records)
         attempt = fingerprint(inputs)
         run_dir.invalidate(stage.folder, attempt)
-        progress.say(f"{stage.name}: again, as asked")
+        progress.say(f"{stage.name}: runs again (--redo)")
     elif committed is not None and committed.fingerprint == attempt:
-        progress.say(f"{stage.name}: done before ({committed.seconds:.0f} s)")
+        progress.say(f"{stage.name}: already finished ({committed.seconds:.0f} s)")
         return committed
     else:
         if committed is not None:
             progress.say(f"{stage.name}: {describe_change(committed.inputs, inputs)}")
+        # Settings that were changed and changed back: the attempt of then is still there.
         earlier = run_dir.read_attempt_record(stage.folder, attempt)
         if earlier is not None:
             run_dir.commit(stage.folder, earlier)
-            progress.say(f"{stage.name}: found a finished earlier attempt with these settings")
+            progress.say(f"{stage.name}: uses a finished earlier attempt with these settings")
             return earlier
     context = StageContext(
         config=config,
@@ -343,17 +354,21 @@ def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> Sta
         getattr(importlib.import_module(module), function)(context)
     run = getattr(importlib.import_module(stage.module), stage.function)
     storage.remove_unfinished(context.attempt)
+    # The time of interrupted sessions counts too, so it is kept beside their work units.
     seconds_uri = storage.join(context.attempt, "seconds.json")
-    earlier = storage.read_json(seconds_uri) if storage.exists(seconds_uri) else 0.0
+    earlier_seconds = storage.read_json(seconds_uri) if storage.exists(seconds_uri) else 0.0
     started = time.monotonic()
     try:
         result: StageResult = run(context)
     finally:
-        seconds = round(earlier + time.monotonic() - started, 1)
+        seconds = round(earlier_seconds + time.monotonic() - started, 1)
         storage.write_json(seconds_uri, seconds)
     for output in result.outputs.values():
         if not storage.exists(storage.join(context.attempt, output)):
-            raise StageError(f"{stage.name} says that it wrote {output}, but it is not there")
+            raise StageError(
+                f"{stage.name}: expected the output {storage.join(context.attempt, output)}, found "
+                "nothing there. The storage may have lost it; run the same command again."
+            )
     attempt = fingerprint(inputs)
     record = StageRecord(
         stage=stage.name,
@@ -372,12 +387,12 @@ def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> Sta
     context.run_dir.commit(stage.folder, record)
     for line in result.lines:
         progress.say(f"  {line}")
-    progress.say(f"{stage.name}: done in {seconds:.0f} s")
+    progress.say(f"{stage.name}: finished in {seconds:.0f} s")
     return record
 
 
 def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Versions of the packages that decide results; those not installed are left out."""
+    """Versions of the packages that decide results; packages that are not installed are omitted."""
     versions = {}
     for name in names:
         try:

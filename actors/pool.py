@@ -1,15 +1,14 @@
-"""A pool of actors that survives the death of its actors.
+"""A pool of actors that replaces actors that die and repeats their work units.
 
     driver ── submit(key, method, args) ──> queue ──> idle actor      one call in flight per actor
            <──────── wait_any([pools]) ──── value | the unit is queued again, the actor replaced
 
-Idle actors keep their CPUs and GPUs for the next unit, unless another pool has not got a single
-actor up for a minute: then they end, and start again when they are needed.
+Idle actors keep their CPUs and GPUs for the next unit.  They end only when another pool could not
+start a single actor for a minute, and start again when they are needed.
 
-The classes are plain; they become remote here.  Every call must be safe to repeat, because a unit
-whose actor died is given out again, until it has been tried `max_attempts` times.  An exception
-that the actor's code raises is the unit's answer: it is raised to the caller at once, under its own
-type.
+Actor classes are plain and become remote here.  Every call must be safe to repeat, because a unit
+whose actor died is tried again, up to `max_attempts` times in all.  An exception of the actor's
+code is not repeated: it is raised in the driver at once, with its own type.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ _DEATHS = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.NodeDiedError,
-    ray.exceptions.OutOfMemoryError,  # Ray ends actors on a node that runs out of memory
+    ray.exceptions.OutOfMemoryError,  # Ray kills actors on a node that runs out of memory
 )
 
 PATIENCE_SECONDS = 60.0
-"""How long a pool waits for its first actor before the idle ones of other pools make room."""
+"""How long a pool waits for its first actor before idle actors of other pools are ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """One finished unit."""
+    """A finished work unit with its value."""
 
     pool: ActorPool
     key: Hashable
@@ -54,7 +53,7 @@ class _Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorSpec:
-    """How the actors of a pool are made."""
+    """How the actors of a pool are created."""
 
     name: str
     actor_class: type
@@ -64,11 +63,11 @@ class ActorSpec:
     num_gpus: float = 0.0
     env: dict[str, str] = field(default_factory=dict)
     max_attempts: int = 3
-    """Tries of one unit, the first included; also actors in a row that may die as they start."""
+    """Largest number of attempts at one unit, and of actors in a row that die while they start."""
 
 
 class _Host:
-    """Holds the actor's object, so that an error in its constructor keeps its type."""
+    """Wraps the actor's object, so that an error in its constructor keeps its type."""
 
     def __init__(self, actor_class: type, args: tuple[Any, ...]) -> None:
         self._error: Exception | None = None
@@ -78,7 +77,7 @@ class _Host:
             self._error = error
 
     def ready(self) -> None:
-        """Answers once the actor is up."""
+        """Returns as soon as the actor has started."""
 
     def call(self, method: str, *args: Any) -> Any:
         if self._error is not None:
@@ -90,9 +89,9 @@ class ActorPool:
     """Actors of one kind, each with at most one call in flight.
 
     Args:
-        spec: how its actors are made.
-        neighbours: the pools, this one perhaps among them, that share the cluster with it.
-        say: tells the user that the pool waits for room.
+        spec: how its actors are created.
+        neighbours: all pools that share the cluster; may contain this one.
+        say: writes a log line for the user.
     """
 
     def __init__(
@@ -104,9 +103,9 @@ class ActorPool:
         self.spec = spec
         self._neighbours: Mapping[str, ActorPool] = {} if neighbours is None else neighbours
         self._say = say
-        self._has_complained = False
+        self._has_reported_wait = False
         threads = str(max(1, int(spec.num_cpus)))
-        # Under the class's own name, which is what Ray's tools show.
+        # Ray's tools show the name of the class, which should be that of the actor.
         host = type(spec.actor_class.__name__, (_Host,), {})
         self._remote_class = ray.remote(
             num_cpus=spec.num_cpus,
@@ -122,7 +121,7 @@ class ActorPool:
 
     @property
     def num_pending(self) -> int:
-        """Units that are queued or in flight."""
+        """Number of units that are queued or in flight."""
         return len(self._queue) + len(self._in_flight)
 
     @property
@@ -139,6 +138,7 @@ class ActorPool:
         self, units: Mapping[Hashable, Sequence[Any]], method: str
     ) -> Iterator[tuple[Hashable, Any]]:
         """Calls the method for every unit; yields (key, value) as they finish, in any order."""
+        # Units are submitted only when an actor is free, so their arguments do not fill the store.
         waiting = deque(units.items())
         while waiting or self.num_pending:
             while waiting and self.has_room:
@@ -148,7 +148,7 @@ class ActorPool:
                 yield done.key, done.value
 
     def close(self) -> None:
-        """Ends the actors and frees what they hold."""
+        """Ends all actors and frees their resources; drops all units."""
         busy = [actor for _, actor in self._in_flight.values()]
         for actor in [*self._idle, *self._starting.values(), *busy]:
             ray.kill(actor)
@@ -159,7 +159,7 @@ class ActorPool:
         self._num_actors = self._failed_starts = 0
 
     def _end_idle(self) -> int:
-        """Ends the actors that do nothing, also those that come up for nothing; how many."""
+        """Ends idle actors, and starting ones if no unit waits for them; returns their number."""
         ended, self._idle = self._idle, []
         if not self._queue:
             ended += self._starting.values()
@@ -170,16 +170,20 @@ class ActorPool:
         return len(ended)
 
     def _seek_room(self) -> None:
-        """For a pool whose units all wait for a first actor: takes what idle neighbours hold."""
+        """Ends the idle actors of other pools if no actor of this one could start yet."""
         if not self._queue or self._in_flight or self._idle:
             return
         others = [pool for pool in self._neighbours.values() if pool is not self]
-        ended = sum(pool._end_idle() for pool in others)
-        if not self._has_complained:
-            self._has_complained = True
-            freed = f"{ended} idle actors of other kinds were ended to make room" if ended else ""
+        num_ended = sum(pool._end_idle() for pool in others)
+        if not self._has_reported_wait:
+            self._has_reported_wait = True
+            freed = (
+                f"{num_ended} idle actors of other kinds were ended to make room"
+                if num_ended
+                else ""
+            )
             self._say(
-                f"  no {self.spec.name} is up after {PATIENCE_SECONDS:.0f} s: one needs "
+                f"  no {self.spec.name} has started after {PATIENCE_SECONDS:.0f} s: one needs "
                 f"{self.spec.num_cpus:g} CPUs and {self.spec.num_gpus:g} GPUs, and may have to "
                 f"load a model; {freed or 'it waits until the cluster has room'}"
             )
@@ -191,7 +195,8 @@ class ActorPool:
             unit.attempts += 1
             reference = actor.call.remote(unit.method, *unit.args)
             self._in_flight[reference] = (unit, actor)
-        # An actor gets a unit once it is up: one that finds no room on the cluster holds none back.
+        # A unit is given to an actor only when it has started: an actor that finds no room on the
+        # cluster would otherwise hold the unit back from those that are free.
         room = self.spec.num_actors - self._num_actors
         for _ in range(min(len(self._queue) - len(self._starting), room)):
             actor = self._remote_class.remote(self.spec.actor_class, self.spec.args)
@@ -199,12 +204,12 @@ class ActorPool:
             self._starting[actor.ready.remote()] = actor
 
     def _references(self) -> list[ray.ObjectRef]:
-        """What the pool waits for: units in flight and, while some are queued, actors starting."""
+        """References to wait for: units in flight and, while units are queued, starting actors."""
         return [*self._in_flight, *(self._starting if self._queue else ())]
 
     def _collect(self, reference: ray.ObjectRef) -> list[Done]:
         if reference in self._starting:
-            self._welcome(reference)
+            self._finish_start(reference)
             return []
         unit, actor = self._in_flight.pop(reference)
         try:
@@ -219,47 +224,48 @@ class ActorPool:
         self._start_queued()
         return [Done(self, unit.key, value)]
 
-    def _welcome(self, reference: ray.ObjectRef) -> None:
+    def _finish_start(self, reference: ray.ObjectRef) -> None:
         actor = self._starting.pop(reference)
         try:
             ray.get(reference)
         except _DEATHS as error:
             self._failed_starts += 1
-            self._bury(actor, error)
+            self._remove(actor, error)
             if self._failed_starts >= self.spec.max_attempts:
                 raise ClusterError(
-                    f"actors of the {self.spec.name} pool died {self._failed_starts} times while "
-                    f"they started: {error}"
+                    f"expected an actor of the {self.spec.name} pool to start, but "
+                    f"{self._failed_starts} of them in a row died while they started: {error}"
                 ) from error
         else:
             self._failed_starts = 0
             self._idle.append(actor)
         self._start_queued()
 
-    def _bury(self, actor: Any, error: Exception) -> None:
+    def _remove(self, actor: Any, error: Exception) -> None:
         ray.kill(actor)
         self._num_actors -= 1
         if getattr(error, "actor_init_failed", False):
             raise ClusterError(
-                f"an actor of the {self.spec.name} pool cannot start on its node; the usual cause "
-                f"is that the node lacks this package or has another version of it: {error}"
+                f"an actor of the {self.spec.name} pool cannot start on its node. The usual cause "
+                "is that the node lacks this package or has another version of it; install this "
+                f"version on all nodes. Ray's message: {error}"
             ) from error
 
     def _replace(self, unit: _Unit, actor: Any, error: Exception) -> None:
-        self._bury(actor, error)
+        self._remove(actor, error)
         if unit.attempts >= self.spec.max_attempts:
             raise ClusterError(
-                f"{self.spec.name} {unit.key}: expected an answer, but its actor died "
+                f"{self.spec.name} {unit.key}: expected a result, but its actor died "
                 f"{unit.attempts} times in a row ({type(error).__name__}). The usual cause is "
-                "memory: look at the node's log, lower the actor's batch or raise its memory. "
-                "Finished units are kept; run again to continue."
+                "memory: see the log of the node, lower the actor's batch size or raise its "
+                "memory. Finished work units are kept; run the same command again to continue."
             ) from error
         self._queue.appendleft(unit)
         self._start_queued()
 
 
 def wait_any(pools: Sequence[ActorPool], timeout_seconds: float | None = None) -> list[Done]:
-    """Waits until at least one unit of any pool is finished; empty where none is pending."""
+    """Waits until at least one unit of any pool is finished; empty if none is pending."""
     while True:
         owners = {reference: pool for pool in pools for reference in pool._references()}
         if not owners:

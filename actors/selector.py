@@ -1,13 +1,13 @@
-"""Stage `select`: the training examples in training order, gathered by actors.
+"""Stage `select`: actors choose the training examples and write them in training order.
 
-    driver: scores, vectors (actors.features) ──> scores/*, vectors/*     what the method goes by
+    driver: scores, vectors (actors.features) ──> scores/*, vectors/*     what the method reads
             quotas ── categories ──> Selector.choose ──> places of the chosen rows
                    or blocks of them > Selector.rank ──> work/cover/* ── merge ──> the same
             arrange ── shard groups ─> Selector.gather ──> work/*        (spill + commit each)
                     ── parts ────────> Selector.write ───> parts/*.parquet
             quarantined.parquet, manifest.json, remove work/
 
-The driver holds places (40 bytes an example), never bodies.
+The driver holds places of rows (40 bytes an example), never their text.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ MANIFEST = "manifest.json"
 
 
 class Selector:
-    """Reads the corpus; every call can be repeated."""
+    """Actor that chooses, reads and writes rows of the corpus; every call can be repeated."""
 
     def __init__(self, manifest_uri: str, attempt: str) -> None:
         self._corpus = Corpus.open(manifest_uri)
         self._attempt = attempt
 
     def choose(self, category: str, num_rows: int, settings: SelectConfig, seed: int) -> Chosen:
-        """The rows of a category that the method puts first."""
+        """Chooses the first rows of a category, in the order of the method."""
         return choose_rows(self._corpus, category, num_rows, settings, seed, self._attempt)
 
     def rank(self, unit: CoverUnit) -> None:
-        """Commits the greedy ranks of some blocks of a category."""
+        """Ranks some blocks of a category greedily and commits the ranks."""
         write_ranked(self._attempt, unit, rank_unit(self._corpus, unit, self._attempt))
 
     def gather(self, group: Group) -> GroupOutcome:
-        """Fetches the selected rows of some shards."""
+        """Reads the selected rows of some shards and spills them by part."""
         return selection.gather_group(self._corpus, group, self._attempt)
 
-    def write(self, given: PartInput) -> Part:
+    def write(self, part_input: PartInput) -> Part:
         """Writes one part of the selection."""
-        return selection.write_part(given, self._attempt)
+        return selection.write_part(part_input, self._attempt)
 
 
 def run(context: StageContext) -> StageResult:
@@ -68,6 +68,7 @@ def run(context: StageContext) -> StageResult:
     Raises:
         DataError: the curriculum does not fit the corpus.
     """
+    # The manifest is written last: with it, an interrupted session had finished the selection.
     manifest_uri = storage.join(context.attempt, MANIFEST)
     if not storage.exists(manifest_uri):
         quotas = select.read_quotas(storage.read_json(context.input("curriculum", "curriculum")))
@@ -96,6 +97,7 @@ def _select(context: StageContext, quotas: tuple[StageQuota, ...]) -> None:
     chosen = _choose(context, corpus, pool, select.totals(quotas))
     select.check_chosen(quotas, chosen, settings)
     arranged: Selection = select.arrange(corpus, quotas, chosen, seed)
+    # The plan depends on the selection alone, so work units of an interrupted session still fit.
     groups = {group.index: (group,) for group in selection.plan_gather(arranged)}
     finished = {
         index: outcome
@@ -105,34 +107,34 @@ def _select(context: StageContext, quotas: tuple[StageQuota, ...]) -> None:
     outcomes = _map(context, pool, "select: gather", groups, "gather", finished)
     inputs = selection.part_inputs(len(arranged.row), [outcomes[index] for index in sorted(groups)])
     written = {
-        given.index: part
-        for given in inputs
-        if (part := selection.read_part(context.attempt, given.index)) is not None
+        item.index: part
+        for item in inputs
+        if (part := selection.read_part(context.attempt, item.index)) is not None
     }
-    units = {given.index: (given,) for given in inputs}
+    units = {item.index: (item,) for item in inputs}
     parts = _map(context, pool, "select: write", units, "write", written)
     selection.write_selection_manifest(
-        context.attempt, arranged, [parts[given.index] for given in inputs], chosen, settings
+        context.attempt, arranged, [parts[item.index] for item in inputs], chosen, settings
     )
 
 
 def _choose(
-    context: StageContext, corpus: Corpus, pool: ActorPool, wanted: Mapping[str, int]
+    context: StageContext, corpus: Corpus, pool: ActorPool, quotas: Mapping[str, int]
 ) -> dict[str, Chosen]:
-    """The chosen rows of every category."""
+    """The chosen rows of every category; `quotas` are totals over all curriculum stages."""
     settings, seed, attempt = context.config.select, context.config.seed, context.attempt
-    for category in wanted:
-        corpus.num_rows("train", category)  # says which categories there are
+    for category in quotas:
+        corpus.num_rows("train", category)  # an unknown category must fail here, with its error
     if settings.method != "facility-location":
-        tasks = {name: (name, count, settings, seed) for name, count in wanted.items()}
+        tasks = {name: (name, count, settings, seed) for name, count in quotas.items()}
         return _map(context, pool, "select: choose", tasks, "choose", {})
     units = {
         category: cover_units(corpus, category, count, settings, attempt)
-        for category, count in wanted.items()
+        for category, count in quotas.items()
     }
-    blocks = {unit.path: (unit,) for found in units.values() for unit in found}
-    ranked = {path: None for path, (unit,) in blocks.items() if is_ranked(attempt, unit)}
-    _map(context, pool, "select: rank", blocks, "rank", ranked)
+    tasks = {unit.path: (unit,) for category_units in units.values() for unit in category_units}
+    ranked = {path: None for path, (unit,) in tasks.items() if is_ranked(attempt, unit)}
+    _map(context, pool, "select: rank", tasks, "rank", ranked)
     return {
         category: merge_ranked(
             corpus,
@@ -142,7 +144,7 @@ def _choose(
             seed,
             attempt,
         )
-        for category, count in wanted.items()
+        for category, count in quotas.items()
     }
 
 
@@ -154,14 +156,14 @@ def _map(
     method: str,
     finished: Mapping[Any, Any],
 ) -> dict[Any, Any]:
-    """The values of all units; finished ones are taken as they are."""
+    """The values of all work units; those of finished ones are not computed again."""
     values = dict(finished)
-    left: dict[Hashable, tuple[Any, ...]] = {
+    remaining: dict[Hashable, tuple[Any, ...]] = {
         key: args for key, args in units.items() if key not in values
     }
     with context.progress.bar(label, total=len(units)) as bar:
         bar.advance(len(values))
-        for key, value in pool.map(left, method):
+        for key, value in pool.map(remaining, method):
             values[key] = value
             bar.advance()
     return values
@@ -178,7 +180,7 @@ def _result(manifest: Mapping[str, Any]) -> StageResult:
     ]
     if repeats:
         names = ", ".join(f"{name} {count:,}" for name, count in manifest["repeats"].items())
-        lines.append(f"{repeats:,} of them are repeats, where the quota is above supply: {names}")
+        lines.append(f"{repeats:,} of them are repeats, where the quota exceeds supply: {names}")
     return StageResult(
         outputs={
             "selection": "parts",

@@ -1,4 +1,7 @@
-"""What a stage gets and gives: the shape that all stages of the pipeline share."""
+"""The input and the output of a stage: types that all stages of the pipeline share.
+
+`actors.pipeline` makes the StageContext; each stage's `run(context)` returns a StageResult.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +18,32 @@ from system.rundir import RunDir, StageRecord, shared_uri
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
-    """Everything a stage may use."""
+    """The input of a stage: everything that it may use."""
 
     config: RunConfig
     run_dir: RunDir
     attempt: str
-    """Absolute URI. The stage writes only below it; after a crash it gets the same one again."""
+    """Absolute URI. The stage writes only below it, and gets the same one again after a crash."""
     upstream: Mapping[str, StageRecord]
     """Records of the stages before it, by stage name."""
     progress: Progress
     cluster: Cluster
     appends_to: str | None = None
-    """Name of the finished attempt that this one adds to (`influence.append`)."""
+    """Name of the finished attempt that this one appends to (`influence.append`)."""
 
     shared: str | None = None
-    """`shared_uri` of a part of an attempt, which is that of the attempt."""
+    """`shared_uri` of the whole attempt, when this context covers only a folder of the attempt."""
 
     @property
     def shared_uri(self) -> str:
-        """Absolute URI of what all attempts of this stage share; `--redo` deletes it."""
+        """Absolute URI of the files that all attempts of this stage share; `--redo` deletes it."""
         return self.shared or shared_uri(self.attempt)
 
     @property
     def model_identity(self) -> dict[str, Any]:
-        """What decides the base model and its tokenizer; the corpus only where they are built
-        from it.
+        """The inputs that decide the base model and its tokenizer.
+
+        A built-in model is trained on the corpus, so there the corpus is one of them.
         """
         record = self.upstream["model"]
         if kind_of(self.config.model.path) == "builtin":
@@ -54,13 +58,14 @@ class StageContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageResult:
-    """What a stage leaves."""
+    """The output of a stage."""
 
     outputs: dict[str, str]
     """Name -> path relative to the attempt."""
     counts: dict[str, Any]
     """JSON values: rows in / out / dropped by reason, tokens, ..."""
     lines: tuple[str, ...] = ()
-    """Two to six short lines for a person."""
+    """Two to six short lines for the log."""
     digest: str = ""
-    """Of all that later stages read of the outputs; empty: they go by the inputs."""
+    """Hash of everything that later stages read. Equal digests keep later stages finished. Empty:
+    later stages depend on the inputs of this stage instead."""

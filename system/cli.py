@@ -1,8 +1,9 @@
 """The command line: `instructmix COMMAND ...`.
 
-Heavy modules are imported after the arguments are parsed, inside the command that needs them.
-This is the one module of `system` that may import `actors`, and it does so inside functions.
-Exit codes: 0 done, 1 failed, 2 bad input or configuration, 130 stopped by Ctrl-C, 143 by SIGTERM.
+Heavy modules are imported inside the command that needs them, after the arguments are parsed, so
+that `--help` is fast.  This is the only module of `system` that may import `actors`, and it does so
+inside functions.  Exit codes: 0 success, 1 failure, 2 invalid input or configuration, 130 stopped
+by Ctrl-C, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NoReturn
 from system.errors import InstructMixError
 from system.stages import STAGE_NAMES
 
-_RUN_DIR = "`run_dir` of the configuration"
+_RUN_DIR = "run directory: `run_dir` of the configuration"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,30 +37,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(
-            f"instructmix: the system refused a file operation: {error}. Check space, permissions "
-            "and the path; finished work is kept, run again to continue.",
+            f"instructmix: a file operation failed: {error}. Check free space, permissions and the "
+            "path. Finished work is kept; run the same command again to continue.",
             file=sys.stderr,
         )
         return 1
     except KeyboardInterrupt as error:
-        print("instructmix: stopped; finished work is kept, run again to continue", file=sys.stderr)
+        print(
+            "instructmix: stopped. Finished work is kept; run the same command again to continue.",
+            file=sys.stderr,
+        )
         return 128 + (signal.SIGTERM if isinstance(error, _TerminatedError) else signal.SIGINT)
 
 
 class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM has come."""
+    """The process received SIGTERM."""
 
 
 def _terminate(signal_number: int, frame: FrameType | None) -> NoReturn:
-    """`ray job stop` and Kubernetes end a driver so: leave as after Ctrl-C, the lease freed."""
+    """Ends the command as Ctrl-C does, so that the lease is released.
+
+    `ray job stop` and Kubernetes send SIGTERM to end a driver.
+    """
     raise _TerminatedError
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="instructmix",
-        description="Find out how categories of instructions help and harm each other, solve for "
-        "the best mix, order it into a curriculum, and fine-tune the model.",
+        description="Measure how categories of instruction data help and harm each other, solve "
+        "for the best mix, order it into a curriculum, and fine-tune the model.",
     )
     version = importlib.metadata.version("instructmix")
     parser.add_argument("--version", action="version", version=f"instructmix {version}")
@@ -67,48 +74,50 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_ablate(commands)
     _add_check(commands)
-    _add_looks(commands)
+    _add_results(commands)
     _add_reference(commands)
     _add_submit(commands)
     _add_tools(commands)
     for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.add_argument("--debug", action="store_true", help="show the traceback of errors")
     return parser
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", help="YAML file; examples are in configs/")
+    command.add_argument("config", help="configuration, a YAML file; examples are in configs/")
     _add_overrides(command)
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="a.b=value", dest="overrides",
-        help="override one value of the configuration; may be given several times",
+        help="override one key of the configuration; can be repeated",
     )  # fmt: skip
 
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
-    run = commands.add_parser("run", help="run the job, or continue it where it stopped")
+    run = commands.add_parser("run", help="run all stages, or continue an interrupted run")
     _add_config(run)
     run.add_argument(
         "--from", dest="first", default=STAGE_NAMES[0], choices=STAGE_NAMES, metavar="STAGE",
-        help="begin with this stage; those before it must be finished and fit the configuration",
+        help="first stage to run; the stages before it must be finished and match the "
+        "configuration",
     )  # fmt: skip
     run.add_argument(
         "--until", dest="last", default=STAGE_NAMES[-1], choices=STAGE_NAMES, metavar="STAGE",
-        help="end after this stage",
+        help="last stage to run",
     )  # fmt: skip
     run.add_argument(
         "--redo", action="append", default=[], choices=STAGE_NAMES, metavar="STAGE",
-        help=f"run a finished stage again; stages: {', '.join(STAGE_NAMES)}",
+        help=f"run this stage again although it is finished; can be repeated. Stages: "
+        f"{', '.join(STAGE_NAMES)}",
     )  # fmt: skip
     run.set_defaults(execute=_run)
     quickstart = commands.add_parser(
-        "quickstart", help="the whole job on generated instructions and a tiny model"
+        "quickstart", help="run all stages on generated instructions with a tiny model"
     )
     quickstart.add_argument(
-        "--run-dir", default="runs/quickstart", help="where everything goes; default: %(default)s"
+        "--run-dir", default="runs/quickstart", help="run directory; default: %(default)s"
     )
     _add_overrides(quickstart)
     quickstart.set_defaults(execute=_quickstart)
@@ -116,7 +125,8 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
 
 def _add_ablate(commands: argparse._SubParsersAction) -> None:
     ablate = commands.add_parser(
-        "ablate", help="train natural and solved mixes, shuffled, as curriculum and reversed"
+        "ablate",
+        help="compare the natural and the solved mix, each shuffled, as curriculum and reversed",
     )
     _add_config(ablate)
     ablate.add_argument("--seeds", type=int, help="trainings per arm; default: evaluate.seeds")
@@ -125,87 +135,91 @@ def _add_ablate(commands: argparse._SubParsersAction) -> None:
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
     check = commands.add_parser(
-        "check", help="validate a configuration, show the plan and its cost, start nothing"
+        "check", help="validate a configuration and show the plan and its cost; starts nothing"
     )
     _add_config(check)
     check.add_argument(
         "--probe", action=argparse.BooleanOptionalAction, default=True,
-        help="measure for some seconds how fast the model trains and scores here, where no run of "
-        "the run directory tells it (default: yes, once there is a corpus and a model)",
+        help="measure for some seconds how fast the model trains and scores on this machine, "
+        "unless finished stages of the run directory show it (default: yes, as soon as corpus "
+        "and model exist)",
     )  # fmt: skip
     check.add_argument(
         "--max-hours", type=_positive, metavar="H",
-        help="refuse, with exit code 2, a plan whose stages still to run take more hours",
+        help="exit with code 2 if the remaining stages are expected to take more hours",
     )  # fmt: skip
     check.add_argument(
         "--max-tokens", type=_positive, metavar="N",
-        help="refuse a plan that takes more token equivalents: trained tokens, and a third of the "
-        "scored and generated ones; `influence.max_token_equivalents` in the configuration does "
-        "the same for the influence stage, and `run` obeys it too",
+        help="exit with code 2 if the remaining stages need more token equivalents (trained "
+        "tokens plus a third of the scored and generated tokens). For the influence stage alone "
+        "set `influence.max_token_equivalents` in the configuration, which `run` obeys too",
     )  # fmt: skip
     check.set_defaults(execute=_check)
 
 
-def _add_looks(commands: argparse._SubParsersAction) -> None:
-    status = commands.add_parser("status", help="what is finished in a run directory")
+def _add_results(commands: argparse._SubParsersAction) -> None:
+    status = commands.add_parser("status", help="show which stages of a run are finished")
     status.add_argument("run_dir", metavar="RUN_DIR", help=_RUN_DIR)
     status.set_defaults(execute=_status)
-    report = commands.add_parser("report", help="write report.html and report.json again")
+    report = commands.add_parser("report", help="rewrite report.html and report.json")
     report.add_argument("run_dir", metavar="RUN_DIR", help=_RUN_DIR)
     report.add_argument(
         "--compare", metavar="RUN_DIR", nargs="+", default=[],
-        help="set the effects that other runs measured beside those of this one",
+        help="other runs whose measured effects are shown beside those of this run",
     )  # fmt: skip
     report.set_defaults(execute=_report)
     export = commands.add_parser(
-        "export", help="write the selection for another trainer, in training order"
+        "export", help="write the selected examples, in training order, for another trainer"
     )
     export.add_argument("run_dir", metavar="RUN_DIR", help=_RUN_DIR)
     export.add_argument(
         "--format", required=True, choices=("hf", "trl", "llama-factory", "axolotl"),
-        help="how the trainer wants its rows",
+        help="file format of the trainer",
     )  # fmt: skip
-    export.add_argument("--out", help="directory; default: RUN_DIR/export/FORMAT")
+    export.add_argument("--out", help="output directory; default: RUN_DIR/export/FORMAT")
     export.set_defaults(execute=_export)
 
 
 def _add_reference(commands: argparse._SubParsersAction) -> None:
     reference = commands.add_parser(
-        "config", help="every key of the configuration: type, default and meaning (Markdown)"
+        "config",
+        help="print every key of the configuration with type, default and meaning (Markdown)",
     )
-    reference.add_argument("--defaults", action="store_true", help="all defaults, as YAML")
+    reference.add_argument("--defaults", action="store_true", help="print all defaults as YAML")
     reference.set_defaults(execute=_reference)
 
 
 def _add_submit(commands: argparse._SubParsersAction) -> None:
-    submit = commands.add_parser("submit", help="run the job on a Ray cluster (Ray Jobs)")
+    submit = commands.add_parser("submit", help="run all stages as a job on a Ray cluster")
     _add_config(submit)
-    submit.add_argument("--address", required=True, help="http://HEAD:8265")
-    submit.add_argument("--no-wait", action="store_true", help="return when it is submitted")
+    submit.add_argument("--address", required=True, help="job server, such as http://HEAD:8265")
+    submit.add_argument(
+        "--no-wait", action="store_true", help="return as soon as the job is submitted"
+    )
     submit.set_defaults(execute=_submit)
 
 
 def _add_tools(commands: argparse._SubParsersAction) -> None:
     verify = commands.add_parser(
-        "verify", help="what the solver promised beside what the mix brought on held-out data"
+        "verify", help="compare the predicted gain of every arm with its realised gain"
     )
     verify.add_argument("run_dir", metavar="RUN_DIR", help=_RUN_DIR)
     verify.set_defaults(execute=_verify)
     compare = commands.add_parser(
-        "compare", help="whether two runs measured the same effects, and what each cost"
+        "compare", help="compare the effects that two runs measured, and what each cost"
     )
     compare.add_argument("first", metavar="RUN_DIR", help=_RUN_DIR)
-    compare.add_argument("second", metavar="RUN_DIR", help="another run")
+    compare.add_argument("second", metavar="RUN_DIR", help="run directory of another run")
     compare.set_defaults(execute=_compare)
     from system.examples.planted_command import add_arguments as add_planted_arguments
     from system.solve.command import add_arguments as add_solve_arguments
 
     planted = commands.add_parser(
-        "planted", help="write a corpus whose interactions are known, to check estimators on"
+        "planted", help="generate a corpus with known interactions, to test estimators"
     )
     add_planted_arguments(planted)
     planted.set_defaults(execute=_planted)
-    solve = commands.add_parser("solve", help="solve a mix from tables, without a run")
+    solve = commands.add_parser("solve", help="solve for a mix from tables, without a run")
     add_solve_arguments(solve)
     solve.set_defaults(execute=_solve)
 

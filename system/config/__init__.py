@@ -1,4 +1,4 @@
-"""The configuration of a run: one frozen tree, one YAML file, unknown keys are errors."""
+"""The configuration of a run: one frozen tree from one YAML file; unknown keys are errors."""
 
 from system.config.data import IngestConfig, Section, SourceConfig, TagConfig
 from system.config.influence import AutoConfig, InfluenceConfig

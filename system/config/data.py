@@ -1,4 +1,4 @@
-"""The sections of the configuration that say what the corpus is: sources, ingest, tag."""
+"""Configuration sections for the corpus: `sources`, `ingest` and `tag`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FunctionName = Annotated[str, Field(pattern=rf"^{FUNCTION_NAME.pattern}$")]
 
 
 class Section(BaseModel):
-    """A part of the tree: frozen, no unknown keys, docstrings are help texts."""
+    """Base of every section: frozen, unknown keys are errors, field docstrings are help texts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -30,50 +30,56 @@ class SourceConfig(Section):
     """One source of instruction rows: a file, a glob, a directory, a URI or a hub data set."""
 
     path: str
-    """Relative to `data_dir`, absolute, `s3://...`, `gs://...`, or `hf://owner/name`."""
+    """Path of the files: relative to `data_dir`, absolute, `s3://...`, `gs://...`, or
+    `hf://owner/name`."""
     name: str = ""
-    """How reports call it; empty: the file's name without its endings."""
+    """Name of the source in reports. Empty: the file name without its extensions."""
     format: RowFormat = "auto"
-    """Shape of a row; `auto` decides from the first rows' keys."""
+    """Layout of a row. `auto` detects it from the keys of the first rows."""
     columns: dict[str, str] = {}
-    """For `format: columns`: which column is `system`, `prompt`, `response`."""
+    """For `format: columns`: the columns that hold `system`, `prompt` and `response`."""
     category: str | None = None
-    """One category for the whole source."""
+    """One category for all rows of the source."""
     category_column: str | None = None
     """Column that holds the category."""
     category_pattern: str | None = None
     """Regular expression with a group `category`, matched against the file's path."""
     category_map: dict[str, str] | str = {}
-    """Renames found categories (merges where two map to one), or tells what ids mean: a mapping, or
-    a file with one (CSV, JSONL, Parquet: `category` and one other column; JSON, YAML)."""
+    """Renames categories; two that map to the same name are merged. A mapping, or the path of a
+    file that holds one: CSV, JSONL or Parquet with the column `category` and one other column, or
+    JSON, or YAML."""
     category_unmapped: Literal["keep", "untagged", "reject"] = "keep"
-    """A category that `category_map` does not have keeps its name, or its rows are tagged as if
-    they had none, or rejected (`unknown-category`). A map in a file needs it said."""
+    """What happens to a category that is missing from `category_map`. `keep`: it keeps its name;
+    `untagged`: its rows count as rows without a category and are tagged; `reject`: its rows are
+    rejected (`unknown-category`). Required when `category_map` is a file."""
     answer_column: str | None = None
-    """Column that holds a verifiable final answer."""
+    """Column that holds the final answer, so that generated answers can be checked against it."""
     answer_pattern: str | None = None
     """Regular expression with one group that finds the final answer inside a response."""
     score_column: str | None = None
-    """Column with a quality score, for `select.score: column`; rows without one come last."""
+    """Column with a quality score, for `select.score: column`. Rows without a score come last."""
     embedding_column: str | None = None
-    """Column with a vector of numbers, for `select.embedding: column`; one length everywhere."""
+    """Column with a vector of numbers, for `select.embedding: column`. All vectors must have the
+    same length."""
     max_rows: Positive | None = None
-    """Read at most this many rows, in file order; null reads all."""
+    """Largest number of rows that are read, in file order. Null: all rows."""
 
     @model_validator(mode="after")
     def _one_origin_of_category(self) -> SourceConfig:
-        given = [
+        origins = [
             name
             for name in ("category", "category_column", "category_pattern")
             if getattr(self, name) is not None
         ]
-        if len(given) > 1:
-            raise ValueError(f"give one of {given}, not several")
-        is_said = "category_unmapped" in self.model_fields_set
-        if isinstance(self.category_map, str) and not is_said:
+        if len(origins) > 1:
+            raise ValueError(f"expected one origin of the category, found {origins}: keep one")
+        # A map in a file is written by others and may be incomplete; what happens to the missing
+        # categories must be a decision, never the default.
+        is_explicit = "category_unmapped" in self.model_fields_set
+        if isinstance(self.category_map, str) and not is_explicit:
             raise ValueError(
-                f"category_map is the file {self.category_map!r}: say with category_unmapped what "
-                "becomes of values that it does not have (keep, untagged or reject)"
+                f"category_map is the file {self.category_map!r}: set category_unmapped (keep, "
+                "untagged or reject) for the values that are missing from the file"
             )
         for name in ("category_pattern", "answer_pattern"):
             pattern = getattr(self, name)
@@ -93,35 +99,43 @@ class SourceConfig(Section):
 
 
 class IngestConfig(Section):
-    """Stage `ingest`: raw files to Arrow shards by category. Details: `docs/data.md`."""
+    """Stage `ingest`: converts raw files to Arrow shards by category. Details: `docs/data.md`."""
 
     estimate_share: Share = 0.1
-    """Share of rows, by content hash, on which the effect matrix is measured."""
+    """Share of the rows in the `estimate` split, on which the effect matrix is measured. The hash
+    of its prompt decides to which split a row belongs."""
     test_share: Share = 0.1
-    """Share of rows, by content hash, on which everything is judged."""
+    """Share of the rows in the `test` split, on which the trained models are judged."""
     max_rejected_share: Share = 0.05
-    """The stage fails when more than this share of the rows read is rejected."""
+    """Largest share of the rows that may be rejected. Above it the stage fails."""
     unusable_files: Literal["error", "count"] = "error"
-    """A file that has rows but not one usable: the stage fails, or its rows count as rejected."""
+    """What happens when a file has rows but none is usable. `error`: the stage fails; `count`: its
+    rows count as rejected."""
     min_train_rows: Positive = 32
-    """Smallest number of train rows of a category."""
+    """Smallest number of train rows that a category may have. With fewer the stage fails."""
     min_heldout_rows: Positive = 8
-    """Smallest number of estimate rows, and of test rows, of a category."""
+    """Smallest number of rows that a category may have in the `estimate` split and in the `test`
+    split, each. With fewer the stage fails."""
     max_chars: Positive = 200_000
-    """Rows whose messages are longer together are rejected (`too-long`)."""
+    """Largest number of characters in all messages of a row. Longer rows are rejected
+    (`too-long`)."""
     deduplicate: Literal["none", "exact", "near"] = "exact"
-    """`exact`: normalised content; `near`: also MinHash neighbours."""
+    """Which duplicates are removed. `exact`: rows with equal normalised content; `near`: also rows
+    with nearly equal content, found by MinHash."""
     near_threshold: Share = 0.8
-    """Jaccard similarity of word 5-grams above which two rows are near-duplicates."""
+    """`deduplicate: near`: Jaccard similarity of word 5-grams above which two rows are
+    near-duplicates."""
     benchmarks: tuple[str, ...] = ()
-    """Files (relative to data_dir) whose text no train row may contain."""
+    """Benchmark files, relative to `data_dir`. A train row that contains their text is rejected."""
     benchmark_ngram: Positive = 13
-    """A train row that shares a run of this many words with a benchmark is rejected."""
+    """Length in words of a shared text. A train row that has so many consecutive words in common
+    with a benchmark is rejected."""
     filters: tuple[FunctionName, ...] = ()
-    """Your own functions `module:function` that reject rows (personal data, safety): each gets rows
-    as an Arrow table and returns None or a reason for every row (`docs/data.md`)."""
+    """Your own functions `module:function` that reject rows (personal data, safety). Each gets the
+    rows as an Arrow table and returns None or a reject reason for every row (`docs/data.md`)."""
     chunk_bytes: Positive = 64 * 2**20
-    """Size of the byte ranges into which splittable files are cut."""
+    """Size in bytes of a chunk, which one worker reads at a time: large files are split into ranges
+    of this size, small files are grouped up to it."""
     shard_rows: Positive = 50_000
     """Rows per Arrow shard."""
 
@@ -130,21 +144,24 @@ class IngestConfig(Section):
         if self.estimate_share + self.test_share >= 1.0:
             raise ValueError(
                 f"estimate_share {self.estimate_share} + test_share {self.test_share} "
-                "must stay below 1, or nothing is left to train on"
+                "must be below 1, or no rows are left to train on"
             )
         return self
 
 
 class TagConfig(Section):
-    """Stage `tag`: a category for every row that has none."""
+    """Stage `tag`: assigns a category to every row that has none."""
 
     categories: tuple[str, ...] = ()
-    """Names to choose among; empty: the categories that the corpus already has."""
+    """Categories that the model chooses among. Empty: the categories that the corpus has."""
     aliases: dict[str, str] = {}
-    """Free tags that mean a category: `{"maths": "math"}`; applied after normalisation."""
+    """Other spellings of a category, such as `{"maths": "math"}`. They apply after
+    normalisation."""
     max_instruction_tokens: Positive = 96
-    """Tokens of the instruction that the choice sees."""
+    """Number of tokens of an instruction that the model reads to choose its category."""
     prior_correction: bool = True
-    """Subtract each name's log-likelihood after an empty instruction (contextual calibration)."""
+    """Subtract the log-likelihood of each category name after an empty instruction (contextual
+    calibration). It removes the model's preference for common names."""
     accuracy_rows: int = Field(default=2000, ge=0)
-    """Rows with known labels, stratified, on which the accuracy of tagging is reported."""
+    """Size of the stratified sample of rows with known categories on which the accuracy of tagging
+    is reported."""

@@ -1,4 +1,7 @@
-"""From a YAML file and `--set` values to a checked RunConfig, with errors a person can act on."""
+"""Reads a YAML file and `--set` values into a checked RunConfig.
+
+Every error names the key, what was expected and what was found.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ from system.config import RunConfig
 from system.errors import ConfigError
 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
-"""What YAML 1.1 reads as a string although a person means a number: 1e-4."""
+"""Numbers that YAML 1.1 reads as strings, such as 1e-4."""
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in a YAML (or JSON) file, with `a.b=value` overrides applied.
+    """Reads a YAML (or JSON) file and applies `a.b=value` overrides.
 
-    Relative paths inside mean what they mean to the person who runs the command: they start from
-    the current directory.  Environment variables (`${HOME}`) are expanded in strings.
+    Relative paths in the file start from the current directory of the command.  Environment
+    variables (`${HOME}`) in strings are expanded.
 
     Raises:
-        ConfigError: no such file, no YAML, an unknown key, a bad value.
+        ConfigError: the file is missing or is not YAML, a key is unknown, or a value is invalid.
     """
     file = Path(path)
     if not file.is_file():
@@ -48,20 +51,20 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def apply_overrides(value: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Changes the raw configuration in place by `a.b=value` texts; values are YAML.
+    """Applies overrides `a.b=value` to the raw configuration, in place; values are YAML.
 
     Raises:
-        ConfigError: an override has another form, or leads through something that is no section.
+        ConfigError: an override has another form, or its path leads through a plain value.
     """
     for override in overrides:
         _apply_override(value, override)
 
 
 def parse_config(value: dict[str, Any], where: str) -> RunConfig:
-    """A checked configuration.
+    """Checks a raw configuration.
 
     Raises:
-        ConfigError: names every bad field, what was found, and the nearest known key.
+        ConfigError: names every invalid key, the value found, and the nearest known key.
     """
     try:
         return RunConfig.model_validate(value)
@@ -84,31 +87,34 @@ def _apply_override(value: dict[str, Any], override: str) -> None:
         parsed = float(parsed)
     *parents, last = name.strip().split(".")
     node: Any = value
-    for depth, part in enumerate(parents):
-        node = _child(node, part, override, ".".join(parents[: depth + 1]))
+    for depth, key in enumerate(parents):
+        node = _child(node, key, override, ".".join(parents[: depth + 1]))
     if isinstance(node, list):
         node[_index(node, last, override)] = parsed
     else:
         node[last] = parsed
 
 
-def _child(node: Any, part: str, override: str, so_far: str) -> Any:
+def _child(node: Any, key: str, override: str, path: str) -> Any:
     if isinstance(node, list):
-        return node[_index(node, part, override)]
-    child = node.setdefault(part, {})
+        return node[_index(node, key, override)]
+    child = node.setdefault(key, {})
+    # A section that is null in the file, such as `lora:`, is empty until a key of it is set.
     if child is None:
-        child = node[part] = {}
+        child = node[key] = {}
     if not isinstance(child, dict | list):
-        raise ConfigError(f"--set {override!r}: {so_far} is a value ({child!r}), not a section")
+        raise ConfigError(
+            f"--set {override!r}: expected a section at {path}, found the value {child!r}"
+        )
     return child
 
 
-def _index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdecimal() or int(part) >= len(node):
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdecimal() or int(key) >= len(node):
         raise ConfigError(
-            f"--set {override!r}: expected an index from 0 to {len(node) - 1}, found {part!r}"
+            f"--set {override!r}: expected an index from 0 to {len(node) - 1}, found {key!r}"
         )
-    return int(part)
+    return int(key)
 
 
 def _expand(value: Any) -> Any:
@@ -122,27 +128,28 @@ def _expand(value: Any) -> Any:
 
 
 def _describe(item: Any) -> str:
-    location = [part for part in item["loc"] if part != "function-after"]
-    name = ".".join(str(part) for part in location)
+    location = [key for key in item["loc"] if key != "function-after"]
+    name = ".".join(str(key) for key in location)
     if item["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        keys = _section_keys(location[:-1])
+        nearest = difflib.get_close_matches(str(location[-1]), keys, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(keys)}"
         return f"{name}: unknown key; {hint}"
     if item["type"] == "missing":
-        return f"{name}: required, but not given"
+        return f"{name}: required, but missing"
     message = item["msg"].removeprefix("Value error, ")
-    found = item["input"]
-    shown = "" if isinstance(found, dict | list) or not name else f", found {found!r}"
+    value = item["input"]
+    # A whole section as the value found would bury the message.
+    shown = "" if isinstance(value, dict | list) or not name else f", found {value!r}"
     return f"{name}: {message}{shown}" if name else message
 
 
-def _known_keys(location: Sequence[str | int]) -> list[str]:
+def _section_keys(location: Sequence[str | int]) -> list[str]:
     model: Any = RunConfig
-    for part in location:
-        if isinstance(part, int):
+    for key in location:
+        if isinstance(key, int):
             continue
-        field = model.model_fields.get(part)
+        field = model.model_fields.get(key)
         if field is None:
             return []
         model = _section_of(field.annotation)
@@ -155,7 +162,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for inner in get_args(annotation):
-        found = _section_of(inner)
-        if found is not None:
-            return found
+        section = _section_of(inner)
+        if section is not None:
+            return section
     return None

@@ -1,6 +1,6 @@
-"""The reference of the configuration, made from the models themselves: `docs/config.md`.
+"""Writes the reference of the configuration, `docs/config.md`, from the pydantic models.
 
-What a key means is the string under its field, and what it may be is its type.
+The meaning of a key is the docstring under its field.  Its possible values come from its type.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from system.config import RunConfig
 _INTRODUCTION = """\
 # The configuration
 
-Every key of a run's YAML file, as `instructmix config` prints it; `instructmix config --defaults`
-gives all defaults as YAML. Complete files are in `configs/`. `--set a.b=value` overrides one key,
-unknown keys are errors, and `instructmix check CONFIG` says what is wrong with a file. `null`
-leaves a key unset.
+This page lists every key of a run's YAML file; `instructmix config` prints it, and
+`instructmix config --defaults` prints all defaults as YAML. Complete files are in `configs/`.
+`--set a.b=value` overrides one key. Unknown keys are errors. `instructmix check CONFIG` reports
+what is wrong with a file. `null` leaves a key unset.
 """
 _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 _NUMBERS = (int, float)
@@ -36,40 +36,40 @@ class Key:
 
     name: str
     type: str
-    """What it may be, in words."""
+    """Its possible values, in words."""
     default: str
-    """As YAML in one line, in backticks; or `required`, or that the section has its own."""
+    """One line of YAML in backticks, or `required`, or `see section`."""
     text: str
-    """What it means, in one line."""
+    """Its meaning, in one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SectionReference:
-    """One section: all keys of one model."""
+    """One section: all keys of one pydantic model."""
 
     paths: tuple[str, ...]
-    """Where the section may stand, such as `influence.lora` and `train.lora`; `` for the top."""
+    """Places of the section, such as `influence.lora` and `train.lora`; `` for the top level."""
     text: str
-    """What it is, in one line."""
+    """Its meaning, in one line."""
     keys: tuple[Key, ...]
 
 
 def read_sections() -> tuple[SectionReference, ...]:
-    """All sections, each once, in the order of the configuration; the top level comes first."""
+    """All sections, each once, in the order of the configuration, the top level first."""
     paths: dict[type[BaseModel], list[str]] = {}
     _collect(RunConfig, "", paths)
     return tuple(
         SectionReference(
-            paths=tuple(found),
+            paths=tuple(model_paths),
             text=_one_line(model.__doc__),
             keys=tuple(_key(name, field) for name, field in model.model_fields.items()),
         )
-        for model, found in paths.items()
+        for model, model_paths in paths.items()
     )
 
 
 def render_reference() -> str:
-    """The page: one table a section."""
+    """The whole page as Markdown, with one table for each section."""
     parts = [_INTRODUCTION]
     for section in read_sections():
         title = (
@@ -85,9 +85,9 @@ def render_reference() -> str:
 
 
 def render_defaults() -> str:
-    """All defaults as a YAML file; what is required stands in its first line.
+    """All defaults as a YAML file, whose first line lists the required keys.
 
-    Sections that are not set (`lora`) are null; the reference has their keys.
+    Sections that are unset by default (`lora`) are null; the reference has their keys.
     """
     required: list[str] = []
     values = _defaults(RunConfig, "", required)
@@ -103,7 +103,7 @@ def _collect(model: type[BaseModel], path: str, paths: dict[type[BaseModel], lis
 
 
 def _sections_in(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseModel], str]]:
-    """The sections that a key may hold, and what stands between the key and theirs."""
+    """The sections inside a type, each with its path suffix: `[]` in a list, `.NAME` in a map."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, suffix
         return
@@ -133,14 +133,14 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        return "its own"
+        return "see section"
     if isinstance(value, tuple):
         return f"`[{', '.join(map(str, value))}]`"
     return f"`{value if isinstance(value, str) and value else json.dumps(value)}`"
 
 
 def _describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """A type in words."""
+    """A type in words, with its bounds."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _describe(inner[0], _limits(inner[1:]))
@@ -166,11 +166,11 @@ def _describe_list(inner: tuple[Any, ...]) -> str:
 
 
 def _limits(metadata: Sequence[Any]) -> list[Any]:
-    """The limits among the metadata of a type, those inside a `Field(...)` included."""
-    found: list[Any] = []
+    """The bounds in the metadata of a type, including those inside a `Field(...)`."""
+    limits: list[Any] = []
     for item in metadata:
-        found += item.metadata if isinstance(item, FieldInfo) else [item]
-    return found
+        limits += item.metadata if isinstance(item, FieldInfo) else [item]
+    return limits
 
 
 def _bounds(metadata: Sequence[Any]) -> str:

@@ -1,9 +1,9 @@
-"""The configuration of a run: one frozen tree, one YAML file, unknown keys are errors.
+"""The configuration of a run: the top level, and the sections that have no file of their own.
 
-Every section belongs to the stage of the same name; a stage's record keeps the sections it read,
-so a change anywhere else never makes it run again.  The string under a field is its help text:
-`docs/config.md` and `instructmix config` show it.
-Loading, overriding and error messages live in `system.config.load`.
+Every section belongs to the stage of the same name.  The record of a stage keeps the sections that
+the stage read, so a change in another section never makes it run again.  The string under a field
+is its help text: `docs/config.md` and `instructmix config` show it.  `system.config.load` reads the
+YAML file and words the errors.
 """
 
 from __future__ import annotations
@@ -21,146 +21,163 @@ from system.functions import FUNCTION_NAME
 
 
 class GroupLimit(Section):
-    """Limits on several categories together."""
+    """Limits on the sum over several categories."""
 
     categories: tuple[str, ...] = Field(min_length=1)
-    """Whose examples are added up."""
+    """The categories of the group."""
     lower: float = Field(default=0.0, ge=0)
-    """Fewest examples of them together."""
+    """Smallest number of examples of the group."""
     upper: float | None = Field(default=None, ge=0)
-    """Most examples of them together; null: no limit."""
+    """Largest number of examples of the group. Null: no limit."""
 
 
 class SolveConfig(Section):
-    """Stage `solve`: the mix. Meaning of every limit: `docs/optimiser.md`."""
+    """Stage `solve`: the optimal mix under limits. Every limit is explained in
+    `docs/optimiser.md`.
+    """
 
     budget: Positive
-    """N: examples (or response tokens) of one pass over the mix."""
+    """Size of the mix: number of examples (or response tokens) of one pass over it."""
     unit: Literal["examples", "tokens"] = "examples"
-    """What budget, trust region and moves are counted in; `tokens`: of the responses."""
+    """Unit of the budget, the trust region and the moves. `tokens` are response tokens."""
     objective: Literal["linear", "max-min", "concave", "robust"] = "linear"
-    """What is largest. `linear`: the predicted gain, weighted by importance; `max-min`: the gain of
-    the worst-off target; `concave`: as `linear`, but returns diminish where they were measured to
-    (both directions, or several doses); `robust`: the gain that is left when effects err against
-    the mix."""
+    """What the solver maximises. `linear`: the predicted gain, weighted by `importance`; `max-min`:
+    the smallest gain of any target; `concave`: as `linear`, but with diminishing returns where they
+    were measured (both directions, or several doses); `robust`: the gain in the worst case, in
+    which effects are off by up to `robust_radius` standard errors."""
     base: Literal["natural", "uniform"] | dict[str, Annotated[float, Field(ge=0)]] = "natural"
-    """w0, the mix that moves and gains are counted from, scaled to the budget. `natural`: the
-    shares of the train split; `uniform`: equal shares, which is where the influence stage measures
-    its effects; or weights by name (categories left out have none)."""
+    """Base mix: moves and gains are counted from it. It is scaled to the budget. `natural`: the
+    shares of the train split; `uniform`: equal shares, as in the influence stage; or weights by
+    category (a category that is left out has weight 0)."""
     matrix: Literal["effect", "gamma"] = "effect"
-    """Optimise effects in nats, or the paper's own formula in gamma."""
+    """Matrix of the objective: effects in nats, or gamma as in the paper."""
     move: Share = 0.1
     """Trust region: largest share of the budget that may move away from the base mix."""
     category_cap: float = Field(default=1.0, gt=0)
-    """Largest move of one category, as a share of its base count."""
+    """Largest move of one category, as a share of its count in the base mix."""
     max_epochs: float = Field(default=1.0, gt=0)
-    """How often one example may be used within a pass."""
+    """Largest number of times that one example is used in one pass over the mix."""
     guard: float | None = Field(default=None, ge=0)
-    """No target may lose more than this share of its base effect."""
+    """Guard: largest decrease that is allowed for any target, as a share of its effect at the
+    base mix. Null: no such limit."""
     guard_nats: float | None = Field(default=None, ge=0)
-    """The same limit in nats; give one of the two."""
+    """The same limit in nats. Set `guard` or `guard_nats`, not both."""
     importance: Literal["base", "uniform"] | dict[str, float] = "base"
-    """Weight of each target: its base share, equal, or given by name (scaled to sum to one; targets
-    left out have none)."""
+    """Weight of each target. `base`: its share of the base mix; `uniform`: equal; or weights by
+    target, which are scaled to sum to one (a target that is left out has weight 0)."""
     lower: dict[str, float] = Field(default_factory=dict)
-    """Category -> fewest examples of it in the mix."""
+    """Category -> smallest number of its examples in the mix."""
     upper: dict[str, float] = Field(default_factory=dict)
-    """Category -> most examples of it in the mix."""
+    """Category -> largest number of its examples in the mix."""
     groups: dict[str, GroupLimit] = Field(default_factory=dict)
-    """Name -> limits on several categories together."""
+    """Name of a group -> limits on the sum over its categories."""
     max_categories: Positive | None = None
-    """At most this many categories in the mix (MILP)."""
+    """Largest number of categories in the mix (solved as a MILP). Null: no limit."""
     mip_max_nodes: Positive | None = None
-    """Nodes after which the search for whole counts takes the best mix it has found; null: 2,000,
-    fewer for large problems. A count, not a time: the answer is the same on every machine."""
+    """Largest number of branch-and-bound nodes in the search for whole counts; then the best mix so
+    far is the answer. It is a count and not a time, so the answer is the same on every machine.
+    Null: 2,000, fewer for large problems."""
     robust_radius: float = Field(default=1.0, ge=0)
-    """`robust`: how many standard errors an effect may be off."""
+    """`robust`: number of standard errors by which an effect may be off."""
     robust_sources: float | None = Field(default=None, gt=0)
-    """`robust`: how many sources may be off at once; null: all of them (a box)."""
+    """`robust`: number of source categories whose effects may be off at the same time. Null: all
+    of them (a box)."""
     shrinkage: bool | Literal["auto"] = True
-    """Solve with empirical-Bayes shrunken effects instead of the raw ones. `auto`: with those that
-    predict a replication better that was left out (`prediction` in the influence stage's
-    summary.json, all directions together); shrunken where one replication cannot tell."""
+    """Solve with effects that are shrunk by empirical Bayes, instead of the raw ones. `auto`: with
+    those that predict better a replication that was left out (`prediction` in the influence
+    stage's `summary.json`, all directions together); shrunk effects when there is only one
+    replication."""
     dose: Literal["nearest", "largest", "smallest"] | Positive = "nearest"
-    """Several `influence.dose_rows`: whose effects decide the mix. `nearest`: for each category
-    the dose nearest to the largest move that the limits let it make; a number: the dose nearest to
-    so many rows. With one dose it is not read."""
+    """With several `influence.dose_rows`: the dose whose effects decide the mix. `nearest`: for
+    each category, the dose nearest to the largest move that its limits allow; a number: the dose
+    nearest to this number of rows. With one dose it has no effect."""
 
     @model_validator(mode="after")
     def _one_guard(self) -> SolveConfig:
         if self.guard is not None and self.guard_nats is not None:
-            raise ValueError("give guard or guard_nats, not both")
+            raise ValueError(
+                f"expected guard or guard_nats, found both ({self.guard} and {self.guard_nats}): "
+                "remove one"
+            )
         return self
 
 
 class CurriculumConfig(Section):
-    """Stage `curriculum`: dependency taxonomy and order. Formulas: `docs/curriculum.md`."""
+    """Stage `curriculum`: dependency graph and order of training. Formulas:
+    `docs/curriculum.md`.
+    """
 
     preset: Literal["tilted", "paper", "sequential", "natural", "reversed"] = "tilted"
-    """`tilted`: early stages lean on base levels; `sequential`: level after level; `paper`: the
-    published three passes; `natural`: every stage the mix in small; `reversed`: `tilted` backwards.
-    The last two are controls."""
+    """Kind of curriculum. `tilted`: early stages contain more of the base levels of the dependency
+    graph; `sequential`: one level after the other; `paper`: the three passes of the paper;
+    `natural`: every stage has the shares of the mix; `reversed`: `tilted` in reverse order. The
+    last two are controls."""
     num_stages: Positive = 3
-    """Stages of every preset but `paper`, which has three."""
+    """Number of curriculum stages. `paper` always has three."""
     epochs: Positive = 1
-    """Passes over the mix, all stages together; `paper` makes three."""
+    """Number of passes over the mix in all stages together. `paper` always makes three."""
     tilt: Share = 0.5
-    """How strongly early stages lean on base levels: 0 not at all, 1 as far as rehearsal lets."""
+    """How much the early stages prefer the base levels: 0 not at all, 1 as far as `rehearsal`
+    allows."""
     rehearsal: Share = 0.2
-    """Share of its proportional count that every category keeps in every stage."""
+    """Smallest count of a category in a stage, as a share of its proportional count there."""
     false_discovery_rate: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Benjamini-Hochberg level of the dependency edges."""
+    """False discovery rate of the dependency edges (Benjamini-Hochberg)."""
     bootstrap: Positive = 200
-    """Resamples behind each edge's stability."""
+    """Number of bootstrap resamples for the stability of each edge."""
 
 
 class SelectConfig(Section):
-    """Stage `select`: which examples. What each method guarantees: `docs/selection.md`."""
+    """Stage `select`: which rows are trained on. The guarantees of each method are in
+    `docs/selection.md`.
+    """
 
     method: Literal["random", "quality", "quality+diversity", "facility-location"] = "random"
-    """`random`: seeded by content id; `quality`: best score first; `quality+diversity`: best score
-    first, leaving out what is too similar to a better row; `facility-location`: rows that together
-    stand for all others."""
+    """How rows are chosen. `random`: by a seeded hash of their content id; `quality`: best score
+    first; `quality+diversity`: best score first, without rows that are too similar to a better one;
+    `facility-location`: the rows that together represent all rows of the category best."""
     score: str = "column"
-    """What `quality` goes by. `column`: the sources' `score_column`; `loss`: the base model's mean
-    loss on the response; `ifd`: instruction-following difficulty (that loss over the loss without
-    the instruction); or your own `module:function`."""
+    """Score of `quality` and `quality+diversity`. `column`: the `score_column` of the sources;
+    `loss`: mean loss of the base model on the response; `ifd`: instruction-following difficulty
+    (this loss divided by the loss without the instruction); or your own function
+    `module:function`."""
     order: Literal["highest", "lowest"] = "highest"
-    """Which scores come first."""
+    """Whether the highest or the lowest scores come first."""
     embedding: Literal["tf-idf", "model", "column"] = "tf-idf"
-    """What similarity is measured on. `tf-idf`: hashed word n-grams; `model`: mean hidden states of
-    the base model; `column`: the vectors of the sources' `embedding_column`."""
+    """Vectors for the similarity of rows. `tf-idf`: hashed word n-grams; `model`: mean hidden
+    states of the base model; `column`: the `embedding_column` of the sources."""
     max_similarity: float = Field(default=0.9, gt=0, le=1)
-    """`quality+diversity`: cosine above which a row is too similar to a better one."""
+    """`quality+diversity`: cosine similarity above which a row is too similar to a better one."""
     block_rows: Annotated[int, Field(ge=16, le=32768)] = 4096
-    """`facility-location`: rows of a category that are compared with each other; memory grows with
-    its square."""
+    """`facility-location`: number of rows of a category that are compared with each other at a
+    time. Memory grows with its square."""
     repeats: bool = True
-    """Use rows again where a quota is above what can be chosen; false: that is an error."""
+    """Use rows more than once when a quota is larger than the number of usable rows. `false`: this
+    is an error."""
     max_quarantined_share: Share = 0.05
-    """The stage fails when more than this share of the rows looked at has no usable score or
-    vector."""
+    """Largest share of the rows that may lack a usable score or vector. Above it the stage
+    fails."""
 
     @field_validator("score")
     @classmethod
     def _score_is_known(cls, score: str) -> str:
         if score not in ("column", "loss", "ifd") and not FUNCTION_NAME.fullmatch(score):
-            raise ValueError("expected column, loss, ifd, or a function as module:function")
+            raise ValueError("expected column, loss, ifd, or a function written module:function")
         return score
 
     @property
     def uses_score(self) -> bool:
-        """Whether the method goes by scores."""
+        """Whether the method reads scores."""
         return self.method in ("quality", "quality+diversity")
 
     @property
     def uses_embedding(self) -> bool:
-        """Whether the method goes by similarity."""
+        """Whether the method reads vectors, to compare rows."""
         return self.method in ("quality+diversity", "facility-location")
 
     @property
     def unread_fields(self) -> frozenset[str]:
-        """Fields that the method never looks at, so that changing them runs nothing again."""
+        """Fields that the method does not read; changing them makes no stage run again."""
         unread: set[str] = set()
         if not self.uses_score:
             unread |= {"score", "order"}
@@ -176,55 +193,60 @@ class SelectConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where it runs. Never part of a stage's fingerprint: results do not depend on it."""
+    """Where the run executes. Results do not depend on this section, so changing it makes no stage
+    run again.
+    """
 
     address: str = "auto"
-    """`local` starts a Ray of its own; `auto` joins the cluster of a Ray job (RAY_ADDRESS), else
-    starts one; anything else is the address of the Ray to join."""
+    """Ray cluster. `local`: start Ray on this machine; `auto`: join the cluster of the Ray job
+    (RAY_ADDRESS) if there is one, otherwise start Ray here; anything else: the address of the
+    cluster to join."""
     num_cpus: Positive | None = None
-    """CPUs of a local Ray; null: all of this machine."""
+    """CPUs of a Ray that is started here. Null: all CPUs of this machine."""
     num_tuners: Positive = 1
-    """Intervention runs at a time."""
+    """Number of intervention runs that train at the same time."""
     num_scorers: Positive = 1
-    """vLLM engines at a time."""
+    """Number of vLLM engines that run at the same time."""
     num_ingestors: Positive = 2
-    """Readers, and measurers of row lengths, at a time; each takes half a CPU."""
+    """Number of actors that read files, or count tokens, at the same time. Each takes half a
+    CPU."""
     actor_cpus: float = Field(default=1.0, gt=0)
-    """CPUs of one tuner, scorer or train worker; it uses as many threads."""
+    """CPUs, and threads, of one tuner, scorer or train worker."""
     tuner_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of one tuner; 0: intervention runs train on the CPU."""
+    """GPUs of one tuner. 0: intervention runs train on the CPU."""
     scorer_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of one scorer; 0: tagging, scoring and generation run on the CPU."""
+    """GPUs of one scorer. 0: tagging, scoring and generation run on the CPU."""
     train_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of one train worker; 0: training and the evaluation's arms run on the CPU."""
+    """GPUs of one train worker. 0: stage `train` and the arms of stage `evaluate` train on the
+    CPU."""
     max_attempts: Positive = 3
-    """Tries of one unit of work, the first included: it is given out again when its actor dies, not
-    when its code fails. The run also ends when so many actors of a kind in a row die as they
-    start."""
+    """Largest number of attempts at one work unit, the first one included. A unit is tried again
+    when its actor dies, not when its code fails. The run also ends when this many actors of one
+    kind, one after another, die while they start."""
     engine_memory_gib: float = Field(default=1.0, gt=0)
-    """KV cache of one CPU scorer."""
+    """Memory for the KV cache of one scorer on a CPU, in GiB."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0, lt=1)
-    """Share of a GPU's memory that one scorer may take."""
+    """Largest share of a GPU's memory that one scorer uses."""
 
     @property
     def ray_address(self) -> str:
-        """The address, with `auto` decided: `local`, or the cluster that RAY_ADDRESS names."""
+        """The address with `auto` resolved: the value of RAY_ADDRESS, or `local`."""
         if self.address != "auto":
             return self.address
         return os.environ.get("RAY_ADDRESS") or "local"
 
 
 class RunConfig(Section):
-    """Everything a run needs."""
+    """The configuration of a run."""
 
     run_dir: str
-    """Where everything is written: a local directory, `s3://...` or `gs://...`."""
+    """Directory for everything that the run writes: local, `s3://...` or `gs://...`."""
     data_dir: str = "."
-    """What relative source paths start from."""
+    """Directory from which relative source paths start."""
     seed: int = Field(default=0, ge=0)
-    """What every random choice is drawn from: another seed draws other rows, runs and orders."""
+    """Seed of all random choices: rows, runs and orders."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    """Where the instruction rows come from."""
+    """Files with instruction rows."""
     ingest: IngestConfig = IngestConfig()
     model: ModelConfig
     tag: TagConfig = TagConfig()
@@ -240,21 +262,21 @@ class RunConfig(Section):
     @classmethod
     def _run_dir_is_named(cls, run_dir: str) -> str:
         if not run_dir.strip():
-            raise ValueError("run_dir is empty: name the directory that takes the results")
+            raise ValueError("run_dir is empty: expected the directory for the results")
         return run_dir
 
     @model_validator(mode="after")
     def _selection_has_its_columns(self) -> RunConfig:
         select = self.select
-        for is_asked, key, column in (
+        for is_needed, key, column in (
             (select.uses_score and select.score == "column", "select.score", "score_column"),
             (select.uses_embedding and select.embedding == "column", "select.embedding",
              "embedding_column"),
         ):  # fmt: skip
-            if is_asked and not any(getattr(source, column) for source in self.sources):
+            if is_needed and not any(getattr(source, column) for source in self.sources):
                 raise ValueError(
-                    f"{key} is `column`, but no source names its {column}: name it, or choose "
-                    f"another {key}"
+                    f"{key} is `column`, but no source sets {column}: set it, or choose another "
+                    f"{key}"
                 )
         return self
 
@@ -272,5 +294,5 @@ class RunConfig(Section):
         names = [source.name for source in self.sources if source.name]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"source names must differ; twice: {twice}")
+            raise ValueError(f"expected a different name for each source, found twice: {twice}")
         return self

@@ -1,4 +1,4 @@
-"""The sections of the configuration about training and evaluation."""
+"""Configuration sections for training and evaluation: `train` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -14,59 +14,63 @@ class TrainConfig(Section):
     """Stage `train`: curriculum SFT under Ray Train. Details: `docs/training.md`."""
 
     num_workers: Positive | tuple[Positive, Positive] = 2
-    """Workers, or [fewest, most] for an elastic group."""
+    """Number of training workers, or [fewest, most] for a group that grows when there is room
+    (elastic)."""
     learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak."""
+    """Peak learning rate."""
     lr_schedule: Literal["cosine", "linear", "warmup-stable-decay"] = "cosine"
-    """One schedule through all stages."""
+    """Learning-rate schedule. One schedule covers all curriculum stages."""
     warmup_share: Share = 0.03
-    """Share of the steps with rising learning rate."""
+    """Share of the steps in which the learning rate rises."""
     decay_share: Share = 0.2
-    """Share of the steps in which warmup-stable-decay decays."""
+    """`warmup-stable-decay`: share of the steps, at the end, in which the learning rate falls."""
     min_lr_share: Share = 0.0
-    """Last learning rate as a share of the peak."""
+    """Learning rate of the last step, as a share of the peak."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's; norms and biases do not decay."""
+    """Weight decay of AdamW. Norms and biases have none."""
     beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
-    """AdamW's decay rate of the mean squared gradient; beta1 is 0.9."""
+    """beta2 of AdamW: decay rate of the mean squared gradient. beta1 is 0.9."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients of one step with a larger norm are scaled down to it."""
+    """Gradient clipping: a gradient with a larger norm is scaled down to this norm."""
     batch_size: Positive = 16
     """Examples per optimiser step, over all workers."""
     micro_batch_tokens: Positive = 4096
-    """Padded tokens of one forward pass of one worker; memory follows this number."""
+    """Tokens, padding included, of one forward pass of one worker. Memory grows with it."""
     packing: bool = True
-    """Rows share forward passes, with block-diagonal attention (equal to unpacked training).
-    false: every row has a pass of its own, which is slower: to compare with."""
+    """Pack several rows into one sequence, with block-diagonal attention: no row sees another, and
+    the result equals unpacked training. `false`: one row a sequence, which is slower; for
+    comparison."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """`ddp`: every worker holds everything; `fsdp`: parameters, gradients and optimiser state are
-    sharded over the workers (FSDP2)."""
+    """`ddp`: every worker holds the whole model; `fsdp`: parameters, gradients and optimiser state
+    are sharded over the workers (FSDP2)."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more
     time."""
     kernels: Literal["auto", "torch", "liger"] = "torch"
-    """`liger` needs a GPU and the package liger-kernel; `auto` takes it where both are there."""
+    """Implementation of the model's layers. `liger` needs a GPU and the package liger-kernel;
+    `auto` uses it when both are there."""
     compile: bool = False
-    """Decoder layers through torch.compile; on a CPU it needs a C++ compiler."""
+    """Compile the decoder layers with torch.compile. On a CPU this needs a C++ compiler."""
     lora: LoraConfig | None = None
-    """Train adapters (the exported model has them merged) instead of all weights."""
+    """Train adapters instead of all weights. They are merged into the exported model."""
     checkpoint_every: Positive = 50
-    """Optimiser steps between checkpoints: what a failure repeats at most."""
+    """Optimiser steps between two checkpoints. After a failure, at most this many steps are
+    repeated."""
     keep_checkpoints: Positive = 2
-    """Newest checkpoints that stay."""
+    """Number of checkpoints that are kept, the newest ones."""
     keep_best: bool = False
     """Measure the loss on held-out rows (`estimate` split) at every checkpoint and at the end, and
     keep the best checkpoint besides the newest."""
     heldout_rows: Positive = 32
-    """Rows of each category that this loss is measured on."""
+    """`keep_best`: number of rows of each category on which this loss is measured."""
     export: Literal["last", "best"] = "last"
-    """Which weights become the model; `best` needs keep_best."""
+    """Which checkpoint becomes the exported model. `best` needs `keep_best: true`."""
     max_failures: int = Field(default=3, ge=0)
-    """Times the worker group, or its controller, is started again after a failure."""
+    """Largest number of times that a failed worker group, or its controller, is started again."""
     resize_seconds: float = Field(default=60.0, gt=0)
-    """How often an elastic group looks for room for more workers; growing restarts it."""
+    """Seconds between two checks whether an elastic group can grow. Growing restarts the group."""
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
-    """Trackers besides train/metrics.jsonl."""
+    """Experiment trackers that get the metrics besides `train/metrics.jsonl`."""
 
     @field_validator("num_workers")
     @classmethod
@@ -80,7 +84,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _best_is_kept(self) -> TrainConfig:
         if self.export == "best" and not self.keep_best:
-            raise ValueError("export: best needs keep_best: true")
+            raise ValueError("export: best needs keep_best: true; set it, or use export: last")
         return self
 
 
@@ -91,19 +95,22 @@ Arm = Literal[
 
 
 class EvaluateConfig(Section):
-    """Stage `evaluate`: held-out loss and verifiable accuracy against honest baselines."""
+    """Stage `evaluate`: held-out loss and accuracy of the solved mix against baselines."""
 
     arms: tuple[Arm, ...] = ("natural", "solved", "solved-curriculum")
-    """Trained at equal budget; names without `-curriculum` or `-reversed` are shuffled. `random`
-    moves as much as `solved`, in a direction that no effect speaks for, another one every seed."""
+    """Arms (mix and order) that are trained with equal budget and compared. Arms without
+    `-curriculum` or `-reversed` are trained in shuffled order. `random` moves as many examples as
+    `solved`, but in a random direction that ignores the effects and differs from seed to seed."""
     seeds: Positive = 3
-    """Trainings per arm; every seed draws other examples and another order for all arms alike."""
+    """Number of trainings of every arm. Each seed draws other examples and another order, the same
+    ones for all arms."""
     test_rows: Positive = 200
-    """Rows of each category's test split that are scored."""
+    """Number of rows of each category's `test` split that are scored."""
     accuracy_rows: int = Field(default=50, ge=0)
-    """Verifiable rows of each category whose answers are generated and checked."""
+    """Number of rows of each category whose answers are generated and checked; they must have a
+    final answer."""
     max_new_tokens: Positive = 128
-    """Longest generated answer, in tokens; prompts have the rest of model.max_length, half at
-    least."""
+    """Largest number of generated tokens of an answer. Prompts get the rest of
+    `model.max_length`, at least half of it."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
-    """Level of all intervals."""
+    """Confidence level of all intervals."""

@@ -1,17 +1,17 @@
-"""What a run is going to take, before it starts: runs, tokens, hours, disk.
+"""`instructmix check`: forecasts what a run will take: runs, tokens, hours and disk space.
 
-    known.py     what there is to compute from: exact lengths, or a sample, or nothing yet
-    workload.py  tokens that the stages train, score and generate
-    probe.py     a short measurement of the proxy's training and scoring on this machine
-    rates.py     tokens per second: of the probe, or of runs that this run directory has
-    hours.py     from tokens and rates to wall time
-    disk.py      what lies on the disk at once
-    forecast.py  all of it; budgets       text.py  as lines for people
+    corpus_stats.py  rows and token lengths of the corpus: exact, or estimated from a sample
+    workload.py      tokens that each stage trains, scores and generates
+    probe.py         a short timing of training and scoring on this machine
+    hours.py         tokens per second, from the probe or from finished runs, and the wall time
+    disk.py          largest disk space in use at one time
+    forecast.py      combines all of them, and checks them against the limits of the user
+    text.py          the forecast as text
 
-It starts no Ray and changes nothing in the run directory.
+A forecast starts no Ray and changes nothing in the run directory.
 """
 
-from system.forecast.forecast import Forecast, Found, make_forecast
+from system.forecast.forecast import Forecast, RunState, make_forecast
 from system.forecast.text import describe
 
-__all__ = ["Forecast", "Found", "describe", "make_forecast"]
+__all__ = ["Forecast", "RunState", "describe", "make_forecast"]

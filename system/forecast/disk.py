@@ -1,8 +1,8 @@
-"""What lies in the run directory at once, and whether it fits.
+"""Estimates the largest disk space that a run uses at one time.
 
-Weights count by their parameters; an optimiser keeps two moments of every trained parameter.  The
-intervention checkpoints between training and scoring are bounded by the ledger, and the arms of
-the evaluation lie there together until they are measured.
+Weights are counted by parameters; an optimiser adds two moments for every trained parameter.  The
+ledger limits the number of intervention checkpoints that wait for scoring.  The models of all arms
+of stage `evaluate` are on the disk together until they are scored.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """Parameters, as the files' headers say."""
+    """Number of parameters, from the headers of the files."""
 
     parameters: int
     adapted: int | None
-    """Parameters of the adapters of the final training; None where all weights are trained."""
+    """Parameters of the adapters of the final training; None if all weights are trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskPart:
-    """Something that takes room."""
+    """Files of one kind that a stage writes."""
 
     name: str
     size_bytes: int
     stage: str
     stays: bool
-    """Still there when the next stage starts."""
+    """Whether they are still there when the next stage starts."""
 
 
 def model_size(model_dir: Path, lora: LoraConfig | None) -> ModelSize:
-    """Reads shapes from the safetensors headers alone.
+    """Counts parameters; reads only the headers of the safetensors files.
 
     Args:
         model_dir: local Hugging Face directory.
-        lora: adapters of the training.
+        lora: adapters of the training; None: all weights are trained.
     """
     parameters = adapted = 0
     targets = "|".join(map(re.escape, lora.targets)) if lora else "(?!)"
@@ -81,14 +81,14 @@ def disk_parts(
     num_categories: int | None,
     train_rows: int | None,
 ) -> list[DiskPart]:
-    """What the stages from `model` on put into the run directory.
+    """The files that the stages after `model` write into the run directory.
 
     Args:
-        config: of the run.
-        model: its size.
-        corpus: once it is there; the selection is estimated from it.
-        num_categories: once known.
-        train_rows: of the final training, once known.
+        config: configuration of the run.
+        model: size of the base model.
+        corpus: the corpus, from which the selection is estimated; None if there is none yet.
+        num_categories: number of categories; None if unknown yet.
+        train_rows: rows of the final training; None if unknown yet.
     """
     influence, evaluate, cluster = config.influence, config.evaluate, config.cluster
     weights = model.parameters * _FLOAT32
@@ -97,12 +97,13 @@ def disk_parts(
     state = 3 * trained * _FLOAT32
     at_once = open_checkpoints(cluster.num_tuners, cluster.num_scorers)
     replications = most_replications(influence)
-    # `auto` tries its designs one after the other.
+    # `auto` tries its designs one after the other, so the largest one counts, not the sum.
     designs = influence.auto.designs if influence.estimator == "auto" else (influence.design,)
     warm = max(_num_warm(influence, name) for name in designs) * replications
     scored = replications * max(
         _num_scored(influence, name, num_categories or 0) for name in designs
     )
+    # Without keep_checkpoints a checkpoint is deleted as soon as it is scored.
     if num_categories is not None:
         at_once = scored if influence.keep_checkpoints else min(at_once, scored)
     arms = len(evaluate.arms) * evaluate.seeds
@@ -114,6 +115,7 @@ def disk_parts(
             stays=influence.keep_checkpoints,
         ),
         DiskPart(
+            # One more than is kept: the new one is written before the oldest is deleted.
             name=f"{config.train.keep_checkpoints + 1} training checkpoints with optimiser",
             size_bytes=(config.train.keep_checkpoints + 1) * state,
             stage="train",
@@ -139,16 +141,16 @@ def disk_parts(
 
 
 def _num_warm(influence: InfluenceConfig, design: str) -> int:
-    """States of a replication's warm-up that are kept until the stage is done."""
+    """Checkpoints of a replication's warm-up that are kept until the stage is finished."""
     estimator = ESTIMATORS[design]
-    # First order keeps Adam's second moments beside the weights, at every checkpoint.
+    # First-order estimators keep Adam's second moments beside the weights of every checkpoint.
     return estimator.is_warmed * (
         2 * influence.gradient_checkpoints if estimator.is_first_order else 1
     )
 
 
 def _num_scored(influence: InfluenceConfig, design: str, num_categories: int) -> int:
-    """Checkpoints of a replication that are scored, at all doses."""
+    """Checkpoints of one replication that are scored, at all doses."""
     runs = ESTIMATORS[design].units(
         num_categories, influence.directions, influence.gradient_checkpoints
     )
@@ -157,18 +159,18 @@ def _num_scored(influence: InfluenceConfig, design: str, num_categories: int) ->
 
 
 def peak_bytes(parts: Sequence[DiskPart], done: Collection[str]) -> int:
-    """Most bytes that the stages still to run add to the disk at once."""
-    left = [part for part in parts if part.stage not in done]
-    staying = sum(part.size_bytes for part in left if part.stays)
-    passing: dict[str, int] = {}
-    for part in left:
+    """Largest number of bytes that the remaining stages add to the disk at one time."""
+    remaining = [part for part in parts if part.stage not in done]
+    permanent = sum(part.size_bytes for part in remaining if part.stays)
+    temporary: dict[str, int] = {}
+    for part in remaining:
         if not part.stays:
-            passing[part.stage] = passing.get(part.stage, 0) + part.size_bytes
-    return staying + max(passing.values(), default=0)
+            temporary[part.stage] = temporary.get(part.stage, 0) + part.size_bytes
+    return permanent + max(temporary.values(), default=0)
 
 
 def corpus_bytes(corpus: Corpus) -> int | None:
-    """Bytes of the shards of a local corpus."""
+    """Bytes of all shards; None if the corpus is not on a local disk."""
     paths = [storage.local_path(corpus.shard_uri(shard)) for shard in corpus.manifest.shards]
     if any(path is None for path in paths):
         return None
@@ -176,13 +178,13 @@ def corpus_bytes(corpus: Corpus) -> int | None:
 
 
 def mean_row_bytes(corpus: Corpus) -> float | None:
-    """Bytes of a row in the shards; None where they are not local, or there is none."""
+    """Mean bytes of a row in the shards; None if they are not local or there are no rows."""
     size, rows = corpus_bytes(corpus), sum(shard.rows for shard in corpus.manifest.shards)
     return None if size is None or not rows else size / rows
 
 
 def free_bytes(run_dir: str) -> int | None:
-    """Free bytes where the run directory is or will be; None where that is no local disk."""
+    """Free bytes on the disk of the run directory; None if it is not on a local disk."""
     path = storage.local_path(storage.absolute(run_dir))
     if path is None:
         return None

@@ -1,38 +1,90 @@
-"""From tokens and rates to wall time.
+"""Token rates of one actor, and from them the wall time of each stage.
 
-A stage takes its actors' start and the longest of: its trainings on the tuners, its scorings on
-the scorers, and, where all actors share this machine's CPUs and a probe measured each alone, all of
-that on its CPUs.  The final training and the arms are taken to be as fast per worker as a tuner.
+Rates come from the work units that an influence stage has finished, or else from a probe
+(`system.forecast.probe`).  Finished units are better evidence than a probe: they ran where the
+remaining ones will run, beside the same other actors.
+
+A stage takes the time to start its actors plus the longest of: its trainings on the tuners; its
+scorings on the scorers; and, if all actors share this machine's CPUs and a probe measured each
+alone, all of this work on those CPUs.  The final training and the arms are assumed to be as fast
+per worker as a tuner.
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions at import, where no type checker sees them)
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from system import storage
 from system.config import ClusterConfig, RunConfig
-from system.forecast.rates import Rate, Rates
 from system.forecast.workload import Workload
 
 ACTORS_START_SECONDS = 22.0
-"""Ray, a tuner and a vLLM engine.  Stage seconds less half the trainings' seconds (two tuners) of a
-run of `configs/real_cpu.yaml` on 2 cores at commit 835d6a9: 1,439.7 - 2,834.3 / 2 = 22.6."""
+"""Time to start Ray, a tuner and a vLLM engine: stage seconds minus half the seconds of the
+trainings (two tuners) in a run of `configs/real_cpu.yaml` on 2 cores at commit 835d6a9:
+1,439.7 - 2,834.3 / 2 = 22.6."""
 TRAIN_START_SECONDS = 37.0
-"""A group of Ray Train workers, and the export.  Stage seconds less those of its steps, runs of
-`configs/real_cpu.yaml` and `configs/quickstart.yaml` on 2 cores: 64.7 - 28.0 and 41.0 - 4.1."""
+"""Time to start a group of Ray Train workers and to export: stage seconds minus those of the steps,
+in runs of `configs/real_cpu.yaml` and `configs/quickstart.yaml` on 2 cores: 64.7 - 28.0 and
+41.0 - 4.1."""
 
 LEFT_OUT = (
-    "a worker of train and of the arms counts as a tuner; what is finished of a stage under way is "
-    "not taken off, nor are runs of earlier attempts that still hold. Left out: ingest, model, "
-    "tag, solving, selection and report; waiting for machines and storage; repeated work after "
-    "failures; what actors that share a machine take from each other beside CPUs"
+    "workers of train and of the arms are assumed to be as fast as a tuner; finished parts of an "
+    "unfinished stage, and runs of earlier attempts that can be reused, are not subtracted. Not "
+    "included: ingest, model, tag, solve, curriculum, select and report; waiting for machines and "
+    "storage; repeated work after failures; slowdown of actors that share a machine, beyond CPUs"
 )
+"""The assumptions behind the times, for the reader of `check`."""
+_LATEST = 200
+"""Largest number of finished work units that is read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """Tokens per second of one actor."""
+
+    mean: float
+    """All tokens divided by all seconds: the rate of a sum of many samples."""
+    low: float
+    high: float
+    """Quartiles of single samples, extended to the mean if it lies outside them."""
+    num_samples: int
+
+    @classmethod
+    def of(cls, samples: Sequence[tuple[float, float]]) -> Rate:
+        """The rate of timed samples, each (tokens, seconds)."""
+        tokens, seconds = np.asarray(samples, dtype=np.float64).T
+        mean = float(tokens.sum() / seconds.sum())
+        low, high = (float(value) for value in np.percentile(tokens / seconds, [25, 75]))
+        return cls(mean=mean, low=min(low, mean), high=max(high, mean), num_samples=len(samples))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """The measured speeds from which wall time is computed."""
+
+    train: Rate
+    """Training, of one tuner."""
+    score: Rate
+    """Scoring, of one scorer."""
+    source: str
+    """What was measured and where, for the reader of `check`."""
+    is_probe: bool
+    """Whether each rate was measured alone on this machine, without the other actors of a run."""
+    run_seconds: float
+    """Time of one training that does not depend on its tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSeconds:
-    """Wall time of a stage, with the quartiles of the rates carried through."""
+    """Wall time of a stage, from the mean and from the quartiles of the rates."""
 
     stage: str
     middle: float
@@ -40,30 +92,65 @@ class StageSeconds:
     high: float
 
 
+def finished_units(attempt_uri: str, answer_tokens: int = 0) -> Rates | None:
+    """The rates of the finished work units of an influence attempt; None if there are none.
+
+    Args:
+        attempt_uri: attempt of stage `influence`.
+        answer_tokens: tokens that count for the answer of every held-out row (`accuracy`).
+    """
+    heldout_uri = storage.join(attempt_uri, "heldout.arrow")
+    if not storage.exists(heldout_uri):
+        return None
+    rows = storage.read_table(heldout_uri).column("input_ids")
+    scored_tokens = pc.sum(pc.list_value_length(rows)).as_py() + answer_tokens * len(rows)
+    train: list[tuple[float, float]] = []
+    score: list[tuple[float, float]] = []
+    for name in storage.list_names(storage.join(attempt_uri, "units"))[-_LATEST:]:
+        stats = storage.read_json(storage.join(attempt_uri, "units", name))
+        if stats["seconds"] > 0 and stats["trained_tokens"]:
+            train.append((stats["trained_tokens"], stats["seconds"]))
+    for name in storage.list_names(storage.join(attempt_uri, "scores"))[-_LATEST:]:
+        with storage.open_input(storage.join(attempt_uri, "scores", name)) as file:
+            metadata = pq.read_schema(file).metadata or {}
+        seconds = float(metadata.get(b"instructmix.seconds", b"0"))
+        if seconds > 0:
+            score.append((scored_tokens, seconds))
+    if not train or not score:
+        return None
+    return Rates(
+        train=Rate.of(train),
+        score=Rate.of(score),
+        source=f"{len(train)} trainings and {len(score)} scorings of this run directory",
+        is_probe=False,
+        run_seconds=0.0,
+    )
+
+
 def stage_seconds(
     config: RunConfig, work: Sequence[Workload], rates: Rates, shared_cpus: int | None
 ) -> list[StageSeconds]:
-    """The wall time of each stage.
+    """Computes the wall time of each stage.
 
     Args:
-        config: of the run.
-        work: of the stages.
-        rates: of one tuner and one scorer.
-        shared_cpus: CPUs of the one machine that runs all actors; None where they have their own.
+        config: configuration of the run.
+        work: workloads of the stages.
+        rates: rates of one tuner and one scorer.
+        shared_cpus: CPUs of the machine that all actors share; None if they do not share one.
     """
-    found = []
+    times = []
     for item in work:
-        # Fast trainings meet fast scorings: machines are quick or slow as a whole.
+        # A machine is fast or slow as a whole, so the fast quartiles belong together.
         middle, low, high = (
             _seconds(config, item, rates, train, score, shared_cpus)
             for train, score in zip(_values(rates.train), _values(rates.score), strict=True)
         )
-        found.append(StageSeconds(stage=item.stage, middle=middle, low=low, high=high))
-    return found
+        times.append(StageSeconds(stage=item.stage, middle=middle, low=low, high=high))
+    return times
 
 
 def _values(rate: Rate) -> tuple[float, float, float]:
-    """Middle, fast, slow."""
+    """Mean, fast and slow rate, in the order of StageSeconds."""
     return rate.mean, rate.high, rate.low
 
 
@@ -83,7 +170,7 @@ def _seconds(
         train_seconds = _on(cluster.num_tuners, training, work.trainings)
         score_seconds = _on(cluster.num_scorers, scoring, work.models_scored)
         seconds = ACTORS_START_SECONDS + max(train_seconds, score_seconds)
-        # Finished units were timed while others ran beside them: that is in their rates.
+        # Finished units were timed beside other actors, so their rates contain the sharing.
         if shared_cpus is not None and rates.is_probe:
             on_cpus = (training + scoring) * _threads(cluster) / shared_cpus
             seconds = max(seconds, ACTORS_START_SECONDS + on_cpus)
@@ -99,7 +186,7 @@ def _seconds(
 
 
 def _on(actors: int, seconds: float, units: int) -> float:
-    """Seconds of equal units on some actors: the last round may leave some of them idle."""
+    """Seconds of equal work units on some actors; in the last round some actors may be idle."""
     return seconds * math.ceil(units / actors) / units if units else 0.0
 
 

@@ -1,9 +1,8 @@
-"""A few seconds of the real thing: the proxy trains some steps and scores some rows, timed.
+"""Times training and scoring for a few seconds, with the base model and rows of the corpus.
 
-The training is the loop of the interventions (`system.training.train`), with their settings, on
-rows of the corpus, with the threads that an actor gets.  Scoring is a forward pass of the same
-model without gradients; the engine that a run scores with is not started, which takes longer than
-all of the probe.
+Training uses the loop of the intervention runs (`system.training.train`), with their settings and
+with the number of threads of an actor.  Scoring is timed as a forward pass of the same model
+without gradients, since starting a vLLM engine would take longer than the whole probe.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from system.forecast.rates import Rate, Rates
+from system.forecast.hours import Rate, Rates
 from system.models.base import describe_model, load_model
 from system.training.layout import training_layout
 from system.training.microbatch import build_microbatch
@@ -35,16 +34,18 @@ if TYPE_CHECKING:
 _TRAIN_SECONDS = 4.0
 _SCORE_SECONDS = 2.0
 _STEP_SECONDS = 2.5
-"""Longest step, and forward pass, that a slow model is asked for, about."""
+"""Approximate limit of the time of one step, or one forward pass, of a slow model."""
 _FEWEST = 3
-"""Steps, and forward passes, that are timed at least, beside the first, which is left out."""
+"""Smallest number of timed steps, and of timed forward passes.  The first one is not timed, since
+it includes one-time costs."""
 _FULL_BYTES, _ADAPTED_BYTES = 16, 5
-"""Of a parameter: weight, gradient and two moments in float32; weight and a little, adapted."""
+"""Bytes for each parameter: weight, gradient and two moments in float32; with adapters, the weight
+and a little for the adapters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeSettings:
-    """Where and how to measure."""
+    """The device and the batches of the probe."""
 
     num_threads: int
     trains_on_gpu: bool
@@ -57,21 +58,21 @@ class ProbeSettings:
 def why_no_probe(
     model_dir: Path, num_rows: int, training: TrainSettings, settings: ProbeSettings
 ) -> str:
-    """Why nothing can be measured here, or an empty text."""
+    """The reason why the probe cannot run on this machine; empty if it can."""
     if (settings.trains_on_gpu or settings.scores_on_gpu) and not torch.cuda.is_available():
         return (
-            "cluster.tuner_gpus or cluster.scorer_gpus asks for GPUs and this machine has none: "
-            "run `check` where the tuners will run"
+            "cluster.tuner_gpus or cluster.scorer_gpus needs GPUs and this machine has none: run "
+            "`check` on a machine of the tuners"
         )
     if num_rows <= _FEWEST:
-        return f"the corpus gave {num_rows} rows to measure on, and {_FEWEST + 1} are needed"
+        return f"the probe needs {_FEWEST + 1} rows, and the corpus has {num_rows} usable ones"
     parameters = int(describe_model(model_dir)["parameters"])
     needed = parameters * (_FULL_BYTES if training.lora is None else _ADAPTED_BYTES)
     free = _free_memory(settings.trains_on_gpu)
     if needed > 0.8 * free:
         return (
             f"training the model takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
-            "are free on this machine: run `check` where the tuners will run"
+            "are free on this machine: run `check` on a machine of the tuners"
         )
     return ""
 
@@ -79,17 +80,18 @@ def why_no_probe(
 def run_probe(
     model_dir: Path, rows: pa.Table, training: TrainSettings, settings: ProbeSettings
 ) -> Rates:
-    """Measures training and scoring; takes some seconds beside loading the model.
+    """Times training and scoring; takes some seconds, plus the loading of the model.
 
-    A first training, a row a step, tells how many rows a step may have so that it stays short; a
+    A first training with one row a step shows how many rows a step can have and still be short.  A
     small model gets the whole batch.
 
     Args:
         model_dir: local Hugging Face directory.
-        rows: TOKENS to train on and to score, at least four.
-        training: of an intervention.
+        rows: TOKENS rows to train on and to score, at least four.
+        training: training settings of an intervention run.
         settings: threads, device, batch.
     """
+    # The number of threads is global; it must be restored for the rest of the process.
     before = torch.get_num_threads()
     torch.set_num_threads(settings.num_threads)
     try:
@@ -136,42 +138,42 @@ def _plan(rows: pa.Table, batch_size: int, settings: ProbeSettings) -> TrainPlan
 def _time_steps(
     model: PreTrainedModel, plan: TrainPlan, settings: TrainSettings
 ) -> tuple[Rate, float]:
-    """Rate of the steps but the first; seconds that a training takes before its first step."""
-    pieces: list[tuple[float, float]] = []
+    """Rate of all steps but the first, and the seconds before the first step."""
+    samples: list[tuple[float, float]] = []
     started = time.perf_counter()
     with Training(model, plan, settings) as training:
         entered = time.perf_counter()
         for step in range(plan.num_steps):
             stats = training.step(step)
-            pieces.append((stats.num_tokens, stats.seconds))
-            if len(pieces) > _FEWEST and time.perf_counter() - entered > _TRAIN_SECONDS:
+            samples.append((stats.num_tokens, stats.seconds))
+            if len(samples) > _FEWEST and time.perf_counter() - entered > _TRAIN_SECONDS:
                 break
-    return Rate.of(pieces[1:]), entered - started
+    return Rate.of(samples[1:]), entered - started
 
 
 def _time_forward(
     model: PreTrainedModel, plan: TrainPlan, settings: TrainSettings, pass_tokens: int
 ) -> Rate:
-    """Rate of the forward passes but the first."""
+    """Rate of all forward passes but the first."""
     device = next(model.parameters()).device
     half = settings.dtype == "bfloat16" and device.type == "cuda"
     objective = Objective(model, torch.bfloat16 if half else torch.float32)
-    most = min(settings.micro_batch_tokens, pass_tokens)
-    pieces: list[tuple[float, float]] = []
+    max_tokens = min(settings.micro_batch_tokens, pass_tokens)
+    samples: list[tuple[float, float]] = []
     started = time.perf_counter()
     with training_layout(objective) as layout, torch.no_grad():
-        for rows in _passes(plan, most, is_padded=not layout.is_flat):
+        for rows in _passes(plan, max_tokens, is_padded=not layout.is_flat):
             began = time.perf_counter()
             batch = build_microbatch(plan, rows, layout=layout, device=device)
             objective(batch)[1].cpu()  # waits for the device
-            pieces.append((int(plan.lengths(rows).sum()), time.perf_counter() - began))
-            if len(pieces) > _FEWEST and time.perf_counter() - started > _SCORE_SECONDS:
+            samples.append((int(plan.lengths(rows).sum()), time.perf_counter() - began))
+            if len(samples) > _FEWEST and time.perf_counter() - started > _SCORE_SECONDS:
                 break
-    return Rate.of(pieces[1:])
+    return Rate.of(samples[1:])
 
 
 def _passes(plan: TrainPlan, max_tokens: int, *, is_padded: bool) -> list[np.ndarray]:
-    """Forward passes in the plan's order, at least as many as are timed."""
+    """The rows of each forward pass, in the order of the plan; at least as many as are timed."""
     parts = max(_FEWEST + 1, plan.num_tokens // max_tokens)
     everything = np.arange(plan.table.num_rows)
     return [
@@ -189,7 +191,7 @@ def _where(settings: ProbeSettings) -> str:
 
 
 def _load(settings: ProbeSettings) -> str:
-    """Says so where other work shares the CPUs that were measured."""
+    """A remark if other work used the measured CPUs at the same time."""
     cpus, load = os.cpu_count() or 1, os.getloadavg()[0]
     if (settings.trains_on_gpu and settings.scores_on_gpu) or load <= cpus:
         return ""
@@ -197,7 +199,7 @@ def _load(settings: ProbeSettings) -> str:
 
 
 def _free_memory(use_gpu: bool) -> float:
-    """Bytes."""
+    """Free memory of the device, in bytes."""
     if use_gpu:
         return float(torch.cuda.mem_get_info()[0])
     meminfo = Path("/proc/meminfo")

@@ -1,1 +1,1 @@
-"""Which examples train, in which order."""
+"""Stage `select`: which rows are trained on, and in which order."""

@@ -1,6 +1,7 @@
-"""The best rows of a stream, in bounded memory, in an order that no shard decides.
+"""Keeps the best rows of a stream in bounded memory.
 
-Rows are ordered by worth, highest first, then by `sha256(seed:id)`.
+Rows are ordered by priority, highest first, then by `sha256(seed:id)`, so the order does not depend
+on shards.  `system.selection.choose` streams the rows of a category through `Candidates`.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ import numpy as np
 import pyarrow as pa
 
 _PRUNE_SLACK = 1 << 16
+"""Rows beyond 2 K that may wait before the rest is sorted out; sorting at each call costs more."""
 
 Key = tuple[float, int, int]
-"""Worth and digest of a row: its place in the order."""
+"""Sort key of a row: its priority and the two halves of its digest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Rows by their place in a category."""
+    """Rows of a category, as columns: where they are and how they sort."""
 
     ids: np.ndarray
     """[K, 16] uint8: content ids."""
     digest: np.ndarray
     """[K, 2] uint64."""
-    worth: np.ndarray
+    priority: np.ndarray
     """[K] float64."""
     shard: np.ndarray
     """[K] int32: place in `Corpus.shards("train", category)`."""
@@ -34,27 +36,27 @@ class Rows:
     """[K] int32: row within the shard."""
 
     def take(self, places: np.ndarray) -> Rows:
-        """These of the rows."""
+        """The rows at these places."""
         return Rows(**{item.name: getattr(self, item.name)[places] for item in fields(self)})
 
     def key(self, place: int) -> Key:
-        """Where a row stands in the order."""
+        """The sort key of one row."""
         high, low = self.digest[place].tolist()
-        return float(self.worth[place]), high, low
+        return float(self.priority[place]), high, low
 
     def hex_ids(self, places: np.ndarray) -> list[str]:
-        """Content ids as text."""
+        """The content ids of some rows, as hexadecimal text."""
         text = self.ids[places].tobytes().hex()
         return [text[start : start + 32] for start in range(0, len(text), 32)]
 
     @staticmethod
     def joined(parts: Sequence[Rows]) -> Rows:
-        """All rows of the parts, in their order."""
+        """The concatenation of the parts."""
         if not parts:
             return Rows(
                 ids=np.zeros((0, 16), np.uint8),
                 digest=np.zeros((0, 2), np.uint64),
-                worth=np.zeros(0),
+                priority=np.zeros(0),
                 shard=np.zeros(0, np.int32),
                 row=np.zeros(0, np.int32),
             )
@@ -67,7 +69,7 @@ class Rows:
 
 
 def digests(prefix: str, ids: Sequence[str], suffix: str = "") -> np.ndarray:
-    """[N, 2] uint64: first 128 bits of `sha256(prefix + id + suffix)`, to sort by."""
+    """[N, 2] uint64: sort keys, the first 128 bits of `sha256(prefix + id + suffix)`."""
     head = hashlib.sha256(prefix.encode())
     parts = []
     for row_id in ids:
@@ -81,9 +83,9 @@ class Candidates:
     """The best rows so far: at most 2 K + 65,536 of them, 48 bytes each.
 
     Args:
-        num_rows: K, how many are wanted.
-        seed: of the order among rows of equal worth.
-        after: only rows behind this place in the order; None: all.
+        num_rows: K, the number of rows to keep.
+        seed: seed of the order among rows of equal priority.
+        after: keep only rows that come after this key; None: all.
     """
 
     def __init__(self, num_rows: int, seed: int, after: Key | None = None) -> None:
@@ -92,62 +94,68 @@ class Candidates:
         self._after = after
         self._last: Key | None = None
         self._parts: list[Rows] = []
-        self._held = 0
+        self._num_kept = 0
 
-    def add(self, ids: pa.ChunkedArray, worth: np.ndarray, rows: np.ndarray, shard: int) -> None:
-        """Shows rows of a shard.
+    def add(self, ids: pa.ChunkedArray, priority: np.ndarray, rows: np.ndarray, shard: int) -> None:
+        """Offers some rows of a shard.
 
         Args:
-            ids: of all rows of the shard.
-            worth: [N] float64, of the rows shown.
-            rows: [N] int32: which rows of the shard these are.
-            shard: its place in the category.
+            ids: ids of all rows of the shard.
+            priority: [N] float64: priorities of the offered rows.
+            rows: [N] int32: numbers of the offered rows in the shard.
+            shard: place of the shard in the category.
         """
-        # Digests are what costs; most rows are behind the last one already by their worth.
-        keep = np.ones(len(worth), bool)
+        # Digests take most of the time, and the priority alone rules out most rows.
+        keep = np.ones(len(priority), bool)
         if self._last is not None:
-            keep &= worth >= self._last[0]
+            keep &= priority >= self._last[0]
         if self._after is not None:
-            keep &= worth <= self._after[0]
-        rows, worth = rows[keep], worth[keep]
+            keep &= priority <= self._after[0]
+        rows, priority = rows[keep], priority[keep]
         names = (ids if len(rows) == len(ids) else ids.take(pa.array(rows))).to_pylist()
-        self.add_ids(names, worth, np.full(len(rows), shard, np.int32), rows)
+        self.add_ids(names, priority, np.full(len(rows), shard, np.int32), rows)
 
     def add_ids(
-        self, names: list[str], worth: np.ndarray, shard: np.ndarray, row: np.ndarray
+        self, names: list[str], priority: np.ndarray, shard: np.ndarray, row: np.ndarray
     ) -> None:
-        """Shows rows by their ids."""
+        """Offers rows by their ids."""
         digest = digests(self._prefix, names)
         keep = np.ones(len(names), bool)
         if self._last is not None:
-            keep &= ~_is_behind(worth, digest, self._last)
+            keep &= ~_is_behind(priority, digest, self._last)
         if self._after is not None:
-            keep &= _is_behind(worth, digest, self._after)
-        kept = names if keep.all() else [names[place] for place in np.flatnonzero(keep)]
-        ids = np.frombuffer(bytes.fromhex("".join(kept)), np.uint8).reshape(-1, 16)
+            keep &= _is_behind(priority, digest, self._after)
+        kept_names = names if keep.all() else [names[place] for place in np.flatnonzero(keep)]
+        ids = np.frombuffer(bytes.fromhex("".join(kept_names)), np.uint8).reshape(-1, 16)
         self._parts.append(
-            Rows(ids=ids, digest=digest[keep], worth=worth[keep], shard=shard[keep], row=row[keep])
+            Rows(
+                ids=ids,
+                digest=digest[keep],
+                priority=priority[keep],
+                shard=shard[keep],
+                row=row[keep],
+            )
         )
-        self._held += len(ids)
-        if self._held > 2 * self._num_rows + _PRUNE_SLACK:
+        self._num_kept += len(ids)
+        if self._num_kept > 2 * self._num_rows + _PRUNE_SLACK:
             self._prune()
 
     def _prune(self) -> None:
-        held = Rows.joined(self._parts)
-        order = np.lexsort((held.digest[:, 1], held.digest[:, 0], -held.worth))[: self._num_rows]
-        held = held.take(order)
-        self._parts, self._held = [held], len(order)
-        if self._held == self._num_rows and self._num_rows:
-            self._last = held.key(-1)
+        rows = Rows.joined(self._parts)
+        order = np.lexsort((rows.digest[:, 1], rows.digest[:, 0], -rows.priority))[: self._num_rows]
+        rows = rows.take(order)
+        self._parts, self._num_kept = [rows], len(order)
+        if self._num_kept == self._num_rows and self._num_rows:
+            self._last = rows.key(-1)
 
     def best(self) -> Rows:
-        """The first K rows, best first; all where there are no more."""
+        """The K best rows, best first; all rows when there are fewer."""
         self._prune()
         return self._parts[0]
 
 
-def _is_behind(worth: np.ndarray, digest: np.ndarray, key: Key) -> np.ndarray:
-    """[N] bool: rows that come after a place in the order."""
-    least, high, low = key[0], np.uint64(key[1]), np.uint64(key[2])
+def _is_behind(priority: np.ndarray, digest: np.ndarray, key: Key) -> np.ndarray:
+    """[N] bool: which rows come after this key."""
+    key_priority, high, low = key[0], np.uint64(key[1]), np.uint64(key[2])
     later = (digest[:, 0] > high) | ((digest[:, 0] == high) & (digest[:, 1] > low))
-    return (worth < least) | ((worth == least) & later)
+    return (priority < key_priority) | ((priority == key_priority) & later)

@@ -1,8 +1,15 @@
-"""The rows of a category that a method puts first.
+"""Chooses the first rows of a category, in the order of `select.method`.
 
-Rows are ordered by worth, equal ones by `sha256(seed:id)`.  Worth is nothing (`random`), the score
-(`quality`), the score among rows that are different enough (`quality+diversity`), or the place in
-the greedy cover (`facility-location`).  A smaller number of rows is a part of a larger one.
+Rows are ordered by priority, and rows of equal priority by `sha256(seed:id)`.  The priority depends
+on the method:
+
+    random              the same for all rows
+    quality             the score
+    quality+diversity   the score; rows too similar to a better one are left out
+    facility-location   the place in the greedy cover
+
+A smaller number of rows is always a subset of a larger one.  Called by `actors.selector`, and by
+`system.selection.select` for the arms of stage `evaluate`.
 
 Memory: at most 2 K + 65,536 candidates of 48 bytes for K rows; with `quality+diversity` also K
 vectors and one window of candidates.  Scores and ids are streamed shard by shard.
@@ -35,10 +42,10 @@ QUARANTINED = pa.schema(
         pa.field("reason", pa.string(), nullable=False),
     ]
 )
-"""A row that cannot be ranked, and why."""
+"""Table of rows that cannot be ranked, with the reason."""
 
 _WINDOW_ROWS = (4096, 131072)
-"""Fewest and most candidates of `quality+diversity` in memory at a time."""
+"""Smallest and largest number of candidates that `quality+diversity` holds in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +54,7 @@ class Chosen:
 
     category: str
     supply: int
-    """Rows that the category has."""
+    """Number of train rows of the category."""
     ids: np.ndarray
     """[K, 16] uint8: content ids."""
     shard: np.ndarray
@@ -55,9 +62,9 @@ class Chosen:
     row: np.ndarray
     """[K] int32: row within the shard."""
     quarantined: pa.Table = field(default_factory=QUARANTINED.empty_table)
-    """Rows that were met and can never be chosen."""
+    """Rows that can never be chosen, with their reasons."""
     notes: dict[str, int] = field(default_factory=dict)
-    """Reason -> rows that come last (`no-score`, ...) or were passed over (`too-similar`)."""
+    """Reason -> number of rows that come last (`no-score`, ...) or are left out (`too-similar`)."""
 
 
 def choose_rows(
@@ -68,15 +75,15 @@ def choose_rows(
     seed: int,
     attempt: str = "",
 ) -> Chosen:
-    """The first rows of a category; all that can be chosen where it has no more.
+    """Chooses the first rows of a category; all usable rows when there are fewer.
 
     Args:
-        corpus: train rows are taken from it.
+        corpus: its train rows are used.
         category: one of its categories.
-        num_rows: how many.
-        settings: the method and what it goes by.
-        seed: orders rows of equal worth.
-        attempt: of stage `select`, where scores and vectors lie.
+        num_rows: number of rows to choose.
+        settings: the method and its settings.
+        seed: seed of the order among rows of equal priority.
+        attempt: attempt of stage `select` that holds scores and vectors.
 
     Raises:
         DataError: scores or vectors are missing.
@@ -96,9 +103,9 @@ def _choose_ranked(
     corpus: Corpus, category: str, num_rows: int, settings: SelectConfig, seed: int, attempt: str
 ) -> Chosen:
     tally = Tally(category)
-    held = Candidates(num_rows, seed)
-    _stream(corpus, category, settings, attempt, held, tally)
-    return _chosen(corpus, held.best(), tally)
+    candidates = Candidates(num_rows, seed)
+    _stream(corpus, category, settings, attempt, candidates, tally)
+    return _chosen(corpus, candidates.best(), tally)
 
 
 def _choose_diverse(
@@ -110,10 +117,12 @@ def _choose_diverse(
     parts: list[Rows] = []
     after: Key | None = None
     num_similar = 0
+    # Every window is one pass over the category, from where the last one ended: memory stays
+    # bounded, and the outcome is that of one pass in order.
     while not taken.is_full:
-        held = Candidates(window, seed, after)
-        _stream(corpus, category, settings, attempt, held, tally if after is None else None)
-        rows = held.best()
+        candidates = Candidates(window, seed, after)
+        _stream(corpus, category, settings, attempt, candidates, tally if after is None else None)
+        rows = candidates.best()
         if not len(rows.row):
             break
         vectors, has_vector = _vectors_of(corpus, category, rows, attempt)
@@ -132,7 +141,7 @@ def _choose_diverse(
 def cover_units(
     corpus: Corpus, category: str, num_rows: int, settings: SelectConfig, attempt: str
 ) -> list[CoverUnit]:
-    """The units of a category's greedy cover, for `facility-location`.
+    """The work units of a category's greedy cover, for `facility-location`.
 
     Raises:
         DataError: vectors are missing.
@@ -155,23 +164,23 @@ def merge_ranked(
     seed: int,
     attempt: str,
 ) -> Chosen:
-    """The category's rows from the ranks of all its blocks."""
-    held = Candidates(num_rows, seed)
+    """Merges the ranks of all work units of a category and chooses its first rows."""
+    candidates = Candidates(num_rows, seed)
     for part in ranked:
         text = part.ids.tobytes().hex()
         names = [text[start : start + 32] for start in range(0, len(text), 32)]
-        held.add_ids(names, -part.key, part.shard, part.row)
+        candidates.add_ids(names, -part.key, part.shard, part.row)
     tally = Tally(category)
     for shard in corpus.shards("train", category):
         if count_vectors(attempt, shard) < shard.rows:
             _, has_vector = read_vectors(attempt, shard)
             ids = corpus.read_shard(shard, ["id"])["id"].filter(pa.array(~has_vector))
             tally.quarantine(ids.to_pylist(), NO_VECTOR)
-    return _chosen(corpus, held.best(), tally)
+    return _chosen(corpus, candidates.best(), tally)
 
 
 class Tally:
-    """Rows of a category that cannot be ranked, and why."""
+    """Collects the rows of a category that cannot be ranked, with their reasons."""
 
     def __init__(self, category: str) -> None:
         self.category = category
@@ -179,19 +188,20 @@ class Tally:
         self._reasons: list[str] = []
         self._notes: Counter[str] = Counter()
 
-    def look(self, ids: pa.ChunkedArray, scores: pa.Table) -> None:
-        """Takes what SELECTION_SCORES say about the rows with these ids."""
+    def add_scores(self, ids: pa.ChunkedArray, scores: pa.Table) -> None:
+        """Adds the reasons in SELECTION_SCORES of the rows with these ids."""
         if scores["reason"].null_count == scores.num_rows:
             return
         reasons = np.array(scores["reason"].to_pylist(), object)
         is_usable = np.asarray(scores["is_usable"])
-        noted = reasons[is_usable]
-        self._notes.update(str(reason) for reason in noted[noted != None])  # noqa: E711
+        usable_reasons = reasons[is_usable]
+        has_reason = usable_reasons != None  # noqa: E711
+        self._notes.update(str(reason) for reason in usable_reasons[has_reason])
         for place in np.flatnonzero(~is_usable).tolist():
             self.quarantine([ids[place].as_py()], str(reasons[place]))
 
     def quarantine(self, ids: Sequence[str], reason: str) -> None:
-        """Takes rows that are never to be chosen."""
+        """Adds rows that must never be chosen."""
         self._ids += ids
         self._reasons += [reason] * len(ids)
 
@@ -206,7 +216,7 @@ class Tally:
         return pa.table(columns, schema=QUARANTINED)
 
     def notes(self) -> dict[str, int]:
-        """Reason -> rows that come behind all others."""
+        """Reason -> number of rows that come after all others."""
         return dict(sorted(self._notes.items()))
 
 
@@ -229,43 +239,45 @@ def _stream(
     category: str,
     settings: SelectConfig,
     attempt: str,
-    held: Candidates,
+    candidates: Candidates,
     tally: Tally | None,
 ) -> None:
-    """Shows every row of a category with its worth to the candidates."""
+    """Offers every row of a category, with its priority, to the candidates."""
     for place, shard in enumerate(corpus.shards("train", category)):
         ids = corpus.read_shard(shard, ["id"])["id"]
         if not settings.uses_score:
-            held.add(ids, np.zeros(shard.rows), np.arange(shard.rows, dtype=np.int32), place)
+            rows = np.arange(shard.rows, dtype=np.int32)
+            candidates.add(ids, np.zeros(shard.rows), rows, place)
             continue
         scores = read_scores(corpus, shard, settings, attempt)
         is_usable = np.asarray(scores["is_usable"])
-        worth = np.asarray(scores["score"].fill_null(0.0), np.float64)
+        priority = np.asarray(scores["score"].fill_null(0.0), np.float64)
         if settings.order == "lowest":
-            worth = -worth
-        worth = np.where(np.asarray(scores["reason"].is_null()), worth, -np.inf)
+            priority = -priority
+        priority = np.where(np.asarray(scores["reason"].is_null()), priority, -np.inf)
         if tally is not None:
-            tally.look(ids, scores)
+            tally.add_scores(ids, scores)
         rows = np.flatnonzero(is_usable).astype(np.int32)
-        held.add(ids, worth[rows], rows, place)
+        candidates.add(ids, priority[rows], rows, place)
 
 
 def _vectors_of(
     corpus: Corpus, category: str, rows: Rows, attempt: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[N, D] int8 and [N] bool for these rows, fetched shard by shard."""
+    """[N, D] int8 vectors of these rows and [N] bool which have one, read shard by shard."""
     shards = corpus.shards("train", category)
     has_vector = np.zeros(len(rows.row), bool)
-    found: np.ndarray | None = None
+    vectors: np.ndarray | None = None
     for number in np.unique(rows.shard).tolist():
         places = np.flatnonzero(rows.shard == number)
-        vectors, has = read_vectors(attempt, shards[number])
-        has_vector[places] = has[rows.row[places]]
-        if not has.any():
+        shard_vectors, shard_has = read_vectors(attempt, shards[number])
+        has_vector[places] = shard_has[rows.row[places]]
+        # A shard without any vector has no dimension that could be compared.
+        if not shard_has.any():
             continue
-        if found is None:
-            found = np.zeros((len(rows.row), vectors.shape[1]), np.int8)
-        if vectors.shape[1] != found.shape[1]:
-            raise dimensions_differ(category, found.shape[1], vectors.shape[1])
-        found[places] = vectors[rows.row[places]]
-    return (np.zeros((len(rows.row), 1), np.int8) if found is None else found), has_vector
+        if vectors is None:
+            vectors = np.zeros((len(rows.row), shard_vectors.shape[1]), np.int8)
+        if shard_vectors.shape[1] != vectors.shape[1]:
+            raise dimensions_differ(category, vectors.shape[1], shard_vectors.shape[1])
+        vectors[places] = shard_vectors[rows.row[places]]
+    return (np.zeros((len(rows.row), 1), np.int8) if vectors is None else vectors), has_vector

@@ -1,4 +1,4 @@
-"""`facility-location`: rows that together stand for all others.
+"""`facility-location`: ranks rows so that the first ones represent all others best.
 
     f(S) = sum over rows i of max over j in S of s(i, j);    s: cosine, at least 0, by 2^-15
 
@@ -33,7 +33,7 @@ from system.selection.embed import dimensions_differ, read_vectors
 from system.selection.vectors import cosines
 
 UNIT_ROWS = 65536
-"""Rows that one unit of work covers, about."""
+"""Approximate number of rows of one work unit."""
 
 _SCALE = 32767.0
 _CHUNK_ROWS = 512
@@ -41,33 +41,33 @@ _CHUNK_ROWS = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoverUnit:
-    """Some neighbouring blocks of a category."""
+    """A work unit: some neighbouring blocks of a category."""
 
     category: str
     first: int
     end: int
     num_blocks: int
-    """Blocks of the whole category."""
+    """Number of blocks of the whole category."""
     quota: int
-    """Rows wanted of the whole category."""
+    """Number of rows to choose from the whole category."""
     available: int
-    """Rows of the whole category that have a vector."""
+    """Number of rows of the whole category that have a vector."""
 
     @property
     def path(self) -> str:
-        """Where its ranks lie."""
+        """Path of its ranks, below the attempt."""
         name = hashlib.sha256(self.category.encode()).hexdigest()[:16]
         return f"work/cover/{name}-{self.first:06d}-{self.end:06d}.npz"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranked:
-    """Rows that the greedy put first in their blocks; more of each block than any quota takes."""
+    """The first rows of each block in greedy order, at least as many as the quota can take."""
 
     ids: np.ndarray
     """[K, 16] uint8."""
     key: np.ndarray
-    """[K] float64: place in the category's order."""
+    """[K] float64: sort key in the category's order."""
     shard: np.ndarray
     """[K] int32: place in `Corpus.shards("train", category)`."""
     row: np.ndarray
@@ -77,14 +77,14 @@ class Ranked:
 def plan_cover(
     category: str, supply: int, available: int, quota: int, block_rows: int
 ) -> list[CoverUnit]:
-    """The units of a category.
+    """Cuts a category into work units.
 
     Args:
         category: its name.
-        supply: its train rows.
-        available: those with a vector.
-        quota: how many are wanted.
-        block_rows: about how many rows make a block.
+        supply: number of its train rows.
+        available: number of its train rows with a vector.
+        quota: number of rows to choose.
+        block_rows: approximate number of rows of a block.
     """
     num_blocks = max(1, -(-supply // block_rows))
     step = max(1, UNIT_ROWS // block_rows)
@@ -102,24 +102,24 @@ def plan_cover(
 
 
 def is_ranked(attempt: str, unit: CoverUnit) -> bool:
-    """Whether a unit's ranks are there."""
+    """Whether the unit's ranks are committed."""
     return storage.exists(storage.join(attempt, unit.path))
 
 
 def write_ranked(attempt: str, unit: CoverUnit, ranked: Ranked) -> None:
-    """Keeps a unit's ranks: the unit's commit."""
+    """Writes the unit's ranks; this commits the unit."""
     with storage.atomic_output(storage.join(attempt, unit.path)) as file:
         np.savez(file, ids=ranked.ids, key=ranked.key, shard=ranked.shard, row=ranked.row)
 
 
 def read_ranked(attempt: str, unit: CoverUnit) -> Ranked:
-    """The ranks of a unit that is ranked."""
-    with storage.open_input(storage.join(attempt, unit.path)) as file, np.load(file) as kept:
-        return Ranked(**{name: kept[name] for name in ("ids", "key", "shard", "row")})
+    """Reads the ranks of a committed unit."""
+    with storage.open_input(storage.join(attempt, unit.path)) as file, np.load(file) as arrays:
+        return Ranked(**{name: arrays[name] for name in ("ids", "key", "shard", "row")})
 
 
 def rank_unit(corpus: Corpus, unit: CoverUnit, attempt: str) -> Ranked:
-    """Ranks the rows of a unit's blocks.
+    """Ranks the rows of each block of a unit.
 
     Raises:
         DataError: vectors are missing or of different lengths.
@@ -132,7 +132,7 @@ def rank_unit(corpus: Corpus, unit: CoverUnit, attempt: str) -> Ranked:
         size = end - start
         if not size:
             continue
-        order = rank_greedily(vectors[start:end], most_of(unit, size))
+        order = rank_greedily(vectors[start:end], num_ranked(unit, size))
         picked.append(start + order)
         keys.append((np.arange(len(order)) + 0.5) / size)
     place = np.concatenate([np.zeros(0, np.int64), *picked])
@@ -144,8 +144,8 @@ def rank_unit(corpus: Corpus, unit: CoverUnit, attempt: str) -> Ranked:
     )
 
 
-def most_of(unit: CoverUnit, size: int) -> int:
-    """Most rows that the quota can take from a block of this many rows.
+def num_ranked(unit: CoverUnit, size: int) -> int:
+    """The largest number of rows that the quota can take from a block of `size` rows.
 
     If t is the largest key taken, every block gives at least t n_b - 1/2 rows, so K is at least
     t N - m / 2 over m blocks; and a block gives at most t n_b + 1/2.
@@ -163,10 +163,11 @@ def _block_of(ids: np.ndarray, num_blocks: int) -> np.ndarray:
 def _rows_of(
     corpus: Corpus, unit: CoverUnit, attempt: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, vectors and places of the unit's rows, ordered by id, rows without a vector left out."""
+    """Ids, vectors and places of the unit's rows that have a vector, ordered by id."""
     parts: list[tuple[np.ndarray, ...]] = []
     sizes: set[int] = set()
     for number, shard in enumerate(corpus.shards("train", unit.category)):
+        # Shards are ordered by id, so the first and the last id tell which blocks a shard touches.
         ends = np.frombuffer(bytes.fromhex(shard.first_id + shard.last_id), np.uint8)
         low, high = _block_of(ends.reshape(2, 16), unit.num_blocks).tolist()
         if high < unit.first or low >= unit.end:
@@ -183,8 +184,8 @@ def _rows_of(
     if len(sizes) > 1:
         raise dimensions_differ(unit.category, min(sizes), max(sizes))
     if not parts:
-        nothing = np.zeros(0, np.int32)
-        return np.zeros((0, 16), np.uint8), np.zeros((0, 1), np.int8), nothing, nothing
+        empty = np.zeros(0, np.int32)
+        return np.zeros((0, 16), np.uint8), np.zeros((0, 1), np.int8), empty, empty
     ids, vectors, shards, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
     halves = np.ascontiguousarray(ids).view(">u8").astype(np.uint64)
     order = np.lexsort((halves[:, 1], halves[:, 0]))
@@ -192,31 +193,35 @@ def _rows_of(
 
 
 def similarities(vectors_ND: np.ndarray) -> np.ndarray:
-    """[N, N] int16: cosines of int8 rows from 0 to 32767, negative ones as 0; 32767 with itself."""
+    """[N, N] int16: cosines of int8 rows, scaled to 0 ... 32767; negative ones are 0.
+
+    The diagonal is 32767, also for zero rows.
+    """
     size = len(vectors_ND)
-    found = np.empty((size, size), np.int16)
+    scaled = np.empty((size, size), np.int16)
     for start in range(0, size, _CHUNK_ROWS):
         part = cosines(vectors_ND[start : start + _CHUNK_ROWS], vectors_ND)
-        found[start : start + _CHUNK_ROWS] = np.rint(np.clip(part, 0.0, 1.0) * _SCALE)
-    np.fill_diagonal(found, int(_SCALE))
-    return found
+        scaled[start : start + _CHUNK_ROWS] = np.rint(np.clip(part, 0.0, 1.0) * _SCALE)
+    np.fill_diagonal(scaled, int(_SCALE))
+    return scaled
 
 
 def rank_greedily(vectors_ND: np.ndarray, count: int) -> np.ndarray:
-    """[count] places in greedy order: each adds most to f; of equal ones the first place."""
-    alike = similarities(vectors_ND)
-    covered = np.zeros(len(alike), np.int16)
+    """[count] places in greedy order: each adds most to f; among equals the first place wins."""
+    similarity_NN = similarities(vectors_ND)
+    covered = np.zeros(len(similarity_NN), np.int16)
     total = 0
-    gains = alike.sum(axis=1, dtype=np.int64)
+    gains = similarity_NN.sum(axis=1, dtype=np.int64)
     heap = [(-gain, place) for place, gain in enumerate(gains.tolist())]
     heapq.heapify(heap)
     order = np.empty(count, np.int64)
     for rank in range(count):
         while True:
             _, place = heapq.heappop(heap)
-            after = np.maximum(alike[place], covered)
+            after = np.maximum(similarity_NN[place], covered)
             gain = int(after.sum(dtype=np.int64)) - total
-            # Old gains are upper bounds: the first that beats them all is the greedy's choice.
+            # Gains only shrink, so the old ones in the heap are upper bounds: a new gain that is
+            # at least as large as all of them is the largest (lazy evaluation).
             if not heap or (-gain, place) <= heap[0]:
                 break
             heapq.heappush(heap, (-gain, place))
@@ -226,7 +231,7 @@ def rank_greedily(vectors_ND: np.ndarray, count: int) -> np.ndarray:
 
 
 def coverage(vectors_ND: np.ndarray, chosen: Sequence[int] | np.ndarray) -> int:
-    """How well the rows at these places stand for all: f in steps of 2^-15."""
+    """How well the rows at these places represent all rows: f, in steps of 2^-15."""
     if not len(chosen):
         return 0
     return int(similarities(vectors_ND)[np.asarray(chosen)].max(axis=0).sum(dtype=np.int64))

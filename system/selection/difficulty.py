@@ -1,4 +1,4 @@
-"""How hard a response is for the base model, with its instruction and without.
+"""Scores rows by how hard their response is for the base model, with and without the instruction.
 
     loss = mean over response tokens of -log p(token | instruction, tokens before it)     nats
     IFD  = loss / the same mean with the instruction taken away
@@ -7,8 +7,9 @@ Instruction-following difficulty is near 1 where the instruction tells the model
 to write the response, and small where it does most of the work.  Source: Li et al. 2023 (arXiv
 2308.12032), section 2.2.
 
-Without the instruction means: what the chat template writes right before an answer, then the
-response.  Each assistant turn of a conversation stands alone so; their losses are added up.
+"Without the instruction" means: the text that the chat template writes right before an answer, then
+the response.  Each assistant turn of a conversation is scored alone in this way, and the losses are
+added up.  `actors.scorer` calls `measure_rows` for each block of `system.selection.scores`.
 """
 
 from __future__ import annotations
@@ -38,30 +39,33 @@ def measure_rows(
     score: Literal["loss", "ifd"],
     max_length: int,
 ) -> pa.Table:
-    """SELECTION_SCORES of rows, in their order.
+    """Computes the SELECTION_SCORES of rows, in their order.
 
     Args:
-        engine: with the base model's weights.
-        tokenizer: the model's.
+        engine: engine with the base model's weights.
+        tokenizer: tokenizer of the base model.
         table: columns `id`, `category`, `messages`.
-        score: which of the two.
-        max_length: tokens of a row; longer ones lose their end, as in training.
+        score: which of the two scores.
+        max_length: largest number of tokens of a row; longer rows are truncated, as in training.
 
     Raises:
         StageError: no row at all has a finite loss.
     """
     encoded, kept, lost = encode_rows(table, tokenizer, max_length)
     rejected = dict(lost)
-    given, found = _losses(engine, table, dict(zip(kept, encoded, strict=True)), None)
-    rejected |= found
-    values = given
+    losses, reasons = _losses(engine, table, dict(zip(kept, encoded, strict=True)), None)
+    rejected |= reasons
+    values = losses
     if score == "ifd":
         opening = opening_ids(tokenizer)
-        rows = {place: row for place, row in zip(kept, encoded, strict=True) if place in given}
-        alone, found = _losses(engine, table, rows, opening)
-        rejected |= found
+        rows = {place: row for place, row in zip(kept, encoded, strict=True) if place in losses}
+        losses_alone, reasons = _losses(engine, table, rows, opening)
+        rejected |= reasons
+        # A loss of exactly 0 gives a score that is not finite, which `judge` quarantines.
         with np.errstate(divide="ignore", invalid="ignore"):
-            values = {place: np.divide(given[place], alone[place]) for place in alone}
+            values = {
+                place: np.divide(losses[place], losses_alone[place]) for place in losses_alone
+            }
     scores = np.full(table.num_rows, np.nan)
     for place, value in values.items():
         scores[place] = value
@@ -69,12 +73,12 @@ def measure_rows(
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the model reads right before an answer: the turn's head in the chat template.
+    """Token ids that the chat template writes right before an answer.
 
-    A template without one gets the token that begins (or ends) a text.
+    If it writes none, the token that begins (or else ends) a text.
 
     Raises:
-        ModelError: there is no such token either.
+        ModelError: the tokenizer has no such token.
     """
     profile = template_profile(tokenizer, str(tokenizer.chat_template or ""))
     text = profile.opening
@@ -103,9 +107,9 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _losses(
     engine: Engine, table: pa.Table, rows: dict[int, Encoded], opening: list[int] | None
 ) -> tuple[dict[int, float], dict[int, str]]:
-    """Mean loss of each row by its place, and reasons of those that have none.
+    """Mean loss of each row by its place, and the reject reasons of rows without a loss.
 
-    With an opening the response tokens stand behind it alone, turn by turn.
+    With an opening, each response is scored alone after it, without its instruction.
     """
     ids, categories = table["id"].to_pylist(), table["category"].to_pylist()
     places: dict[str, int] = {}
@@ -136,7 +140,7 @@ def _losses(
 
 
 def _parts(row: Encoded, opening: list[int] | None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Token ids and response masks: the row itself, or each of its responses alone."""
+    """Token ids and response masks: of the whole row, or of each of its responses alone."""
     if opening is None:
         return [(row.input_ids, row.response_mask)]
     mask = row.response_mask.copy()
@@ -145,14 +149,14 @@ def _parts(row: Encoded, opening: list[int] | None) -> list[tuple[np.ndarray, np
     head = np.array(opening, np.int32)
     parts = []
     for start, end in edges.reshape(-1, 2).tolist():
-        said = row.input_ids[start:end]
-        is_response = np.concatenate([np.zeros(len(head), bool), np.ones(len(said), bool)])
-        parts.append((np.concatenate([head, said]), is_response))
+        response = row.input_ids[start:end]
+        is_response = np.concatenate([np.zeros(len(head), bool), np.ones(len(response), bool)])
+        parts.append((np.concatenate([head, response]), is_response))
     return parts
 
 
 def _with_reasons(scores: pa.Table, reasons: dict[int, str]) -> pa.Table:
-    """The scores, rows that the engine or the template refused under their own reasons."""
+    """The scores, with the reject reasons of the engine and of the template filled in."""
     if not reasons:
         return scores
     column = scores["reason"].to_pylist()

@@ -1,9 +1,9 @@
-"""`quality+diversity`: best score first, unless a better row says nearly the same.
+"""`quality+diversity`: takes rows best score first, but none that is too similar to a better one.
 
 Score-first selection with a limit on similarity.  Source: Liu et al. 2023 (DEITA, arXiv
-2312.15685), section 2.4.  Rows come in the order of their scores, in windows of bounded size; a row
-is taken when its cosine with every row taken so far is at most the limit.  Windows only bound the
-memory: the outcome is that of one pass over the whole category in order, whatever the shards.
+2312.15685), section 2.4.  Rows come in the order of their scores, in windows of bounded size.  A
+row is taken if its cosine with every row taken so far is at most the limit.  Windows only bound
+the memory: the outcome is that of one pass over the whole category in order, whatever the shards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CHUNK_ROWS = 2048
 
 
 class DiverseRows:
-    """The rows taken so far; memory is D bytes for each."""
+    """Holds the vectors of the rows taken so far: D bytes for each."""
 
     def __init__(self, num_rows: int, max_similarity: float) -> None:
         self._num_rows = num_rows
@@ -28,17 +28,17 @@ class DiverseRows:
 
     @property
     def is_full(self) -> bool:
-        """Whether as many rows are taken as were asked for."""
+        """Whether the requested number of rows is taken."""
         return self._count >= self._num_rows
 
     def offer(self, vectors_ND: np.ndarray) -> tuple[np.ndarray, int]:
-        """Takes what it can of these rows, the best first.
+        """Takes the rows that are different enough, best first, until it is full.
 
         Returns:
-            Places of the rows taken, and how many rows were looked at until there were enough.
+            Places of the rows taken, and the number of rows that were compared until it was full.
 
         Raises:
-            DataError: vectors have another length than those before.
+            DataError: the vectors have another length than earlier ones.
         """
         self._make_room(vectors_ND.shape[1])
         taken: list[int] = []
@@ -52,14 +52,15 @@ class DiverseRows:
     def _offer_block(self, block_BD: np.ndarray) -> list[int]:
         is_apart = np.ones(len(block_BD), bool)
         for start in range(0, self._count, _CHUNK_ROWS):
-            before = self._vectors[start : min(start + _CHUNK_ROWS, self._count)]
-            is_apart &= (cosines(block_BD, before) <= self._limit).all(axis=1)
-        alike = cosines(block_BD, block_BD) > self._limit
+            earlier = self._vectors[start : min(start + _CHUNK_ROWS, self._count)]
+            is_apart &= (cosines(block_BD, earlier) <= self._limit).all(axis=1)
+        # Within the block the order matters: a row is compared with the better ones taken from it.
+        is_similar_BB = cosines(block_BD, block_BD) > self._limit
         taken = np.zeros(len(block_BD), bool)
         for place in np.flatnonzero(is_apart).tolist():
             if self._count >= self._num_rows:
                 break
-            if not (alike[place] & taken).any():
+            if not (is_similar_BB[place] & taken).any():
                 taken[place] = True
                 self._vectors[self._count] = block_BD[place]
                 self._count += 1

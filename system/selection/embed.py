@@ -1,12 +1,13 @@
-"""A vector for every train row, shard by shard: what similarity is measured on.
+"""Computes one vector for every train row, shard by shard; similarity is measured on them.
 
     tf-idf   hashed words and pairs of words, weighted by how rare they are, summed into 256
              components with random signs (feature hashing, Weinberger et al. 2009, arXiv 0902.2206)
     model    mean of the base model's last hidden states over the tokens of the conversation
-    column   what the source brought in `embedding_column`
+    column   the vectors in the `embedding_column` of the sources
 
-A row's vector depends on the row, and for tf-idf on document frequencies of the corpus; these are
-counted on the rows with the smallest ids, about 100,000 of them, so not on shards.
+A row's vector depends on the row and, for tf-idf, on document frequencies of the corpus.  Those are
+counted on the rows with the smallest ids, about 100,000, so they do not depend on shards.
+`actors.features` calls this for each shard; `system.selection.choose` reads the vectors.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 DIMENSIONS = 256
 """Components of a tf-idf vector: the standard error of a cosine near 0 is about 0.06."""
 COUNTED_ROWS = 100_000
-"""Rows on which document frequencies are counted, about."""
+"""Approximate number of rows on which document frequencies are counted."""
 
 _BUCKET_BITS = 18
 _WEIGHTS = "work/word-weights.npy"
@@ -40,17 +41,17 @@ _WEIGHT_STEPS = 256.0
 
 
 def vectors_path(shard: Shard) -> str:
-    """Where the vectors of a shard lie; named by the shard's content."""
+    """Path of a shard's vectors, below the attempt; the hash in it is that of its content."""
     return f"vectors/{shard.split}-{shard.sha256[:24]}.arrow"
 
 
 def has_vectors(attempt: str, shard: Shard) -> bool:
-    """Whether a shard's vectors are there."""
+    """Whether the shard's vectors are committed."""
     return storage.exists(storage.join(attempt, f"{vectors_path(shard)}.json"))
 
 
 def count_vectors(attempt: str, shard: Shard) -> int:
-    """How many rows of a shard have a vector."""
+    """Number of rows of a shard that have a vector."""
     return int(storage.read_json(storage.join(attempt, f"{vectors_path(shard)}.json"))["vectors"])
 
 
@@ -58,16 +59,16 @@ def dimensions_differ(category: str, first: int, other: int) -> DataError:
     """The error for vectors that cannot be compared."""
     return DataError(
         f"category {category!r}: expected vectors of one length, found {first} and {other} "
-        "components (rounded up to powers of two); write the embedding columns of all sources with "
-        "one model"
+        "components (rounded up to powers of two); compute the embedding columns of all sources "
+        "with the same model"
     )
 
 
 def read_vectors(attempt: str, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
-    """[N, D] int8 and [N] bool: vectors of a shard's rows and which rows have one.
+    """[N, D] int8 vectors of a shard's rows and [N] bool which rows have one.
 
     Raises:
-        DataError: they are missing, or of another number of rows.
+        DataError: the file is missing, or has another number of rows.
     """
     uri = storage.join(attempt, vectors_path(shard))
     if not storage.exists(uri):
@@ -85,19 +86,19 @@ def read_vectors(attempt: str, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_vectors(attempt: str, shard: Shard, vectors_ND: np.ndarray, has: np.ndarray) -> None:
-    """Writes a shard's vectors, then their number: the shard's commit."""
+    """Writes a shard's vectors, then the JSON file with their number, which commits the shard."""
     path = storage.join(attempt, vectors_path(shard))
     storage.write_table(path, pack(vectors_ND, has))
     storage.write_json(f"{path}.json", {"rows": len(has), "vectors": int(has.sum())})
 
 
 def count_words(corpus: Corpus, shard: Shard, num_rows: int) -> tuple[np.ndarray, int]:
-    """[H] int64 and a number: in how many rows each word or pair of words occurs, of how many.
+    """[H] int64 number of rows with each word or pair of words, and the number of rows counted.
 
     Args:
-        corpus: the shard's.
+        corpus: corpus of the shard.
         shard: its rows with ids below a bound are counted.
-        num_rows: train rows of the whole corpus, which give the bound.
+        num_rows: number of train rows of the whole corpus, from which the bound follows.
     """
     counts = np.zeros(1 << _BUCKET_BITS, np.int64)
     bound = f"{min(2**32 - 1, COUNTED_ROWS * 2**32 // max(num_rows, 1)):08x}"
@@ -114,12 +115,12 @@ def count_words(corpus: Corpus, shard: Shard, num_rows: int) -> tuple[np.ndarray
 
 
 def write_weights(attempt: str, counts: np.ndarray, num_rows: int) -> None:
-    """Keeps how much a word says: log((1 + N) / (1 + n)) + 1 for n of N rows with it.
+    """Writes the weight of each word: log((1 + N) / (1 + n)) + 1 when n of N rows contain it.
 
     Args:
-        attempt: of stage `select`.
-        counts: [H] rows that hold each word.
-        num_rows: N, rows counted.
+        attempt: attempt of stage `select`.
+        counts: [H] number of rows that contain each word.
+        num_rows: N, number of rows counted.
     """
     weights = np.log((1.0 + num_rows) / (1.0 + counts)) + 1.0
     with storage.atomic_output(storage.join(attempt, _WEIGHTS)) as file:
@@ -127,7 +128,7 @@ def write_weights(attempt: str, counts: np.ndarray, num_rows: int) -> None:
 
 
 def has_weights(attempt: str) -> bool:
-    """Whether the words are counted."""
+    """Whether the word weights are written."""
     return storage.exists(storage.join(attempt, _WEIGHTS))
 
 
@@ -156,15 +157,15 @@ def _texts(table: pa.Table) -> list[str]:
 def _terms(texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Buckets, rows and counts of the words and pairs of words of each text, by row and bucket."""
     if not texts:
-        nothing = np.zeros(0, np.int64)
-        return nothing, nothing, nothing
+        empty = np.zeros(0, np.int64)
+        return empty, empty, empty
     words = find_words(texts)
     pairs, pair_rows = ngrams(words, 2, keep_short=False)
     hashes = np.concatenate([words.hashes, mix(pairs + np.uint64(1))])
     rows = np.concatenate([words.rows, pair_rows])
     keys = (rows << _BUCKET_BITS) | (hashes >> np.uint64(64 - _BUCKET_BITS)).astype(np.int64)
-    found, counts = np.unique(keys, return_counts=True)
-    return found & ((1 << _BUCKET_BITS) - 1), found >> _BUCKET_BITS, counts
+    unique_keys, counts = np.unique(keys, return_counts=True)
+    return unique_keys & ((1 << _BUCKET_BITS) - 1), unique_keys >> _BUCKET_BITS, counts
 
 
 def _hashed(texts: list[str], weights: np.ndarray) -> np.ndarray:
@@ -180,10 +181,10 @@ def _hashed(texts: list[str], weights: np.ndarray) -> np.ndarray:
 
 
 def embed_column(corpus: Corpus, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
-    """[N, D] int8 and [N] bool from the corpus' own vectors.
+    """[N, D] int8 vectors from the corpus and [N] bool which rows have one.
 
     Raises:
-        DataError: their lengths differ.
+        DataError: the vectors have different lengths.
     """
     column = corpus.read_shard(shard, ["embedding"])["embedding"].combine_chunks()
     if isinstance(column, pa.ChunkedArray):
@@ -193,12 +194,12 @@ def embed_column(corpus: Corpus, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
     if len(sizes) > 1:
         raise DataError(
             f"{corpus.shard_uri(shard)}: expected vectors of one length in `embedding_column`, "
-            f"found {sorted(sizes)}; write them with one model"
+            f"found {sorted(sizes)}; compute them with the same model"
         )
     size = sizes.pop() if sizes else 1
-    given = np.zeros((len(column), size))
-    given[has_vector] = np.asarray(column.drop_null().flatten(), np.float64).reshape(-1, size)
-    return quantise(spread(given)), has_vector
+    vectors = np.zeros((len(column), size))
+    vectors[has_vector] = np.asarray(column.drop_null().flatten(), np.float64).reshape(-1, size)
+    return quantise(spread(vectors)), has_vector
 
 
 def embed_model(
@@ -208,9 +209,9 @@ def embed_model(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[N, D] int8 and [N] bool: mean last hidden states of the model, one row at a time.
+    """[N, D] int8 mean last hidden states of the model and [N] bool which rows have one.
 
-    One at a time, because the low bits of a row would otherwise depend on its neighbours.
+    The model gets one row at a time; in a batch, the low bits of a row would depend on the others.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""The selection for another trainer, in training order.
+"""`instructmix export`: writes the selected examples for another trainer, in training order.
 
-Every format keeps the order of the curriculum: the trainer must not shuffle it.  The files that go
-with the rows (dataset_info.json, config snippet) say so in the trainer's own settings.
+The trainer must not shuffle the rows, or the curriculum is lost.  So the files that come with the
+rows (dataset_info.json, a configuration snippet) switch shuffling off in the trainer's settings.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from system.stages import STAGE_FOLDERS
 
 
 def export_selection(run_dir_uri: str, trainer: str, out: str | None) -> str:
-    """Writes the selection and returns the directory.
+    """Writes the selected examples and returns the output directory.
 
     Args:
         run_dir_uri: a run whose stage `select` is finished.
         trainer: `hf`, `trl`, `llama-factory` or `axolotl`.
-        out: directory to write; none: `export/<trainer>` in the run directory (a local one).
+        out: output directory; None: `export/<trainer>` in the run directory, which must be local.
 
     Raises:
-        ConfigError: nothing is selected yet, or the directory already holds something.
+        ConfigError: stage `select` is not finished, or the output directory is not empty.
     """
     run_dir = RunDir(run_dir_uri)
     record = run_dir.read_record(STAGE_FOLDERS["select"])
@@ -42,6 +42,7 @@ def export_selection(run_dir_uri: str, trainer: str, out: str | None) -> str:
     manifest = storage.read_json(run_dir.output_uri(record, "manifest"))
     folder = run_dir.output_uri(record, "selection")
     target = Path(storage.absolute(out or storage.join(run_dir.uri, "export", trainer)))
+    # Files of an earlier export would mix with the new ones without anyone noticing.
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target}: expected a new or empty directory for the export")
     target.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,10 @@ def export_selection(run_dir_uri: str, trainer: str, out: str | None) -> str:
         case "axolotl":
             _write_axolotl(files, target)
         case _:
-            raise ConfigError(f"unknown export format {trainer!r}")
+            raise ConfigError(
+                "export: expected a format among hf, trl, llama-factory and axolotl, found "
+                f"{trainer!r}"
+            )
     return str(target)
 
 

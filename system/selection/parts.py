@@ -1,9 +1,9 @@
-"""The selected examples on storage: fetched shard by shard, written part by part.
+"""Writes the selected examples: reads them shard by shard, writes them part by part.
 
     Selection ─ plan_gather ─> shard groups ─ gather_group ─> spill by part ─ write_part ─> Parquet
 
-Groups and parts are independent of each other and leave a commit each.  The parts' bytes depend on
-the selection alone.
+Groups and parts are independent work units, and each is committed alone.  The bytes of the parts
+depend on the selection alone.  `actors.selector` calls these functions, the middle two in actors.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from system.selection.select import Selection, fetch_rows
 PART_ROWS = 32768
 """Examples in one Parquet file."""
 GROUP_ROWS = 65536
-"""Selected examples that one gathering step covers, unless one shard alone has more."""
+"""Largest number of selected examples in a group, unless a single shard has more."""
 
 SPILL_BYTES = 256 * 2**20
-"""Rows of a group that are put in order at once; a group of longer rows takes several turns."""
+"""Size in memory at which the rows of a group are spilled; a larger group spills several times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Some shards, and which of their rows go where."""
+    """A work unit: some shards, which of their rows are selected, and their positions."""
 
     index: int
     shards: tuple[Shard, ...]
@@ -54,16 +54,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupOutcome:
-    """Where a group's rows lie; its file is the group's commit."""
+    """The record batches of a group's spill file; the JSON file with it commits the group."""
 
     index: int
     batches: dict[int, list[int]]
-    """Part -> record batches of the spill file."""
+    """Part -> record batches of the spill file that hold its rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartInput:
-    """What a part is made from."""
+    """A work unit: the record batches that hold the rows of one part."""
 
     index: int
     num_rows: int
@@ -73,7 +73,7 @@ class PartInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One Parquet file of the selection."""
+    """One Parquet file of the selection, as written."""
 
     path: str
     """Relative to the selection's directory."""
@@ -82,20 +82,20 @@ class Part:
 
 
 def plan_gather(selection: Selection) -> list[Group]:
-    """Cuts the selected shards into groups of about GROUP_ROWS selected examples."""
+    """Groups the shards with selected rows, about GROUP_ROWS selected examples a group."""
     order = np.argsort(selection.shard, kind="stable")
     present, starts = np.unique(selection.shard[order], return_index=True)
     ends = [*starts[1:].tolist(), len(order)]
     groups: list[Group] = []
-    waiting: list[tuple[int, np.ndarray]] = []
-    held = 0
+    members: list[tuple[int, np.ndarray]] = []
+    num_rows = 0
     for number, start, end in zip(present.tolist(), starts.tolist(), ends, strict=True):
-        if held and held + end - start > GROUP_ROWS:
-            groups.append(_group(len(groups), selection, waiting))
-            waiting, held = [], 0
-        waiting.append((number, order[start:end]))
-        held += end - start
-    groups.append(_group(len(groups), selection, waiting))
+        if num_rows and num_rows + end - start > GROUP_ROWS:
+            groups.append(_group(len(groups), selection, members))
+            members, num_rows = [], 0
+        members.append((number, order[start:end]))
+        num_rows += end - start
+    groups.append(_group(len(groups), selection, members))
     return groups
 
 
@@ -115,7 +115,7 @@ def _group_uri(attempt: str, index: int, ending: str) -> str:
 
 
 def read_group_outcome(attempt: str, index: int) -> GroupOutcome | None:
-    """The outcome of a group that is done, else None."""
+    """The outcome of a group that is committed, else None."""
     uri = _group_uri(attempt, index, "json")
     if not storage.exists(uri):
         return None
@@ -125,34 +125,34 @@ def read_group_outcome(attempt: str, index: int) -> GroupOutcome | None:
 
 
 def gather_group(corpus: Corpus, group: Group, attempt: str) -> GroupOutcome:
-    """Fetches the group's rows and spills them by part, then commits."""
+    """Reads the group's rows, spills them by part, and commits the group."""
     with spill_output(_group_uri(attempt, group.index, "arrow"), SELECTION) as spill:
-        held: list[pa.Table] = []
+        tables: list[pa.Table] = []
         num_bytes = 0
         for shard, rows, positions, stages in zip(
             group.shards, group.rows, group.positions, group.stages, strict=True
         ):
             names = [group.stage_names[stage] for stage in stages]
-            held.append(fetch_rows(corpus, shard, rows, positions, names))
-            num_bytes += held[-1].nbytes
+            tables.append(fetch_rows(corpus, shard, rows, positions, names))
+            num_bytes += tables[-1].nbytes
             if num_bytes >= SPILL_BYTES:
-                _spill_by_part(spill, held)
-                held, num_bytes = [], 0
-        if held:
-            _spill_by_part(spill, held)
+                _spill_by_part(spill, tables)
+                tables, num_bytes = [], 0
+        if tables:
+            _spill_by_part(spill, tables)
         outcome = GroupOutcome(index=group.index, batches=spill.batches)
     storage.write_json(_group_uri(attempt, group.index, "json"), asdict(outcome))
     return outcome
 
 
 def _spill_by_part(spill: SpillWriter, tables: Sequence[pa.Table]) -> None:
-    """One record batch for each part, however many shards the rows come from."""
+    """Adds one record batch for each part, whatever the number of shards the rows come from."""
     table = pa.concat_tables(tables).combine_chunks()
     spill.add(table, np.asarray(table["position"]) // PART_ROWS)
 
 
 def part_inputs(num_rows: int, outcomes: Sequence[GroupOutcome]) -> list[PartInput]:
-    """What each part is made from."""
+    """The inputs of all parts, collected from the outcomes of all groups."""
     num_parts = -(-num_rows // PART_ROWS)
     batches: list[dict[int, list[int]]] = [{} for _ in range(num_parts)]
     for outcome in outcomes:
@@ -162,44 +162,46 @@ def part_inputs(num_rows: int, outcomes: Sequence[GroupOutcome]) -> list[PartInp
         PartInput(
             index=part,
             num_rows=min(PART_ROWS, num_rows - part * PART_ROWS),
-            batches=found,
+            batches=group_batches,
         )
-        for part, found in enumerate(batches)
+        for part, group_batches in enumerate(batches)
     ]
 
 
 def read_part(attempt: str, index: int) -> Part | None:
-    """A part that is written, else None."""
+    """The part if it is committed, else None."""
     uri = _group_uri(attempt, index, "part.json")
     return Part(**storage.read_json(uri)) if storage.exists(uri) else None
 
 
-def write_part(given: PartInput, attempt: str) -> Part:
-    """Puts a part's rows in order and writes them as Parquet, then commits.
+def write_part(part_input: PartInput, attempt: str) -> Part:
+    """Orders a part's rows, writes them as Parquet, and commits the part.
 
     Raises:
-        StageError: rows are missing or twice there.
+        StageError: rows are missing, or occur twice.
     """
+    index, num_rows = part_input.index, part_input.num_rows
     batches: list[pa.RecordBatch] = []
-    for group, numbers in sorted(given.batches.items()):
+    for group, numbers in sorted(part_input.batches.items()):
         batches += read_spill(_group_uri(attempt, group, "arrow"), numbers)
     table = pa.Table.from_batches(batches, SELECTION)
     positions = np.asarray(table["position"])
     order = np.argsort(positions, kind="stable")
-    first = given.index * PART_ROWS
-    if not np.array_equal(positions[order], np.arange(first, first + given.num_rows)):
+    # Spill files of an interrupted attempt are reused; this check finds one that was lost since.
+    first = index * PART_ROWS
+    if not np.array_equal(positions[order], np.arange(first, first + num_rows)):
         raise StageError(
-            f"select: part {given.index} should hold the {given.num_rows:,} examples from "
-            f"{first:,}, but its spill files hold {table.num_rows:,}. Files below work/ were "
+            f"select: part {index}: expected the {num_rows:,} examples from position {first:,}, "
+            f"found {table.num_rows:,} examples in the spill files. Files below work/ were "
             "changed or lost; run `select` again with --redo."
         )
     sink = io.BytesIO()
     pq.write_table(canonical_table(table.take(pa.array(order))), sink, compression="zstd")
     data = sink.getvalue()
-    path = f"part-{given.index:05d}.parquet"
+    path = f"part-{index:05d}.parquet"
     storage.write_bytes(storage.join(attempt, "parts", path), data)
-    part = Part(path=path, rows=given.num_rows, sha256=hashlib.sha256(data).hexdigest())
-    storage.write_json(_group_uri(attempt, given.index, "part.json"), asdict(part))
+    part = Part(path=path, rows=num_rows, sha256=hashlib.sha256(data).hexdigest())
+    storage.write_json(_group_uri(attempt, index, "part.json"), asdict(part))
     return part
 
 
@@ -210,12 +212,16 @@ def write_selection_manifest(
     chosen: Mapping[str, Chosen],
     settings: SelectConfig,
 ) -> dict[str, Any]:
-    """Writes the quarantined rows, then manifest.json, last, and removes the spill files."""
+    """Writes the quarantined rows, then manifest.json, and removes the spill files.
+
+    The manifest comes after all other files: a selection with a manifest is complete.
+    """
     quarantined = [
         QUARANTINED.empty_table(),
         *(chosen[name].quarantined for name in sorted(chosen)),
     ]
     storage.write_table(storage.join(attempt, "quarantined.parquet"), pa.concat_tables(quarantined))
+    # Parts are in training order, so this digest changes with any row and with any order.
     digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
     manifest = {
         "format": 1,
@@ -243,14 +249,14 @@ def write_selection_manifest(
 
 
 def describe_method(settings: SelectConfig) -> dict[str, Any]:
-    """The method with what it went by, nothing that it does not read."""
+    """The settings of the method, without the fields that it does not read."""
     value = settings.model_dump(mode="json")
     unread = {name.removeprefix("select.") for name in settings.unread_fields}
     return {name: value[name] for name in value if name not in unread}
 
 
 def method_line(manifest: Mapping[str, Any]) -> str:
-    """How the rows were chosen, for a person."""
+    """One line for the log: how the rows were chosen, and how many were passed over."""
     method = manifest["method"]
     text = f"method {method['method']}"
     if "score" in method:

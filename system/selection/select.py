@@ -1,14 +1,14 @@
-"""Which examples train, in which order: quotas of stages and categories to places in the corpus.
+"""Turns the quotas of curriculum stages and categories into rows of the corpus, in training order.
 
-Rows of a category come in the order of the method (`system.selection.choose`); the first stage
-takes the first ones, the next stage goes on where it ended, and only a quota beyond what can be
-chosen begins again from the first (a repeat).  Within a stage the order is
-`sha256(seed:stage:id:repeat)`.  So the selection depends on rows, quotas and seed alone: not on
-shards, files or workers.
+The rows of a category are ordered by the method (`system.selection.choose`).  The first curriculum
+stage takes the first rows, and the next stage continues where it ended.  Only when a quota is
+larger than the number of usable rows does the category start again from its first row (a repeat).
+Within a stage the order is `sha256(seed:stage:id:repeat)`.  So the selection depends on rows,
+quotas and seed alone, not on shards, files or workers.
 
-What is held in memory is an index, 40 bytes for each selected example (twice that while a category
-is searched).  Bodies are fetched shard by shard and written part by part
-(`system.selection.parts`).
+Memory holds an index only: 40 bytes for each selected example, and twice that while a category is
+searched.  `system.selection.parts` fetches the rows shard by shard and writes them part by part.
+Called by `actors.selector` for stage `select`, and by `actors.evaluator` for each arm.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from system.selection.candidates import digests
 from system.selection.choose import Chosen, choose_rows
 
 SHUFFLED = "shuffled"
-"""Name of the single stage of an arm without a curriculum."""
+"""Name of the only curriculum stage of an arm in shuffled order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageQuota:
-    """How many examples of each category a stage takes."""
+    """Number of examples of each category in one curriculum stage."""
 
     name: str
     counts: dict[str, int]
@@ -42,7 +42,7 @@ class StageQuota:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Every training example by its place in the corpus, in training order."""
+    """All training examples, as places in the corpus, in training order."""
 
     stages: tuple[str, ...]
     shards: tuple[Shard, ...]
@@ -55,11 +55,11 @@ class Selection:
     counts: dict[str, dict[str, int]]
     """Stage -> category -> examples."""
     repeats: dict[str, int]
-    """Category -> examples that are there for the second time or more."""
+    """Category -> number of examples that use a row for the second time or more."""
 
 
 def read_quotas(curriculum: Mapping[str, Any]) -> tuple[StageQuota, ...]:
-    """The stages of a curriculum.json.
+    """Reads the quotas of all stages from the content of a curriculum.json.
 
     Raises:
         DataError: a count is not a whole number, or a stage's name occurs twice.
@@ -75,14 +75,14 @@ def read_quotas(curriculum: Mapping[str, Any]) -> tuple[StageQuota, ...]:
         for category, count in quota.counts.items():
             if not isinstance(count, int) or count < 0:
                 raise DataError(
-                    f"curriculum: stage {quota.name!r} asks for {count!r} examples of "
-                    f"{category!r}; expected a whole number >= 0"
+                    f"curriculum: expected a whole number >= 0 of examples of {category!r} in "
+                    f"stage {quota.name!r}, found {count!r}"
                 )
     return quotas
 
 
 def totals(quotas: Sequence[StageQuota]) -> dict[str, int]:
-    """Examples of each category over all stages, categories without any left out."""
+    """Examples of each category in all stages together; categories without examples are omitted."""
     summed: Counter[str] = Counter()
     for quota in quotas:
         summed.update(quota.counts)
@@ -92,34 +92,34 @@ def totals(quotas: Sequence[StageQuota]) -> dict[str, int]:
 def check_chosen(
     quotas: Sequence[StageQuota], chosen: Mapping[str, Chosen], settings: SelectConfig
 ) -> None:
-    """Whether what was chosen is enough, and sound.
+    """Checks that the chosen rows satisfy the quotas and that few rows are quarantined.
 
     Raises:
         DataError: too many rows are quarantined, or a quota needs repeats that are not allowed.
     """
-    lost = sum(rows.quarantined.num_rows for rows in chosen.values())
+    num_quarantined = sum(rows.quarantined.num_rows for rows in chosen.values())
     supply = sum(rows.supply for rows in chosen.values())
-    if lost > settings.max_quarantined_share * supply:
+    if num_quarantined > settings.max_quarantined_share * supply:
         first = next(rows.quarantined for rows in chosen.values() if rows.quarantined.num_rows)
         examples = ", ".join(
             f"{row['id']}: {row['reason']}" for row in first.slice(0, 3).to_pylist()
         )
         raise DataError(
-            f"{lost:,} of {supply:,} train rows have no usable score or vector, more than "
-            f"select.max_quarantined_share = {settings.max_quarantined_share} allows. The first "
-            f"ones ({first['category'][0].as_py()}): {examples}. Correct where they come from "
-            f"(select.score: {settings.score}, select.embedding: {settings.embedding}), or raise "
-            "the limit."
+            f"{num_quarantined:,} of {supply:,} train rows have no usable score or vector, more "
+            f"than select.max_quarantined_share = {settings.max_quarantined_share} allows. The "
+            f"first ones ({first['category'][0].as_py()}): {examples}. Correct the scores or "
+            f"vectors (select.score: {settings.score}, select.embedding: {settings.embedding}), "
+            "or raise the limit."
         )
     if settings.repeats:
         return
-    for category, wanted in totals(quotas).items():
-        found = len(chosen[category].row)
-        if found < wanted:
+    for category, quota in totals(quotas).items():
+        usable = len(chosen[category].row)
+        if usable < quota:
             raise DataError(
-                f"category {category!r}: the stages ask for {wanted:,} examples, but {found:,} of "
-                f"its {chosen[category].supply:,} train rows can be chosen and select.repeats is "
-                "false. Lower solve.budget or solve.upper, raise select.max_similarity where "
+                f"category {category!r}: the stages need {quota:,} examples, but only {usable:,} "
+                f"of its {chosen[category].supply:,} train rows can be chosen, and select.repeats "
+                "is false. Lower solve.budget or solve.upper, raise select.max_similarity if "
                 "similar rows are left out, or allow repeats."
             )
 
@@ -127,11 +127,12 @@ def check_chosen(
 def arrange(
     corpus: Corpus, quotas: Sequence[StageQuota], chosen: Mapping[str, Chosen], seed: int
 ) -> Selection:
-    """Deals the chosen rows out to the stages and puts each stage in order.
+    """Distributes the chosen rows over the stages and orders the rows of each stage.
 
     Raises:
-        DataError: a stage asks for a category of which no row can be chosen.
+        DataError: a stage needs a category of which no row can be chosen.
     """
+    # One list of shards for all categories; a category's own shard numbers start at its base.
     shards: list[Shard] = []
     bases: dict[str, int] = {}
     for category in sorted(chosen):
@@ -148,24 +149,26 @@ def arrange(
             rows = chosen[category]
             if not len(rows.row):
                 raise DataError(
-                    f"stage {quota.name!r} asks for {count:,} examples of {category!r}, which has "
-                    f"no train rows to choose among ({rows.quarantined.num_rows:,} quarantined); "
-                    "solve the mix again for this corpus"
+                    f"stage {quota.name!r} needs {count:,} examples of {category!r}, which has no "
+                    f"usable train rows ({rows.quarantined.num_rows:,} quarantined); solve the "
+                    "mix again for this corpus"
                 )
-            turn = np.arange(taken[category], taken[category] + count)
+            # Counted on over all stages, so that a row repeats only after all others were used.
+            draw = np.arange(taken[category], taken[category] + count)
             taken[category] += count
-            place, repeat = turn % len(rows.row), turn // len(rows.row)
+            place, repeat = draw % len(rows.row), draw // len(rows.row)
             repeats[category] += int((repeat > 0).sum())
             keys.append(_order_keys(rows.ids[place], repeat, quota.name, seed))
             shard.append(rows.shard[place] + bases[category])
             row.append(rows.row[place])
         if keys:
+            # By hash over all categories: this mixes them and does not depend on their order.
             key = np.concatenate(keys)
             order = np.lexsort((key[:, 1], key[:, 0]))
             stage = np.full(len(order), number, np.int16)
             columns.append((stage, np.concatenate(shard)[order], np.concatenate(row)[order]))
     if not columns:
-        raise DataError("the curriculum asks for no example at all")
+        raise DataError("the curriculum: expected at least one example, found none in any stage")
     stage, shard, row = (np.concatenate(column) for column in zip(*columns, strict=True))
     return Selection(
         stages=tuple(quota.name for quota in quotas),
@@ -179,13 +182,13 @@ def arrange(
 
 
 def _order_keys(ids: np.ndarray, repeat: np.ndarray, stage: str, seed: int) -> np.ndarray:
-    """[K, 2] uint64: what the order within a stage is sorted by."""
+    """[K, 2] uint64: sort keys of the order within a stage."""
     keys = np.zeros((len(ids), 2), np.uint64)
-    for turn in np.unique(repeat):
-        where = repeat == turn
+    for number in np.unique(repeat):
+        where = repeat == number
         text = ids[where].tobytes().hex()
         names = [text[start : start + 32] for start in range(0, len(text), 32)]
-        keys[where] = digests(f"{seed}:{stage}:", names, f":{turn}")
+        keys[where] = digests(f"{seed}:{stage}:", names, f":{number}")
     return keys
 
 
@@ -198,17 +201,17 @@ def select_arm(
     settings: SelectConfig | None = None,
     attempt: str = "",
 ) -> pa.Table:
-    """The training examples of one evaluation arm, in order, in memory.
+    """Selects the training examples of one evaluation arm, in training order, in memory.
 
     Args:
-        corpus: train rows are taken from it.
-        counts: examples of each category.
-        seed: other seeds draw other examples and another order; with the same one, two arms take
+        corpus: its train rows are used.
+        counts: number of examples of each category.
+        seed: each seed draws other examples and another order. With the same seed, two arms use
             the same rows of a category as far as their counts allow.
         curriculum: content of a curriculum.json whose stages add up to `counts`; None shuffles all
             examples as one stage.
-        settings: how rows of a category are ordered; None: `random`.
-        attempt: of stage `select`, where scores and vectors lie.
+        settings: how the rows of a category are ordered; None: `random`.
+        attempt: attempt of stage `select` that holds scores and vectors.
 
     Returns:
         SELECTION table.
@@ -216,21 +219,23 @@ def select_arm(
     Raises:
         DataError: the stages do not add up to the counts, or a category has no train rows.
     """
-    wanted = {category: int(count) for category, count in sorted(counts.items()) if count}
+    arm_counts = {category: int(count) for category, count in sorted(counts.items()) if count}
     if curriculum is None:
-        quotas = (StageQuota(name=SHUFFLED, counts=wanted),)
+        quotas = (StageQuota(name=SHUFFLED, counts=arm_counts),)
     else:
         quotas = read_quotas(curriculum)
-        if totals(quotas) != wanted:
+        if totals(quotas) != arm_counts:
             raise DataError(
-                f"the curriculum's stages add up to {totals(quotas)}, expected {wanted}"
+                f"the curriculum: expected stages that add up to {arm_counts}, found "
+                f"{totals(quotas)}"
             )
     rule = settings or SelectConfig()
     chosen = {
         category: choose_rows(corpus, category, count, rule, seed, attempt)
-        for category, count in wanted.items()
+        for category, count in arm_counts.items()
     }
     selection = arrange(corpus, quotas, chosen, seed)
+    # Every shard is read once; the rows are brought into training order afterwards.
     bodies = [
         rows_of_shard(corpus, selection, number) for number in np.unique(selection.shard).tolist()
     ]
@@ -239,7 +244,7 @@ def select_arm(
 
 
 def rows_of_shard(corpus: Corpus, selection: Selection, number: int) -> pa.Table:
-    """The selected rows of one shard as a SELECTION table, by position."""
+    """The selected rows of one shard as a SELECTION table, ordered by position."""
     positions = np.flatnonzero(selection.shard == number)
     return fetch_rows(
         corpus,
@@ -253,7 +258,7 @@ def rows_of_shard(corpus: Corpus, selection: Selection, number: int) -> pa.Table
 def fetch_rows(
     corpus: Corpus, shard: Shard, rows: np.ndarray, positions: np.ndarray, stages: Sequence[str]
 ) -> pa.Table:
-    """These rows of a shard as a SELECTION table, in the order given."""
+    """Reads rows of a shard as a SELECTION table, in the order of the arguments."""
     body = corpus.read_shard(shard, ["id", "category", "messages"]).take(pa.array(rows))
     columns = {
         "stage": pa.array(stages, pa.string()),

@@ -1,9 +1,9 @@
-"""Vectors of rows as similarity sees them: 8 bits a component, cosines exact.
+"""Vectors with 8 bits a component, and their exact cosines.
 
-A vector is kept as integers from -127 to 127 times a factor that no cosine depends on.  Dot
-products of such vectors are whole numbers below 2^24 (or 2^53, in float64, beyond 1,040
-components), so a matrix product gives them exactly: no cosine depends on blocks, threads or the
-order of additions.
+A vector is stored as integers from -127 to 127; its length is dropped, since no cosine depends on
+it.  Dot products of such vectors are whole numbers below 2^24 (or 2^53, in float64, beyond 1,040
+components), so a matrix product computes them exactly: no cosine depends on batches, threads or
+the order of additions.
 
 D = components, N = rows.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 _EXACT_IN_FLOAT32 = 2**24 // 127**2
-"""Most components whose dot product float32 holds exactly."""
+"""Largest number of components at which float32 holds a dot product exactly."""
 
 
 def quantise(vectors_ND: np.ndarray) -> np.ndarray:
@@ -25,25 +25,25 @@ def quantise(vectors_ND: np.ndarray) -> np.ndarray:
 
 
 def spread(vectors_ND: np.ndarray) -> np.ndarray:
-    """[N, D'] float64: the rows turned so that no few components hold most of their length.
+    """[N, D'] float64: the rows, rotated so that large components spread over all of them.
 
-    Signs from a fixed sequence, then a Walsh-Hadamard transform over the next power of two: dot
-    products stay as they are (times D').  Hidden states have a few components far larger than all
-    others, which would take all of the 8 bits.
+    Random signs from a fixed seed, then a Walsh-Hadamard transform over the next power of two; dot
+    products stay the same up to the factor D'.  Hidden states have a few components that are far
+    larger than the others; without the rotation these would use up the 8 bits.
     """
-    rows, given = vectors_ND.shape
-    size = 1 << max(0, int(given - 1).bit_length())
-    signs = np.random.Generator(np.random.PCG64(0)).integers(0, 2, given) * 2.0 - 1.0
-    turned = np.zeros((rows, size))
-    turned[:, :given] = vectors_ND * signs
+    rows, num_components = vectors_ND.shape
+    size = 1 << max(0, int(num_components - 1).bit_length())
+    signs = np.random.Generator(np.random.PCG64(0)).integers(0, 2, num_components) * 2.0 - 1.0
+    rotated = np.zeros((rows, size))
+    rotated[:, :num_components] = vectors_ND * signs
     step = 1
     while step < size:
-        pairs = turned.reshape(rows, size // (2 * step), 2, step)
-        turned = np.stack(
+        pairs = rotated.reshape(rows, size // (2 * step), 2, step)
+        rotated = np.stack(
             [pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2
         ).reshape(rows, size)
         step *= 2
-    return turned
+    return rotated
 
 
 def _squares(vectors_ND: np.ndarray) -> np.ndarray:
@@ -62,7 +62,7 @@ def cosines(left_AD: np.ndarray, right_BD: np.ndarray) -> np.ndarray:
 
 
 def pack(vectors_ND: np.ndarray, has_vector: np.ndarray) -> pa.Table:
-    """The table of a shard's vectors: one line a row, null where it has none."""
+    """The table of a shard's vectors: one vector a row, null if the row has none."""
     values = pa.array(np.ascontiguousarray(vectors_ND).reshape(-1), pa.int8())
     mask = pa.array(~has_vector)
     column = pa.FixedSizeListArray.from_arrays(values, vectors_ND.shape[1], mask=mask)
@@ -70,7 +70,7 @@ def pack(vectors_ND: np.ndarray, has_vector: np.ndarray) -> pa.Table:
 
 
 def unpack(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """[N, D] int8 and [N] bool: vectors (zero where there is none) and which rows have one."""
+    """[N, D] int8 vectors, zero if a row has none, and [N] bool which rows have one."""
     column = table["vector"].combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks)

@@ -1,10 +1,10 @@
-"""Prices and ranges of an optimum: what binds, what loosening it brings, how far it holds.
+"""Computes prices and ranges of an optimum: which limits bind, and how long the optimum is valid.
 
-All of it is read off the optimal basis of the first solve. With tight rows ``R`` and basic columns
-``C``, ``M = A_RC^-1 A_R`` says how the basic columns answer to every other one; a cost or a bound
-may move until a reduced cost changes sign or a basic column meets a bound.
-Source: textbook sensitivity analysis (Bertsimas, Tsitsiklis 1997, chapter 5), over the pair
-``(u, v)`` of a category at once, which a solver's column-by-column ranging does not know.
+Both follow from the optimal basis of the first solve. With tight rows ``R`` and basic columns
+``C``, ``M = A_RC^-1 A_R`` is the change of the basic columns per unit of every other column. A cost
+or a bound may change until a reduced cost changes its sign or a basic column reaches a bound.
+Source: textbook sensitivity analysis (Bertsimas, Tsitsiklis 1997, chapter 5). A solver's own
+ranging treats single columns; here the two columns ``(u, v)`` of a category change together.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Prices:
     """Duals in the user's units; every array is per category or per target."""
 
     reduced_add_S: np.ndarray
-    """[S] objective per example if u were raised; > 0 only where a limit stops it."""
+    """[S] change of the objective per example if u is raised; > 0 only if a limit prevents it."""
     reduced_remove_S: np.ndarray
     """[S] the same for v."""
     budget: float
@@ -31,7 +31,7 @@ class Prices:
 
 
 def read_prices(model: Model, program: Program, point: Point) -> Prices:
-    """Duals of the rows and columns of an LP optimum; what the solver cannot tell from 0 is 0."""
+    """Read the duals of an LP optimum; values within the tolerance of the solver become 0."""
     assert point.reduced_cost_C is not None and point.dual_R is not None
     S = model.num_sources
     reduced_C = _without_noise(point.reduced_cost_C, program.zero_costs())
@@ -62,7 +62,7 @@ def read_prices(model: Model, program: Program, point: Point) -> Prices:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ranges:
-    """How far one number may move, all others fixed, before the basis changes; inf: no end."""
+    """How far one number may change, all others fixed, before the basis changes; inf: no end."""
 
     score_down_S: np.ndarray
     score_up_S: np.ndarray
@@ -72,10 +72,10 @@ class Ranges:
 
 
 def read_ranges(model: Model, program: Program, point: Point) -> Ranges:
-    """Ranging of scores and ceilings at an LP optimum.
+    """Compute the ranges of scores and ceilings at an LP optimum.
 
-    Where optima tie, the mix is a choice among them (``tiebreak.py``) and the slightest change of
-    a score that takes part in the tie may end it: no room.
+    If several optima tie, the mix is one of them (``tiebreak.py``). The smallest change of a score
+    that takes part in the tie may make another one optimal, so the range of such a score is empty.
     """
     basis = _Basis(model, program, point)
     S = model.num_sources
@@ -84,8 +84,8 @@ def read_ranges(model: Model, program: Program, point: Point) -> Ranges:
     simple = ~(is_basic_C[:S] | is_basic_C[S : 2 * S])
     up_S, down_S = basis.nonbasic_score_room()
     score_up_S[simple], score_down_S[simple] = up_S[simple], down_S[simple]
-    held = np.flatnonzero(~simple)
-    score_up_S[held], score_down_S[held] = basis.basic_score_room(held)
+    in_basis = np.flatnonzero(~simple)
+    score_up_S[in_basis], score_down_S[in_basis] = basis.basic_score_room(in_basis)
     bound_up_S, bound_down_S = basis.bound_room()
     face = optimal_face(program, point, num_pairs=num_pairs(model))
     if not face.is_unique:
@@ -101,7 +101,7 @@ def read_ranges(model: Model, program: Program, point: Point) -> Ranges:
 
 
 class _Basis:
-    """The optimal basis as dense algebra; as many tight rows as basic columns."""
+    """The optimal basis as dense matrices; it has as many tight rows as basic columns."""
 
     def __init__(self, model: Model, program: Program, point: Point) -> None:
         assert point.is_basic_C is not None and point.is_basic_R is not None
@@ -112,8 +112,8 @@ class _Basis:
         self.tight = np.flatnonzero(~point.is_basic_R)
         rows_RC = program.rows[self.tight]
         self.inverse = np.linalg.inv(rows_RC[:, self.basic])
-        self.answer = self.inverse @ rows_RC
-        """[len(basic), C] how basic columns fall when a column rises."""
+        self.fall_BC = self.inverse @ rows_RC
+        """[len(basic), C] decrease of the basic columns per unit by which a column rises."""
         self.reduced_C = point.reduced_cost_C
         self.dual_R = point.dual_R[self.tight]
         x_C = point.x_C
@@ -129,7 +129,7 @@ class _Basis:
         self.row_at_upper = ~is_equality & ~nearer_low
 
     def nonbasic_score_room(self) -> tuple[np.ndarray, np.ndarray]:
-        """[S] room up and down for categories with neither u nor v in the basis."""
+        """[S] ranges, up and down, of scores of categories with neither u nor v in the basis."""
         S = self.model.num_sources
         add_S, remove_S = self.reduced_C[:S], self.reduced_C[S : 2 * S]
         low, high = self.at_lower_C, self.at_upper_C
@@ -146,12 +146,12 @@ class _Basis:
         return up_S, down_S
 
     def basic_score_room(self, categories: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[k] room up and down of the scores of categories that are in the basis."""
+        """[k] ranges, up and down, of the scores of categories with u or v in the basis."""
         S, k = self.model.num_sources, np.arange(len(categories))
         change_kC = np.zeros((len(categories), len(self.reduced_C)))
         change_kC[k, categories], change_kC[k, S + categories] = 1.0, -1.0
         basic_kB = change_kC[:, self.basic]
-        columns = change_kC - basic_kB @ self.answer
+        columns = change_kC - basic_kB @ self.fall_BC
         rows = basic_kB @ self.inverse
         room = []
         for sign in (1.0, -1.0):
@@ -161,62 +161,63 @@ class _Basis:
         return room[0], room[1]
 
     def bound_room(self) -> tuple[np.ndarray, np.ndarray]:
-        """[S] how far the ceiling of a category may rise and fall."""
+        """[S] ranges, up and down, of the ceilings of all categories."""
         model, S = self.model, self.model.num_sources
         x_C, program = self.point.x_C, self.program
         up_S = np.full(S, np.inf)
         down_S = program.upper_C[:S] - x_C[:S]
-        held, column, step = self._held_by_ceiling()
-        if not len(held):
+        # A ceiling without a price only has to stay above the count; the rest is about the others.
+        priced, column, step = self._priced_ceilings()
+        if not len(priced):
             return up_S, down_S
         upper_S = np.inf if model.problem.upper_S is None else model.problem.upper_S
-        # Beyond its cap or its other upper limit a ceiling does not matter.
+        # A ceiling above the cap, or above the other upper limit, has no effect.
         reach_S = np.minimum(model.base_S + model.cap_S, upper_S)
         rise_S = np.full(S, np.inf)
         np.subtract(reach_S, model.ceiling_S, out=rise_S, where=np.isfinite(model.ceiling_S))
-        up_S[held] = np.where(column >= S, program.lower_C[column], np.maximum(rise_S, 0.0)[held])
-        down_S[held] = program.upper_C[column] - program.lower_C[column]
-        # How basic columns fall and rows rise for each example by which the ceiling rises.
-        fall = self.answer[:, column] * step
+        room_above = np.maximum(rise_S, 0.0)[priced]
+        up_S[priced] = np.where(column >= S, program.lower_C[column], room_above)
+        down_S[priced] = program.upper_C[column] - program.lower_C[column]
+        # Decrease of basic columns, and increase of rows, for each example that the ceiling rises.
+        fall = self.fall_BC[:, column] * step
         below = x_C[self.basic] - program.lower_C[self.basic]
         above = program.upper_C[self.basic] - x_C[self.basic]
-        up_S[held] = np.minimum(up_S[held], _box_room(fall, below, above))
-        down_S[held] = np.minimum(down_S[held], _box_room(-fall, below, above))
+        up_S[priced] = np.minimum(up_S[priced], _box_room(fall, below, above))
+        down_S[priced] = np.minimum(down_S[priced], _box_room(-fall, below, above))
         slack_rows = np.flatnonzero(self.is_basic_R)
         rows_RC = program.rows[slack_rows]
         drift = rows_RC[:, column] * step - rows_RC[:, self.basic] @ fall
         row_R = rows_RC @ x_C
-        blocks = [
+        row_groups = [
             (
                 drift,
                 row_R - program.row_lower_R[slack_rows],
                 program.row_upper_R[slack_rows] - row_R,
             )
         ]
-        # Guards that are not in the program count as well.
+        # Guards that were never violated are not in the program, but a change could violate them.
         floor_T = -model.guard_T
         absent = np.flatnonzero(np.isfinite(floor_T) & ~self._guards_in_program())
         effects = model.effects
         if len(absent) and effects.off_add_TS is None:
-            # Row by row in blocks: a thousand targets by two thousand columns is fine, but a copy
-            # of it for every block is not.
-            for block in np.array_split(absent, max(1, len(absent) // 256)):
-                rows = effects.rows(block)
+            # 256 targets at a time: a copy of the rows of all targets would need too much memory.
+            for some_T in np.array_split(absent, max(1, len(absent) // 256)):
+                rows = effects.rows(some_T)
                 basic = self.basic[self.basic < 2 * S]
                 inside = fall[self.basic < 2 * S]
                 moved = rows[:, column] * step - rows[:, basic] @ inside
-                room = rows @ x_C[: 2 * S] - floor_T[block]
-                blocks.append((moved, room, np.full(len(block), np.inf)))
-        for moved, below_rows, above_rows in blocks:
-            up_S[held] = np.minimum(up_S[held], _box_room(-moved, below_rows, above_rows))
-            down_S[held] = np.minimum(down_S[held], _box_room(moved, below_rows, above_rows))
+                room = rows @ x_C[: 2 * S] - floor_T[some_T]
+                row_groups.append((moved, room, np.full(len(some_T), np.inf)))
+        for moved, below_rows, above_rows in row_groups:
+            up_S[priced] = np.minimum(up_S[priced], _box_room(-moved, below_rows, above_rows))
+            down_S[priced] = np.minimum(down_S[priced], _box_room(moved, below_rows, above_rows))
         return up_S, down_S
 
-    def _held_by_ceiling(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[k] categories whose ceiling has a price, the column it bounds, and which way.
+    def _priced_ceilings(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[k] categories whose ceiling has a price, the columns that they bound, and the signs.
 
-        A ceiling at or above the base is the upper end of u, which may leave u no room at all; one
-        below the base is the lower end of v, which falls as the ceiling rises.
+        A ceiling at or above the base is the upper bound of u, which may be 0. A ceiling below the
+        base is the lower bound of v, which falls as the ceiling rises.
         """
         S, program = self.model.num_sources, self.program
         zero_C = program.zero_costs()
@@ -240,22 +241,22 @@ class _Basis:
 def _sign_room(
     value: np.ndarray, change: np.ndarray, must_stay_up: np.ndarray, must_stay_down: np.ndarray
 ) -> np.ndarray:
-    """[k] largest step for which values that are >= 0 (<= 0) by optimality stay so.
+    """[k] largest step at which values that optimality requires to be >= 0 (<= 0) remain so.
 
     ``value`` [n] changes by ``change`` [k, n] per unit of the step.
     """
-    watched = np.flatnonzero(must_stay_up | must_stay_down)
-    if not len(watched):
+    signed = np.flatnonzero(must_stay_up | must_stay_down)
+    if not len(signed):
         return np.full(len(change), np.inf)
-    sign = np.where(must_stay_up[watched], 1.0, -1.0)
-    left = np.maximum(sign * value[watched], 0.0)
-    falling = -sign * change[:, watched]
+    sign = np.where(must_stay_up[signed], 1.0, -1.0)
+    distance = np.maximum(sign * value[signed], 0.0)
+    falling = -sign * change[:, signed]
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(falling > 1e-13, left / falling, np.inf).min(axis=1)
+        return np.where(falling > 1e-13, distance / falling, np.inf).min(axis=1)
 
 
 def _box_room(fall: np.ndarray, below: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """[k] largest step of each column until something falling by ``fall`` leaves its box."""
+    """[k] largest step of each column at which values falling by ``fall`` stay in bounds."""
     if not len(fall):
         return np.full(fall.shape[1], np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):

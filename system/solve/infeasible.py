@@ -1,8 +1,9 @@
-"""Why no mix exists: the limits that conflict, and the smallest change that would help.
+"""Explains why no mix exists: the limits that conflict, and the smallest change that helps.
 
-Every limit but the budget gets a slack. A minimal conflict is found by the deletion filter
-(Chinneck 2008, "Feasibility and infeasibility in optimization", section 6.2); then each limit of it
-is relaxed alone, as little as possible, all others held.
+Every limit except the budget gets a slack variable. The deletion filter finds a minimal set of
+conflicting limits (Chinneck 2008, "Feasibility and infeasibility in optimization", section 6.2).
+Then each of them is relaxed alone, as little as possible, with all others fixed.
+`system.solve.solve` calls `infeasibility` when a program has no solution.
 """
 
 from dataclasses import dataclass, replace
@@ -21,33 +22,40 @@ from system.solve.whole import is_possible
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Limit:
-    """One of the user's limits as ``coefficient @ (u, v)[index] >= bound``."""
+    """One of the user's limits, as the row ``coefficient @ (u, v)[index] >= bound``."""
 
     words: str
+    """Its name in the message."""
     advice: str
-    """How to loosen it; ``{to}`` is the value that just fits, ``{by}`` the difference."""
+    """How to loosen it; ``{to}`` is the first value that is enough, ``{by}`` the difference."""
     index: np.ndarray
-    """Columns, those of ``v`` after all of ``u``; no guard has any, its row is made when needed."""
+    """Columns, ``v`` after ``u``. Empty for a guard: its row is added when it is violated."""
     coefficient: np.ndarray
     bound: float
     value: float
-    """As the user gave it."""
+    """The limit as the user set it."""
     step: float
     """Change of ``value`` per unit of slack."""
     size: float
-    """What a slack is measured against, > 0."""
+    """Scale of its slack, > 0: slacks of different limits are compared after division by it."""
 
 
 _MOST_FILTERED = 40
-"""Larger conflicts are named as the prices give them: filtering takes one LP a limit."""
+"""Largest conflict that is filtered, since the filter solves one LP for each limit. Larger ones are
+named as the prices show them, perhaps with limits that could be left out."""
 _NEGLIGIBLE = 1e-7
-"""Violations, as a share of what they are measured against, that whole counts may be blamed for."""
-_MOST_TOLD = 12
-"""No one reads more limits than this."""
+"""Largest violation, as a share of its scale, that counts as rounding of the solver."""
+_MOST_NAMED = 12
+"""Largest number of limits that a message names."""
 
 
 def infeasibility(model: Model) -> InfeasibleMixError:
-    """The error to raise for a model whose limits no mix satisfies."""
+    """The error for a model whose limits no mix satisfies; its message says which limits conflict.
+
+    First it asks whether only ``max_categories`` or whole counts are to blame, by solving without
+    them; otherwise it looks for a conflict among the other limits.
+    """
+    # Only a linear program has prices that show a conflict, so the integer limits are taken out.
     fractional = replace(model.options, max_categories=None, integer=False)
     relaxed = replace(model, options=fractional)
     conflict = _Conflict(relaxed)
@@ -61,16 +69,18 @@ def infeasibility(model: Model) -> InfeasibleMixError:
                 "trust region (move), the caps or the guards slightly, or leave integer out"
             )
     limits = conflict.minimal()
+    # The solver found no mix, and yet no violation is larger than its rounding.
     if not limits:
         return InfeasibleMixError(
-            f"no mix of {model.budget:.10g} {model.options.unit} satisfies all limits, but only by "
-            "less than can be told apart from rounding; widen one of them by a millionth"
+            f"no mix of {model.budget:.10g} {model.options.unit} satisfies all limits, but the "
+            "violation is as small as the rounding of the solver; widen one of the limits by a "
+            "millionth"
         )
-    asked = limits[:_MOST_TOLD]
-    advice = [words for limit in asked if (words := conflict.relaxation(limit)) is not None]
-    names = "; ".join(conflict.limits[k].words for k in asked)
-    if len(limits) > len(asked):
-        names += f"; and {len(limits) - len(asked)} more of the kind"
+    named = limits[:_MOST_NAMED]
+    advice = [words for limit in named if (words := conflict.relaxation(limit)) is not None]
+    names = "; ".join(conflict.limits[k].words for k in named)
+    if len(limits) > len(named):
+        names += f"; and {len(limits) - len(named)} more of this kind"
     message = (
         f"no mix of {model.budget:.10g} {model.options.unit} satisfies all limits; these conflict: "
         f"{names}. "
@@ -94,14 +104,14 @@ def _too_few_categories(model: Model) -> InfeasibleMixError:
             low = middle + 1
     return InfeasibleMixError(
         f"no mix with at most {model.options.max_categories} categories (max_categories) satisfies "
-        f"the other limits: from a base of {int((model.base_S > 0).sum())} categories the trust "
-        f"region (move = {model.options.move:g}), caps, lower limits, groups and guards do not let "
-        f"enough of them be emptied; raise max_categories to {high}, or widen move"
+        f"the other limits: the base mix has {int((model.base_S > 0).sum())} categories, and the "
+        f"trust region (move = {model.options.move:g}), caps, lower limits, groups and guards do "
+        f"not allow enough of them to be emptied; raise max_categories to {high}, or widen move"
     )
 
 
 class _Conflict:
-    """An elastic twin of the model: columns ``u, v`` and one slack for each limit."""
+    """The elastic form of the model: columns ``u, v`` and one slack for each limit."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -157,13 +167,13 @@ class _Conflict:
         return csr_array((values, (rows, columns)), shape=shape)
 
     def is_feasible(self) -> bool:
-        """Whether all limits hold together with fractional counts, up to a hair."""
+        """Whether fractional counts satisfy all limits, up to rounding."""
         return self._violation(set(range(len(self.limits)))) <= _NEGLIGIBLE
 
     def minimal(self) -> list[int]:
-        """A set of limits that conflict; none could be left out, unless it is a large set.
+        """A set of conflicting limits, of which none can be left out unless the set is large.
 
-        Empty where the solver cannot tell the conflict from rounding.
+        Empty if the solver cannot distinguish the conflict from rounding.
         """
         total = self._violation(set(range(len(self.limits))))
         if total <= 0.0:
@@ -171,8 +181,8 @@ class _Conflict:
         negligible = min(_NEGLIGIBLE, 0.5 * total)
         point = self._solve()
         reduced = np.abs(np.asarray(point.reduced_cost_C)[self._first :] + self._weight_K)
-        # A slack whose limit has a price takes part in this infeasibility; only those can be in
-        # a minimal conflict, the filter removes what is left over.
+        # A limit whose slack has a price takes part in this infeasibility. Only such limits can be
+        # in a minimal conflict, and the filter removes those that are not.
         active = {k for k in range(len(self.limits)) if reduced[k] > 1e-7 * self._weight_K[k]}
         if self._violation(active) <= negligible:
             active = set(range(len(self.limits)))
@@ -182,7 +192,7 @@ class _Conflict:
         return sorted(active)
 
     def relaxation(self, k: int) -> str | None:
-        """What to do to limit ``k`` alone, or None when that cannot be enough."""
+        """Advice how to loosen limit ``k`` alone; None if that cannot be enough."""
         upper_C = self.program.upper_C.copy()
         upper_C[self._first :] = 0.0
         upper_C[self._first + k] = np.inf
@@ -197,7 +207,7 @@ class _Conflict:
         return self._advice(k, slack)
 
     def joint(self) -> list[str]:
-        """The cheapest change of several limits at once, relative to their sizes."""
+        """Advice how to loosen several limits together, with the smallest sum of scaled slacks."""
         self._violation(set(range(len(self.limits))))
         slack_K = self._solve().x_C[self._first :]
         needed = np.flatnonzero(slack_K > 1e-9 * np.array([limit.size for limit in self.limits]))
@@ -210,7 +220,7 @@ class _Conflict:
         return limit.advice.format(to=_upward(to, limit.step), by=f"{by:.6g}")
 
     def _violation(self, active: set[int]) -> float:
-        """Least weighted violation of the given limits, the others left out."""
+        """Smallest weighted violation of the active limits, without all other limits."""
         chosen = np.zeros(len(self.limits), bool)
         chosen[sorted(active)] = True
         upper_C = self.program.upper_C.copy()
@@ -233,27 +243,27 @@ class _Conflict:
     def _guard_rows(
         self, cuts: Cuts, x_C: np.ndarray, chosen: np.ndarray | None
     ) -> tuple[list[tuple[str, int]], csr_array, np.ndarray, np.ndarray] | None:
-        """The guards' rows that their own slacks do not cover yet."""
+        """Rows of the guards that are violated even with their slacks."""
         position = {name: i for i, name in enumerate(self.model.problem.targets)}
         place = np.array([position[label[1]] for label in cuts.labels])
         slack = np.array([self._guarded[int(i)] for i in place])
         missing = cuts.lower_R - cuts.rows_RC @ x_C[: self._first] - x_C[self._first + slack]
-        is_wanted = missing > 4e-9 * self._finder.scales()[place]
+        is_violated = missing > 4e-9 * self._finder.scales()[place]
         if chosen is not None:
-            is_wanted &= chosen[slack]
-        if not is_wanted.any():
+            is_violated &= chosen[slack]
+        if not is_violated.any():
             return None
-        slack = slack[is_wanted]
+        slack = slack[is_violated]
         count = len(slack)
         shape = (count, len(self.limits))
         own = csr_array((np.ones(count), (np.arange(count), slack)), shape=shape)
-        rows = hstack([csr_array(cuts.rows_RC[is_wanted]), own], format="csr")
+        rows = hstack([csr_array(cuts.rows_RC[is_violated]), own], format="csr")
         labels = [("limit", int(k)) for k in slack]
-        return labels, csr_array(rows), cuts.lower_R[is_wanted], np.full(count, np.inf)
+        return labels, csr_array(rows), cuts.lower_R[is_violated], np.full(count, np.inf)
 
 
 def _upward(value: float, step: float) -> str:
-    """Six digits, rounded to the feasible side."""
+    """The value with six digits, rounded to the feasible side, so that the advice is enough."""
     if value == 0:
         return "0"
     digits = 10.0 ** (5 - np.floor(np.log10(abs(value))))
@@ -276,7 +286,7 @@ def _guard_limit(model: Model, i: int, scale: float) -> _Limit:
 
 
 def _limits(model: Model) -> list[_Limit]:
-    """All limits but budget and guards, in the order in which messages name them."""
+    """All limits except budget and guards, in the order in which messages name them."""
     S, budget = model.num_sources, model.budget
     room = budget / model.length_S
     limits = [
@@ -291,8 +301,9 @@ def _limits(model: Model) -> list[_Limit]:
             size=budget,
         )
     ]
+    # A row limits the change from the base, so the base count moves to the right-hand side.
     for group in model.groups:
-        held = float(model.base_S[group.members].sum())
+        base_count = float(model.base_S[group.members].sum())
         index = np.r_[group.members, S + group.members]
         added = np.repeat([1.0, -1.0], len(group.members))
         size = float(room[group.members].max())
@@ -303,7 +314,7 @@ def _limits(model: Model) -> list[_Limit]:
                     advice=f"lower the minimum of group {group.name!r} to {{to}}",
                     index=index,
                     coefficient=added,
-                    bound=group.lower - held,
+                    bound=group.lower - base_count,
                     value=group.lower,
                     step=-1.0,
                     size=size,
@@ -316,7 +327,7 @@ def _limits(model: Model) -> list[_Limit]:
                     advice=f"raise the maximum of group {group.name!r} to {{to}}",
                     index=index,
                     coefficient=-added,
-                    bound=held - group.upper,
+                    bound=base_count - group.upper,
                     value=group.upper,
                     step=1.0,
                     size=size,
@@ -366,6 +377,7 @@ def _category_limits(model: Model, j: int, size: float) -> list[_Limit]:
                 size=size,
             )
         )
+    # A cap limits u and v separately, so it is two rows under one name.
     if np.isfinite(cap):
         for column in both:
             limits.append(

@@ -1,11 +1,13 @@
-"""The four objectives as linear programs over the same moves.
+"""Solves the four objectives as linear programs over the same moves ``(u, v)``.
 
 - scores (``linear``, ``concave``, ``robust`` with a box): a value per example, one LP;
-- ``robust`` with a budget: the same minus what the worst ``k`` sources could cost; the dual of the
-  inner maximum makes it one LP (Bertsimas, Sim 2004, "The price of robustness", theorem 1);
-- ``max-min``: lift the worst-off target, then, with it held, the next, and so on (lexicographic).
+- ``robust`` with a budget: the same minus the loss if the worst ``k`` sources are off; the dual of
+  the inner maximum makes it one LP (Bertsimas, Sim 2004, "The price of robustness", theorem 1);
+- ``max-min``: raises the target with the smallest change, then, with its level fixed, the next
+  one, and so on (lexicographic).
 
-Every function returns the first optimum's prices and ranges, and the point nearest the base.
+Every function returns the prices and ranges of the first optimum, and of all optima the point that
+is nearest to the base. `system.solve.solve` and `system.solve.whole` call these functions.
 """
 
 from dataclasses import dataclass
@@ -27,12 +29,12 @@ from system.solve.tiebreak import (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outcome:
-    """What an objective found."""
+    """The optimum of an objective."""
 
     x_C: np.ndarray
-    """[2S] (u, v), nearest the base among the optima."""
+    """[2S] (u, v), the optimum that is nearest to the base."""
     gain: float
-    """In the objective's own terms, against the base mix."""
+    """Objective minus the objective of the base mix."""
     prices: Prices | None = None
     ranges: Ranges | None = None
     iterations: int = 0
@@ -40,28 +42,28 @@ class Outcome:
     is_proven: bool = True
     gap: float = 0.0
     relaxed_prices: Prices | None = None
-    """Prices of the fractional problem, where the answer itself is whole."""
+    """Prices of the fractional problem, if the counts are whole numbers."""
     relaxed_gain: float = 0.0
 
 
 _GUARDS_AT_ONCE = 64
-"""So few guards are cheaper as rows from the start than in rounds."""
+"""Largest number of guards that are rows from the start; more are added when they are violated."""
 
 
 def score_program(model: Model) -> Program:
-    """The program of an objective that is a value per example added or removed."""
+    """The linear program of an objective with a value for each example added or removed."""
     return new_program(model, cost_C=np.r_[model.score_add_S, -model.score_remove_S])
 
 
 def solve_fractional(model: Model) -> Outcome:
-    """The model's objective with fractional counts and any number of categories."""
+    """Solve the model's objective with fractional counts and any number of categories."""
     if model.options.objective == "max-min":
         return solve_max_min(model)
     return solve_scores(model) if model.effects.off_add_TS is None else solve_budgeted(model)
 
 
 def solve_scores(model: Model, program: Program | None = None) -> Outcome:
-    """``linear``, ``concave`` and ``robust`` with a box; a given program is solved warm."""
+    """Solve ``linear``, ``concave``, or ``robust`` with a box; a solved ``program`` starts warm."""
     if program is None:
         program = score_program(model)
     guards = GuardCuts(model, -model.guard_T)
@@ -80,11 +82,11 @@ def solve_scores(model: Model, program: Program | None = None) -> Outcome:
 
 
 def _without_cycles(program: Program, model: Model, point: Point, guards: GuardCuts) -> Point:
-    """The same optimum where no category is both added and removed.
+    """The same optimum, at a point where no category is both added and removed.
 
-    Where the trust region has no price a vertex may use it up by adding and removing the same
-    category. Closing the idle side of every pair leaves the optimum what it is and gives a basis
-    whose ranges speak of the mix; it stays optimal when the sides are opened again.
+    If the trust region has no price, a vertex may fill it by adding and removing the same category.
+    Fixing the smaller of ``u`` and ``v`` at its lower bound does not change the optimum, and gives
+    a basis whose ranges describe the mix. It stays optimal when the bounds are restored.
     """
     assert point.is_basic_C is not None
     S = model.num_sources
@@ -101,7 +103,7 @@ def _without_cycles(program: Program, model: Model, point: Point, guards: GuardC
 
 
 def _start(program: Program, model: Model, guards: GuardCuts) -> None:
-    """Give a fresh program its guards if they are few, else what an interior point suggests."""
+    """Add guards to a new program: all if few, else those that an interior point suggests."""
     guess = guess_basis(model)
     if guess is not None:
         rows = guess.guards
@@ -124,7 +126,7 @@ def _start(program: Program, model: Model, guards: GuardCuts) -> None:
 
 
 def solve_budgeted(model: Model) -> Outcome:
-    """``robust`` against ``sources_off`` sources being off at once."""
+    """Solve ``robust`` when ``sources_off`` sources may be off at the same time."""
     program = budgeted_program(model)
     guards = GuardCuts(model, -model.guard_T)
     point = solve_with_cuts(program, guards)
@@ -140,7 +142,7 @@ def solve_budgeted(model: Model) -> Outcome:
 
 
 def budgeted_program(model: Model) -> Program:
-    """Columns ``u, v, p, q``: the penalty ``k p + sum q`` with ``p + q_j >= off_j``."""
+    """The program with columns ``u, v, p, q``: penalty ``k p + sum q``, ``p + q_j >= off_j``."""
     S = model.num_sources
     off_add_S, off_remove_S = source_losses(model)
     largest = float(max(off_add_S.max(), off_remove_S.max()))
@@ -163,14 +165,14 @@ def budgeted_program(model: Model) -> Program:
 
 
 def source_losses(model: Model) -> tuple[np.ndarray, np.ndarray]:
-    """[S] what an example of a source that is off costs, importance-weighted, added / removed."""
+    """[S] importance-weighted loss per example of a source that is off, when added and removed."""
     effects, weight_T = model.effects, model.problem.importance_T
     assert effects.off_add_TS is not None and effects.off_remove_TS is not None
     return weight_T @ effects.off_add_TS, weight_T @ effects.off_remove_TS
 
 
 def pessimistic_gain(model: Model, x_C: np.ndarray) -> float:
-    """The objective's gain of a point, the worst sources being off under budget uncertainty."""
+    """Gain of a point in the objective; under budget uncertainty the worst sources are off."""
     S = model.num_sources
     u_S, v_S = x_C[:S], x_C[S : 2 * S]
     gain = float(model.score_add_S @ u_S - model.score_remove_S @ v_S)
@@ -182,18 +184,18 @@ def pessimistic_gain(model: Model, x_C: np.ndarray) -> float:
 
 
 class ObjectiveCuts:
-    """Keeps the pessimistic objective at its optimum while the move is made smaller."""
+    """Cuts that keep the pessimistic objective at its optimum while the move is minimised."""
 
     def __init__(self, model: Model, optimum: float) -> None:
         self._model = model
         add_S, remove_S = model.score_add_S, model.score_remove_S
         self._scale = max(float(np.abs(add_S).max()), float(np.abs(remove_S).max()), 1e-300)
         self._scale *= model.unit
-        # Half of what the solver cannot tell from feasible, so that the optimum itself stays in.
+        # Lowered by half the tolerance of the solver, or rounding could cut off the optimum itself.
         self._floor = optimum - 2e-9 * self._scale
 
     def __call__(self, x_C: np.ndarray) -> Cuts | None:
-        """The one row that ``x_C`` violates most, if any."""
+        """The row that ``x_C`` violates most, if there is one."""
         model, S = self._model, self._model.num_sources
         if pessimistic_gain(model, x_C) >= self._floor - 4e-9 * self._scale:
             return None
@@ -207,7 +209,7 @@ class ObjectiveCuts:
 
 
 class _LevelCuts:
-    """Finds targets below the level ``t``, the last column of the program."""
+    """Cuts for targets whose change is below the level ``t``, the last column of the program."""
 
     def __init__(self, model: Model, active: set[int]) -> None:
         self._model, self._active = model, active
@@ -226,10 +228,10 @@ class _LevelCuts:
 
 
 def level_program(model: Model) -> Program:
-    """Columns ``u, v, t``: maximise the level ``t``."""
+    """The program with columns ``u, v, t`` that maximises the level ``t``."""
     size = float(max(np.abs(model.effects.add_TS).max(), np.abs(model.effects.remove_TS).max()))
     unit = model.unit * (float(np.exp2(np.floor(np.log2(size)))) if size > 0 else 1.0)
-    # Without any row the level is unbounded: the sum of all moves bounds every change.
+    # The level is unbounded until rows are added; no change can exceed the sum of all moves.
     reach = 2.0 * size * float(model.up_S.sum() + model.down_S.sum()) + 1.0
     return new_program(
         model,
@@ -241,7 +243,10 @@ def level_program(model: Model) -> Program:
 
 
 def solve_max_min(model: Model) -> Outcome:
-    """Lift the worst-off target of positive importance, then the next, until none can rise."""
+    """Raise the target with the smallest change, then the next one, until none can rise further.
+
+    Only targets of positive importance take part.
+    """
     names = model.problem.targets
     active = {i for i in range(len(names)) if model.problem.importance_T[i] > 0}
     position = {name: i for i, name in enumerate(names)}
@@ -251,6 +256,7 @@ def solve_max_min(model: Model) -> Outcome:
     levels = _LevelCuts(model, active)
     point = first = solve_with_cuts(program, guards, levels)
     prices = read_prices(model, program, first)
+    # Each round fixes the targets that cannot rise further, and maximises the level of the rest.
     while True:
         stuck = _stuck_targets(program, point)
         for row in stuck:
@@ -260,7 +266,7 @@ def solve_max_min(model: Model) -> Outcome:
         assert stuck, "the prices of the level's rows add up to 1"
         if not active or optimal_face(program, point, num_pairs=num_pairs(model)).is_unique:
             break
-        _hold(program, stuck, float(point.objective))
+        _fix_level(program, stuck, float(point.objective))
         point = solve_with_cuts(program, guards, levels)
     change_T = model.effects.change(*model.split(point.x_C))
     remaining = sorted(active)
@@ -276,21 +282,21 @@ def solve_max_min(model: Model) -> Outcome:
 
 
 def _softened(model: Model, floor_T: np.ndarray) -> GuardCuts:
-    """Floors lowered by what the solver cannot tell from feasible: their own optimum stays in."""
+    """Guards at these floors, lowered by the solver's tolerance so that the optimum is kept."""
     finder = GuardCuts(model, floor_T, kind="held")
     finder.floor_T = floor_T - 2e-9 * finder.scales()
     return finder
 
 
 def _stuck_targets(program: Program, point: Point) -> list[int]:
-    """Rows of the level that have a price: their targets cannot rise further together."""
+    """Level rows that have a price: their targets cannot all rise further."""
     assert point.dual_R is not None
     priced = np.abs(point.dual_R) > program.zero_duals()
     return [row for row, label in enumerate(program.labels) if label[0] == "level" and priced[row]]
 
 
-def _hold(program: Program, rows: list[int], level: float) -> None:
-    """Turn ``change_i - t >= 0`` into ``change_i >= level`` for the given rows."""
+def _fix_level(program: Program, rows: list[int], level: float) -> None:
+    """Replace ``change_i - t >= 0`` by ``change_i >= level`` in these rows."""
     lower_R = program.row_lower_R.copy()
     for row in rows:
         program.set_coefficient(row, len(program.cost_C) - 1, 0.0)

@@ -1,7 +1,8 @@
-"""What the optimiser is asked: the measured problem and the user's options, checked on arrival.
+"""The input of the optimiser: the measured problem and the user's options, both validated.
 
-Shape suffixes, here and in the whole package: ``T`` target (measured on), ``S`` source category
-(trained on), ``C`` column of a linear program, ``R`` row of a linear program.
+Shape suffixes in the whole package: ``T`` target (measured on), ``S`` source category (trained
+on), ``C`` column of a linear program, ``R`` row of a linear program. `system.mix` builds this
+input from a run, and `system.solve.request` from the tables of `instructmix solve`.
 """
 
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ OBJECTIVES: tuple[Objective, ...] = ("linear", "max-min", "concave", "robust")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DoseCurve:
-    """What several doses of every source do, in one direction.  K doses, ascending.
+    """Effects of several doses of every source, in one direction: K doses in ascending order.
 
     Raises:
-        DataError: shapes that do not fit, a dose that is not positive, doses that fall.
+        DataError: shapes do not match, a dose is not positive, or doses do not ascend.
     """
 
     dose_KS: np.ndarray
@@ -28,10 +29,10 @@ class DoseCurve:
     effect_KTS: np.ndarray
     """[K, T, S] effect per example, mean over the dose."""
     se_KTS: np.ndarray
-    """[K, T, S] its standard errors, >= 0."""
+    """[K, T, S] standard error of ``effect_KTS``, >= 0."""
 
     def __post_init__(self) -> None:
-        """Check what the optimiser relies on."""
+        """Check what the optimiser requires."""
         count, size = self.dose_KS.shape
         fits = self.effect_KTS.shape == self.se_KTS.shape and self.effect_KTS.shape[::2] == (
             count,
@@ -49,7 +50,7 @@ class DoseCurve:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MixProblem:
-    """The categories, what there is of them, and what they were measured to do to every target.
+    """The categories, their supply and limits, and their measured effects on every target.
 
     Effects are nats per response token *per example* of the source (or, for the paper's own
     objective, the dimensionless gamma); positive means that more of the source helps the target.
@@ -70,11 +71,11 @@ class MixProblem:
     targets: tuple[str, ...]
     """[T] target names, unique; they need not be categories."""
     base_S: np.ndarray
-    """[S] counts as given, examples; scaled to the budget by the solver."""
+    """[S] examples in the base mix, before the solver scales them to the budget."""
     effect_add_TS: np.ndarray
     """[T, S] effect of one more example of S on T."""
     effect_remove_TS: np.ndarray | None = None
-    """[T, S] what one example of S is worth when it is taken away; None: as when it is added."""
+    """[T, S] effect per example when examples of S are removed; None: the same as when added."""
     se_TS: np.ndarray | None = None
     """[T, S] standard error of ``effect_add_TS``, same unit, >= 0."""
     se_remove_TS: np.ndarray | None = None
@@ -82,37 +83,38 @@ class MixProblem:
     identifiable_TS: np.ndarray | None = None
     """[T, S] bool; a False entry counts as zero effect and keeps its standard error."""
     importance_T: np.ndarray = None  # type: ignore[assignment]
-    """[T] weights beta >= 0, used as given. None: base shares of the targets that are categories
-    (zero for the others); uniform when no target is a category."""
+    """[T] weights beta >= 0, used without scaling. None: base shares of the targets that are
+    categories (zero for the others); uniform when no target is a category."""
     supply_S: np.ndarray | None = None
-    """[S] distinct examples there are; a mix may use ``supply * max_epochs`` of them."""
+    """[S] number of distinct examples; a mix may use ``supply * max_epochs`` of them."""
     lower_S: np.ndarray | None = None
-    """[S] least number of examples."""
+    """[S] smallest number of examples."""
     upper_S: np.ndarray | None = None
-    """[S] greatest number of examples."""
+    """[S] largest number of examples."""
     cap_S: np.ndarray | None = None
-    """[S] most examples by which a category may move away from the base mix, either way."""
+    """[S] largest number of examples by which a category may move from the base mix, up or down."""
     tokens_S: np.ndarray | None = None
     """[S] mean tokens per example, > 0, finite; needed for a budget in tokens."""
     group_S: tuple[str | None, ...] | None = None
     """[S] name of the group that each category belongs to."""
     guard_T: np.ndarray | None = None
-    """[T] nats that each target may lose at most; inf: unguarded. Adds to the options' guard."""
+    """[T] largest decrease of each target in nats; inf: no limit. Applies beside the guard of the
+    options."""
     curve_add: DoseCurve | None = None
-    """Several doses, for ``concave``: with ``curve_remove`` it takes the place of both slopes."""
+    """Several doses, for ``concave``: with ``curve_remove`` it replaces both effect matrices."""
     curve_remove: DoseCurve | None = None
 
     def __post_init__(self) -> None:
         """Convert, check, and fill the default importance."""
-        set_field = object.__setattr__
+        set_field = object.__setattr__  # the dataclass is frozen for everyone else
         set_field(self, "categories", _names(self.categories, "categories"))
         set_field(self, "targets", _names(self.targets, "targets"))
         S, T = len(self.categories), len(self.targets)
         set_field(self, "base_S", _vector(self.base_S, "base count", self.categories))
         if not self.base_S.sum() > 0:
             raise DataError(
-                "the base mix needs at least one category with a positive count, but all "
-                f"{S} counts are 0; give the counts of the data you would train on by default"
+                "the base mix: expected at least one category with a positive count, but all "
+                f"{S} counts are 0; use the counts of the data you would train on by default"
             )
         for field, label in _SOURCE_VECTORS.items():
             set_field(self, field, _optional_vector(getattr(self, field), label, self.categories))
@@ -137,8 +139,8 @@ class MixProblem:
             set_field(self, "importance_T", weights)
         if not self.importance_T.sum() > 0:
             raise DataError(
-                "at least one target needs a positive importance, but all are 0; there is nothing "
-                "to optimise"
+                "at least one target needs a positive importance, but all are 0; there is "
+                "nothing to optimise"
             )
 
     def _check_vectors(self) -> None:
@@ -231,42 +233,43 @@ class GroupLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixOptions:
-    """How the mix is to be chosen.
+    """The objective and the limits of the mix.
 
     Raises:
-        ConfigError: a value outside its range, or two options that exclude each other.
+        ConfigError: a value is outside its range, or two options exclude each other.
     """
 
     objective: Objective = "linear"
     budget: float | None = None
-    """Examples or tokens (``unit``) in the mix. None: the whole base."""
+    """Size of the mix in ``unit``. None: the sum of the base mix."""
     unit: Literal["examples", "tokens"] = "examples"
     max_epochs: float = 1.0
-    """How often an example may be used; limits each category to ``supply * max_epochs``."""
+    """Largest number of uses of an example; limits each category to ``supply * max_epochs``."""
     move: float = 0.1
     """Trust region: the largest share of the budget that may be added to categories."""
     cap: float | None = None
-    """The largest share of the budget by which any one category may move, either way."""
+    """The largest share of the budget by which a single category may move, up or down."""
     guard: float | None = None
-    """No target may lose more than this share of the size of its base effect."""
+    """Largest decrease of a target, as a share of the absolute value of its base effect."""
     guard_nats: float | None = None
-    """No target may lose more than this, in the unit of the effects."""
+    """Largest decrease of a target, in the unit of the effects."""
     integer: bool = False
-    """Whole examples."""
+    """Whether counts are whole numbers."""
     max_categories: int | None = None
-    """At most so many categories in the mix."""
+    """Largest number of categories in the mix."""
     groups: tuple[GroupLimit, ...] = ()
     radius: float = 1.0
-    """``robust``: how many standard errors an effect may be off."""
+    """``robust``: number of standard errors by which an effect may be off."""
     uncertainty: Literal["box", "budget"] = "box"
-    """``robust``: all sources may be off at once, or only ``sources_off`` of them."""
+    """``robust``: all sources may be off at the same time, or only ``sources_off`` of them."""
     sources_off: float | None = None
-    """``robust`` with ``budget``: how many sources may be off at once. None: sqrt(sources)."""
+    """``robust`` with ``budget``: number of sources that may be off at the same time. None:
+    sqrt(sources)."""
     mip_gap: float = 1e-4
-    """Integer search: stop at this distance from the best possible gain, relative to the gain."""
+    """Integer search: it stops when the gain is this close to its bound, relative to the gain."""
     mip_max_nodes: int | None = None
-    """Integer search: at most so many nodes (a count, not a time, so that it is the same on every
-    machine). None: 2,000, fewer where nodes are large (``whole.py``)."""
+    """Integer search: largest number of nodes. It is a count and not a time, so the answer is the
+    same on every machine. None: 2,000, fewer if nodes are large (``whole.py``)."""
 
     def __post_init__(self) -> None:
         """Check every range."""
@@ -304,9 +307,9 @@ def _in_range(
         return
     above = value > low if open_low else value >= low
     if not (above and value <= high and np.isfinite(value)):
-        wanted = f"> {low:g}" if open_low else f">= {low:g}"
-        wanted += f" and <= {high:g}" if np.isfinite(high) else ""
-        raise ConfigError(f"{name} must be a finite number {wanted}, found {value}")
+        allowed = f"> {low:g}" if open_low else f">= {low:g}"
+        allowed += f" and <= {high:g}" if np.isfinite(high) else ""
+        raise ConfigError(f"{name} must be a finite number {allowed}, found {value}")
 
 
 def _names(names: Any, label: str) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""From parsed arguments and tables to the problem and options of the solver."""
+"""`instructmix solve`: turns command-line arguments and tables into the input of the solver.
+
+`system.solve.command` calls `read_request`; `system.solve.tables` reads the files.
+"""
 
 import argparse
 from typing import Any
@@ -31,19 +34,20 @@ def read_request(args: argparse.Namespace) -> tuple[MixProblem, MixOptions]:
     """Read every file that the arguments name.
 
     Raises:
-        DataError: a table that cannot be used.
-        ConfigError: options that cannot be used, or one thing said twice.
+        DataError: a table is invalid.
+        ConfigError: an option is invalid, or a value is set in two places.
     """
     base = read_base(args.base)
     limits = _Limits(args.limits, base) if args.limits else None
     main = read_matrix(args.gamma or args.effect, base)
+    # `align` words the error, which must come before the test of targets against sources.
     if set(main.categories) != set(base.categories):
         align(main, main.targets, base.categories)
     if args.gamma and set(main.targets) != set(main.categories):
         raise DataError(
             f"{main.path}: gamma is square, with the same names as rows and as columns, found "
             f"{len(main.targets)} targets {list(main.targets)[:5]} and {len(main.categories)} "
-            f"sources {list(main.categories)[:5]}; a table with other targets is given as --effect"
+            f"sources {list(main.categories)[:5]}; use --effect for a table with other targets"
         )
     targets = base.categories if args.gamma else main.targets
     effect_TS, mask_TS = align(main, targets, base.categories)
@@ -54,6 +58,7 @@ def read_request(args: argparse.Namespace) -> tuple[MixProblem, MixOptions]:
         if path is not None:
             values_TS, measured_TS = align(read_matrix(path, base), targets, base.categories)
             others[flag] = _complete(values_TS, measured_TS, mask_TS, path, flag)
+            # An effect that was measured in one direction only counts as not measured.
             if flag == "remove":
                 mask_TS = mask_TS & measured_TS
     numbers = dict(base.numbers)
@@ -79,21 +84,26 @@ def read_request(args: argparse.Namespace) -> tuple[MixProblem, MixOptions]:
         group_S=base.groups,
         guard_T=None if limits is None else limits.guards(targets),
     )
-    given = {name: getattr(args, name) for name in _OPTION_FLAGS if getattr(args, name) is not None}
+    # A flag that was not used keeps the default of MixOptions.
+    used = {name: getattr(args, name) for name in _OPTION_FLAGS if getattr(args, name) is not None}
     groups = () if limits is None else limits.groups()
-    return problem, MixOptions(**given, integer=args.integer, groups=groups)
+    return problem, MixOptions(**used, integer=args.integer, groups=groups)
 
 
 def _complete(
     values_TS: np.ndarray, measured_TS: np.ndarray, mask_TS: np.ndarray, path: str, flag: str
 ) -> np.ndarray:
-    """An empty standard error is only fine where the effect is empty too (then it is not used)."""
+    """The values, after a check that every measured effect has a standard error.
+
+    An empty standard error is allowed only where the effect is empty too, since it is not used.
+    """
     if flag == "remove":
         return values_TS
-    lacking = ~measured_TS & mask_TS
-    if lacking.any():
+    is_missing = ~measured_TS & mask_TS
+    if is_missing.any():
         raise DataError(
-            f"{path}: {int(lacking.sum())} measured effects have no standard error; fill the cells"
+            f"{path}: expected a standard error for every measured effect, found "
+            f"{int(is_missing.sum())} empty cells; fill them"
         )
     return values_TS
 
@@ -104,7 +114,7 @@ def _importance(
     targets: tuple[str, ...],
     base: BaseTable,
 ) -> np.ndarray | None:
-    """[T] from the base column (targets that are categories) and the limits file (any target)."""
+    """[T] from the base table (targets that are categories) and the limits file (any target)."""
     column = numbers.pop("importance", None)
     extra = {} if limits is None else limits.numbers_of("importance")
     if column is None and not extra:
@@ -117,22 +127,25 @@ def _importance(
                 weights_T[position[name]] = weight
             if name in extra and not np.isnan(weight):
                 raise ConfigError(
-                    f"the importance of {name!r} is given twice, as a column of {base.path} and in "
+                    f"the importance of {name!r} is given twice, in a column of {base.path} and in "
                     "the limits file; remove one"
                 )
     for name, weight in extra.items():
         if name not in position:
-            raise DataError(f"the limits file gives importance to unknown target {name!r}")
+            raise DataError(
+                f"the limits file: importance: unknown target {name!r}; the targets are "
+                f"{', '.join(targets[:8])}{', ...' if len(targets) > 8 else ''}"
+            )
         weights_T[position[name]] = weight
     return weights_T
 
 
 def _refuse_repeats(args: argparse.Namespace, numbers: dict[str, np.ndarray]) -> None:
-    """A flag that says what a column says already is an error: since one of them must win."""
+    """Refuse a value that a flag and a column both set: neither should win silently."""
     if args.cap is not None and "cap" in numbers:
         raise ConfigError(
-            "--cap and a 'cap' for single categories (base table or limits file) say the same "
-            "thing twice; keep one of them"
+            "the cap is set twice, by --cap and as a 'cap' for single categories (base table or "
+            "limits file); keep one of them"
         )
 
 
@@ -154,15 +167,15 @@ def _tokens(numbers: dict[str, np.ndarray], base: BaseTable) -> np.ndarray | Non
 
 
 class _Limits:
-    """The limits file, checked against the base table."""
+    """The limits file, validated against the base table."""
 
     def __init__(self, path: str, base: BaseTable) -> None:
         self._path, self._base = path, base
         self._content = read_limits(path)
-        known = ("groups", "categories", "guards", "importance")
-        unknown = [key for key in self._content if key not in known]
+        allowed = ("groups", "categories", "guards", "importance")
+        unknown = [key for key in self._content if key not in allowed]
         if unknown:
-            raise ConfigError(f"{path}: unknown keys {unknown}; known keys are {list(known)}")
+            raise ConfigError(f"{path}: unknown keys {unknown}; known keys are {list(allowed)}")
 
     def groups(self) -> tuple[GroupLimit, ...]:
         """The group limits."""
@@ -183,7 +196,7 @@ class _Limits:
         return tuple(limits)
 
     def merge_categories(self, numbers: dict[str, np.ndarray]) -> None:
-        """Add limits of single categories to the columns; a number given twice is an error."""
+        """Add limits of single categories to the columns; a limit set twice is an error."""
         position = {name: j for j, name in enumerate(self._base.categories)}
         for key, body in self._section("categories").items():
             name = str(key)
@@ -202,7 +215,7 @@ class _Limits:
                 numbers[limit] = column
 
     def guards(self, targets: tuple[str, ...]) -> np.ndarray | None:
-        """[T] nats per target, inf where the file says nothing."""
+        """[T] guards in nats; inf for targets without one."""
         guards = self.numbers_of("guards")
         unknown = [name for name in guards if name not in targets]
         if unknown:
@@ -225,9 +238,11 @@ class _Limits:
             raise ConfigError(f"{self._path}: {name}: expected names with values below it")
         return section
 
-    def _mapping(self, body: Any, where: str, known: tuple[str, ...]) -> dict[str, Any]:
-        if not isinstance(body, dict) or any(key not in known for key in body):
-            raise ConfigError(f"{self._path}: {where}: expected any of {list(known)}, found {body}")
+    def _mapping(self, body: Any, where: str, allowed: tuple[str, ...]) -> dict[str, Any]:
+        if not isinstance(body, dict) or any(key not in allowed for key in body):
+            raise ConfigError(
+                f"{self._path}: {where}: expected keys among {list(allowed)}, found {body}"
+            )
         return body
 
     def _value(self, value: Any, where: str) -> float:

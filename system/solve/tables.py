@@ -1,4 +1,4 @@
-"""Reading the tables of ``instructmix solve``: matrices, the base table, the limits file."""
+"""Reads the files of ``instructmix solve``: matrices, the base table and the limits file."""
 
 import csv
 from dataclasses import dataclass, field
@@ -15,35 +15,36 @@ _BASE_COLUMNS = ("category", *_BASE_NUMBERS, "group")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MatrixTable:
-    """A named [T, S] matrix; an empty cell is an entry that could not be measured."""
+    """A [T, S] matrix with names; an empty cell is an entry that could not be measured."""
 
     path: str
     targets: tuple[str, ...]
     categories: tuple[str, ...]
     values_TS: np.ndarray
-    """Zero where a cell was empty."""
+    """[T, S] values, zero where the cell is empty."""
     is_measured_TS: np.ndarray
     """[T, S] bool, read only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BaseTable:
-    """The categories and what there is of them; columns that the file lacks are None."""
+    """The categories with their counts and limits, from the columns that the file has."""
 
     path: str
     categories: tuple[str, ...]
     numbers: dict[str, np.ndarray] = field(default_factory=dict)
-    """Column name to [S] values, NaN for an empty cell; at least ``count``."""
+    """Column name -> [S] values, NaN for an empty cell; always contains ``count``."""
     groups: tuple[str | None, ...] | None = None
 
 
 def read_matrix(path: str, base: BaseTable) -> MatrixTable:
-    """A matrix table: first column target names, header source names (rows = targets).
+    """Read a matrix table: target names in the first column, source names in the header.
 
-    ``.csv``, ``.parquet``, or ``.npy`` with targets and sources both in the order of ``base``.
+    The file is ``.csv`` or ``.parquet``, or ``.npy`` with targets and sources both in the order of
+    ``base``.
 
     Raises:
-        DataError: unreadable, a cell that is not a number, or a shape that does not fit.
+        DataError: the file is unreadable, a cell is not a number, or the shape does not match.
     """
     suffix = _suffix(path, (".csv", ".parquet", ".npy"))
     if suffix == ".npy":
@@ -74,16 +75,16 @@ def read_matrix(path: str, base: BaseTable) -> MatrixTable:
 def align(
     table: MatrixTable, targets: tuple[str, ...], categories: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values and mask of the table in the given order of names.
+    """Values and mask of the table, reordered to ``targets`` and ``categories``.
 
     Raises:
-        DataError: names that do not match; says which are missing and which are unknown.
+        DataError: the names differ; the message lists missing and unknown ones.
     """
-    for found, wanted, what in (
+    for found, expected, what in (
         (table.targets, targets, "target rows"),
         (table.categories, categories, "source columns"),
     ):
-        missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+        missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
         if missing or unknown:
             raise DataError(
                 f"{table.path}: the {what} must have the same names as the other tables; missing: "
@@ -98,10 +99,10 @@ def align(
 
 
 def read_base(path: str) -> BaseTable:
-    """``category,count[,supply,importance,lower,upper,cap,tokens,group]`` from CSV or Parquet.
+    """Read ``category,count[,supply,importance,lower,upper,cap,tokens,group]``, CSV or Parquet.
 
     Raises:
-        DataError: a missing or unknown column, a name twice, or a cell that is not a number.
+        DataError: a column is missing or unknown, a name occurs twice, or a cell is not a number.
     """
     suffix = _suffix(path, (".csv", ".parquet"))
     header, rows = _read_csv(path) if suffix == ".csv" else _read_parquet(path)
@@ -116,6 +117,7 @@ def read_base(path: str) -> BaseTable:
         raise DataError(f"{path}: expected one row for each category, found none")
     column = {name: k for k, name in enumerate(header)}
     names = [_cell(row[column["category"]]) for row in rows]
+    # An empty cell is NaN here: what it means depends on the column, and `request.py` decides.
     numbers = {}
     for name in _BASE_NUMBERS:
         if name in column:
@@ -128,7 +130,10 @@ def read_base(path: str) -> BaseTable:
                 ]
             )
     for i in np.flatnonzero(np.isnan(numbers["count"]))[:1]:
-        raise DataError(f"{path}: category {names[i]!r} has no count; give a number, 0 if none")
+        raise DataError(
+            f"{path}: expected a count for category {names[i]!r}, found an empty cell; use 0 if it "
+            "has no examples"
+        )
     groups = None
     if "group" in column:
         groups = tuple(_cell(row[column["group"]]) or None for row in rows)
@@ -141,10 +146,10 @@ def read_base(path: str) -> BaseTable:
 
 
 def read_limits(path: str) -> dict[str, Any]:
-    """The limits file (YAML) as a mapping; ``command.py`` gives it meaning.
+    """Read the limits file (YAML) as a mapping; ``request.py`` interprets it.
 
     Raises:
-        DataError: unreadable, not a mapping, or an unknown key.
+        DataError: the file is unreadable or is not a mapping.
     """
     import yaml
 
@@ -161,10 +166,10 @@ def read_limits(path: str) -> dict[str, Any]:
     return content
 
 
-def _suffix(path: str, known: tuple[str, ...]) -> str:
+def _suffix(path: str, allowed: tuple[str, ...]) -> str:
     suffix = Path(path).suffix.lower()
-    if suffix not in known:
-        raise DataError(f"{path}: expected a file name ending in {', '.join(known)}")
+    if suffix not in allowed:
+        raise DataError(f"{path}: expected a file name ending in {', '.join(allowed)}")
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file")
     return suffix
@@ -172,7 +177,7 @@ def _suffix(path: str, known: tuple[str, ...]) -> str:
 
 def _read_npy(path: str, base: BaseTable) -> MatrixTable:
     try:
-        # Mapped, not read: ten thousand categories are 800 MB, and each pass streams it once.
+        # Memory-mapped: the matrix of ten thousand categories takes 800 MB.
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a .npy array: {error}") from error
@@ -188,7 +193,7 @@ def _read_npy(path: str, base: BaseTable) -> MatrixTable:
         targets=base.categories,
         categories=base.categories,
         values_TS=values,
-        # Every entry, in the memory of one.
+        # A broadcast view: every entry is True, and only one is stored.
         is_measured_TS=np.broadcast_to(np.True_, values.shape),
     )
 

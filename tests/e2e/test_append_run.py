@@ -48,7 +48,7 @@ def test_a_run_appends_to_the_result_of_its_run_directory(tmp_path: Path) -> Non
     assert mix["appended"] == [FOURTH] and any("were appended" in note for note in mix["notes"])
     assert {item["category"] for item in mix["categories"]} == {*TASKS, FOURTH}
     result = run_job("run", str(second), "--until", "solve")
-    assert "influence: done before" in result.stdout + result.stderr
+    assert "influence: already finished" in result.stdout + result.stderr
     changed = run_job("check", str(second), "--no-probe", "--set", "influence.dose_rows=16")
     assert changed.returncode == 2 and "influence.dose_rows 32 -> 16" in changed.stderr
 

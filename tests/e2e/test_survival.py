@@ -23,7 +23,7 @@ def test_a_killed_driver_and_killed_actors_change_no_number(
         assert wait_until(lambda: any(units.glob("*/scores/*.parquet")), process, log)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert "tag: done before" in log.read_text()
+    assert "tag: already finished" in log.read_text()
     done = len(list(units.glob("*/scores/*.parquet")))
     assert 0 < done < 10, "the driver must die while there is work left"
     with started("run", str(rough), "--until", "curriculum") as (process, log):

@@ -141,7 +141,7 @@ def test_idle_actors_make_room_for_another_pool(
     finally:
         for pool in pools.values():
             pool.close()
-    (line,) = [line for line in said if "no scorer is up after 2 s" in line]
+    (line,) = [line for line in said if "no scorer has started after 2 s" in line]
     assert "2 idle actors of other kinds were ended to make room" in line
 
 

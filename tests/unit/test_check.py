@@ -53,7 +53,7 @@ def test_before_ingest_it_says_what_is_not_known_yet(run: Run, capsys) -> None:
     assert run.check() == 0
     text = capsys.readouterr().out
     assert "one reference run and one run per category and direction" in text
-    assert "known after ingest" in text
+    assert "known after stage ingest" in text
     assert not (run.root / "run").exists(), "check writes nothing"
 
 
@@ -85,7 +85,7 @@ def test_another_text_in_the_chat_template_runs_the_model_stage_again(run: Run, 
     assert "  model       done" in capsys.readouterr().out
     template.write_text("{{ '' }}" + CHATML)
     assert run.check("--no-probe") == 0
-    assert "  model       again: file.model.chat_template" in capsys.readouterr().out
+    assert "  model       to do again: file.model.chat_template" in capsys.readouterr().out
     template.unlink()
     assert run.check("--no-probe") == 2
     assert f"model.chat_template '{template}'" in capsys.readouterr().err
@@ -95,7 +95,7 @@ def test_another_text_in_the_chat_template_runs_the_model_stage_again(run: Run, 
 def test_a_budget_that_nothing_is_known_for_is_no_silent_pass(run: Run, capsys, flag) -> None:
     assert run.check(flag, "1e12") == 2
     error = capsys.readouterr().err
-    assert f"{flag} was given" in error and "known after ingest" in error
+    assert f"{flag} cannot be checked" in error and "known after stage ingest" in error
 
 
 def test_after_ingest_a_sample_comes_near_what_is_known_after_tagging(run: Run, capsys) -> None:
@@ -122,7 +122,7 @@ def test_the_probe_gives_hours_and_leaves_the_run_directory_as_it_was(tagged: Ru
     assert tagged.check("--max-hours", "9") == 0
     text = capsys.readouterr().out
     assert f"{tagged.cost().trained_tokens:,} tokens trained" in text
-    assert "an estimate from a probe" in text and "Left out:" in text
+    assert "estimated from a probe" in text and "Not included:" in text
     assert text.count("tokens/s") == 2
     assert digest(tagged.root / "run") == before
     assert not ray.is_initialized()
@@ -143,21 +143,21 @@ def test_hours_need_a_probe_or_finished_runs(tagged: Run, capsys) -> None:
 def test_a_device_that_was_not_measured_gets_no_hours(tagged: Run, capsys) -> None:
     assert tagged.check("--max-hours", "9", "--set", "cluster.train_gpus=1") == 2
     out, error = capsys.readouterr()
-    assert "without time: train and evaluate" in out
+    assert "no time for some stages: stages train and evaluate" in out
     assert "cluster.train_gpus" in error
 
 
 def test_a_disk_that_is_too_small_is_noted(tagged: Run) -> None:
     forecast = describe_plan(tagged.config).forecast
-    assert "will not fit" not in "\n".join(describe(forecast))
+    assert "disk is too small" not in "\n".join(describe(forecast))
     full = dataclasses.replace(forecast, free_bytes=forecast.peak_bytes - 1)
-    assert "note: this will not fit" in "\n".join(describe(full))
+    assert "note: the disk is too small" in "\n".join(describe(full))
 
 
 def test_a_plan_at_the_budget_passes_and_one_token_less_is_refused(tagged: Run, capsys) -> None:
     assert tagged.check("--no-probe") == 0
     line = next(
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("  in all")
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("  total:")
     )
     total = int(line.split(":")[2].split("token equivalents")[0].replace(",", ""))
     assert total > tagged.cost().token_equivalents, "train and evaluate are in it"
@@ -282,7 +282,7 @@ def test_finished_runs_tell_the_speed_instead_of_a_probe(run: Run, capsys) -> No
         storage.write_table(uri, scores)
     assert run.check() == 0
     text = capsys.readouterr().out
-    assert "3 trainings and 3 scorings that this run directory has" in text
+    assert "3 trainings and 3 scorings of this run directory" in text
     assert "one tuner 857 tokens/s (750 to 1,500)" in text
     assert "one scorer 43 tokens/s (38 to 75)" in text
     assert "probe" not in text

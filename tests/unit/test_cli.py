@@ -29,7 +29,7 @@ def test_a_stopped_command_says_so_and_exits_as_shells_expect(number, code, monk
 
     monkeypatch.setattr(cli, "_status", stopped)
     assert cli.main(["status", "somewhere"]) == code
-    assert "finished work is kept" in capsys.readouterr().err
+    assert "Finished work is kept" in capsys.readouterr().err
 
 
 def test_version(capsys):

@@ -248,20 +248,27 @@ def test_which_dose_decides_is_read_only_where_there_are_several():
     assert inputs(run_config(dose_rows=[16, 64]), "solve")["solve.dose"] == "nearest"
 
 
-def test_a_limit_of_the_search_counts_only_where_it_is_given():
+def test_a_limit_of_the_search_is_an_input_of_the_solver():
     plain = run_config()
-    assert "solve.mip_max_nodes" not in inputs(plain, "solve")
     limited = plain.model_copy(
         update={"solve": plain.solve.model_copy(update={"mip_max_nodes": 9})}
     )
     assert inputs(limited, "solve") == inputs(plain, "solve") | {"solve.mip_max_nodes": 9}
 
 
+def test_the_settings_of_auto_are_read_by_estimator_auto_alone():
+    def with_regret(regret: float, **settings: object) -> dict[str, object]:
+        return inputs(run_config(auto={"regret": regret}, **settings), "influence")
+
+    assert with_regret(0.1) == with_regret(0.2)
+    assert with_regret(0.1, estimator="auto") != with_regret(0.2, estimator="auto")
+
+
 @pytest.mark.parametrize(
     ("influence", "words"),
     [
-        ({"dose_rows": [16, 16]}, "different ones, found [16, 16]"),
-        ({"dose_rows": []}, "different ones, found []"),
+        ({"dose_rows": [16, 16]}, "each once, found [16, 16]"),
+        ({"dose_rows": []}, "each once, found []"),
         ({"dose_rows": [16, 300]}, "dose_rows 300 is more than rows_per_category 192"),
         ({"dose_rows": 0}, "influence.dose_rows: expected a whole number of rows above 0"),
         ({"dose_rows": ["many"]}, "influence.dose_rows: expected a whole number of rows above 0"),

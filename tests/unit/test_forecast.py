@@ -22,11 +22,16 @@ from system.data.ingest.ingest import ingest_local
 from system.data.lengths import DrawnLengths
 from system.errors import ConfigError
 from system.evaluation.arms import apportion
+from system.forecast.corpus_stats import CorpusStats, from_ingested
 from system.forecast.disk import ModelSize, disk_parts, free_bytes, model_size, peak_bytes
-from system.forecast.hours import ACTORS_START_SECONDS, TRAIN_START_SECONDS, stage_seconds
-from system.forecast.known import Known, from_ingested
+from system.forecast.hours import (
+    ACTORS_START_SECONDS,
+    TRAIN_START_SECONDS,
+    Rate,
+    Rates,
+    stage_seconds,
+)
 from system.forecast.probe import ProbeSettings, run_probe, why_no_probe
-from system.forecast.rates import Rate, Rates
 from system.forecast.text import duration, size
 from system.forecast.workload import Workload, pass_counts, workloads
 from system.influence.design.cost import influence_cost
@@ -54,7 +59,7 @@ ROWS = {"short": 100, "long": 50}
 LENGTHS = {"short": 10.0, "long": 40.0}
 
 
-def known() -> Known:
+def stats() -> CorpusStats:
     """Two categories of rows that are all alike: 100 of 10 tokens, 50 of 40."""
 
     def lengths(split: str, category: str, wanted: int, seed: int) -> DrawnLengths:
@@ -62,7 +67,7 @@ def known() -> Known:
         tokens = np.full(count, LENGTHS[category])
         return DrawnLengths(ids=[], tokens=tokens, response=tokens // 2)
 
-    return Known(
+    return CorpusStats(
         basis="exact",
         categories=("short", "long"),
         rows=dict.fromkeys(("train", "estimate", "test"), ROWS),
@@ -80,11 +85,11 @@ def work_of(settings: RunConfig, mix: Mapping[str, float] | None = None) -> dict
     cost = influence_cost(
         settings.influence,
         run_seed=0,
-        sources=known().categories,
-        lengths=known().lengths,
-        heldout=known().heldout,
+        sources=stats().categories,
+        lengths=stats().lengths,
+        heldout=stats().heldout,
     )
-    return {item.stage: item for item in workloads(settings, known(), cost, mix)}
+    return {item.stage: item for item in workloads(settings, stats(), cost, mix)}
 
 
 def test_influence_counts_reference_and_removals():
@@ -119,16 +124,16 @@ def test_evaluation_counts_arms_seeds_and_the_two_models_that_are_there():
 
 
 def test_every_mix_that_arms_are_named_after_has_its_counts():
-    counts = pass_counts(config(), known(), {"short": 30.0, "long": 0.0})
+    counts = pass_counts(config(), stats(), {"short": 30.0, "long": 0.0})
     assert set(counts) == {arm.partition("-")[0] for arm in typing.get_args(Arm)}
     assert {sum(of.values()) for of in counts.values()} == {30}
     assert 10 <= counts["random"]["short"] <= 30, "as many are moved as in the solved mix"
-    assert pass_counts(config(), known(), None)["random"] == counts["natural"]
+    assert pass_counts(config(), stats(), None)["random"] == counts["natural"]
 
 
 def test_a_budget_in_tokens_becomes_examples_of_the_base_mix():
     # 100 x 2 + 50 x 6 response tokens in 150 examples: 100 of them are 30 examples.
-    counts = pass_counts(config(solve={"budget": 100, "unit": "tokens"}), known(), None)
+    counts = pass_counts(config(solve={"budget": 100, "unit": "tokens"}), stats(), None)
     assert counts["natural"] == apportion(30, ROWS) == {"short": 20, "long": 10}
 
 
@@ -329,18 +334,18 @@ def test_a_probe_measures_the_model_in_steps_that_the_rows_allow(tmp_path):
     assert re.search("steps of [12] rows", few.source) and few.train.num_samples >= 3
     model_dir = tmp_path / "model"
     assert why_no_probe(model_dir, 4, training, probe) == ""
-    assert "gave 3 rows" in why_no_probe(model_dir, 3, training, probe)
+    assert "has 3 usable ones" in why_no_probe(model_dir, 3, training, probe)
     if not torch.cuda.is_available():
         on_gpu = dataclasses.replace(probe, trains_on_gpu=True)
         assert "this machine has none" in why_no_probe(model_dir, 40, training, on_gpu)
 
 
 def test_arms_are_counted_from_the_chosen_base():
-    natural = pass_counts(config(), known(), None)
-    own = pass_counts(config(solve={"budget": 30, "base": {"short": 1.0}}), known(), None)
+    natural = pass_counts(config(), stats(), None)
+    own = pass_counts(config(solve={"budget": 30, "base": {"short": 1.0}}), stats(), None)
     assert own["solved"] == {"short": 30, "long": 0}
-    even = pass_counts(config(solve={"budget": 30, "base": "uniform"}), known(), None)
+    even = pass_counts(config(solve={"budget": 30, "base": "uniform"}), stats(), None)
     assert even["solved"] == even["uniform"] == {"short": 15, "long": 15}
     assert set(natural) == set(own)
     with pytest.raises(ConfigError, match=r"solve\.base names \['no such'\]"):
-        pass_counts(config(solve={"budget": 30, "base": {"no such": 1.0}}), known(), None)
+        pass_counts(config(solve={"budget": 30, "base": {"no such": 1.0}}), stats(), None)

@@ -62,7 +62,7 @@ def test_every_section_is_there_once_with_all_its_keys() -> None:
         ("influence", "directions", "list of `add`, `remove`", "`[remove]`"),
         ("train", "num_workers", "whole number > 0 or [whole number > 0, whole number > 0]", "`2`"),
         ("sources[]", "name", "text", '`""`'),
-        ("", "cluster", "section", "its own"),
+        ("", "cluster", "section", "see section"),
     ],
 )
 def test_types_and_defaults_read_as_words(section, key, kind, default) -> None:

@@ -225,11 +225,11 @@ def test_a_category_without_rows_is_an_error(corpus, tmp_path):
     quotas = (StageQuota(name="s", counts={"a": 1}),)
     empty = choose_rows(corpus, "a", 0, RANDOM, 0)
     chosen = {"a": Chosen(category="a", supply=0, ids=empty.ids, shard=empty.shard, row=empty.row)}
-    with pytest.raises(DataError, match="'a', which has no train rows"):
+    with pytest.raises(DataError, match="'a', which has no usable train rows"):
         arrange(corpus, quotas, chosen, 0)
     with pytest.raises(DataError, match="no category 'zzz'"):
         select_arm(corpus, {"zzz": 1}, 0)
-    with pytest.raises(DataError, match="no example at all"):
+    with pytest.raises(DataError, match="found none in any stage"):
         select_arm(corpus, {}, 0)
 
 

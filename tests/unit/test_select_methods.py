@@ -82,20 +82,20 @@ def test_quality_is_its_definition_for_any_shards(scores, order, quota, shard_ro
 
 @settings(max_examples=100, deadline=None)
 @given(
-    worth=st.lists(st.integers(-2, 2).map(float), min_size=1, max_size=80),
+    priority=st.lists(st.integers(-2, 2).map(float), min_size=1, max_size=80),
     quota=st.integers(0, 90),
     cut=st.integers(1, 20),
     start=st.integers(-1, 79),
 )
-def test_pruned_candidates_are_the_sorted_rows(worth, quota, cut, start):
-    names = [hex_id(k) for k in range(len(worth))]
-    order = sorted(range(len(worth)), key=lambda k: (-worth[k], seeded(names[k], 1)))
+def test_pruned_candidates_are_the_sorted_rows(priority, quota, cut, start):
+    names = [hex_id(k) for k in range(len(priority))]
+    order = sorted(range(len(priority)), key=lambda k: (-priority[k], seeded(names[k], 1)))
     after = None
     if start >= 0:
         last = order[min(start, len(order) - 1)]
         digest = seeded(names[last], 1)
         halves = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
-        after = (worth[last], *halves)
+        after = (priority[last], *halves)
         order = order[min(start, len(order) - 1) + 1 :]
     slack, candidates._PRUNE_SLACK = candidates._PRUNE_SLACK, 0
     try:
@@ -103,7 +103,7 @@ def test_pruned_candidates_are_the_sorted_rows(worth, quota, cut, start):
         for first in range(0, len(names), cut):
             part = slice(first, first + cut)
             some = np.arange(len(names))[part].astype(np.int32)
-            held.add_ids(names[part], np.array(worth)[part], some, some)
+            held.add_ids(names[part], np.array(priority)[part], some, some)
         best = held.best()
     finally:
         candidates._PRUNE_SLACK = slack

@@ -220,7 +220,7 @@ def test_a_score_of_no_known_form_is_refused(score):
 def test_a_column_that_no_source_names_is_refused_before_anything_starts(select, column):
     value = config(**select).model_dump(mode="json")
     value["sources"] = [{"path": "a"}]
-    with pytest.raises(ConfigError, match=f"is `column`, but no source names its {column}"):
+    with pytest.raises(ConfigError, match=f"is `column`, but no source sets {column}"):
         parse_config(value, where="test")
     value["select"]["method"] = "random"
     parse_config(value, where="test")

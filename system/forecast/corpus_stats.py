@@ -1,8 +1,8 @@
-"""What a forecast can be computed from, depending on how far a run is.
+"""Rows and token lengths of the corpus, as far as the finished stages of a run provide them.
 
-After stage `tag` every row's length is known, so what will be drawn has exact tokens.  After
-`ingest`, with a tokenizer at hand, a seeded sample of every category gives means.  Before that the
-corpus is not there, and nothing is said.
+After stage `tag` the length of every row is known, so the tokens of drawn rows are exact.  After
+stage `ingest`, if a tokenizer is available, a seeded sample of every category gives mean lengths.
+Before that there is no corpus, and no forecast of tokens.
 """
 
 from __future__ import annotations
@@ -35,43 +35,46 @@ if TYPE_CHECKING:
     from system.influence.design.cost import HeldoutLengths
 
 EXACT_ROWS = 2_000_000
-"""Train rows times replications up to which drawing them all (1 microsecond each) is worth it."""
+"""Largest number of train rows times replications at which all rows are drawn (1 microsecond each).
+"""
 _SAMPLED_ROWS = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """Categories, rows and tokens, as far as they are known."""
+class CorpusStats:
+    """Categories, rows and token lengths of a corpus."""
 
     basis: Literal["exact", "means", "sample"]
-    """`exact`: lengths of all rows; `means`: exact means in place of too many rows; `sample`."""
+    """`exact`: lengths of all rows; `means`: exact means, because there are too many rows;
+    `sample`: means of a sample."""
     categories: tuple[str, ...]
     rows: Mapping[str, Mapping[str, int]]
     """Split -> category -> rows."""
     tokens: Mapping[str, float]
-    """Mean tokens of a train row by category, prompt included."""
+    """Category -> mean tokens of a train row, prompt included."""
     response_tokens: Mapping[str, float]
     lengths: RowLengths
     heldout: HeldoutLengths
-    """What every intervention is scored on."""
+    """Lengths of the held-out rows on which every intervention run is scored."""
     left_out: str
-    """What could not be counted, for people; empty: nothing."""
+    """What could not be counted, for the reader of `check`; empty: nothing."""
     relative_error: float
-    """Standard error of the tokens, as a share of them; 0 where nothing was sampled."""
+    """Standard error of the tokens, as a share of them; 0 if nothing was sampled."""
     questions: int
-    """Rows whose answers evaluation generates, at most."""
+    """Largest number of rows for which stage `evaluate` generates an answer."""
 
 
-def from_tagged(corpus: Corpus, config: RunConfig, model_dir: Path | None) -> Known:
-    """What a tagged corpus tells.
+def from_tagged(corpus: Corpus, config: RunConfig, model_dir: Path | None) -> CorpusStats:
+    """The statistics of a tagged corpus.
 
     Args:
-        corpus: of stage `tag`.
-        config: of the run.
-        model_dir: of stage `model`; only `influence.targets` need it.
+        corpus: output of stage `tag`.
+        config: configuration of the run.
+        model_dir: output of stage `model`; needed only for `influence.targets` and accuracy.
     """
     rows = {split: corpus.counts(split) for split in SPLITS}
     sums = {split: corpus.manifest.details["tokens"][split] for split in SPLITS}
+    # Drawing the very rows of the run is exact but takes time for each row and replication.
     is_small = sum(rows["train"].values()) * most_replications(config.influence) <= EXACT_ROWS
     means = {
         split: {name: sums[split][name] / count for name, count in counts.items() if count}
@@ -84,9 +87,9 @@ def from_tagged(corpus: Corpus, config: RunConfig, model_dir: Path | None) -> Kn
     if model_dir is not None:
         heldout = stage_heldout(config, corpus, lengths, lambda: stage_tokenizer(config, model_dir))
     elif needs_tokenizer:
-        left_out = "held-out rows are counted without influence.targets and influence.metric: "
-        left_out += "the model is not on this machine"
-    return Known(
+        left_out = "influence.targets and influence.metric are not included in the held-out rows, "
+        left_out += "because the model is not on this machine"
+    return CorpusStats(
         basis="exact" if is_small else "means",
         categories=corpus.categories,
         rows=rows,
@@ -100,14 +103,15 @@ def from_tagged(corpus: Corpus, config: RunConfig, model_dir: Path | None) -> Kn
     )
 
 
-def from_ingested(corpus: Corpus, config: RunConfig, model_dir: Path) -> Known:
-    """What a sample of a corpus that is not tagged yet tells; rows without a category are shared
-    out equally.
+def from_ingested(corpus: Corpus, config: RunConfig, model_dir: Path) -> CorpusStats:
+    """The statistics of a corpus that is not tagged yet, from a sample.
+
+    Rows without a category are distributed equally over the categories.
 
     Args:
-        corpus: of stage `ingest`.
-        config: of the run.
-        model_dir: with the tokenizer; of stage `model`, or what `model.path` names.
+        corpus: output of stage `ingest`.
+        config: configuration of the run.
+        model_dir: directory with the tokenizer: output of stage `model`, or `model.path`.
 
     Raises:
         ConfigError: there is no category to choose among.
@@ -115,11 +119,12 @@ def from_ingested(corpus: Corpus, config: RunConfig, model_dir: Path) -> Known:
     """
     tokenizer = stage_tokenizer(config, model_dir)
     manifest = corpus.manifest
-    found = {name: sum(manifest.counts[split][name] for split in SPLITS) for name in
-             manifest.categories}  # fmt: skip
-    names = rename_categories(found, config.tag.categories, config.tag.aliases)
-    kept = {name for name in names.values() if name is not None}
-    categories = tuple(sorted(config.tag.categories or kept))
+    row_counts = {name: sum(manifest.counts[split][name] for split in SPLITS) for name in
+                  manifest.categories}  # fmt: skip
+    # Stage `tag` will rename the categories of the corpus in the same way.
+    names = rename_categories(row_counts, config.tag.categories, config.tag.aliases)
+    new_names = {name for name in names.values() if name is not None}
+    categories = tuple(sorted(config.tag.categories or new_names))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in categories}
     pooled: list[np.ndarray] = []
     for old in (*manifest.categories, *([None] if manifest.untagged["train"] else [])):
@@ -131,17 +136,17 @@ def from_ingested(corpus: Corpus, config: RunConfig, model_dir: Path) -> Known:
     whole = np.concatenate(pooled)
     if len(whole) < 2:
         raise DataError(
-            f"{corpus.uri}: expected rows that fit the model, found {len(whole)} with a response "
-            "within model.max_length in a sample of all categories; raise model.max_length"
+            f"{corpus.uri}: expected rows that fit into model.max_length, found {len(whole)} with "
+            "a response within it in a sample of all categories; raise model.max_length"
         )
-    sample = {name: _enough(part, whole) for name, part in parts.items()}
-    rows = {split: _shared_out(corpus, split, names, categories) for split in SPLITS}
+    sample = {name: _rows_or_all(part, whole) for name, part in parts.items()}
+    rows = {split: _distributed(corpus, split, names, categories) for split in SPLITS}
     means = {name: float(values[:, 0].mean()) for name, values in sample.items()}
     errors = [float(values[:, 0].var(ddof=1)) / len(values) for values in sample.values()]
     response = {name: float(values[:, 1].mean()) for name, values in sample.items()}
     lengths = _mean_lengths(rows, dict.fromkeys(SPLITS, means), response)
-    external = "influence.targets are not counted yet" if config.influence.targets else ""
-    return Known(
+    left_out = "influence.targets are not included yet" if config.influence.targets else ""
+    return CorpusStats(
         basis="sample",
         categories=categories,
         rows=rows,
@@ -149,7 +154,7 @@ def from_ingested(corpus: Corpus, config: RunConfig, model_dir: Path) -> Known:
         response_tokens=response,
         lengths=lengths,
         heldout=_sampled_heldout(config, categories, lengths, means, response),
-        left_out=external,
+        left_out=left_out,
         relative_error=math.sqrt(sum(errors)) / sum(means.values()),
         questions=config.evaluate.accuracy_rows * len(categories),
     )
@@ -162,39 +167,41 @@ def _sampled_heldout(
     tokens: Mapping[str, float],
     response: Mapping[str, float],
 ) -> HeldoutLengths:
-    """Rows, or (`accuracy`) prompts and the longest answers of as many rows as are asked for."""
+    """Lengths of the held-out rows; with `metric: accuracy`, of prompts and longest answers."""
     if config.influence.metric == "loss":
         return loss_heldout(config, categories, lengths)
-    asked = [tokens[name] - response[name] + answer_tokens(config) for name in categories]
-    return lambda trained: np.repeat(asked, config.influence.heldout_rows)
+    row_tokens = [tokens[name] - response[name] + answer_tokens(config) for name in categories]
+    return lambda trained: np.repeat(row_tokens, config.influence.heldout_rows)
 
 
 def probe_rows(corpus: Corpus, config: RunConfig, model_dir: Path) -> pa.Table:
-    """TOKENS rows to measure speed on: equally many of every category, in a seeded order.
+    """TOKENS rows for the probe: equally many of every category, in a seeded order.
 
     Args:
         corpus: tagged or not.
-        config: of the run.
-        model_dir: with the tokenizer.
+        config: configuration of the run.
+        model_dir: directory with the tokenizer.
     """
     import pyarrow as pa
 
     tokenizer = stage_tokenizer(config, model_dir)
     seed = seed_of(config.seed, "forecast", "probe")
-    wanted = 12 * config.influence.batch_size
+    num_rows = 12 * config.influence.batch_size
     groups = (*corpus.categories, *([None] if corpus.manifest.untagged["train"] else []))
-    each = max(2, -(-wanted // max(1, len(groups))))
+    rows_per_group = max(2, -(-num_rows // max(1, len(groups))))
     tables = [
-        encode_table(_rows(corpus, name, each, seed), tokenizer, config.model.max_length)[0]
+        encode_table(_rows(corpus, name, rows_per_group, seed), tokenizer, config.model.max_length)[
+            0
+        ]
         for name in groups
     ]
     whole = pa.concat_tables(tables)
-    order = np.random.default_rng(seed).permutation(whole.num_rows)[:wanted]
+    order = np.random.default_rng(seed).permutation(whole.num_rows)[:num_rows]
     return whole.take(pa.array(order))
 
 
-def _enough(parts: list[np.ndarray], whole: np.ndarray) -> np.ndarray:
-    """The rows of a category; those of all where it has less than two."""
+def _rows_or_all(parts: list[np.ndarray], whole: np.ndarray) -> np.ndarray:
+    """The sampled rows of a category, or those of all categories if it has fewer than two."""
     own = np.concatenate([*parts, whole[:0]])
     return own if len(own) > 1 else whole
 
@@ -202,7 +209,7 @@ def _enough(parts: list[np.ndarray], whole: np.ndarray) -> np.ndarray:
 def _sample(
     corpus: Corpus, category: str | None, config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> np.ndarray:
-    """[rows, 2] tokens and response tokens of some train rows."""
+    """[rows, 2] tokens and response tokens of a sample of train rows."""
     rows = _rows(corpus, category, _SAMPLED_ROWS, seed_of(config.seed, "forecast"))
     tokens, _ = encode_table(rows, tokenizer, config.model.max_length)
     lengths = [len(row) for row in tokens.column("input_ids").to_pylist()]
@@ -211,7 +218,7 @@ def _sample(
 
 
 def _rows(corpus: Corpus, category: str | None, num_rows: int, seed: int) -> pa.Table:
-    """Rows of a category, its untagged ones named as such: encoding wants a name."""
+    """A sample of a category; rows without one get the name `untagged`, as encoding needs one."""
     import pyarrow as pa
 
     rows = corpus.sample("train", category, num_rows, seed)
@@ -221,18 +228,19 @@ def _rows(corpus: Corpus, category: str | None, num_rows: int, seed: int) -> pa.
     return rows.set_column(place, "category", pa.array(["untagged"] * rows.num_rows, pa.string()))
 
 
-def _shared_out(
+def _distributed(
     corpus: Corpus, split: str, names: Mapping[str, str | None], categories: tuple[str, ...]
 ) -> dict[str, int]:
+    """Category -> rows of a split, with untagged rows distributed equally."""
     counts = dict.fromkeys(categories, 0)
-    unknown = corpus.manifest.untagged[split]
+    untagged = corpus.manifest.untagged[split]
     for old, count in corpus.counts(split).items():
         new = names[old]
         if new is None:
-            unknown += count
+            untagged += count
         else:
             counts[new] += count
-    return {name: count + unknown // len(categories) for name, count in counts.items()}
+    return {name: count + untagged // len(categories) for name, count in counts.items()}
 
 
 def _mean_lengths(
@@ -240,8 +248,8 @@ def _mean_lengths(
     means: Mapping[str, Mapping[str, float]],
     response: Mapping[str, float],
 ) -> RowLengths:
-    def lengths(split: str, category: str, wanted: int, seed: int) -> DrawnLengths:
-        available = min(wanted, rows[split][category])
+    def lengths(split: str, category: str, num_rows: int, seed: int) -> DrawnLengths:
+        available = min(num_rows, rows[split][category])
         mean = means[split].get(category, 0.0)
         return DrawnLengths(
             ids=[],
@@ -252,14 +260,15 @@ def _mean_lengths(
     return lengths
 
 
-def _count_questions(corpus: Corpus, most: int) -> int:
-    if not most:
+def _count_questions(corpus: Corpus, limit: int) -> int:
+    """Test rows with an answer, at most `limit` of each category."""
+    if not limit:
         return 0
     total = 0
     for category in corpus.categories:
         tables = corpus.iter_tables("test", category, ["id", "answer"])
         answers = sum(len(table) - table.column("answer").null_count for table in tables)
-        total += min(most, answers)
+        total += min(limit, answers)
     return total
 
 
