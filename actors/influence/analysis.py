@@ -18,8 +18,7 @@ from system.influence.append.earlier import Earlier
 from system.influence.design.accuracy_targets import check_some_vary
 from system.influence.design.design import Design
 from system.influence.estimate.dose_views import design_at, levels_table, losses_at
-from system.influence.estimate.matrix import EffectMatrix, Estimate, estimate_effects
-from system.influence.estimate.matrix import Unit as DataUnit
+from system.influence.estimate.matrix import DataUnit, EffectMatrix, Estimate, estimate_effects
 from system.influence.estimate.measurements import (
     Losses,
     Measurements,
@@ -106,9 +105,9 @@ def estimate_alone(config: InfluenceConfig, attempt: str, design: Design) -> Ana
     That all runs of its first replications answered alike is no error: later ones may not.
     """
     scores = {
-        unit.name: storage.read_table(storage.join(attempt, "scores", f"{unit.name}.parquet"))
-        for unit in design.units
-        if unit.kind != "warm"
+        run.name: storage.read_table(storage.join(attempt, "scores", f"{run.name}.parquet"))
+        for run in design.all_runs
+        if run.kind != "warm"
     }
     by_gradient = design.estimator == "gradient"
     losses = collect_losses(design, predicted_scores(design, scores) if by_gradient else scores)

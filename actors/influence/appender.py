@@ -28,14 +28,20 @@ from system.influence.append.append import (
     append_replication,
     appended_plan,
     dose_size,
-    earlier_unit,
+    earlier_run,
     trained_ids,
     undrawn,
 )
 from system.influence.append.append_cost import append_text
 from system.influence.append.earlier import Earlier
 from system.influence.design.accuracy_targets import answer_tokens, draw_accuracy_targets
-from system.influence.design.design import CategoryRows, Design, Replication, Target, Unit
+from system.influence.design.design import (
+    CategoryRows,
+    Design,
+    InterventionRun,
+    Replication,
+    Target,
+)
 from system.influence.design.heldout import draw_targets, seeded_draw
 from system.influence.design.interventions import Draw
 from system.models.base import load_tokenizer
@@ -180,38 +186,38 @@ class Appending(InterventionRunner):
             target.name for target in design.targets if target.name not in design.append.new
         ]
         self.kept = {
-            unit: uri
-            for unit in design.units
-            if (before := self._before(unit)) is not None
+            run: uri
+            for run in design.all_runs
+            if (before := self._before(run)) is not None
             and (uri := self.earlier.checkpoint(before)) is not None
         }
 
     def run(self) -> None:
         """Takes over what holds, then trains and scores the rest."""
-        for unit in self.design.units:
-            if unit.kind == "warm" or (before := self._before(unit)) is None:
+        for run in self.design.all_runs:
+            if run.kind == "warm" or (before := self._before(run)) is None:
                 continue
             done = not self.new_heldout.num_rows
-            if (done or unit in self.kept) and not self._is_there("units", unit):
-                storage.write_json(self._file("units", unit, ".json"), self._taken_over(unit))
-            if done and not self._is_there("scores", unit):
+            if (done or run in self.kept) and not self._is_there("units", run):
+                storage.write_json(self._file("units", run, ".json"), self._taken_over(run))
+            if done and not self._is_there("scores", run):
                 nothing = self.earlier.scores(before).slice(0, 0)
-                table = self._complete(unit, nothing.replace_schema_metadata(_NOTHING))
-                storage.write_table(self._file("scores", unit, ".parquet"), table)
+                table = self._complete(run, nothing.replace_schema_metadata(_NOTHING))
+                storage.write_table(self._file("scores", run, ".parquet"), table)
         super().run()
-        for unit in self.design.units:  # warm-ups that no run had to start from
-            if not self._is_there("units", unit):
-                storage.write_json(self._file("units", unit, ".json"), self._taken_over(unit))
+        for run in self.design.all_runs:  # warm-ups that no run had to start from
+            if not self._is_there("units", run):
+                storage.write_json(self._file("units", run, ".json"), self._taken_over(run))
 
-    def _before(self, unit: Unit) -> Unit | None:
-        return earlier_unit(self.design, self.earlier.design, unit)
+    def _before(self, run: InterventionRun) -> InterventionRun | None:
+        return earlier_run(self.design, self.earlier.design, run)
 
-    def _is_there(self, folder: str, unit: Unit) -> bool:
+    def _is_there(self, folder: str, run: InterventionRun) -> bool:
         ending = ".json" if folder == "units" else ".parquet"
-        return storage.exists(self._file(folder, unit, ending))
+        return storage.exists(self._file(folder, run, ending))
 
-    def _taken_over(self, unit: Unit) -> dict[str, Any]:
-        before = self._before(unit)
+    def _taken_over(self, run: InterventionRun) -> dict[str, Any]:
+        before = self._before(run)
         assert before is not None, "new runs are measured here"
         training = self.earlier.training(before)
         return {key: value for key, value in training.items() if key != "repeated"} | {
@@ -219,26 +225,26 @@ class Appending(InterventionRunner):
         }
 
     def _trained(self) -> set[str]:
-        return super()._trained() | {unit.name for unit in self.kept}
+        return super()._trained() | {run.name for run in self.kept}
 
-    def _checkpoint(self, unit: Unit) -> str:
-        return self.kept.get(unit) or super()._checkpoint(unit)
+    def _checkpoint(self, run: InterventionRun) -> str:
+        return self.kept.get(run) or super()._checkpoint(run)
 
-    def _scored_on(self, unit: Unit) -> pa.Table:
-        return self.heldout if self._before(unit) is None else self.new_heldout
+    def _scored_on(self, run: InterventionRun) -> pa.Table:
+        return self.heldout if self._before(run) is None else self.new_heldout
 
-    def _training_stats(self, unit: Unit, stats: dict[str, Any]) -> dict[str, Any]:
+    def _training_stats(self, run: InterventionRun, stats: dict[str, Any]) -> dict[str, Any]:
         """Says of a repeated training whether it went as the first time."""
-        before = self._before(unit)
+        before = self._before(run)
         if before is None:
             return stats
         first = self.earlier.training(before)
         is_same = all(stats[key] == first[key] for key in _BITS)
         return {**stats, "repeated": {"is_same": is_same}}
 
-    def _complete(self, unit: Unit, table: pa.Table) -> pa.Table:
+    def _complete(self, run: InterventionRun, table: pa.Table) -> pa.Table:
         """The scores of new held-out rows behind those of the earlier ones."""
-        before = self._before(unit)
+        before = self._before(run)
         if before is None:
             return table
         first = self.earlier.scores(before)

@@ -62,14 +62,14 @@ def _try(context: StageContext, name: str) -> Trial:
 
 def _judge(context: StageContext, design: Design) -> Trial:
     stats = [
-        storage.read_json(storage.join(context.attempt, "units", f"{unit.name}.json"))
-        for unit in design.units
+        storage.read_json(storage.join(context.attempt, "units", f"{run.name}.json"))
+        for run in design.all_runs
     ]
     heldout = storage.read_table(storage.join(context.attempt, "heldout.arrow"))
     scored = sum(map(len, heldout.column("input_ids").to_pylist()))
     if context.config.influence.metric == "accuracy":
         scored += heldout.num_rows * answer_tokens(context.config)
-    scorings = sum(unit.kind != "warm" for unit in design.units)
+    scorings = sum(run.kind != "warm" for run in design.all_runs)
     trained = sum(item["trained_tokens"] for item in stats)
     return Trial(
         design=context.config.influence.design,

@@ -144,8 +144,8 @@ def _estimate(
 def _trainings(context: StageContext, design: Design) -> dict[str, dict[str, Any]]:
     """What the training of every unit took, by its name."""
     return {
-        unit.name: storage.read_json(_uri(context, "units", f"{unit.name}.json"))
-        for unit in design.units
+        run.name: storage.read_json(_uri(context, "units", f"{run.name}.json"))
+        for run in design.all_runs
     }
 
 
@@ -165,7 +165,7 @@ def _cost(
         seconds += float(metadata["instructmix.seconds"])
         rejected |= json.loads(metadata["instructmix.rejected"])
     cost = Cost(
-        runs=sum(unit.kind != "gradient" for unit in design.units),
+        runs=sum(run.kind != "gradient" for run in design.all_runs),
         trained_tokens=sum(item["trained_tokens"] for item in stats),
         gradient_tokens=sum(item.get("gradient_tokens", 0) for item in stats),
         scored_tokens=0 if design.estimator == "gradient" else row_tokens * len(scores),

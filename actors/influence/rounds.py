@@ -58,8 +58,8 @@ def measure_in_rounds(
         design = planned.first(count)
         measure(design)
         stats = [
-            storage.read_json(storage.join(context.attempt, "units", f"{unit.name}.json"))
-            for unit in design.units
+            storage.read_json(storage.join(context.attempt, "units", f"{run.name}.json"))
+            for run in design.all_runs
         ]
         rounds.append(
             judge_round(

@@ -149,7 +149,7 @@ def _num_warm(influence: InfluenceConfig, design: str) -> int:
 
 def _num_scored(influence: InfluenceConfig, design: str, num_categories: int) -> int:
     """Checkpoints of a replication that are scored, at all doses."""
-    runs = ESTIMATORS[design].units(
+    runs = ESTIMATORS[design].all_runs(
         num_categories, influence.directions, influence.gradient_checkpoints
     )
     at_doses = with_doses(runs, influence.doses, lambda *_: influence.largest_dose)

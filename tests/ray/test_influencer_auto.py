@@ -33,7 +33,7 @@ def test_auto_measures_in_rounds_until_the_mix_would_not_change(world):
     summary = storage.read_json(str(world.path("auto", "summary.json")))
     assert [item["replications"] for item in summary["rounds"]["rounds"]] == [2, 3]
     design = Design.from_json(storage.read_json(str(world.path("auto", "design.json"))), "d")
-    assert len(design.replications) == 3 and len(design.units) == result.counts["runs"]
+    assert len(design.replications) == 3 and len(design.all_runs) == result.counts["runs"]
 
     with pytest.raises(Killed):
         world.run("auto-killed", StopsAfter(runs + 2), estimator="auto", auto=strict)

@@ -18,7 +18,7 @@ from system.data.ingest.ingest import ingest_local
 from system.errors import DataError
 from system.influence.append.append import undrawn
 from system.influence.append.append_summary import append_lines, append_summary
-from system.influence.design.design import Unit
+from system.influence.design.design import InterventionRun
 from system.influence.design.interventions import active_rows
 from system.rundir import RunDir
 from system.training.plan import APPENDED, read_plan
@@ -45,7 +45,7 @@ def test_a_split_leaves_its_base_rows_and_never_repeats_one(split):
     design = draw_appended(context)
     assert design.sources == ("colour", "size", "size-two")
     assert design.append is not None and design.append.sources == ("size", "size-two")
-    assert {unit.kind for unit in design.units} == {"reference", "remove", "append"}
+    assert {run.kind for run in design.all_runs} == {"reference", "remove", "append"}
     assert [item.foreign_rows for item in design.replications] == [96, 96]
     for index, replication in enumerate(design.replications):
         plan = read_plan(storage.join(context.attempt, "plans", f"r{index:02d}-append.arrow"))
@@ -60,10 +60,10 @@ def test_a_split_leaves_its_base_rows_and_never_repeats_one(split):
         assert {name: len(rows) for name, rows in dosed.items()} == {
             name: replication.rows[name].dose for name in dosed
         }
-        unit = Unit(replication=index, kind="append", source=1)
-        active = active_rows(plan, unit, design)
+        run = InterventionRun(replication=index, kind="append", source=1)
+        active = active_rows(plan, run, design)
         assert {ids[row] for row in np.flatnonzero(active & (stage == APPENDED))} == dosed["size"]
-    trainings = {unit.name: {"trained_tokens": 1} for unit in design.units}
+    trainings = {run.name: {"trained_tokens": 1} for run in design.all_runs}
     summary = append_summary(design, trainings)
     assert summary is not None
     lines = append_lines({"append": summary})

@@ -57,9 +57,9 @@ def summary(world, replications, base=16, **knobs):
         examples=tuple(np.arange(4) + 4 * row for row in range(len(measured.targets))),
         num_tokens_N=np.full(4 * len(measured.targets), 2),
         loss={
-            unit.name: np.full(4 * len(measured.targets), 1.5)
-            for unit in made.units
-            if unit.kind == "reference"
+            run.name: np.full(4 * len(measured.targets), 1.5)
+            for run in made.all_runs
+            if run.kind == "reference"
         },
         num_incomplete=0,
     )

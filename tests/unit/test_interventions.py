@@ -181,9 +181,9 @@ def test_a_random_design_switches_half_of_the_doses_in_every_run(direction):
     made = schedule(estimator="random-design", directions=(direction,))
     whole = design_of([made], estimator="random-design", directions=(direction,))
     patterns = made.replication.patterns[direction]
-    assert [run.kind for run in whole.units] == [f"mix-{direction}"] * len(patterns)
+    assert [run.kind for run in whole.all_runs] == [f"mix-{direction}"] * len(patterns)
     on = dict.fromkeys(SOURCES, 0)
-    for run, pattern in zip(whole.units, patterns, strict=True):
+    for run, pattern in zip(whole.all_runs, patterns, strict=True):
         mask = active_rows(made.plan, run, whole)
         for source, is_in in zip(SOURCES, pattern, strict=True):
             rows = [
@@ -208,10 +208,10 @@ def test_a_design_survives_json():
 
 
 def test_a_design_counts_its_runs():
-    names = [unit.name for unit in design(directions=("add", "remove")).units]
+    names = [run.name for run in design(directions=("add", "remove")).all_runs]
     assert len(names) == len(set(names)) == 2 * (1 + 2 * 3)
     assert "r01-remove-002" in names and "r00-reference" in names
-    assert len(design(estimator="branch").units) == 2 * (2 + 3)
+    assert len(design(estimator="branch").all_runs) == 2 * (2 + 3)
 
 
 def test_another_format_is_refused():

@@ -24,7 +24,14 @@ import pyarrow as pa
 
 from system.data.corpus import Corpus
 from system.errors import DataError
-from system.influence.design.design import Append, CategoryRows, Design, Replication, Target, Unit
+from system.influence.design.design import (
+    Append,
+    CategoryRows,
+    Design,
+    InterventionRun,
+    Replication,
+    Target,
+)
 from system.influence.design.interventions import least_dose, response_tokens, seed_of
 from system.influence.estimate.matrix import EffectMatrix
 from system.training.plan import APPENDED, TrainPlan, plan_from_table
@@ -309,15 +316,15 @@ def append_design(
     )
 
 
-def earlier_unit(design: Design, earlier: Design, unit: Unit) -> Unit | None:
+def earlier_run(design: Design, earlier: Design, run: InterventionRun) -> InterventionRun | None:
     """The same run in the earlier design; None for the run of a new category."""
     assert design.append is not None, "only an appended design has an earlier one"
-    if unit.source < 0:
-        return unit
-    name = design.sources[unit.source]
+    if run.source < 0:
+        return run
+    name = design.sources[run.source]
     if name in design.append.new:
         return None
-    return replace(unit, source=earlier.sources.index(name))
+    return replace(run, source=earlier.sources.index(name))
 
 
 def overlay(design: Design, joint: EffectMatrix, earlier: EffectMatrix) -> EffectMatrix:

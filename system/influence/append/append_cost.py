@@ -17,7 +17,7 @@ from system.influence.append.append import Holding, dose_size, trained_ids, undr
 from system.influence.append.earlier import Earlier
 from system.influence.design.accuracy_targets import answer_tokens
 from system.influence.design.cost import InfluenceCost
-from system.influence.design.design import Replication, Unit
+from system.influence.design.design import InterventionRun, Replication
 from system.influence.design.estimators import UNSCORED, WARM
 from system.influence.design.heldout_cost import loss_heldout, question_lengths
 from system.training.plan import TrainPlan
@@ -55,7 +55,7 @@ def append_cost(
         plans = earlier.plans(replication.index)
         runs, earlier_scorings = _earlier_runs(earlier, replication, holding, bool(len(new_H)))
         doses = _doses(earlier, replication, holding, plans, taken, lengths)
-        reference = Unit(replication=replication.index, kind="reference", source=-1)
+        reference = InterventionRun(replication=replication.index, kind="reference", source=-1)
         base = earlier.training(reference)["trained_tokens"]
         trained += [*runs, *(base + dose for dose in doses)]
         scored += earlier_scorings * float(new_H.sum())
@@ -86,18 +86,18 @@ def _earlier_runs(
 ) -> tuple[list[float], int]:
     """Tokens of the earlier trainings to repeat, and how many earlier runs are scored again."""
     sources = earlier.design.sources
-    units = [
-        unit
-        for unit in earlier.design.units
-        if unit.replication == replication.index
-        and (unit.source < 0 or sources[unit.source] in holding.kept)
+    kept_runs = [
+        run
+        for run in earlier.design.all_runs
+        if run.replication == replication.index
+        and (run.source < 0 or sources[run.source] in holding.kept)
     ]
-    runs = [unit for unit in units if unit.kind not in UNSCORED] if is_scored else []
-    repeated = [unit for unit in runs if earlier.checkpoint(unit) is None]
+    rescored = [run for run in kept_runs if run.kind not in UNSCORED] if is_scored else []
+    repeated = [run for run in rescored if earlier.checkpoint(run) is None]
     if repeated or holding.new:  # each of these starts from the warm-up
-        warm = [unit for unit in units if unit.kind == WARM]
-        repeated += [unit for unit in warm if earlier.checkpoint(unit) is None]
-    return [earlier.training(unit)["trained_tokens"] for unit in repeated], len(runs)
+        warm = [run for run in kept_runs if run.kind == WARM]
+        repeated += [run for run in warm if earlier.checkpoint(run) is None]
+    return [earlier.training(run)["trained_tokens"] for run in repeated], len(rescored)
 
 
 def _doses(

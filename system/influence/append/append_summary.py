@@ -15,11 +15,11 @@ def append_summary(
 
     Args:
         design: of the attempt.
-        trainings: unit name -> what its training took (`units/*.json`).
+        trainings: run name -> what its training took (`units/*.json`).
     """
     if design.append is None:
         return None
-    own = [trainings[unit.name] for unit in design.units]
+    own = [trainings[run.name] for run in design.all_runs]
     own = [item for item in own if "taken_over" not in item]
     repeated = [item["repeated"] for item in own if "repeated" in item]
     return {

@@ -19,8 +19,8 @@ from system import storage
 from system.config import InfluenceConfig
 from system.data.corpus import Corpus
 from system.errors import ConfigError
-from system.influence.append.append import Holding, earlier_unit, measured_ids, what_holds
-from system.influence.design.design import Design, Unit
+from system.influence.append.append import Holding, earlier_run, measured_ids, what_holds
+from system.influence.design.design import Design, InterventionRun
 from system.rundir import RunDir, StageRecord, describe_change, fingerprint, flatten
 from system.stages import STAGE_FOLDERS
 from system.training.plan import TrainPlan, read_plan
@@ -155,19 +155,19 @@ class Earlier:
         ]
         return what_holds(self.design, measured_ids(self.design, plans, self.heldout()), corpus)
 
-    def scores(self, unit: Unit) -> pa.Table:
+    def scores(self, run: InterventionRun) -> pa.Table:
         """The scores of one of its runs."""
-        return storage.read_table(storage.join(self.uri, "scores", f"{unit.name}.parquet"))
+        return storage.read_table(storage.join(self.uri, "scores", f"{run.name}.parquet"))
 
-    def training(self, unit: Unit) -> dict[str, Any]:
-        """What the training of one of its units took."""
-        return storage.read_json(storage.join(self.uri, "units", f"{unit.name}.json"))
+    def training(self, run: InterventionRun) -> dict[str, Any]:
+        """What the training of one of its runs took."""
+        return storage.read_json(storage.join(self.uri, "units", f"{run.name}.json"))
 
-    def checkpoint(self, unit: Unit) -> str | None:
-        """Where the weights of one of its units are kept (`influence.keep_checkpoints`)."""
-        uri = storage.join(self.uri, "checkpoints", unit.name)
+    def checkpoint(self, run: InterventionRun) -> str | None:
+        """Where the weights of one of its runs are kept (`influence.keep_checkpoints`)."""
+        uri = storage.join(self.uri, "checkpoints", run.name)
         if storage.exists(uri):
             return uri
         before = self.before
-        known = None if before is None else earlier_unit(self.design, before.design, unit)
+        known = None if before is None else earlier_run(self.design, before.design, run)
         return None if before is None or known is None else before.checkpoint(known)

@@ -215,7 +215,7 @@ def _replication(
 
 
 def _units(config: InfluenceConfig, num_sources: int) -> list[Run]:
-    return ESTIMATORS[config.design].units(
+    return ESTIMATORS[config.design].all_runs(
         num_sources, config.directions, config.gradient_checkpoints
     )
 

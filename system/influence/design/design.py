@@ -34,7 +34,7 @@ class CategoryRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
+class InterventionRun:
     """One run: a training and its scoring."""
 
     replication: int
@@ -128,20 +128,20 @@ class Design:
     append: Append | None = None
 
     @property
-    def units(self) -> tuple[Unit, ...]:
+    def all_runs(self) -> tuple[InterventionRun, ...]:
         """All work, in the order in which it is best started: a replication at a time."""
-        runs = ESTIMATORS[self.estimator].units(
+        runs = ESTIMATORS[self.estimator].all_runs(
             len(self.sources), self.directions, self.gradient_checkpoints
         )
-        return self._units(runs)
+        return self._expanded(runs)
 
     @property
-    def runs(self) -> tuple[Unit, ...]:
+    def runs(self) -> tuple[InterventionRun, ...]:
         """All runs that have held-out losses: trained and scored, or (`gradient`) predicted."""
         runs = ESTIMATORS[self.estimator].runs(len(self.sources), self.directions)
-        return self._units(runs)
+        return self._expanded(runs)
 
-    def _units(self, runs: Sequence[Run]) -> tuple[Unit, ...]:
+    def _expanded(self, runs: Sequence[Run]) -> tuple[InterventionRun, ...]:
         """The given runs of every replication, at every dose that differs there.
 
         An appended category has one run, in any direction.
@@ -150,7 +150,7 @@ class Design:
         places = [place for place, name in enumerate(self.sources) if name in names]
         single = [run for run in runs if run[1] not in places]
         return tuple(
-            Unit(replication=replication, kind=kind, source=source, dose=dose)
+            InterventionRun(replication=replication, kind=kind, source=source, dose=dose)
             for replication in range(len(self.replications))
             for kind, source, dose in (
                 *with_doses(single, self.doses, partial(self.held, replication)),
@@ -193,7 +193,7 @@ class Design:
             del value["doses"]
             for replication in value["replications"]:
                 del replication["smaller_tokens"]
-        return {"format": FORMAT, **value, "units": [unit.name for unit in self.units]}
+        return {"format": FORMAT, **value, "units": [run.name for run in self.all_runs]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Design:

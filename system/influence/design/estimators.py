@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from system.influence.design.random_design import design_runs
 
 Run = tuple[str, int]
-"""Kind of a run and the index of its source or pattern, -1 where it has none (`design.Unit`)."""
+"""Kind of a run and the index of its source or pattern, -1 where it has none (`design.InterventionRun`)."""
 
 WARM = "warm"
 """Kind of the runs whose checkpoints others start from and nobody scores."""
@@ -39,7 +39,7 @@ class Estimator:
     is_first_order: bool = False
     """Whether the runs are predicted from gradients at checkpoints of the warm-up."""
 
-    def units(
+    def all_runs(
         self, num_sources: int, directions: tuple[str, ...], num_checkpoints: int
     ) -> list[Run]:
         """All work of one replication: the warm-up, then its runs or its gradients."""

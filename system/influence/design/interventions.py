@@ -33,7 +33,13 @@ import pyarrow as pa
 
 from system.config import InfluenceConfig
 from system.errors import DataError
-from system.influence.design.design import CategoryRows, Design, Replication, Target, Unit
+from system.influence.design.design import (
+    CategoryRows,
+    Design,
+    InterventionRun,
+    Replication,
+    Target,
+)
 from system.influence.design.doses import dose_labels, is_in_dose, smaller_tokens, without_doses
 from system.influence.design.estimators import APPEND, ESTIMATORS
 from system.influence.design.random_design import dose_patterns, enough_runs
@@ -238,25 +244,25 @@ def _shuffled_plan(
     )
 
 
-def active_rows(plan: TrainPlan, unit: Unit, design: Design) -> np.ndarray:
+def active_rows(plan: TrainPlan, run: InterventionRun, design: Design) -> np.ndarray:
     """[plan rows] bool: the mask of a run on its replication's common schedule."""
     labels = plan.table.column("stage").to_pylist()
-    if unit.kind == "warm":
+    if run.kind == "warm":
         return np.ones(len(labels), dtype=bool)
     active = ~is_in_dose(labels, EXTRA) & ~is_in_dose(labels, APPENDED)
     direction, switched = switched_sources(
-        unit.kind,
-        unit.source,
+        run.kind,
+        run.source,
         design.sources,
-        design.replications[unit.replication].patterns,
+        design.replications[run.replication].patterns,
     )
     category = plan.table.column("category").to_pylist()
     of_switched = np.array([name in switched for name in category], dtype=bool)
     if direction == "add":
-        return active | (of_switched & is_in_dose(labels, EXTRA, unit.dose))
+        return active | (of_switched & is_in_dose(labels, EXTRA, run.dose))
     if direction == APPEND:
         return active | (of_switched & is_in_dose(labels, APPENDED))
-    return active & ~(of_switched & is_in_dose(labels, DOSE, unit.dose))
+    return active & ~(of_switched & is_in_dose(labels, DOSE, run.dose))
 
 
 def switched_sources(

@@ -31,7 +31,7 @@ from system.influence.estimate.noise import ErrorModel, fit_errors
 from system.influence.estimate.shrinkage import Shrunken, shrink
 from system.schema import MATRIX, check_table
 
-Unit = Literal["examples", "tokens"]
+DataUnit = Literal["examples", "tokens"]
 
 MATRIX_FILE = pa.schema(
     [
@@ -55,7 +55,7 @@ class EffectMatrix:
     estimator: str
     direction: str
     """`add` or `remove`; positive effects help in both."""
-    unit: Unit
+    unit: DataUnit
     targets: tuple[str, ...]
     sources: tuple[str, ...]
     dose_S: np.ndarray
@@ -146,7 +146,7 @@ class EffectMatrix:
         table: pa.Table,
         *,
         direction: str,
-        unit: Unit = "examples",
+        unit: DataUnit = "examples",
         where: str = "matrix",
         level: int = -1,
     ) -> EffectMatrix:
@@ -207,7 +207,7 @@ class Estimate:
 def estimate_effects(
     measured: Measurements,
     *,
-    unit: Unit = "examples",
+    unit: DataUnit = "examples",
     confidence: float = 0.95,
     gamma_floor: float = 1e-6,
     gamma_max_width: float = 2.0,
@@ -273,7 +273,7 @@ def estimate_effects(
 
 
 def _entries(
-    table: list[dict[str, Any]], direction: str, unit: Unit, level: int, where: str
+    table: list[dict[str, Any]], direction: str, unit: DataUnit, level: int, where: str
 ) -> tuple[tuple[str, ...], tuple[str, ...], list[dict[str, Any]]]:
     """Targets, sources and the one row of each pair at a dose; see `EffectMatrix.from_table`."""
     rows = [row for row in table if row["direction"] == direction and row["unit"] == unit]

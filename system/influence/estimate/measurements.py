@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from system.errors import DataError
-from system.influence.design.design import Design, Unit
+from system.influence.design.design import Design, InterventionRun
 from system.influence.design.estimators import APPEND
 from system.influence.design.random_design import effect_weights
 from system.schema import SCORES, check_table
@@ -83,7 +83,7 @@ class Losses:
     num_tokens_N: np.ndarray
     """[N] response tokens."""
     loss: dict[str, np.ndarray]
-    """Unit name -> [N] float64, mean nats per response token of each example."""
+    """InterventionRun name -> [N] float64, mean nats per response token of each example."""
     num_incomplete: int
     """Examples left out because some run has no finite loss for them."""
 
@@ -94,7 +94,7 @@ def own_mask(own_T: np.ndarray, num_sources: int) -> np.ndarray:
 
 
 def collect_losses(design: Design, scores: Mapping[str, pa.Table]) -> Losses:
-    """The losses of all scored units, aligned by target and example.
+    """The losses of all scored runs, aligned by target and example.
 
     An example that any run could not be scored on is left out of all runs, so that differences
     stay paired.
@@ -113,14 +113,14 @@ def collect_losses(design: Design, scores: Mapping[str, pa.Table]) -> Losses:
             f"influence: expected scores of {len(names)} runs, {len(missing)} are missing, first "
             f"{missing[0]}; run the stage again to finish them"
         )
-    by_unit = {name: _by_example(check_table(scores[name], SCORES, name)) for name in names}
-    seen = {key: tokens for found in by_unit.values() for key, (_, tokens) in found.items()}
-    keys = [key for key in seen if all(key in found for found in by_unit.values())]
+    by_run = {name: _by_example(check_table(scores[name], SCORES, name)) for name in names}
+    seen = {key: tokens for found in by_run.values() for key, (_, tokens) in found.items()}
+    keys = [key for key in seen if all(key in found for found in by_run.values())]
     place = {target.name: row for row, target in enumerate(design.targets)}
     keys.sort(key=lambda key: (place[key[0]], key[1]))
     tokens_N = np.array([seen[key] for key in keys], dtype=np.int64)
     loss: dict[str, np.ndarray] = {}
-    for name, found in by_unit.items():
+    for name, found in by_run.items():
         values = np.array([found[key] for key in keys], dtype=float).reshape(len(keys), 2)
         if not np.array_equal(values[:, 1], tokens_N):
             raise DataError(
@@ -187,21 +187,25 @@ def _replication_differences(
     """[S, N] loss without the dose minus loss with it."""
     patterns = design.replications[replication].patterns
     if patterns:
-        units = [
-            Unit(replication=replication, kind=f"mix-{direction}", source=run)
+        runs = [
+            InterventionRun(replication=replication, kind=f"mix-{direction}", source=run)
             for run in range(len(patterns[direction]))
         ]
-        loss_KN = np.stack([losses.loss[unit.name] for unit in units])
+        loss_KN = np.stack([losses.loss[run.name] for run in runs])
         return -effect_weights(np.array(patterns[direction])) @ loss_KN
     sign = 1.0 if direction == "add" else -1.0
-    reference_N = losses.loss[Unit(replication=replication, kind="reference", source=-1).name]
+    reference_N = losses.loss[
+        InterventionRun(replication=replication, kind="reference", source=-1).name
+    ]
     is_appended_S = np.array([design.is_appended(name) for name in design.sources])
-    units = [
-        Unit(replication=replication, kind=APPEND if appended else direction, source=source)
+    runs = [
+        InterventionRun(
+            replication=replication, kind=APPEND if appended else direction, source=source
+        )
         for source, appended in enumerate(is_appended_S)
     ]
     sign_S = np.where(is_appended_S, 1.0, sign)  # an appended dose is always added
-    loss_SN = np.stack([losses.loss[unit.name] for unit in units])
+    loss_SN = np.stack([losses.loss[run.name] for run in runs])
     return sign_S[:, None] * (reference_N - loss_SN)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from system.influence.design.design import Design, Unit
+from system.influence.design.design import Design, InterventionRun
 from system.influence.design.interventions import DOSE, EXTRA, seed_of
 from system.influence.measure.gradient import Derivatives, GradientTask
 from system.schema import SCORES, check_table
@@ -33,15 +33,17 @@ GRADIENTS = pa.schema(
 NOT_FINITE = "loss or gradient is not finite"
 
 
-def gradient_task(plan: TrainPlan, design: Design, unit: Unit, dimension: int) -> GradientTask:
-    """What a unit of kind `gradient` differentiates; `dimension` is `influence.projection_dim`."""
-    seed = design.replications[unit.replication].seed
+def gradient_task(
+    plan: TrainPlan, design: Design, run: InterventionRun, dimension: int
+) -> GradientTask:
+    """What a run of kind `gradient` differentiates; `dimension` is `influence.projection_dim`."""
+    seed = design.replications[run.replication].seed
     return GradientTask(
         doses=tuple(dose_rows(plan, design)),
-        part=unit.source,
+        part=run.source,
         num_parts=design.gradient_checkpoints,
         dimension=dimension,
-        seed=seed_of(seed, "projection", unit.source),
+        seed=seed_of(seed, "projection", run.source),
     )
 
 
@@ -83,12 +85,12 @@ def predicted_scores(design: Design, gradients: Mapping[str, pa.Table]) -> dict[
 
     Args:
         design: of the estimator `gradient`.
-        gradients: unit name -> GRADIENTS table.
+        gradients: run name -> GRADIENTS table.
     """
     scores: dict[str, pa.Table] = {}
     for replication in range(len(design.replications)):
         names = [
-            Unit(replication=replication, kind="gradient", source=part).name
+            InterventionRun(replication=replication, kind="gradient", source=part).name
             for part in range(design.gradient_checkpoints)
         ]
         parts = [check_table(gradients[name], GRADIENTS, name) for name in names]

@@ -1,4 +1,4 @@
-"""Which unit comes next: train, score, or wait.  Pure bookkeeping, no clock and no cluster.
+"""Which run comes next: train, score, or wait.  Pure bookkeeping, no clock and no cluster.
 
     to train ── next_to_train ──> training ── trained ──> waiting ── next_to_score ──> scoring ─┐
                      ^                                                                          │
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable
 
-from system.influence.design.design import Unit
+from system.influence.design.design import InterventionRun
 
 
 def open_checkpoints(num_tuners: int, num_scorers: int) -> int:
@@ -22,38 +22,38 @@ def open_checkpoints(num_tuners: int, num_scorers: int) -> int:
 
 
 class Ledger:
-    """The state of all units of a stage.
+    """The state of all runs of a stage.
 
     Args:
-        units: in the order in which they are best started.
-        trained: names of units whose checkpoint is there.
-        scored: names of units whose scores are there.
-        max_checkpoints: units that may be between the start of training and the end of scoring.
+        runs: in the order in which they are best started.
+        trained: names of runs whose checkpoint is there.
+        scored: names of runs whose scores are there.
+        max_checkpoints: runs that may be between the start of training and the end of scoring.
     """
 
     def __init__(
         self,
-        units: Iterable[Unit],
+        runs: Iterable[InterventionRun],
         *,
         trained: Collection[str],
         scored: Collection[str],
         max_checkpoints: int,
     ) -> None:
         self._max_checkpoints = max_checkpoints
-        units = tuple(units)
-        left = [unit for unit in units if unit.kind != "warm" and unit.name not in scored]
-        needed = {unit.replication for unit in left}
-        warm = [unit for unit in units if unit.kind == "warm" and unit.replication in needed]
-        self._cold = {unit.replication for unit in warm if unit.name not in trained}
-        self._unscored = {unit.name for unit in left}
-        self._to_score = deque(unit for unit in left if unit.name in trained)
-        wanted = {unit.name for unit in [*left, *warm] if unit.name not in trained}
-        self._to_train = [unit for unit in units if unit.name in wanted]
+        runs = tuple(runs)
+        left = [run for run in runs if run.kind != "warm" and run.name not in scored]
+        needed = {run.replication for run in left}
+        warm = [run for run in runs if run.kind == "warm" and run.replication in needed]
+        self._cold = {run.replication for run in warm if run.name not in trained}
+        self._unscored = {run.name for run in left}
+        self._to_score = deque(run for run in left if run.name in trained)
+        wanted = {run.name for run in [*left, *warm] if run.name not in trained}
+        self._to_train = [run for run in runs if run.name in wanted]
         self._open = len(self._to_score)
 
     @property
     def is_done(self) -> bool:
-        """Whether every unit is scored."""
+        """Whether every run is scored."""
         return not self._unscored
 
     @property
@@ -74,28 +74,28 @@ class Ledger:
                 return replication
         return total
 
-    def next_to_train(self) -> Unit | None:
+    def next_to_train(self) -> InterventionRun | None:
         """The next training to start, or None where none may start now."""
-        for place, unit in enumerate(self._to_train):
-            if unit.kind == "warm":
+        for place, run in enumerate(self._to_train):
+            if run.kind == "warm":
                 return self._to_train.pop(place)
-            if self._open < self._max_checkpoints and unit.replication not in self._cold:
+            if self._open < self._max_checkpoints and run.replication not in self._cold:
                 self._open += 1
                 return self._to_train.pop(place)
         return None
 
-    def next_to_score(self) -> Unit | None:
+    def next_to_score(self) -> InterventionRun | None:
         """The next checkpoint to score, or None where none waits."""
         return self._to_score.popleft() if self._to_score else None
 
-    def trained(self, unit: Unit) -> None:
+    def trained(self, run: InterventionRun) -> None:
         """A training is done."""
-        if unit.kind == "warm":
-            self._cold.discard(unit.replication)
+        if run.kind == "warm":
+            self._cold.discard(run.replication)
         else:
-            self._to_score.append(unit)
+            self._to_score.append(run)
 
-    def scored(self, unit: Unit) -> None:
+    def scored(self, run: InterventionRun) -> None:
         """A scoring is done."""
-        self._unscored.discard(unit.name)
+        self._unscored.discard(run.name)
         self._open -= 1

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from system import storage
-from system.influence.design.design import Design, Unit
+from system.influence.design.design import Design, InterventionRun
 from system.training.settings import TrainSettings
 
 FORMAT = 1
@@ -37,7 +37,7 @@ def heldout_digest(heldout: pa.Table) -> str:
 
 def run_key(
     design: Design,
-    unit: Unit,
+    run: InterventionRun,
     active: np.ndarray,
     settings: TrainSettings,
     *,
@@ -49,18 +49,18 @@ def run_key(
 
     Args:
         design: the design that the run belongs to.
-        unit: the run.
+        run: the run.
         active: [plan rows] bool, its mask.
         settings: its training.
         how: what is made of it: the metric, an estimator's own settings.
         model: what the model's weights and the scorer's precision come from.
         heldout: digest of the held-out rows.
     """
-    replication = design.replications[unit.replication]
+    replication = design.replications[run.replication]
     value = {
         "format": FORMAT,
-        "kind": unit.kind,
-        "plan": replication.plan_of(unit.kind),
+        "kind": run.kind,
+        "plan": replication.plan_of(run.kind),
         "start": replication.warm_sha256,
         "active": hashlib.sha256(np.packbits(active).tobytes()).hexdigest(),
         "settings": settings.sha256(),

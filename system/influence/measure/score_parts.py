@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 import pyarrow as pa
 
 from system import schema
-from system.influence.design.design import Unit
+from system.influence.design.design import InterventionRun
 from system.scoring.score import Scored
 
 PART_ROWS = 4096
@@ -25,21 +25,23 @@ PART_ROWS = 4096
 class ScorePart:
     """One span of held-out rows under one checkpoint."""
 
-    unit: Unit
+    run: InterventionRun
     index: int
     rows: range
 
     @property
     def name(self) -> str:
-        """Of its file, below the unit's folder; names sort in the order of the rows."""
+        """Of its file, below the run's folder; names sort in the order of the rows."""
         return f"{self.index:05d}.parquet"
 
 
-def score_parts(unit: Unit, categories: Sequence[str], most: int | None = None) -> list[ScorePart]:
-    """The parts of a unit, in the order of the rows.
+def score_parts(
+    run: InterventionRun, categories: Sequence[str], most: int | None = None
+) -> list[ScorePart]:
+    """The parts of a run, in the order of the rows.
 
     Args:
-        unit: whose checkpoint is scored.
+        run: whose checkpoint is scored.
         categories: of the held-out rows, in their order.
         most: rows of a part; None: `PART_ROWS`.
     """
@@ -56,7 +58,7 @@ def score_parts(unit: Unit, categories: Sequence[str], most: int | None = None) 
     bounds = [*ends, place]
     spans = [range(*pair) for pair in pairwise(bounds)]
     spans = [span for span in spans if span] or [range(0)]
-    return [ScorePart(unit=unit, index=k, rows=span) for k, span in enumerate(spans)]
+    return [ScorePart(run=run, index=k, rows=span) for k, span in enumerate(spans)]
 
 
 def join_parts(parts: Sequence[Scored]) -> Scored:
