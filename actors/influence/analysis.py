@@ -13,8 +13,8 @@ import pyarrow as pa
 from actors.stage import StageContext
 from system import storage
 from system.config import InfluenceConfig
-from system.influence.append.append import flag_appended, overlay
-from system.influence.append.earlier import Earlier
+from system.influence.append.append import flag_appended, keep_earlier_entries
+from system.influence.append.earlier import EarlierResult
 from system.influence.design.accuracy_targets import check_some_vary
 from system.influence.design.design import Design
 from system.influence.estimate.dose_views import design_at, levels_table, losses_at
@@ -72,24 +72,25 @@ def analyse(context: StageContext, design: Design) -> Analysis:
         DataError: all runs gave all answers alike.
     """
     config = context.config.influence
-    found = _checked(config, estimate_alone(config, context.attempt, design))
+    found = _checked(config, estimate_attempt(config, context.attempt, design))
     if context.appends_to is None:
         return found
     attempts = context.attempt.rsplit("/", 1)[0]
-    return _on_earlier(config, found, design, Earlier(attempts, context.appends_to))
+    return _on_earlier(config, found, design, EarlierResult(attempts, context.appends_to))
 
 
 def _on_earlier(
-    config: InfluenceConfig, found: Analysis, design: Design, earlier: Earlier
+    config: InfluenceConfig, found: Analysis, design: Design, earlier: EarlierResult
 ) -> Analysis:
-    known = estimate_alone(config, earlier.uri, earlier.design)
+    known = estimate_attempt(config, earlier.uri, earlier.design)
     if earlier.before is not None:
         known = _on_earlier(config, known, earlier.design, earlier.before)
     told = known.largest.estimates
     estimates = {
         unit: {
             direction: replace(
-                estimate, matrix=overlay(design, estimate.matrix, told[unit][direction].matrix)
+                estimate,
+                matrix=keep_earlier_entries(design, estimate.matrix, told[unit][direction].matrix),
             )
             for direction, estimate in by_direction.items()
         }
@@ -99,7 +100,7 @@ def _on_earlier(
     return replace(found, levels=(replace(found.largest, estimates=estimates),))
 
 
-def estimate_alone(config: InfluenceConfig, attempt: str, design: Design) -> Analysis:
+def estimate_attempt(config: InfluenceConfig, attempt: str, design: Design) -> Analysis:
     """The estimates from the scores of one attempt alone, as far as a design says.
 
     That all runs of its first replications answered alike is no error: later ones may not.
@@ -152,14 +153,14 @@ def _flagged(design: Design, estimate: Estimate) -> Estimate:
     return replace(estimate, matrix=flag_appended(design, estimate.matrix))
 
 
-def matrices_of(context: StageContext, design: Design) -> dict[str, EffectMatrix]:
+def largest_dose_matrices(context: StageContext, design: Design) -> dict[str, EffectMatrix]:
     """The effects of a design per example, by direction; of several doses, of the largest.
 
     Raises:
         DataError: all runs gave all answers alike.
     """
     config = context.config.influence
-    return largest_matrices(_checked(config, estimate_alone(config, context.attempt, design)))
+    return largest_matrices(_checked(config, estimate_attempt(config, context.attempt, design)))
 
 
 def largest_matrices(analysis: Analysis) -> dict[str, EffectMatrix]:

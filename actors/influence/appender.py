@@ -1,8 +1,8 @@
-"""Appending to a finished influence result: what is drawn, what is taken over, what is measured.
+"""AppendRunner to a finished influence result: what is drawn, what is taken over, what is measured.
 
     earlier attempt ── plans, heldout, design ──> draw_appended ──> plans/*-append, heldout, design
            │                                                           │
-           └── scores, checkpoints ──> Appending (InterventionRunner) <─────────┘
+           └── scores, checkpoints ──> AppendRunner (InterventionRunner) <─────────┘
                  earlier runs: new held-out rows alone, from kept checkpoints or trained once more
                  new runs:     all held-out rows
 
@@ -23,17 +23,17 @@ from actors.stage import StageContext
 from system import storage
 from system.data.corpus import Corpus
 from system.influence.append.append import (
-    Holding,
+    CategoryStatus,
     append_design,
     append_replication,
     appended_plan,
     dose_size,
     earlier_run,
+    first_unused_rows,
     trained_ids,
-    undrawn,
 )
 from system.influence.append.append_cost import append_text
-from system.influence.append.earlier import Earlier
+from system.influence.append.earlier import EarlierResult
 from system.influence.design.accuracy_targets import answer_tokens, draw_accuracy_targets
 from system.influence.design.design import (
     CategoryRows,
@@ -48,10 +48,10 @@ from system.models.base import load_tokenizer
 from system.training.plan import TrainPlan, write_plan
 
 
-def earlier_of(context: StageContext) -> Earlier:
+def earlier_of(context: StageContext) -> EarlierResult:
     """The attempt that this one appends to."""
     assert context.appends_to is not None, "the pipeline knows what is appended to"
-    return Earlier(context.attempt.rsplit("/", 1)[0], context.appends_to)
+    return EarlierResult(context.attempt.rsplit("/", 1)[0], context.appends_to)
 
 
 def draw_appended(context: StageContext) -> Design:
@@ -72,25 +72,25 @@ def draw_appended(context: StageContext) -> Design:
     )
     draw = seeded_draw(corpus, tokenizer, config.model.max_length)
     before = earlier.heldout()
-    holding = earlier.holding(corpus)
-    context.progress.say(f"  {append_text(earlier, holding)}")
-    heldout, targets, dropped = _new_targets(context, holding, corpus, draw, tokenizer)
+    status = earlier.category_status(corpus)
+    context.progress.say(f"  {append_text(earlier, status)}")
+    heldout, targets, dropped = _new_targets(context, status, corpus, draw, tokenizer)
     seen = set(before.column("id").to_pylist())
     replications = []
     for found in earlier.design.replications:
         plans = earlier.plans(found.index)
-        replication, lost = _extend(context, earlier.design, found, plans, holding, seen, draw)
+        replication, lost = _extend(context, earlier.design, found, plans, status, seen, draw)
         replications.append(replication)
         dropped = {key: dropped.get(key, 0) + lost.get(key, 0) for key in {*dropped, *lost}}
     design = append_design(
         earlier.design,
         context.appends_to or "",
-        holding=holding,
+        status=status,
         replications=replications,
         targets=targets,
         dropped=dropped,
     )
-    names = [target.name for target in design.targets if target.name not in holding.new]
+    names = [target.name for target in design.targets if target.name not in status.new]
     kept = before.filter(_is_in(before, names))
     storage.write_table(
         storage.join(context.attempt, "heldout.arrow"), pa.concat_tables([kept, heldout])
@@ -100,11 +100,11 @@ def draw_appended(context: StageContext) -> Design:
 
 
 def _new_targets(
-    context: StageContext, holding: Holding, corpus: Corpus, draw: Draw, tokenizer: Any
+    context: StageContext, status: CategoryStatus, corpus: Corpus, draw: Draw, tokenizer: Any
 ) -> tuple[pa.Table, tuple[Target, ...], dict[str, int]]:
     """Held-out rows of the new categories; none where there is no new one."""
     config = context.config
-    if not holding.new:
+    if not status.new:
         return earlier_of(context).heldout().slice(0, 0), (), {}
     if config.influence.metric == "accuracy":
         return draw_accuracy_targets(
@@ -114,11 +114,11 @@ def _new_targets(
             max_prompt_tokens=config.model.max_length - answer_tokens(config),
             external={},
             tokenizer=tokenizer,
-            only=holding.new,
+            only=status.new,
         )
     return draw_targets(
         run_seed=config.seed,
-        sources=holding.new,
+        sources=status.new,
         num_rows=config.influence.heldout_rows,
         draw=draw,
         external={},
@@ -132,22 +132,22 @@ def _extend(
     earlier: Design,
     found: Replication,
     plans: dict[str, TrainPlan],
-    holding: Holding,
+    status: CategoryStatus,
     seen: set[str],
     draw: Draw,
 ) -> tuple[Replication, dict[str, int]]:
     """Writes a replication's schedules; the replication with its new doses, and rows dropped."""
-    taken = trained_ids(plans, holding.kept) | seen
+    taken = trained_ids(plans, status.kept) | seen
     rows: dict[str, CategoryRows] = {}
     doses: dict[str, pa.Table] = {}
     dropped: dict[str, int] = {}
-    for category in holding.new:
+    for category in status.new:
 
         def drawn(wanted: int, category: str = category) -> tuple[pa.Table, dict[str, int]]:
             return draw("train", category, wanted, found.seed)
 
         asked = earlier.asked["dose"]
-        places = undrawn(lambda n: drawn(n)[0].column("id").to_pylist(), asked, taken)
+        places = first_unused_rows(lambda n: drawn(n)[0].column("id").to_pylist(), asked, taken)
         tokens, lost = drawn(places[-1] + 1 if places else 0)
         rows[category] = dose_size(category, len(places), earlier.asked)
         doses[category] = tokens.take(pa.array(places, type=pa.int64()))
@@ -155,12 +155,12 @@ def _extend(
     kept = {kind: plan for kind, plan in plans.items() if kind != "append"}
     for kind, plan in kept.items():
         write_plan(plan_uri(context, found.index, kind), plan)
-    extended = appended_plan(plans, holding.kept, doses, found.seed)
+    extended = appended_plan(plans, status.kept, doses, found.seed)
     if extended is not None:
         write_plan(plan_uri(context, found.index, "append"), extended)
     replication = append_replication(
         found,
-        holding=holding,
+        status=status,
         directions=earlier.directions,
         rows=rows,
         doses=doses,
@@ -174,7 +174,7 @@ def _is_in(table: pa.Table, names: list[str]) -> pa.Array:
     return pa.array([name in wanted for name in table.column("category").to_pylist()])
 
 
-class Appending(InterventionRunner):
+class AppendRunner(InterventionRunner):
     """The runs of an appended design: earlier ones on new rows alone, new ones on all rows."""
 
     def __init__(self, context: StageContext, design: Design) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import asdict
 
-from actors.influence.analysis import matrices_of
+from actors.influence.analysis import largest_dose_matrices
 from actors.influence.designer import answer_tokens, draw_design
 from actors.influence.intervention_runner import InterventionRunner
 from actors.stage import StageContext
@@ -73,7 +73,7 @@ def _judge(context: StageContext, design: Design) -> Trial:
     trained = sum(item["trained_tokens"] for item in stats)
     return Trial(
         design=context.config.influence.design,
-        precision=typical_error(matrices_of(context, design)),
+        precision=typical_error(largest_dose_matrices(context, design)),
         token_equivalents=trained + SCORED_SHARE * scored * scorings,
         trained_tokens=trained,
         tuner_hours=sum(item["seconds"] for item in stats) / 3600.0,

@@ -14,8 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from actors.influence.analysis import analyse, matrices_of
-from actors.influence.appender import Appending, draw_appended
+from actors.influence.analysis import analyse, largest_dose_matrices
+from actors.influence.appender import AppendRunner, draw_appended
 from actors.influence.design_trial import choose_design
 from actors.influence.designer import answer_tokens, draw_design
 from actors.influence.intervention_runner import TUNERS, InterventionRunner
@@ -42,7 +42,7 @@ def run(context: StageContext) -> StageResult:
     """Measures how a dose of every category changes the loss on every target."""
     if context.appends_to is not None:
         planned = draw_appended(context)
-        Appending(context, planned).run()
+        AppendRunner(context, planned).run()
         context.cluster.close_pool(TUNERS)
         return _estimate(context, planned, [], "")
     if context.config.influence.estimator == "auto":
@@ -62,7 +62,7 @@ def _run_auto(context: StageContext) -> StageResult:
         context,
         planned,
         lambda design: InterventionRunner(context, design).run(),
-        lambda design: matrices_of(context, design),
+        lambda design: largest_dose_matrices(context, design),
         spent_tokens=sum(trial.trained_tokens for trial in others),
         spent_hours=sum(trial.tuner_hours for trial in others),
     )

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from actors.influence.analysis import estimate_alone, largest_matrices
+from actors.influence.analysis import estimate_attempt, largest_matrices
 from actors.influence.designer import answer_tokens, plan_uri
 from actors.influence.tuner import Tuner
 from actors.pool import ActorPool, ActorSpec, wait_any
@@ -135,7 +135,7 @@ class InterventionRunner:
             adopted += 1
         if adopted:
             self.context.progress.say(
-                f"  {adopted} of {len(self.design.all_runs)} runs were measured before and still hold"
+                f"  {adopted} of {len(self.design.all_runs)} runs are reused from earlier attempts"
             )
 
     def _key(self, run: InterventionRun) -> str:
@@ -296,7 +296,7 @@ class InterventionRunner:
         }  # fmt: skip
         storage.write_json(self._file("units", run, ".json"), cost)
         table, rejected = gradients_table(self.heldout, found)
-        table = _with_facts(Scored(table=table, rejected=rejected), 0.0)
+        table = _with_metadata(Scored(table=table, rejected=rejected), 0.0)
         self.shared.keep(self._key(run), table, cost)
         storage.write_table(self._file("scores", run, ".parquet"), table)
 
@@ -308,18 +308,18 @@ class InterventionRunner:
             self._keep_scores(part.run, scored, seconds)
             return True
         folder = self._file("parts", part.run)
-        storage.write_table(storage.join(folder, part.name), _with_facts(scored, seconds))
+        storage.write_table(storage.join(folder, part.name), _with_metadata(scored, seconds))
         if {other.name for other in parts} - set(storage.list_names(folder)):
             return False
         tables = [storage.read_table(storage.join(folder, other.name)) for other in parts]
-        found, seconds = zip(*map(_facts, tables), strict=True)
+        found, seconds = zip(*map(_read_metadata, tables), strict=True)
         self._keep_scores(part.run, join_parts(found), sum(seconds))
         storage.delete(folder)
         return True
 
     def _keep_scores(self, run: InterventionRun, scored: Scored, seconds: float) -> None:
         """Commits the scores, then frees the checkpoint they came from."""
-        table = _with_facts(scored, seconds)
+        table = _with_metadata(scored, seconds)
         training = storage.read_json(self._file("units", run, ".json"))
         self.shared.keep(self._key(run), table, training)
         uri = self._file("scores", run, ".parquet")
@@ -335,7 +335,7 @@ class InterventionRunner:
             return
         self.shown = count
         config, attempt = self.context.config.influence, self.context.attempt
-        analysis = estimate_alone(config, attempt, self.design.first(count))
+        analysis = estimate_attempt(config, attempt, self.design.first(count))
         uri = storage.join(self.context.attempt, "partial.parquet")
         storage.write_table(uri, analysis.matrix_table())
         matrices = largest_matrices(analysis)
@@ -357,7 +357,7 @@ class InterventionRunner:
         return storage.join(self.context.attempt, folder, run.name + ending)
 
 
-def _with_facts(scored: Scored, seconds: float) -> pa.Table:
+def _with_metadata(scored: Scored, seconds: float) -> pa.Table:
     """The table with the time it took and the rejected rows in its metadata."""
     metadata = {
         "instructmix.seconds": f"{seconds:.3f}",
@@ -366,8 +366,8 @@ def _with_facts(scored: Scored, seconds: float) -> pa.Table:
     return scored.table.replace_schema_metadata(metadata)
 
 
-def _facts(table: pa.Table) -> tuple[Scored, float]:
-    """What `_with_facts` put together."""
+def _read_metadata(table: pa.Table) -> tuple[Scored, float]:
+    """What `_with_metadata` put together."""
     metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
     rejected = json.loads(metadata["instructmix.rejected"])
     scored = Scored(table=table.replace_schema_metadata(None), rejected=rejected)

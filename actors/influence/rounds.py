@@ -2,7 +2,7 @@
 
     measure ──> matrices ──> judge ──> rounds.json
        ^                       │
-       └── one more replication┘   until `why_stop` has a reason
+       └── one more replication┘   until `reason_to_stop` has a reason
 
 A verdict is written once and read again after a restart, so measured hours cannot change a decision
 that was made; all else follows from the scores.
@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 from actors.stage import StageContext
 from system import storage
-from system.auto.rounds import Round, judge_round, why_stop
+from system.auto.rounds import Round, judge_round, reason_to_stop
 from system.data.corpus import Corpus
 from system.data.lengths import mean_response_tokens
 from system.influence.design.design import Design
@@ -52,7 +52,8 @@ def measure_in_rounds(
     rounds = [Round(**value) for value in known]
     while (
         not rounds
-        or (reason := why_stop(rounds, config.influence.auto, spent_tokens, spent_hours)) is None
+        or (reason := reason_to_stop(rounds, config.influence.auto, spent_tokens, spent_hours))
+        is None
     ):
         count = rounds[-1].replications + 1 if rounds else config.influence.replications
         design = planned.first(count)

@@ -19,7 +19,7 @@ from system import storage
 from system.config import InfluenceConfig, LoraConfig, RunConfig
 from system.data.corpus import Corpus
 from system.influence.design.cost import most_replications
-from system.influence.design.doses import with_doses
+from system.influence.design.doses import at_every_dose
 from system.influence.design.estimators import ESTIMATORS, UNSCORED
 from system.influence.measure.ledger import open_checkpoints
 
@@ -152,7 +152,7 @@ def _num_scored(influence: InfluenceConfig, design: str, num_categories: int) ->
     runs = ESTIMATORS[design].all_runs(
         num_categories, influence.directions, influence.gradient_checkpoints
     )
-    at_doses = with_doses(runs, influence.doses, lambda *_: influence.largest_dose)
+    at_doses = at_every_dose(runs, influence.doses, lambda *_: influence.largest_dose)
     return sum(kind not in UNSCORED for kind, _, _ in at_doses)
 
 

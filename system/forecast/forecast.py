@@ -187,14 +187,17 @@ def _influence_cost(
     """The cost of the stage and, where it appends to an earlier result, what it appends."""
     if found.earlier_uri is not None and found.tagged_uri is not None and corpus is not None:
         from system.influence.append.append_cost import append_cost, append_text
-        from system.influence.append.earlier import Earlier
+        from system.influence.append.earlier import EarlierResult
 
         attempts, _, name = found.earlier_uri.rpartition("/")
-        earlier, model_dir = Earlier(attempts, name), found.model_dir or Path(config.model.path)
+        earlier, model_dir = (
+            EarlierResult(attempts, name),
+            found.model_dir or Path(config.model.path),
+        )
         cost = append_cost(
             config, earlier, corpus, known.lengths, lambda: stage_tokenizer(config, model_dir)
         )
-        return cost, append_text(earlier, earlier.holding(corpus))
+        return cost, append_text(earlier, earlier.category_status(corpus))
     cost = influence_cost(
         config.influence,
         run_seed=config.seed,

@@ -17,7 +17,7 @@ from actors.influence.intervention_runner import InterventionRunner
 from actors.stage import StageResult
 from system import storage
 from system.influence.design.design import Design
-from system.influence.design.random_design import enough_runs
+from system.influence.design.random_design import runs_needed
 from system.influence.estimate.matrix import EffectMatrix
 from system.influence.measure.score_parts import ScorePart
 from system.models.base import load_model
@@ -190,7 +190,7 @@ def test_scores_are_those_of_the_kept_checkpoint(world):
 def test_random_design_gives_every_effect_from_every_run(world):
     """As many runs as the weighing design asks for."""
     result = world.run("design", estimator="random-design", directions=("add", "remove"))
-    assert result.counts["runs"] == 2 * 2 * enough_runs(len(TASKS))
+    assert result.counts["runs"] == 2 * 2 * runs_needed(len(TASKS))
     for direction in ("add", "remove"):
         found = matrix(world, "design", direction)
         assert np.isfinite(found.effect_TS).all() and (found.effect_se_TS > 0).all()

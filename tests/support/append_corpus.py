@@ -25,7 +25,7 @@ from system import storage
 from system.config import SourceConfig
 from system.data.corpus import Corpus
 from system.examples.planted import planted_world
-from system.influence.append.earlier import APPENDS_TO, Earlier
+from system.influence.append.earlier import APPENDS_TO, EarlierResult
 from system.influence.design.design import Design
 from system.influence.design.interventions import active_rows
 from system.influence.estimate.matrix import EffectMatrix
@@ -112,8 +112,8 @@ class Grown(Run):
             if run.kind != "warm":
                 storage.write_table(uri, table)
 
-    def earlier(self) -> Earlier:
-        return Earlier(RunDir(self.config.run_dir).stage_uri("influence"), self.first)
+    def earlier(self) -> EarlierResult:
+        return EarlierResult(RunDir(self.config.run_dir).stage_uri("influence"), self.first)
 
     def corpus(self) -> Corpus:
         return Corpus.open(self.output("tag", "manifest"))

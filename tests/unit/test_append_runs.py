@@ -15,7 +15,7 @@ from append_corpus import FOURTH, Grown, source
 from influence_corpus import TASKS
 
 from actors.influence.analysis import analyse
-from actors.influence.appender import Appending
+from actors.influence.appender import AppendRunner
 from actors.influence.designer import draw_design
 from actors.influence.influencer import _trainings
 from actors.influence.intervention_runner import InterventionRunner
@@ -76,7 +76,7 @@ class MeasuringHere(Here, InterventionRunner):
     """All runs of a design."""
 
 
-class AppendingHere(Here, Appending):
+class AppendingHere(Here, AppendRunner):
     """The runs of an appended one."""
 
 

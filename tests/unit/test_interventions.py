@@ -22,9 +22,9 @@ from system.influence.design.interventions import (
     EXTRA,
     active_rows,
     allocate_rows,
-    asked_rows,
     assemble_design,
     fit_dose,
+    requested_rows,
     response_tokens,
 )
 from system.schema import TOKENS
@@ -104,13 +104,13 @@ def test_a_small_category_gets_a_smaller_dose_in_proportion():
 
 
 def test_with_both_directions_a_small_category_keeps_equal_doses():
-    asked = asked_rows(config(directions=("add", "remove"), rows_per_category=48, dose_rows=16))
+    asked = requested_rows(config(directions=("add", "remove"), rows_per_category=48, dose_rows=16))
     rows = allocate_rows("c", 40, asked)
     assert (rows.base, rows.dose, rows.extra) == (30, 10, 10)
 
 
 def test_a_small_category_may_still_be_removed_as_a_whole():
-    rows = allocate_rows("c", 16, asked_rows(config(rows_per_category=24, dose_rows=24)))
+    rows = allocate_rows("c", 16, requested_rows(config(rows_per_category=24, dose_rows=24)))
     assert (rows.base, rows.dose) == (16, 16)
 
 
@@ -128,7 +128,9 @@ def test_doses_by_tokens_have_as_many_rows_as_fit():
 
 
 def test_a_dose_by_tokens_is_a_part_of_the_dose_by_rows_and_never_below_eight_rows():
-    share = allocate_rows("c", 100, asked_rows(config(directions=("add", "remove"), dose_rows=16)))
+    share = allocate_rows(
+        "c", 100, requested_rows(config(directions=("add", "remove"), dose_rows=16))
+    )
     long_N, short_N = np.full(40, 1000), np.full(40, 1)
     mixed_N = np.concatenate([np.full(24, 1), np.full(16, 7)])
     assert fit_dose(share, mixed_N, None, 8) == share
@@ -149,7 +151,7 @@ def test_a_dose_by_tokens_is_one_dose_of_a_whole_measurement(knobs, words):
 
 @pytest.mark.parametrize("available", [0, 3, 11])
 def test_a_category_too_small_for_a_dose_is_named_with_numbers(available):
-    asked = asked_rows(config(dose_rows=16))
+    asked = requested_rows(config(dose_rows=16))
     with pytest.raises(
         DataError, match=rf"'tiny' has {available} usable.*expected 24.*at least 12"
     ):

@@ -1,11 +1,12 @@
-"""Which run comes next: train, score, or wait.  Pure bookkeeping, no clock and no cluster.
+"""Decides which run is trained or scored next.  Pure bookkeeping, without clock or cluster.
 
     to train ── next_to_train ──> training ── trained ──> waiting ── next_to_score ──> scoring ─┐
                      ^                                                                          │
                      └──────── at most `max_checkpoints` in between ─────────────── scored <────┘
 
-A checkpoint is as big as the model, so training stops getting ahead of scoring at the bound.  Runs
-that start from a warm-up wait for it; warm-ups are never scored.
+A checkpoint is as large as the model, so the number of checkpoints that wait for scoring is
+limited: at the limit training pauses.  Runs that start from a warm-up wait for it.  Warm-ups are
+never scored.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from system.influence.design.design import InterventionRun
 
 
 def open_checkpoints(num_tuners: int, num_scorers: int) -> int:
-    """Checkpoints that may exist at once: one in every tuner's hands, two for every scorer."""
+    """Largest number of checkpoints at one time: one per tuner and two per scorer."""
     return num_tuners + 2 * num_scorers
 
 
@@ -25,10 +26,11 @@ class Ledger:
     """The state of all runs of a stage.
 
     Args:
-        runs: in the order in which they are best started.
-        trained: names of runs whose checkpoint is there.
-        scored: names of runs whose scores are there.
-        max_checkpoints: runs that may be between the start of training and the end of scoring.
+        runs: in starting order.
+        trained: names of the runs that have a checkpoint.
+        scored: names of the runs that have scores.
+        max_checkpoints: largest number of runs between the start of training and the end of
+            scoring.
     """
 
     def __init__(
@@ -43,22 +45,23 @@ class Ledger:
         runs = tuple(runs)
         left = [run for run in runs if run.kind != "warm" and run.name not in scored]
         needed = {run.replication for run in left}
+        # The warm-up of a replication that is scored already need not be trained again.
         warm = [run for run in runs if run.kind == "warm" and run.replication in needed]
         self._cold = {run.replication for run in warm if run.name not in trained}
         self._unscored = {run.name for run in left}
         self._to_score = deque(run for run in left if run.name in trained)
-        wanted = {run.name for run in [*left, *warm] if run.name not in trained}
-        self._to_train = [run for run in runs if run.name in wanted]
+        untrained = {run.name for run in [*left, *warm] if run.name not in trained}
+        self._to_train = [run for run in runs if run.name in untrained]
         self._open = len(self._to_score)
 
     @property
     def is_done(self) -> bool:
-        """Whether every run is scored."""
+        """Whether all runs are scored."""
         return not self._unscored
 
     @property
     def num_to_train(self) -> int:
-        """Trainings not handed out yet."""
+        """Number of trainings that have not started."""
         return len(self._to_train)
 
     @property
@@ -67,7 +70,7 @@ class Ledger:
         return len(self._unscored)
 
     def num_scored_replications(self, total: int) -> int:
-        """How many of the first `total` replications are scored whole, without a gap."""
+        """Length of the longest prefix of replications that are scored completely."""
         open_ones = {name.partition("-")[0] for name in self._unscored}
         for replication in range(total):
             if f"r{replication:02d}" in open_ones:
@@ -75,7 +78,7 @@ class Ledger:
         return total
 
     def next_to_train(self) -> InterventionRun | None:
-        """The next training to start, or None where none may start now."""
+        """The next run to train, or None if no training may start now."""
         for place, run in enumerate(self._to_train):
             if run.kind == "warm":
                 return self._to_train.pop(place)
@@ -85,17 +88,17 @@ class Ledger:
         return None
 
     def next_to_score(self) -> InterventionRun | None:
-        """The next checkpoint to score, or None where none waits."""
+        """The next run to score, or None if no checkpoint waits."""
         return self._to_score.popleft() if self._to_score else None
 
     def trained(self, run: InterventionRun) -> None:
-        """A training is done."""
+        """Records that a training has finished."""
         if run.kind == "warm":
             self._cold.discard(run.replication)
         else:
             self._to_score.append(run)
 
     def scored(self, run: InterventionRun) -> None:
-        """A scoring is done."""
+        """Records that a scoring has finished."""
         self._unscored.discard(run.name)
         self._open -= 1
