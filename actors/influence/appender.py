@@ -6,8 +6,8 @@
                  earlier runs: new held-out rows alone, from kept checkpoints or trained once more
                  new runs:     all held-out rows
 
-Every attempt ends with whole scores of all its runs, so it can be analysed, and appended to, like
-any other.
+Every attempt ends with complete scores of all its runs.  So it can be analysed, and appended to,
+like any other attempt.
 """
 
 from __future__ import annotations
@@ -49,17 +49,19 @@ from system.training.plan import TrainPlan, write_plan
 
 
 def earlier_of(context: StageContext) -> EarlierResult:
-    """The attempt that this one appends to."""
+    """The result that this attempt appends to."""
     assert context.appends_to is not None, "the pipeline knows what is appended to"
     return EarlierResult(context.attempt.rsplit("/", 1)[0], context.appends_to)
 
 
 def draw_appended(context: StageContext) -> Design:
-    """The design of this attempt: the earlier one, its new rows drawn the first time.
+    """The design of this attempt: the earlier design plus the new categories.
+
+    Its rows are drawn once; after a restart the design is read from its file.
 
     Raises:
-        DataError: nothing of the earlier design holds, or a new category has too few rows.
-        ConfigError: a category has the name of a further target.
+        DataError: no category of the earlier design is valid, or a new one has too few rows.
+        ConfigError: a category has the name of an external target.
     """
     uri = storage.join(context.attempt, "design.json")
     if storage.exists(uri):
@@ -75,11 +77,11 @@ def draw_appended(context: StageContext) -> Design:
     status = earlier.category_status(corpus)
     context.progress.say(f"  {append_text(earlier, status)}")
     heldout, targets, dropped = _new_targets(context, status, corpus, draw, tokenizer)
-    seen = set(before.column("id").to_pylist())
+    heldout_ids = set(before.column("id").to_pylist())
     replications = []
-    for found in earlier.design.replications:
-        plans = earlier.plans(found.index)
-        replication, lost = _extend(context, earlier.design, found, plans, status, seen, draw)
+    for old in earlier.design.replications:
+        plans = earlier.plans(old.index)
+        replication, lost = _extend(context, earlier.design, old, plans, status, heldout_ids, draw)
         replications.append(replication)
         dropped = {key: dropped.get(key, 0) + lost.get(key, 0) for key in {*dropped, *lost}}
     design = append_design(
@@ -102,7 +104,7 @@ def draw_appended(context: StageContext) -> Design:
 def _new_targets(
     context: StageContext, status: CategoryStatus, corpus: Corpus, draw: Draw, tokenizer: Any
 ) -> tuple[pa.Table, tuple[Target, ...], dict[str, int]]:
-    """Held-out rows of the new categories; none where there is no new one."""
+    """Draws the held-out rows of the new categories; empty if there are none."""
     config = context.config
     if not status.new:
         return earlier_of(context).heldout().slice(0, 0), (), {}
@@ -136,18 +138,22 @@ def _extend(
     seen: set[str],
     draw: Draw,
 ) -> tuple[Replication, dict[str, int]]:
-    """Writes a replication's schedules; the replication with its new doses, and rows dropped."""
+    """Extends a replication by the new doses and writes its schedules.
+
+    Returns:
+        The extended replication, and counts of dropped rows by reason.
+    """
     taken = trained_ids(plans, status.kept) | seen
     rows: dict[str, CategoryRows] = {}
     doses: dict[str, pa.Table] = {}
     dropped: dict[str, int] = {}
     for category in status.new:
 
-        def drawn(wanted: int, category: str = category) -> tuple[pa.Table, dict[str, int]]:
-            return draw("train", category, wanted, found.seed)
+        def drawn(num_rows: int, category: str = category) -> tuple[pa.Table, dict[str, int]]:
+            return draw("train", category, num_rows, found.seed)
 
-        asked = earlier.asked["dose"]
-        places = first_unused_rows(lambda n: drawn(n)[0].column("id").to_pylist(), asked, taken)
+        dose = earlier.asked["dose"]
+        places = first_unused_rows(lambda n: drawn(n)[0].column("id").to_pylist(), dose, taken)
         tokens, lost = drawn(places[-1] + 1 if places else 0)
         rows[category] = dose_size(category, len(places), earlier.asked)
         doses[category] = tokens.take(pa.array(places, type=pa.int64()))
@@ -170,12 +176,12 @@ def _extend(
 
 
 def _is_in(table: pa.Table, names: list[str]) -> pa.Array:
-    wanted = set(names)
-    return pa.array([name in wanted for name in table.column("category").to_pylist()])
+    chosen = set(names)
+    return pa.array([name in chosen for name in table.column("category").to_pylist()])
 
 
 class AppendRunner(InterventionRunner):
-    """The runs of an appended design: earlier ones on new rows alone, new ones on all rows."""
+    """Runs an appended design: earlier runs score new rows alone, new runs score all rows."""
 
     def __init__(self, context: StageContext, design: Design) -> None:
         super().__init__(context, design)
@@ -193,10 +199,11 @@ class AppendRunner(InterventionRunner):
         }
 
     def run(self) -> None:
-        """Takes over what holds, then trains and scores the rest."""
+        """Takes over what is still valid, then trains and scores the rest."""
         for run in self.design.all_runs:
             if run.kind == "warm" or (before := self._before(run)) is None:
                 continue
+            # Without new held-out rows the earlier scores are complete, and nothing is trained.
             done = not self.new_heldout.num_rows
             if (done or run in self.kept) and not self._is_there("units", run):
                 storage.write_json(self._file("units", run, ".json"), self._taken_over(run))
@@ -234,7 +241,7 @@ class AppendRunner(InterventionRunner):
         return self.heldout if self._before(run) is None else self.new_heldout
 
     def _training_stats(self, run: InterventionRun, stats: dict[str, Any]) -> dict[str, Any]:
-        """Says of a repeated training whether it went as the first time."""
+        """Adds, for a repeated training, whether it gave the same result as before."""
         before = self._before(run)
         if before is None:
             return stats
@@ -243,7 +250,7 @@ class AppendRunner(InterventionRunner):
         return {**stats, "repeated": {"is_same": is_same}}
 
     def _complete(self, run: InterventionRun, table: pa.Table) -> pa.Table:
-        """The scores of new held-out rows behind those of the earlier ones."""
+        """Joins the scores of earlier held-out rows and those of new ones, in this order."""
         before = self._before(run)
         if before is None:
             return table
@@ -261,7 +268,7 @@ class AppendRunner(InterventionRunner):
 
 
 _BITS = ("trained_tokens", "first_loss", "last_loss")
-"""What tells whether two trainings were the same."""
+"""Statistics that must be equal if a training was repeated exactly."""
 _SECONDS, _REJECTED = "instructmix.seconds", "instructmix.rejected"
 _NOTHING = {_SECONDS: "0", _REJECTED: "{}"}
 

@@ -1,10 +1,9 @@
-"""The choice of a design by `auto`: every candidate's first round, each in a folder of its own.
+"""Chooses the design of `auto`: makes the first round of every candidate in its own folder.
 
     designs ──> trial/<design>/ (designer, measuring) ──> Trial ──> trial.json ──> the cheapest
 
 The choice is written once and read again after a restart.  The rounds of the chosen design then
-begin with the runs of its trial, which the attempts of a stage share
-(`system.influence.measure.reuse`).
+reuse the runs of its trial (`system.influence.measure.reuse`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from system.influence.estimate.summary import METRIC_UNITS, short_unit
 
 
 def choose_design(context: StageContext) -> tuple[StageContext, list[Trial]]:
-    """The context with one design left, and the trials that decided; none without a choice."""
+    """The context with the chosen design, and the trials; no trials if there is one candidate."""
     names = context.config.influence.auto.designs
     if len(names) == 1:
         return context, []
@@ -46,7 +45,7 @@ def _with_design(context: StageContext, name: str) -> StageContext:
 
 
 def _try(context: StageContext, name: str) -> Trial:
-    """Makes a design's first round; its checkpoints are never kept."""
+    """Makes the first round of a design; its checkpoints are never kept."""
     context.progress.say(f"  trying design {name}")
     folder = storage.join(context.attempt, "trial", name)
     context = _with_design(

@@ -1,4 +1,4 @@
-"""The influence stage: draw a design, measure its runs, estimate the effect matrix.
+"""Stage `influence`: draws a design, measures its runs, estimates the effect matrix.
 
 designer ──> design.json ──> measuring ──> scores/*.parquet ──> analysis ──> matrix.parquet,
 plans/*.arrow                    ^                 │                  replicates.parquet,
@@ -152,11 +152,11 @@ def _trainings(context: StageContext, design: Design) -> dict[str, dict[str, Any
 def _cost(
     context: StageContext, design: Design, scores: Mapping[str, pa.Table]
 ) -> tuple[Cost, dict[str, str]]:
-    """What the runs took, from what each left; held-out rows that some run could not score."""
+    """The cost of all runs, from their files; and the held-out rows that some run rejected."""
     stats = list(_trainings(context, design).values())
     heldout = storage.read_table(_uri(context, "heldout.arrow"))
     row_tokens = sum(len(row) for row in heldout.column("input_ids").to_pylist())
-    if context.config.influence.metric == "accuracy":  # answers may end earlier
+    if context.config.influence.metric == "accuracy":  # an upper bound: answers may be shorter
         row_tokens += heldout.num_rows * answer_tokens(context.config)
     rejected: dict[str, str] = {}
     seconds = 0.0

@@ -1,17 +1,17 @@
-"""The runs of an influence stage: a ledger of runs over tuners and scorers.
+"""Makes the runs of an influence stage: a ledger hands them to tuners and scorers.
 
     design ──> ledger ── tune(run) ──> Tuner   ──> checkpoints/<run>/, units/<run>.json
                   ^ └─── score(part) ─> Scorer  ──> scores/<run>.parquet, checkpoint deleted
                   └──────── wait_any ─────────┘
     (`gradient`: warm_up and differentiate on the tuners, whose answers are the scores)
 
-The files are the state: a training counts once its `units/*.json` is there, a scoring once its
-`scores/*.parquet` is, and both are written whole or not at all.  Many held-out rows are scored in
-parts (`system.influence.measure.score_parts`), each kept as `parts/<run>/*.parquet` until all are
-there. A driver that starts again finds them and goes on; a dead actor's run is given out again by
-its pool.  Runs that another attempt of the stage has finished are taken from it where everything
-that decides them is the same (`system.influence.measure.reuse`).  Warm-up checkpoints (`branch`,
-`gradient`) stay until it is done.
+The files are the state.  A training is finished when `units/<run>.json` exists, a scoring when
+`scores/<run>.parquet` exists; both are written atomically.  Many held-out rows are scored in parts
+(`system.influence.measure.score_parts`); each part is kept as `parts/<run>/*.parquet` until all
+exist.  A driver that restarts finds these files and continues.  If an actor dies, its pool gives
+the work unit to another one.  Runs that another attempt has finished are reused if everything that
+decides their result is the same (`system.influence.measure.reuse`).  Warm-up checkpoints (`branch`,
+`gradient`) are kept until the stage is done.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TUNERS = "tuner"
 
 
 def _how_measured(context: StageContext, design: Design) -> dict[str, Any]:
-    """What decides a run's result beside its rows, its training and the model."""
+    """Further settings that decide the result of a run, besides rows, training and model."""
     config = context.config.influence
     how: dict[str, Any] = {"metric": config.metric}
     if config.metric == "accuracy":
@@ -62,7 +62,7 @@ def _how_measured(context: StageContext, design: Design) -> dict[str, Any]:
 
 
 class InterventionRunner:
-    """The runs of one attempt, from where an earlier driver left them."""
+    """Makes the runs of one attempt; continues where an earlier driver stopped."""
 
     def __init__(self, context: StageContext, design: Design) -> None:
         self.context = context
@@ -79,9 +79,10 @@ class InterventionRunner:
         self.shown = 0
 
     def run(self) -> None:
-        """Trains and scores whatever is not there yet."""
+        """Trains and scores all runs that are not finished."""
         context, config = self.context, self.context.config
-        if not config.influence.keep_checkpoints:  # an adopted run has no checkpoint to keep
+        # A reused run has no checkpoint, so nothing is reused if checkpoints must be kept.
+        if not config.influence.keep_checkpoints:
             self._adopt_finished_runs()
         scored = {name.removesuffix(".parquet") for name in self._names("scores")}
         ledger = Ledger(
@@ -99,20 +100,20 @@ class InterventionRunner:
             storage.delete(storage.join(context.attempt, "checkpoints"))
 
     def _trained(self) -> set[str]:
-        """Names of the runs whose checkpoints are there."""
+        """Names of the runs that are trained and whose checkpoints exist."""
         checkpoints = set(self._names("checkpoints"))
         return {name.removesuffix(".json") for name in self._names("units")} & checkpoints
 
     def _scored_on(self, run: InterventionRun) -> pa.Table:
-        """The held-out rows that a run is scored on: one of the tables that this object holds."""
+        """The held-out rows that a run is scored on; always the same table object for a run."""
         return self.heldout
 
     def _checkpoint(self, run: InterventionRun) -> str:
-        """Where the weights of a run are, once they are trained."""
+        """URI of the weights of a run, once it is trained."""
         return self._file("checkpoints", run)
 
     def _training_stats(self, run: InterventionRun, stats: dict[str, Any]) -> dict[str, Any]:
-        """What is written of a training."""
+        """The statistics of a training that are written to its file."""
         return stats
 
     def _complete(self, run: InterventionRun, table: pa.Table) -> pa.Table:
@@ -120,14 +121,14 @@ class InterventionRunner:
         return table
 
     def _adopt_finished_runs(self) -> None:
-        """Takes what other attempts measured under the very same circumstances."""
+        """Reuses runs that other attempts finished with the same key."""
         here = set(self._names("units")) | set(self._names("scores"))
         adopted = 0
         for run in self.design.all_runs:
             ending = ".json" if run.kind == "warm" else ".parquet"
-            if run.name + ending in here or (found := self.shared.find(self._key(run))) is None:
+            if run.name + ending in here or (match := self.shared.find(self._key(run))) is None:
                 continue
-            scores, training = found
+            scores, training = match
             storage.write_json(self._file("units", run, ".json"), training)
             if scores is not None:
                 table = self._complete(run, scores)
@@ -187,6 +188,7 @@ class InterventionRunner:
         by_gradient = self.design.estimator == "gradient"
         scorers = None if by_gradient else scorer_pool(self.context)
         tuners = self._tuner_pool()
+        # Scorers first: each scoring frees a checkpoint, which allows the next training.
         while not ledger.is_done:
             while scorers and scorers.has_room and (part := self._next_part(ledger)) is not None:
                 self._score(scorers, part)
@@ -237,7 +239,8 @@ class InterventionRunner:
 
     def _tune(self, tuners: ActorPool, run: InterventionRun) -> None:
         branches = self.design.estimator == "branch" and run.kind != "warm"
-        # Only a checkpoint that is written whole may be called trained after a crash.
+        # The tuner is about to overwrite the checkpoint.  If it crashes meanwhile, the old record
+        # must not declare a broken checkpoint finished.
         storage.delete(self._file("units", run, ".json"))
         tuners.submit(
             run,
@@ -271,12 +274,13 @@ class InterventionRunner:
         return score_parts(run, self._scored_on(run).column("category").to_pylist())
 
     def _next_part(self, ledger: Ledger) -> ScorePart | None:
-        """The next span of rows to score, or None where no checkpoint waits."""
+        """The next part to score, or None if no checkpoint waits."""
         if not self.waiting and (run := ledger.next_to_score()) is not None:
-            there = set(storage.list_names(self._file("parts", run)))
+            present = set(storage.list_names(self._file("parts", run)))
             parts = self._parts(run)
-            # The last part that comes in concludes, so one is left even where all are there.
-            missing = [part for part in parts if part.name not in there] or parts[-1:]
+            # A scoring is concluded when a part arrives.  If all parts exist already (the driver
+            # died just before), one is scored again so that this happens.
+            missing = [part for part in parts if part.name not in present] or parts[-1:]
             self.waiting.extend(missing)
         return self.waiting.popleft() if self.waiting else None
 
@@ -289,19 +293,21 @@ class InterventionRunner:
         else:
             scorers.submit(part, "score", weights, heldout)
 
-    def _keep_gradients(self, run: InterventionRun, found: Derivatives) -> None:
-        """Commits derivatives as the run's scores; what they cost, before."""
+    def _keep_gradients(self, run: InterventionRun, derivatives: Derivatives) -> None:
+        """Writes the cost of a gradient run, then commits its derivatives as scores."""
         cost = {
-            "trained_tokens": 0, "gradient_tokens": found.num_tokens, "seconds": found.seconds,
-        }  # fmt: skip
+            "trained_tokens": 0,
+            "gradient_tokens": derivatives.num_tokens,
+            "seconds": derivatives.seconds,
+        }
         storage.write_json(self._file("units", run, ".json"), cost)
-        table, rejected = gradients_table(self.heldout, found)
+        table, rejected = gradients_table(self.heldout, derivatives)
         table = _with_metadata(Scored(table=table, rejected=rejected), 0.0)
         self.shared.keep(self._key(run), table, cost)
         storage.write_table(self._file("scores", run, ".parquet"), table)
 
     def _keep_part(self, part: ScorePart, scored: Scored) -> bool:
-        """Commits the scores of a part; with the last one those of the run, and says so."""
+        """Commits the scores of a part; returns True if the scoring of the run is complete."""
         seconds = time.perf_counter() - self.started.pop(part)
         parts = self._parts(part.run)
         if len(parts) == 1:
@@ -312,13 +318,13 @@ class InterventionRunner:
         if {other.name for other in parts} - set(storage.list_names(folder)):
             return False
         tables = [storage.read_table(storage.join(folder, other.name)) for other in parts]
-        found, seconds = zip(*map(_read_metadata, tables), strict=True)
-        self._keep_scores(part.run, join_parts(found), sum(seconds))
+        scored_parts, seconds = zip(*map(_read_metadata, tables), strict=True)
+        self._keep_scores(part.run, join_parts(scored_parts), sum(seconds))
         storage.delete(folder)
         return True
 
     def _keep_scores(self, run: InterventionRun, scored: Scored, seconds: float) -> None:
-        """Commits the scores, then frees the checkpoint they came from."""
+        """Commits the scores of a run, then deletes its checkpoint."""
         table = _with_metadata(scored, seconds)
         training = storage.read_json(self._file("units", run, ".json"))
         self.shared.keep(self._key(run), table, training)
@@ -328,7 +334,7 @@ class InterventionRunner:
             storage.delete(self._file("checkpoints", run))
 
     def _show_partial_matrix(self, ledger: Ledger) -> None:
-        """What the replications so far say, for whoever watches; the last one says it itself."""
+        """Reports the effects of the replications so far; the last one is reported by the stage."""
         total = len(self.design.replications)
         count = ledger.num_scored_replications(total)
         if not self.shown < count < total:
@@ -358,7 +364,7 @@ class InterventionRunner:
 
 
 def _with_metadata(scored: Scored, seconds: float) -> pa.Table:
-    """The table with the time it took and the rejected rows in its metadata."""
+    """The table of scores, with seconds and rejected rows in its metadata."""
     metadata = {
         "instructmix.seconds": f"{seconds:.3f}",
         "instructmix.rejected": json.dumps(scored.rejected),
@@ -367,7 +373,7 @@ def _with_metadata(scored: Scored, seconds: float) -> pa.Table:
 
 
 def _read_metadata(table: pa.Table) -> tuple[Scored, float]:
-    """What `_with_metadata` put together."""
+    """Reads back what `_with_metadata` joined: scores and seconds."""
     metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
     rejected = json.loads(metadata["instructmix.rejected"])
     scored = Scored(table=table.replace_schema_metadata(None), rejected=rejected)
