@@ -7,8 +7,8 @@
                <─────── Derivatives ─────────────
 
 A call blocks its actor until the checkpoint is written.  Between calls the actor keeps only what
-can be read again.  So if an actor dies, its call is repeated on another one and gives the same bits;
-all actors use the same number of threads.
+can be read again.  So if an actor dies, its call is repeated on another one and gives the same
+bits; all actors use the same number of threads.
 """
 
 from __future__ import annotations
