@@ -1,4 +1,4 @@
-"""Stage `curriculum`: dependency taxonomy and stages, computed in the driver."""
+"""Stage `curriculum`: computes the dependency taxonomy and curriculum stages in the driver."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from system.taxonomy import estimate_taxonomy
 
 
 def run(context: StageContext) -> StageResult:
-    """Dependency taxonomy and stages."""
+    """Estimates the taxonomy, plans the curriculum stages, writes both."""
     config = context.config
     matrices = _matrices(context)
     categories, effects, errors, freedom = dependency_effects(matrices)
@@ -32,7 +32,7 @@ def run(context: StageContext) -> StageResult:
     mix = Mix.from_json(storage.read_bytes(context.input("solve", "mix")).decode())
     curriculum = plan_curriculum(
         {name: round(count) for name, count in mix.counts().items()},
-        # Without a target of its own a category has no dependency: None keeps its share.
+        # A category that is not a target has no level: None keeps its natural share.
         {name: taxonomy.curriculum_levels.get(name) for name in mix.counts()},
         preset=config.curriculum.preset,
         num_stages=config.curriculum.num_stages,
@@ -59,7 +59,7 @@ def run(context: StageContext) -> StageResult:
 
 
 def _matrices(context: StageContext) -> dict[str, EffectMatrix]:
-    """By direction, of the largest dose: dependencies are judged by significance."""
+    """The matrices by direction, at the largest dose, whose effects are the most significant."""
     uri = context.input("influence", "matrix")
     table = storage.read_table(uri)
     return {

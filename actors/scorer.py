@@ -1,11 +1,11 @@
-"""The actor that keeps one warm vLLM engine and swaps weights between interventions.
+"""The actor that keeps one running vLLM engine and exchanges its weights between calls.
 
     tagger ──────┐                              one pool for all stages that score, made on first
     influencer ──┼── submit ──> Scorer, Scorer  use and ended by the driver before training needs
     selector ────┤                              the CPUs; a call blocks its actor until answered
     evaluator ───┘
 
-A dead scorer is replaced by the pool and its unit given out again: every method can be repeated.
+The pool replaces a dead scorer and gives its work unit to another: every method can be repeated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ POOL = "scorer"
 
 
 class Scorer:
-    """One engine.  Its only state is which weights it holds."""
+    """One engine.  Its only state is the set of weights that is loaded."""
 
     def __init__(self, model_uri: str, settings: EngineSettings) -> None:
         self._copy = storage.LocalCopy(model_uri)
@@ -60,8 +60,8 @@ class Scorer:
         table = corpus.read_shard(block.shard, ["id", "category", "messages"])
         rows = table.slice(block.start, block.rows)
         engine = self._engine
-        found = measure_rows(engine, engine.tokenizer, rows, score, engine.max_length)
-        write_scores(attempt, block, found)
+        scores = measure_rows(engine, engine.tokenizer, rows, score, engine.max_length)
+        write_scores(attempt, block, scores)
 
     def choose(
         self, weights_uri: str | None, prompts: list[list[int]], candidates: list[list[int]]
@@ -92,7 +92,7 @@ class Scorer:
     def _reload(self, weights_dir: str) -> None:
         key = _weights_key(weights_dir)
         if key != self._loaded:
-            self._loaded = ()  # whatever happens next, the old weights are gone
+            self._loaded = ()  # if the reload fails, the engine has no usable weights
             self._engine.reload(weights_dir)
             self._loaded = key
 
@@ -114,7 +114,7 @@ def scorer_pool(context: StageContext) -> ActorPool:
 
 
 def engine_settings(context: StageContext) -> EngineSettings:
-    """What the configuration says about the engine."""
+    """The engine settings of the configuration."""
     config = context.config
     use_gpu = config.cluster.scorer_gpus > 0
     return EngineSettings(
@@ -130,7 +130,7 @@ def engine_settings(context: StageContext) -> EngineSettings:
 
 
 def _weights_key(weights_dir: str) -> tuple[tuple[str, int, int, int], ...]:
-    """Tells one set of weight files from another, also where a path was written anew."""
+    """Identifies a set of weight files, even if a path was overwritten."""
     key = []
     for path in sorted(Path(weights_dir).glob("*.safetensors")):
         info = path.stat()

@@ -1,4 +1,4 @@
-"""Stage `solve`: the mix, computed in the driver in milliseconds."""
+"""Stage `solve`: computes the mix in the driver, in milliseconds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from system.solve import (
 
 
 def run(context: StageContext) -> StageResult:
-    """The mix: mix.json, and the sweep of the trust region."""
+    """Solves the mix and writes mix.json and the sweep of the trust region."""
     summary = storage.read_json(context.input("influence", "summary"))
     solve, chosen = choose_shrinkage(context.config.solve, summary)
     problem, deciding = measured_problem(context, solve)
@@ -53,7 +53,7 @@ def run(context: StageContext) -> StageResult:
         mix = dataclasses.replace(mix, notes=(doubt, *mix.notes))
     else:
         mix = solve_mix(problem, options)
-        draws = 100 if len(mix.categories) <= 64 else 20  # each costs as much as a mix
+        draws = 100 if len(mix.categories) <= 64 else 20  # each draw solves a whole mix
         regret = expected_regret(problem, options, num_draws=draws, seed=context.config.seed)
         mix = dataclasses.replace(mix, expected_regret=regret.known_value)
     mix = dataclasses.replace(
@@ -86,7 +86,7 @@ def run(context: StageContext) -> StageResult:
 def measured_problem(
     context: StageContext, solve: SolveConfig
 ) -> tuple[MixProblem, tuple[str, ...]]:
-    """The optimiser's question from what the influence stage left, and which doses decide."""
+    """The optimisation problem from the effects of the influence stage; a note on the doses."""
     corpus = Corpus.open(context.input("tag", "manifest"))
     tokens = mean_response_tokens(corpus) if solve.unit == "tokens" else None
     counts = corpus.counts("train")
@@ -94,7 +94,7 @@ def measured_problem(
     matrices, deciding = _deciding_matrices(solve, levels, counts, tokens)
     problem = mix_problem(solve, matrices, counts, tokens, levels)
     if problem.curve_add is not None and solve.max_categories is None:
-        return problem, ()  # all doses do, and the mix says so
+        return problem, ()  # all doses are used, and the mix has its own note
     return problem, deciding
 
 
@@ -114,23 +114,23 @@ def _deciding_matrices(
     counts: Mapping[str, int],
     tokens: Mapping[str, float] | None,
 ) -> tuple[dict[str, EffectMatrix], tuple[str, ...]]:
-    """The effects that decide the mix, by direction, and where there are several doses, which."""
-    if all(len(found) == 1 for found in levels.values()):
-        return {direction: found[0] for direction, found in levels.items()}, ()
+    """The effects that decide the mix, by direction; with several doses, also a note on them."""
+    if all(len(matrices) == 1 for matrices in levels.values()):
+        return {direction: matrices[0] for direction, matrices in levels.items()}, ()
     moves = largest_moves(solve, counts, tokens)
     if len(levels) == 1:  # one matrix serves both ways
         moves = dict.fromkeys(moves, np.maximum(moves["add"], moves["remove"]))
     place_S = [list(counts).index(name) for name in next(iter(levels.values()))[0].sources]
     chosen = {
-        direction: choose_doses(found, solve.dose, moves[direction][place_S])
-        for direction, found in levels.items()
+        direction: choose_doses(matrices, solve.dose, moves[direction][place_S])
+        for direction, matrices in levels.items()
     }
     return chosen, (deciding_note(chosen, solve.dose),)
 
 
 def _start(context: StageContext, mix: Mix, summary: dict[str, Any]) -> tuple[str, ...]:
-    asked = context.config.influence.rows_per_category
-    rows = dict.fromkeys(summary["sources"], float(asked))
+    requested = context.config.influence.rows_per_category
+    rows = dict.fromkeys(summary["sources"], float(requested))
     rows |= {
         name: sum(part["base"] for part in parts) / len(parts)
         for name, parts in summary["adapted"].items()

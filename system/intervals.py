@@ -1,4 +1,4 @@
-"""Intervals of shares."""
+"""Confidence intervals of shares (proportions)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ class Interval:
 def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> Interval:
     """Share of successes with its Wilson score interval.
 
-    Unlike the plain normal interval it stays inside [0, 1] and keeps its level for few trials and
-    for shares near 0 or 1.  Source: Wilson 1927, J. Am. Stat. Assoc. 22 (158).
+    Unlike the normal interval it stays inside [0, 1] and keeps its confidence level for few trials
+    and for shares near 0 or 1.  Source: Wilson 1927, J. Am. Stat. Assoc. 22 (158).
 
     Args:
-        successes: may be fractional: the mean over repetitions on the same trials.
-        trials: independent trials; repetitions on the same ones do not add any.
+        successes: may be fractional, as the mean over repetitions of the same trials is.
+        trials: number of independent trials; repetitions of the same trials do not count.
         confidence: level of the interval.
 
     Raises:
         ValueError: no trials, or more successes than trials.
     """
     if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"expected 0 <= successes <= trials and trials >= 1: {successes}/{trials}")
+        raise ValueError(
+            f"expected 0 <= successes <= trials and trials >= 1, found {successes} of {trials}"
+        )
     share = successes / trials
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     denominator = 1 + z * z / trials

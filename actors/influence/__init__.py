@@ -1,1 +1,1 @@
-"""The influence stage on Ray: draw the runs, train and score them, estimate, go on or stop."""
+"""The influence stage on Ray: draws, trains and scores the runs, then estimates the effects."""

@@ -1,4 +1,4 @@
-"""From the scores of an influence stage to its effects: of all replications, or of the first few.
+"""Estimates effects from the scores of an influence stage, for all or the first replications.
 
 scores/*.parquet ──> losses ──> paired differences ──> estimates, by unit and direction
 """
@@ -13,13 +13,12 @@ import pyarrow as pa
 from actors.stage import StageContext
 from system import storage
 from system.config import InfluenceConfig
-from system.influence.append.append import flag_appended, overlay
-from system.influence.append.earlier import Earlier
+from system.influence.append.append import flag_appended, keep_earlier_entries
+from system.influence.append.earlier import EarlierResult
 from system.influence.design.accuracy_targets import check_some_vary
 from system.influence.design.design import Design
 from system.influence.estimate.dose_views import design_at, levels_table, losses_at
-from system.influence.estimate.matrix import EffectMatrix, Estimate, estimate_effects
-from system.influence.estimate.matrix import Unit as DataUnit
+from system.influence.estimate.matrix import DataUnit, EffectMatrix, Estimate, estimate_effects
 from system.influence.estimate.measurements import (
     Losses,
     Measurements,
@@ -33,7 +32,7 @@ _UNITS: tuple[DataUnit, ...] = ("examples", "tokens")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """What the runs of one dose say."""
+    """The measurements and estimates at one dose."""
 
     measured: dict[str, Measurements]
     """By direction."""
@@ -43,16 +42,16 @@ class Level:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Analysis:
-    """What the scores of a design say."""
+    """The scores of a design, and what is estimated from them."""
 
     scores: dict[str, pa.Table]
     losses: Losses
     levels: tuple[Level, ...]
-    """By ascending dose; one where one dose is measured."""
+    """By ascending dose; one level if there is one dose."""
 
     @property
     def largest(self) -> Level:
-        """The largest dose's."""
+        """The level of the largest dose."""
         return self.levels[-1]
 
     def matrix_table(self) -> pa.Table:
@@ -67,48 +66,54 @@ class Analysis:
 def analyse(context: StageContext, design: Design) -> Analysis:
     """Reads the scores of all runs of a design and estimates its effects at every dose.
 
-    What an appended design was told before stays as it was told (`system.influence.append.append`).
+    In an appended design the entries of the earlier result keep their published values
+    (`system.influence.append.append.keep_earlier_entries`).
 
     Raises:
-        DataError: all runs gave all answers alike.
+        DataError: all runs gave the same answers, so nothing can be measured.
     """
     config = context.config.influence
-    found = _checked(config, estimate_alone(config, context.attempt, design))
+    joint = _checked(config, estimate_attempt(config, context.attempt, design))
     if context.appends_to is None:
-        return found
+        return joint
     attempts = context.attempt.rsplit("/", 1)[0]
-    return _on_earlier(config, found, design, Earlier(attempts, context.appends_to))
+    return _keep_earlier(config, joint, design, EarlierResult(attempts, context.appends_to))
 
 
-def _on_earlier(
-    config: InfluenceConfig, found: Analysis, design: Design, earlier: Earlier
+def _keep_earlier(
+    config: InfluenceConfig, joint: Analysis, design: Design, earlier: EarlierResult
 ) -> Analysis:
-    known = estimate_alone(config, earlier.uri, earlier.design)
+    """Puts the entries of the earlier result into a joint analysis of all scores."""
+    before = estimate_attempt(config, earlier.uri, earlier.design)
     if earlier.before is not None:
-        known = _on_earlier(config, known, earlier.design, earlier.before)
-    told = known.largest.estimates
+        before = _keep_earlier(config, before, earlier.design, earlier.before)
+    published = before.largest.estimates
     estimates = {
         unit: {
             direction: replace(
-                estimate, matrix=overlay(design, estimate.matrix, told[unit][direction].matrix)
+                estimate,
+                matrix=keep_earlier_entries(
+                    design, estimate.matrix, published[unit][direction].matrix
+                ),
             )
             for direction, estimate in by_direction.items()
         }
-        for unit, by_direction in found.largest.estimates.items()
+        for unit, by_direction in joint.largest.estimates.items()
     }
-    # One dose: `append_refused` lets no other design in.
-    return replace(found, levels=(replace(found.largest, estimates=estimates),))
+    # There is one level: `append_refused` rejects designs with several doses.
+    return replace(joint, levels=(replace(joint.largest, estimates=estimates),))
 
 
-def estimate_alone(config: InfluenceConfig, attempt: str, design: Design) -> Analysis:
-    """The estimates from the scores of one attempt alone, as far as a design says.
+def estimate_attempt(config: InfluenceConfig, attempt: str, design: Design) -> Analysis:
+    """Estimates effects from the scores of one attempt, for the replications of `design`.
 
-    That all runs of its first replications answered alike is no error: later ones may not.
+    If all runs of the first replications gave the same answers, that is no error yet, because later
+    replications may differ.
     """
     scores = {
-        unit.name: storage.read_table(storage.join(attempt, "scores", f"{unit.name}.parquet"))
-        for unit in design.units
-        if unit.kind != "warm"
+        run.name: storage.read_table(storage.join(attempt, "scores", f"{run.name}.parquet"))
+        for run in design.all_runs
+        if run.kind != "warm"
     }
     by_gradient = design.estimator == "gradient"
     losses = collect_losses(design, predicted_scores(design, scores) if by_gradient else scores)
@@ -118,7 +123,7 @@ def estimate_alone(config: InfluenceConfig, attempt: str, design: Design) -> Ana
 
 
 def _checked(config: InfluenceConfig, analysis: Analysis) -> Analysis:
-    """The analysis of all runs that there are going to be, which must have told something."""
+    """Checks the analysis of a complete design: with accuracy, some answer must vary."""
     if config.metric == "accuracy":
         check_some_vary(analysis.losses.loss)
     return analysis
@@ -153,17 +158,17 @@ def _flagged(design: Design, estimate: Estimate) -> Estimate:
     return replace(estimate, matrix=flag_appended(design, estimate.matrix))
 
 
-def matrices_of(context: StageContext, design: Design) -> dict[str, EffectMatrix]:
-    """The effects of a design per example, by direction; of several doses, of the largest.
+def largest_dose_matrices(context: StageContext, design: Design) -> dict[str, EffectMatrix]:
+    """The effects of a design per example, by direction; with several doses, at the largest.
 
     Raises:
-        DataError: all runs gave all answers alike.
+        DataError: all runs gave the same answers, so nothing can be measured.
     """
     config = context.config.influence
-    return largest_matrices(_checked(config, estimate_alone(config, context.attempt, design)))
+    return largest_matrices(_checked(config, estimate_attempt(config, context.attempt, design)))
 
 
 def largest_matrices(analysis: Analysis) -> dict[str, EffectMatrix]:
     """The effects of the largest dose per example, by direction."""
-    found: Mapping[str, Estimate] = analysis.largest.estimates["examples"]
-    return {direction: estimate.matrix for direction, estimate in found.items()}
+    estimates: Mapping[str, Estimate] = analysis.largest.estimates["examples"]
+    return {direction: estimate.matrix for direction, estimate in estimates.items()}

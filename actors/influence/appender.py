@@ -1,13 +1,13 @@
-"""Appending to a finished influence result: what is drawn, what is taken over, what is measured.
+"""AppendRunner to a finished influence result: what is drawn, what is taken over, what is measured.
 
     earlier attempt ── plans, heldout, design ──> draw_appended ──> plans/*-append, heldout, design
            │                                                           │
-           └── scores, checkpoints ──> Appending (InterventionRunner) <─────────┘
+           └── scores, checkpoints ──> AppendRunner (InterventionRunner) <─────────┘
                  earlier runs: new held-out rows alone, from kept checkpoints or trained once more
                  new runs:     all held-out rows
 
-Every attempt ends with whole scores of all its runs, so it can be analysed, and appended to, like
-any other.
+Every attempt ends with complete scores of all its runs.  So it can be analysed, and appended to,
+like any other attempt.
 """
 
 from __future__ import annotations
@@ -23,37 +23,45 @@ from actors.stage import StageContext
 from system import storage
 from system.data.corpus import Corpus
 from system.influence.append.append import (
-    Holding,
+    CategoryStatus,
     append_design,
     append_replication,
     appended_plan,
     dose_size,
-    earlier_unit,
+    earlier_run,
+    first_unused_rows,
     trained_ids,
-    undrawn,
 )
 from system.influence.append.append_cost import append_text
-from system.influence.append.earlier import Earlier
+from system.influence.append.earlier import EarlierResult
 from system.influence.design.accuracy_targets import answer_tokens, draw_accuracy_targets
-from system.influence.design.design import CategoryRows, Design, Replication, Target, Unit
+from system.influence.design.design import (
+    CategoryRows,
+    Design,
+    InterventionRun,
+    Replication,
+    Target,
+)
 from system.influence.design.heldout import draw_targets, seeded_draw
 from system.influence.design.interventions import Draw
 from system.models.base import load_tokenizer
 from system.training.plan import TrainPlan, write_plan
 
 
-def earlier_of(context: StageContext) -> Earlier:
-    """The attempt that this one appends to."""
+def earlier_of(context: StageContext) -> EarlierResult:
+    """The result that this attempt appends to."""
     assert context.appends_to is not None, "the pipeline knows what is appended to"
-    return Earlier(context.attempt.rsplit("/", 1)[0], context.appends_to)
+    return EarlierResult(context.attempt.rsplit("/", 1)[0], context.appends_to)
 
 
 def draw_appended(context: StageContext) -> Design:
-    """The design of this attempt: the earlier one, its new rows drawn the first time.
+    """The design of this attempt: the earlier design plus the new categories.
+
+    Its rows are drawn once; after a restart the design is read from its file.
 
     Raises:
-        DataError: nothing of the earlier design holds, or a new category has too few rows.
-        ConfigError: a category has the name of a further target.
+        DataError: no category of the earlier design is valid, or a new one has too few rows.
+        ConfigError: a category has the name of an external target.
     """
     uri = storage.join(context.attempt, "design.json")
     if storage.exists(uri):
@@ -66,25 +74,25 @@ def draw_appended(context: StageContext) -> Design:
     )
     draw = seeded_draw(corpus, tokenizer, config.model.max_length)
     before = earlier.heldout()
-    holding = earlier.holding(corpus)
-    context.progress.say(f"  {append_text(earlier, holding)}")
-    heldout, targets, dropped = _new_targets(context, holding, corpus, draw, tokenizer)
-    seen = set(before.column("id").to_pylist())
+    status = earlier.category_status(corpus)
+    context.progress.say(f"  {append_text(earlier, status)}")
+    heldout, targets, dropped = _new_targets(context, status, corpus, draw, tokenizer)
+    heldout_ids = set(before.column("id").to_pylist())
     replications = []
-    for found in earlier.design.replications:
-        plans = earlier.plans(found.index)
-        replication, lost = _extend(context, earlier.design, found, plans, holding, seen, draw)
+    for old in earlier.design.replications:
+        plans = earlier.plans(old.index)
+        replication, lost = _extend(context, earlier.design, old, plans, status, heldout_ids, draw)
         replications.append(replication)
         dropped = {key: dropped.get(key, 0) + lost.get(key, 0) for key in {*dropped, *lost}}
     design = append_design(
         earlier.design,
         context.appends_to or "",
-        holding=holding,
+        status=status,
         replications=replications,
         targets=targets,
         dropped=dropped,
     )
-    names = [target.name for target in design.targets if target.name not in holding.new]
+    names = [target.name for target in design.targets if target.name not in status.new]
     kept = before.filter(_is_in(before, names))
     storage.write_table(
         storage.join(context.attempt, "heldout.arrow"), pa.concat_tables([kept, heldout])
@@ -94,11 +102,11 @@ def draw_appended(context: StageContext) -> Design:
 
 
 def _new_targets(
-    context: StageContext, holding: Holding, corpus: Corpus, draw: Draw, tokenizer: Any
+    context: StageContext, status: CategoryStatus, corpus: Corpus, draw: Draw, tokenizer: Any
 ) -> tuple[pa.Table, tuple[Target, ...], dict[str, int]]:
-    """Held-out rows of the new categories; none where there is no new one."""
+    """Draws the held-out rows of the new categories; empty if there are none."""
     config = context.config
-    if not holding.new:
+    if not status.new:
         return earlier_of(context).heldout().slice(0, 0), (), {}
     if config.influence.metric == "accuracy":
         return draw_accuracy_targets(
@@ -108,11 +116,11 @@ def _new_targets(
             max_prompt_tokens=config.model.max_length - answer_tokens(config),
             external={},
             tokenizer=tokenizer,
-            only=holding.new,
+            only=status.new,
         )
     return draw_targets(
         run_seed=config.seed,
-        sources=holding.new,
+        sources=status.new,
         num_rows=config.influence.heldout_rows,
         draw=draw,
         external={},
@@ -126,22 +134,26 @@ def _extend(
     earlier: Design,
     found: Replication,
     plans: dict[str, TrainPlan],
-    holding: Holding,
+    status: CategoryStatus,
     seen: set[str],
     draw: Draw,
 ) -> tuple[Replication, dict[str, int]]:
-    """Writes a replication's schedules; the replication with its new doses, and rows dropped."""
-    taken = trained_ids(plans, holding.kept) | seen
+    """Extends a replication by the new doses and writes its schedules.
+
+    Returns:
+        The extended replication, and counts of dropped rows by reason.
+    """
+    taken = trained_ids(plans, status.kept) | seen
     rows: dict[str, CategoryRows] = {}
     doses: dict[str, pa.Table] = {}
     dropped: dict[str, int] = {}
-    for category in holding.new:
+    for category in status.new:
 
-        def drawn(wanted: int, category: str = category) -> tuple[pa.Table, dict[str, int]]:
-            return draw("train", category, wanted, found.seed)
+        def drawn(num_rows: int, category: str = category) -> tuple[pa.Table, dict[str, int]]:
+            return draw("train", category, num_rows, found.seed)
 
-        asked = earlier.asked["dose"]
-        places = undrawn(lambda n: drawn(n)[0].column("id").to_pylist(), asked, taken)
+        dose = earlier.asked["dose"]
+        places = first_unused_rows(lambda n: drawn(n)[0].column("id").to_pylist(), dose, taken)
         tokens, lost = drawn(places[-1] + 1 if places else 0)
         rows[category] = dose_size(category, len(places), earlier.asked)
         doses[category] = tokens.take(pa.array(places, type=pa.int64()))
@@ -149,12 +161,12 @@ def _extend(
     kept = {kind: plan for kind, plan in plans.items() if kind != "append"}
     for kind, plan in kept.items():
         write_plan(plan_uri(context, found.index, kind), plan)
-    extended = appended_plan(plans, holding.kept, doses, found.seed)
+    extended = appended_plan(plans, status.kept, doses, found.seed)
     if extended is not None:
         write_plan(plan_uri(context, found.index, "append"), extended)
     replication = append_replication(
         found,
-        holding=holding,
+        status=status,
         directions=earlier.directions,
         rows=rows,
         doses=doses,
@@ -164,12 +176,12 @@ def _extend(
 
 
 def _is_in(table: pa.Table, names: list[str]) -> pa.Array:
-    wanted = set(names)
-    return pa.array([name in wanted for name in table.column("category").to_pylist()])
+    chosen = set(names)
+    return pa.array([name in chosen for name in table.column("category").to_pylist()])
 
 
-class Appending(InterventionRunner):
-    """The runs of an appended design: earlier ones on new rows alone, new ones on all rows."""
+class AppendRunner(InterventionRunner):
+    """Runs an appended design: earlier runs score new rows alone, new runs score all rows."""
 
     def __init__(self, context: StageContext, design: Design) -> None:
         super().__init__(context, design)
@@ -180,38 +192,39 @@ class Appending(InterventionRunner):
             target.name for target in design.targets if target.name not in design.append.new
         ]
         self.kept = {
-            unit: uri
-            for unit in design.units
-            if (before := self._before(unit)) is not None
+            run: uri
+            for run in design.all_runs
+            if (before := self._before(run)) is not None
             and (uri := self.earlier.checkpoint(before)) is not None
         }
 
     def run(self) -> None:
-        """Takes over what holds, then trains and scores the rest."""
-        for unit in self.design.units:
-            if unit.kind == "warm" or (before := self._before(unit)) is None:
+        """Takes over what is still valid, then trains and scores the rest."""
+        for run in self.design.all_runs:
+            if run.kind == "warm" or (before := self._before(run)) is None:
                 continue
+            # Without new held-out rows the earlier scores are complete, and nothing is trained.
             done = not self.new_heldout.num_rows
-            if (done or unit in self.kept) and not self._is_there("units", unit):
-                storage.write_json(self._file("units", unit, ".json"), self._taken_over(unit))
-            if done and not self._is_there("scores", unit):
+            if (done or run in self.kept) and not self._is_there("units", run):
+                storage.write_json(self._file("units", run, ".json"), self._taken_over(run))
+            if done and not self._is_there("scores", run):
                 nothing = self.earlier.scores(before).slice(0, 0)
-                table = self._complete(unit, nothing.replace_schema_metadata(_NOTHING))
-                storage.write_table(self._file("scores", unit, ".parquet"), table)
+                table = self._complete(run, nothing.replace_schema_metadata(_NOTHING))
+                storage.write_table(self._file("scores", run, ".parquet"), table)
         super().run()
-        for unit in self.design.units:  # warm-ups that no run had to start from
-            if not self._is_there("units", unit):
-                storage.write_json(self._file("units", unit, ".json"), self._taken_over(unit))
+        for run in self.design.all_runs:  # warm-ups that no run had to start from
+            if not self._is_there("units", run):
+                storage.write_json(self._file("units", run, ".json"), self._taken_over(run))
 
-    def _before(self, unit: Unit) -> Unit | None:
-        return earlier_unit(self.design, self.earlier.design, unit)
+    def _before(self, run: InterventionRun) -> InterventionRun | None:
+        return earlier_run(self.design, self.earlier.design, run)
 
-    def _is_there(self, folder: str, unit: Unit) -> bool:
+    def _is_there(self, folder: str, run: InterventionRun) -> bool:
         ending = ".json" if folder == "units" else ".parquet"
-        return storage.exists(self._file(folder, unit, ending))
+        return storage.exists(self._file(folder, run, ending))
 
-    def _taken_over(self, unit: Unit) -> dict[str, Any]:
-        before = self._before(unit)
+    def _taken_over(self, run: InterventionRun) -> dict[str, Any]:
+        before = self._before(run)
         assert before is not None, "new runs are measured here"
         training = self.earlier.training(before)
         return {key: value for key, value in training.items() if key != "repeated"} | {
@@ -219,26 +232,26 @@ class Appending(InterventionRunner):
         }
 
     def _trained(self) -> set[str]:
-        return super()._trained() | {unit.name for unit in self.kept}
+        return super()._trained() | {run.name for run in self.kept}
 
-    def _checkpoint(self, unit: Unit) -> str:
-        return self.kept.get(unit) or super()._checkpoint(unit)
+    def _checkpoint(self, run: InterventionRun) -> str:
+        return self.kept.get(run) or super()._checkpoint(run)
 
-    def _scored_on(self, unit: Unit) -> pa.Table:
-        return self.heldout if self._before(unit) is None else self.new_heldout
+    def _scored_on(self, run: InterventionRun) -> pa.Table:
+        return self.heldout if self._before(run) is None else self.new_heldout
 
-    def _training_stats(self, unit: Unit, stats: dict[str, Any]) -> dict[str, Any]:
-        """Says of a repeated training whether it went as the first time."""
-        before = self._before(unit)
+    def _training_stats(self, run: InterventionRun, stats: dict[str, Any]) -> dict[str, Any]:
+        """Adds, for a repeated training, whether it gave the same result as before."""
+        before = self._before(run)
         if before is None:
             return stats
         first = self.earlier.training(before)
         is_same = all(stats[key] == first[key] for key in _BITS)
         return {**stats, "repeated": {"is_same": is_same}}
 
-    def _complete(self, unit: Unit, table: pa.Table) -> pa.Table:
-        """The scores of new held-out rows behind those of the earlier ones."""
-        before = self._before(unit)
+    def _complete(self, run: InterventionRun, table: pa.Table) -> pa.Table:
+        """Joins the scores of earlier held-out rows and those of new ones, in this order."""
+        before = self._before(run)
         if before is None:
             return table
         first = self.earlier.scores(before)
@@ -255,7 +268,7 @@ class Appending(InterventionRunner):
 
 
 _BITS = ("trained_tokens", "first_loss", "last_loss")
-"""What tells whether two trainings were the same."""
+"""Statistics that must be equal if a training was repeated exactly."""
 _SECONDS, _REJECTED = "instructmix.seconds", "instructmix.rejected"
 _NOTHING = {_SECONDS: "0", _REJECTED: "{}"}
 

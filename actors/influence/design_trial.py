@@ -1,10 +1,9 @@
-"""The choice of a design by `auto`: every candidate's first round, each in a folder of its own.
+"""Chooses the design of `auto`: makes the first round of every candidate in its own folder.
 
     designs ──> trial/<design>/ (designer, measuring) ──> Trial ──> trial.json ──> the cheapest
 
 The choice is written once and read again after a restart.  The rounds of the chosen design then
-begin with the runs of its trial, which the attempts of a stage share
-(`system.influence.measure.reuse`).
+reuse the runs of its trial (`system.influence.measure.reuse`).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import asdict
 
-from actors.influence.analysis import matrices_of
+from actors.influence.analysis import largest_dose_matrices
 from actors.influence.designer import answer_tokens, draw_design
 from actors.influence.intervention_runner import InterventionRunner
 from actors.stage import StageContext
@@ -24,7 +23,7 @@ from system.influence.estimate.summary import METRIC_UNITS, short_unit
 
 
 def choose_design(context: StageContext) -> tuple[StageContext, list[Trial]]:
-    """The context with one design left, and the trials that decided; none without a choice."""
+    """The context with the chosen design, and the trials; no trials if there is one candidate."""
     names = context.config.influence.auto.designs
     if len(names) == 1:
         return context, []
@@ -46,7 +45,7 @@ def _with_design(context: StageContext, name: str) -> StageContext:
 
 
 def _try(context: StageContext, name: str) -> Trial:
-    """Makes a design's first round; its checkpoints are never kept."""
+    """Makes the first round of a design; its checkpoints are never kept."""
     context.progress.say(f"  trying design {name}")
     folder = storage.join(context.attempt, "trial", name)
     context = _with_design(
@@ -62,18 +61,18 @@ def _try(context: StageContext, name: str) -> Trial:
 
 def _judge(context: StageContext, design: Design) -> Trial:
     stats = [
-        storage.read_json(storage.join(context.attempt, "units", f"{unit.name}.json"))
-        for unit in design.units
+        storage.read_json(storage.join(context.attempt, "units", f"{run.name}.json"))
+        for run in design.all_runs
     ]
     heldout = storage.read_table(storage.join(context.attempt, "heldout.arrow"))
     scored = sum(map(len, heldout.column("input_ids").to_pylist()))
     if context.config.influence.metric == "accuracy":
         scored += heldout.num_rows * answer_tokens(context.config)
-    scorings = sum(unit.kind != "warm" for unit in design.units)
+    scorings = sum(run.kind != "warm" for run in design.all_runs)
     trained = sum(item["trained_tokens"] for item in stats)
     return Trial(
         design=context.config.influence.design,
-        precision=typical_error(matrices_of(context, design)),
+        precision=typical_error(largest_dose_matrices(context, design)),
         token_equivalents=trained + SCORED_SHARE * scored * scorings,
         trained_tokens=trained,
         tuner_hours=sum(item["seconds"] for item in stats) / 3600.0,

@@ -1,4 +1,4 @@
-"""What an influence stage is going to measure, drawn from the corpus once and written down.
+"""Draws the design of an influence stage from the corpus and writes it to files.
 
 corpus ── seeded draws ──> plans/*.arrow (schedules), heldout.arrow, design.json
 """
@@ -22,15 +22,15 @@ from system.training.plan import write_plan
 
 
 def plan_uri(context: StageContext, replication: int, kind: str) -> str:
-    """Where a replication's schedule is; kind `main`, `warm` or `append`."""
+    """URI of a replication's schedule; `kind` is `main`, `warm` or `append`."""
     return storage.join(context.attempt, "plans", f"r{replication:02d}-{kind}.arrow")
 
 
 def draw_design(context: StageContext) -> Design:
-    """The design of this attempt, drawn from the corpus the first time.
+    """The design of this attempt; drawn once, then read from its file.
 
-    Of `auto`, with all replications that may come: which rows are held out, and which rows of
-    further targets must stay out, cannot depend on when measuring stops.
+    With `auto` it contains all replications that may be needed: the held-out rows, and the rows of
+    external targets that must be excluded, cannot depend on when measuring stops.
     """
     config = context.config
     is_auto = config.influence.estimator == "auto"
@@ -92,10 +92,10 @@ def draw_design(context: StageContext) -> Design:
 
 
 def check_target_names(config: RunConfig, sources: tuple[str, ...]) -> None:
-    """A further target is no category.
+    """Checks that no external target has the name of a category.
 
     Raises:
-        ConfigError: one has the name of a category.
+        ConfigError: one has.
     """
     taken = sorted(set(config.influence.targets) & set(sources))
     if taken:
@@ -108,7 +108,7 @@ def check_target_names(config: RunConfig, sources: tuple[str, ...]) -> None:
 def _external_targets(
     context: StageContext, sources: tuple[str, ...], schedules: list[Schedule]
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    """Tables of `influence.targets` without rows that any schedule trains on."""
+    """The tables of `influence.targets`, without rows that any schedule trains on."""
     config = context.config
     check_target_names(config, sources)
     trained = {

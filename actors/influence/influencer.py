@@ -1,4 +1,4 @@
-"""The influence stage: draw a design, measure its runs, estimate the effect matrix.
+"""Stage `influence`: draws a design, measures its runs, estimates the effect matrix.
 
 designer ──> design.json ──> measuring ──> scores/*.parquet ──> analysis ──> matrix.parquet,
 plans/*.arrow                    ^                 │                  replicates.parquet,
@@ -14,8 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from actors.influence.analysis import analyse, matrices_of
-from actors.influence.appender import Appending, draw_appended
+from actors.influence.analysis import analyse, largest_dose_matrices
+from actors.influence.appender import AppendRunner, draw_appended
 from actors.influence.design_trial import choose_design
 from actors.influence.designer import answer_tokens, draw_design
 from actors.influence.intervention_runner import TUNERS, InterventionRunner
@@ -42,7 +42,7 @@ def run(context: StageContext) -> StageResult:
     """Measures how a dose of every category changes the loss on every target."""
     if context.appends_to is not None:
         planned = draw_appended(context)
-        Appending(context, planned).run()
+        AppendRunner(context, planned).run()
         context.cluster.close_pool(TUNERS)
         return _estimate(context, planned, [], "")
     if context.config.influence.estimator == "auto":
@@ -62,7 +62,7 @@ def _run_auto(context: StageContext) -> StageResult:
         context,
         planned,
         lambda design: InterventionRunner(context, design).run(),
-        lambda design: matrices_of(context, design),
+        lambda design: largest_dose_matrices(context, design),
         spent_tokens=sum(trial.trained_tokens for trial in others),
         spent_hours=sum(trial.tuner_hours for trial in others),
     )
@@ -144,19 +144,19 @@ def _estimate(
 def _trainings(context: StageContext, design: Design) -> dict[str, dict[str, Any]]:
     """What the training of every unit took, by its name."""
     return {
-        unit.name: storage.read_json(_uri(context, "units", f"{unit.name}.json"))
-        for unit in design.units
+        run.name: storage.read_json(_uri(context, "units", f"{run.name}.json"))
+        for run in design.all_runs
     }
 
 
 def _cost(
     context: StageContext, design: Design, scores: Mapping[str, pa.Table]
 ) -> tuple[Cost, dict[str, str]]:
-    """What the runs took, from what each left; held-out rows that some run could not score."""
+    """The cost of all runs, from their files; and the held-out rows that some run rejected."""
     stats = list(_trainings(context, design).values())
     heldout = storage.read_table(_uri(context, "heldout.arrow"))
     row_tokens = sum(len(row) for row in heldout.column("input_ids").to_pylist())
-    if context.config.influence.metric == "accuracy":  # answers may end earlier
+    if context.config.influence.metric == "accuracy":  # an upper bound: answers may be shorter
         row_tokens += heldout.num_rows * answer_tokens(context.config)
     rejected: dict[str, str] = {}
     seconds = 0.0
@@ -165,7 +165,7 @@ def _cost(
         seconds += float(metadata["instructmix.seconds"])
         rejected |= json.loads(metadata["instructmix.rejected"])
     cost = Cost(
-        runs=sum(unit.kind != "gradient" for unit in design.units),
+        runs=sum(run.kind != "gradient" for run in design.all_runs),
         trained_tokens=sum(item["trained_tokens"] for item in stats),
         gradient_tokens=sum(item.get("gradient_tokens", 0) for item in stats),
         scored_tokens=0 if design.estimator == "gradient" else row_tokens * len(scores),

@@ -1,17 +1,17 @@
-"""The runs of an influence stage: a ledger of units over tuners and scorers.
+"""Makes the runs of an influence stage: a ledger hands them to tuners and scorers.
 
-    design ──> ledger ── tune(unit) ──> Tuner   ──> checkpoints/<unit>/, units/<unit>.json
-                  ^ └─── score(part) ─> Scorer  ──> scores/<unit>.parquet, checkpoint deleted
+    design ──> ledger ── tune(run) ──> Tuner   ──> checkpoints/<run>/, units/<run>.json
+                  ^ └─── score(part) ─> Scorer  ──> scores/<run>.parquet, checkpoint deleted
                   └──────── wait_any ─────────┘
     (`gradient`: warm_up and differentiate on the tuners, whose answers are the scores)
 
-The files are the state: a training counts once its `units/*.json` is there, a scoring once its
-`scores/*.parquet` is, and both are written whole or not at all.  Many held-out rows are scored in
-parts (`system.influence.measure.score_parts`), each kept as `parts/<unit>/*.parquet` until all are
-there. A driver that starts again finds them and goes on; a dead actor's unit is given out again by
-its pool.  Runs that another attempt of the stage has finished are taken from it where everything
-that decides them is the same (`system.influence.measure.reuse`).  Warm-up checkpoints (`branch`,
-`gradient`) stay until it is done.
+The files are the state.  A training is finished when `units/<run>.json` exists, a scoring when
+`scores/<run>.parquet` exists; both are written atomically.  Many held-out rows are scored in parts
+(`system.influence.measure.score_parts`); each part is kept as `parts/<run>/*.parquet` until all
+exist.  A driver that restarts finds these files and continues.  If an actor dies, its pool gives
+the work unit to another one.  Runs that another attempt has finished are reused if everything that
+decides their result is the same (`system.influence.measure.reuse`).  Warm-up checkpoints (`branch`,
+`gradient`) are kept until the stage is done.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from actors.influence.analysis import estimate_alone, largest_matrices
+from actors.influence.analysis import estimate_attempt, largest_matrices
 from actors.influence.designer import answer_tokens, plan_uri
 from actors.influence.tuner import Tuner
 from actors.pool import ActorPool, ActorSpec, wait_any
 from actors.scorer import scorer_pool
 from actors.stage import StageContext
 from system import storage
-from system.influence.design.design import Design, Unit
+from system.influence.design.design import Design, InterventionRun
 from system.influence.design.interventions import active_rows
 from system.influence.estimate.summary import METRIC_UNITS, short_unit
 from system.influence.measure.first_order import gradient_task, gradients_table
@@ -49,7 +49,7 @@ TUNERS = "tuner"
 
 
 def _how_measured(context: StageContext, design: Design) -> dict[str, Any]:
-    """What decides a unit's result beside its rows, its training and the model."""
+    """Further settings that decide the result of a run, besides rows, training and model."""
     config = context.config.influence
     how: dict[str, Any] = {"metric": config.metric}
     if config.metric == "accuracy":
@@ -62,7 +62,7 @@ def _how_measured(context: StageContext, design: Design) -> dict[str, Any]:
 
 
 class InterventionRunner:
-    """The runs of one attempt, from where an earlier driver left them."""
+    """Makes the runs of one attempt; continues where an earlier driver stopped."""
 
     def __init__(self, context: StageContext, design: Design) -> None:
         self.context = context
@@ -79,18 +79,19 @@ class InterventionRunner:
         self.shown = 0
 
     def run(self) -> None:
-        """Trains and scores whatever is not there yet."""
+        """Trains and scores all runs that are not finished."""
         context, config = self.context, self.context.config
-        if not config.influence.keep_checkpoints:  # an adopted run has no checkpoint to keep
+        # A reused run has no checkpoint, so nothing is reused if checkpoints must be kept.
+        if not config.influence.keep_checkpoints:
             self._adopt_finished_runs()
         scored = {name.removesuffix(".parquet") for name in self._names("scores")}
         ledger = Ledger(
-            self.design.units,
+            self.design.all_runs,
             trained=self._trained(),
             scored=scored,
             max_checkpoints=open_checkpoints(config.cluster.num_tuners, config.cluster.num_scorers),
         )
-        total = len(self.design.units)
+        total = len(self.design.all_runs)
         if not ledger.is_done:
             with context.progress.bar("influence", total=total) as bar:
                 bar.skip(total - max(ledger.num_unscored, ledger.num_to_train))
@@ -99,122 +100,123 @@ class InterventionRunner:
             storage.delete(storage.join(context.attempt, "checkpoints"))
 
     def _trained(self) -> set[str]:
-        """Names of the units whose checkpoints are there."""
+        """Names of the runs that are trained and whose checkpoints exist."""
         checkpoints = set(self._names("checkpoints"))
         return {name.removesuffix(".json") for name in self._names("units")} & checkpoints
 
-    def _scored_on(self, unit: Unit) -> pa.Table:
-        """The held-out rows that a unit is scored on: one of the tables that this object holds."""
+    def _scored_on(self, run: InterventionRun) -> pa.Table:
+        """The held-out rows that a run is scored on; always the same table object for a run."""
         return self.heldout
 
-    def _checkpoint(self, unit: Unit) -> str:
-        """Where the weights of a unit are, once they are trained."""
-        return self._file("checkpoints", unit)
+    def _checkpoint(self, run: InterventionRun) -> str:
+        """URI of the weights of a run, once it is trained."""
+        return self._file("checkpoints", run)
 
-    def _training_stats(self, unit: Unit, stats: dict[str, Any]) -> dict[str, Any]:
-        """What is written of a training."""
+    def _training_stats(self, run: InterventionRun, stats: dict[str, Any]) -> dict[str, Any]:
+        """The statistics of a training that are written to its file."""
         return stats
 
-    def _complete(self, unit: Unit, table: pa.Table) -> pa.Table:
-        """All scores of a unit, from those of `_scored_on`."""
+    def _complete(self, run: InterventionRun, table: pa.Table) -> pa.Table:
+        """All scores of a run, from those of `_scored_on`."""
         return table
 
     def _adopt_finished_runs(self) -> None:
-        """Takes what other attempts measured under the very same circumstances."""
+        """Reuses runs that other attempts finished with the same key."""
         here = set(self._names("units")) | set(self._names("scores"))
         adopted = 0
-        for unit in self.design.units:
-            ending = ".json" if unit.kind == "warm" else ".parquet"
-            if unit.name + ending in here or (found := self.shared.find(self._key(unit))) is None:
+        for run in self.design.all_runs:
+            ending = ".json" if run.kind == "warm" else ".parquet"
+            if run.name + ending in here or (match := self.shared.find(self._key(run))) is None:
                 continue
-            scores, training = found
-            storage.write_json(self._file("units", unit, ".json"), training)
+            scores, training = match
+            storage.write_json(self._file("units", run, ".json"), training)
             if scores is not None:
-                table = self._complete(unit, scores)
-                storage.write_table(self._file("scores", unit, ".parquet"), table)
+                table = self._complete(run, scores)
+                storage.write_table(self._file("scores", run, ".parquet"), table)
             adopted += 1
         if adopted:
             self.context.progress.say(
-                f"  {adopted} of {len(self.design.units)} runs were measured before and still hold"
+                f"  {adopted} of {len(self.design.all_runs)} runs are reused from earlier attempts"
             )
 
-    def _key(self, unit: Unit) -> str:
-        plan, how = self._plan(unit), self.how
-        if unit.kind == "gradient":
-            active, how = np.ones(plan.table.num_rows, dtype=bool), {**how, "part": unit.source}
+    def _key(self, run: InterventionRun) -> str:
+        plan, how = self._plan(run), self.how
+        if run.kind == "gradient":
+            active, how = np.ones(plan.table.num_rows, dtype=bool), {**how, "part": run.source}
         else:
-            active = active_rows(plan, unit, self.design)
+            active = active_rows(plan, run, self.design)
         return run_key(
             self.design,
-            unit,
+            run,
             active,
-            self._settings(unit),
+            self._settings(run),
             how=how,
             model=self.model,
-            heldout=self._heldout_sha256(unit),
+            heldout=self._heldout_sha256(run),
         )
 
-    def _heldout_sha256(self, unit: Unit) -> str:
-        table = self._scored_on(unit)
+    def _heldout_sha256(self, run: InterventionRun) -> str:
+        table = self._scored_on(run)
         if id(table) not in self.digests:
             self.digests[id(table)] = heldout_digest(table)
         return self.digests[id(table)]
 
     def _heldout_reference(self, part: ScorePart) -> ray.ObjectRef:
-        table = self._scored_on(part.unit)
+        table = self._scored_on(part.run)
         key = id(table), part.rows
         if key not in self.references:
             rows = table.slice(part.rows.start, len(part.rows)).combine_chunks()
             self.references[key] = ray.put(rows)
         return self.references[key]
 
-    def _plan(self, unit: Unit) -> TrainPlan:
-        uri = self._plan_uri(unit)
+    def _plan(self, run: InterventionRun) -> TrainPlan:
+        uri = self._plan_uri(run)
         if uri not in self.plans:
             self.plans[uri] = read_plan(uri)
         return self.plans[uri]
 
-    def _plan_uri(self, unit: Unit) -> str:
-        kind = unit.kind if unit.kind in ("warm", "append") else "main"
-        return plan_uri(self.context, unit.replication, kind)
+    def _plan_uri(self, run: InterventionRun) -> str:
+        kind = run.kind if run.kind in ("warm", "append") else "main"
+        return plan_uri(self.context, run.replication, kind)
 
-    def _settings(self, unit: Unit) -> TrainSettings:
+    def _settings(self, run: InterventionRun) -> TrainSettings:
         config = self.context.config
-        seed = self.design.replications[unit.replication].seed
+        seed = self.design.replications[run.replication].seed
         return TrainSettings.from_influence(config.influence, config.model, seed)
 
     def _drain(self, ledger: Ledger, bar: Any) -> None:
         by_gradient = self.design.estimator == "gradient"
         scorers = None if by_gradient else scorer_pool(self.context)
         tuners = self._tuner_pool()
+        # Scorers first: each scoring frees a checkpoint, which allows the next training.
         while not ledger.is_done:
             while scorers and scorers.has_room and (part := self._next_part(ledger)) is not None:
                 self._score(scorers, part)
-            while tuners.has_room and (unit := ledger.next_to_train()) is not None:
+            while tuners.has_room and (run := ledger.next_to_train()) is not None:
                 if by_gradient:
-                    self._differentiate(tuners, unit)
+                    self._differentiate(tuners, run)
                 else:
-                    self._tune(tuners, unit)
+                    self._tune(tuners, run)
             for done in wait_any([tuners] if scorers is None else [scorers, tuners]):
                 if isinstance(done.key, ScorePart):
-                    unit = done.key.unit
+                    run = done.key.run
                     if self._keep_part(done.key, done.value):
-                        ledger.scored(unit)
+                        ledger.scored(run)
                         bar.advance(1)
                         self._show_partial_matrix(ledger)
                     continue
-                unit = cast(Unit, done.key)
-                if unit.kind == "gradient":
-                    self._keep_gradients(unit, done.value)
-                    ledger.scored(unit)
+                run = cast(InterventionRun, done.key)
+                if run.kind == "gradient":
+                    self._keep_gradients(run, done.value)
+                    ledger.scored(run)
                     bar.advance(1)
                 else:
-                    stats = self._training_stats(unit, asdict(done.value))
-                    storage.write_json(self._file("units", unit, ".json"), stats)
-                    if unit.kind == "warm":
-                        self.shared.keep(self._key(unit), None, stats)
-                    ledger.trained(unit)
-                    bar.advance(1 if unit.kind == "warm" else 0)
+                    stats = self._training_stats(run, asdict(done.value))
+                    storage.write_json(self._file("units", run, ".json"), stats)
+                    if run.kind == "warm":
+                        self.shared.keep(self._key(run), None, stats)
+                    ledger.trained(run)
+                    bar.advance(1 if run.kind == "warm" else 0)
 
     def _tuner_pool(self) -> ActorPool:
         config = self.context.config
@@ -235,107 +237,111 @@ class InterventionRunner:
             )
         )
 
-    def _tune(self, tuners: ActorPool, unit: Unit) -> None:
-        branches = self.design.estimator == "branch" and unit.kind != "warm"
-        # Only a checkpoint that is written whole may be called trained after a crash.
-        storage.delete(self._file("units", unit, ".json"))
+    def _tune(self, tuners: ActorPool, run: InterventionRun) -> None:
+        branches = self.design.estimator == "branch" and run.kind != "warm"
+        # The tuner is about to overwrite the checkpoint.  If it crashes meanwhile, the old record
+        # must not declare a broken checkpoint finished.
+        storage.delete(self._file("units", run, ".json"))
         tuners.submit(
-            unit,
+            run,
             "tune",
-            self._plan_uri(unit),
-            active_rows(self._plan(unit), unit, self.design),
-            self._settings(unit),
-            self._warm_uri(unit) if branches else None,
-            self._file("checkpoints", unit),
+            self._plan_uri(run),
+            active_rows(self._plan(run), run, self.design),
+            self._settings(run),
+            self._warm_uri(run) if branches else None,
+            self._file("checkpoints", run),
         )
 
-    def _differentiate(self, tuners: ActorPool, unit: Unit) -> None:
+    def _differentiate(self, tuners: ActorPool, run: InterventionRun) -> None:
         config = self.context.config.influence
-        uri, warm_uri = self._plan_uri(unit), self._warm_uri(unit)
-        settings = self._settings(unit)
-        storage.delete(self._file("units", unit, ".json"))
-        if unit.kind == "warm":
+        uri, warm_uri = self._plan_uri(run), self._warm_uri(run)
+        settings = self._settings(run)
+        storage.delete(self._file("units", run, ".json"))
+        if run.kind == "warm":
             checkpoints = self.design.gradient_checkpoints
-            tuners.submit(unit, "warm_up", uri, settings, checkpoints, warm_uri)
+            tuners.submit(run, "warm_up", uri, settings, checkpoints, warm_uri)
             return
-        task = gradient_task(self._plan(unit), self.design, unit, config.projection_dim)
-        every = ScorePart(unit=unit, index=0, rows=range(self._scored_on(unit).num_rows))
+        task = gradient_task(self._plan(run), self.design, run, config.projection_dim)
+        every = ScorePart(run=run, index=0, rows=range(self._scored_on(run).num_rows))
         heldout = self._heldout_reference(every)
-        tuners.submit(unit, "differentiate", uri, task, heldout, settings, warm_uri)
+        tuners.submit(run, "differentiate", uri, task, heldout, settings, warm_uri)
 
-    def _warm_uri(self, unit: Unit) -> str:
-        warm = Unit(replication=unit.replication, kind="warm", source=-1)
+    def _warm_uri(self, run: InterventionRun) -> str:
+        warm = InterventionRun(replication=run.replication, kind="warm", source=-1)
         return self._checkpoint(warm)
 
-    def _parts(self, unit: Unit) -> list[ScorePart]:
-        return score_parts(unit, self._scored_on(unit).column("category").to_pylist())
+    def _parts(self, run: InterventionRun) -> list[ScorePart]:
+        return score_parts(run, self._scored_on(run).column("category").to_pylist())
 
     def _next_part(self, ledger: Ledger) -> ScorePart | None:
-        """The next span of rows to score, or None where no checkpoint waits."""
-        if not self.waiting and (unit := ledger.next_to_score()) is not None:
-            there = set(storage.list_names(self._file("parts", unit)))
-            parts = self._parts(unit)
-            # The last part that comes in concludes, so one is left even where all are there.
-            missing = [part for part in parts if part.name not in there] or parts[-1:]
+        """The next part to score, or None if no checkpoint waits."""
+        if not self.waiting and (run := ledger.next_to_score()) is not None:
+            present = set(storage.list_names(self._file("parts", run)))
+            parts = self._parts(run)
+            # A scoring is concluded when a part arrives.  If all parts exist already (the driver
+            # died just before), one is scored again so that this happens.
+            missing = [part for part in parts if part.name not in present] or parts[-1:]
             self.waiting.extend(missing)
         return self.waiting.popleft() if self.waiting else None
 
     def _score(self, scorers: ActorPool, part: ScorePart) -> None:
         self.started[part] = time.perf_counter()
-        config, weights = self.context.config, self._checkpoint(part.unit)
+        config, weights = self.context.config, self._checkpoint(part.run)
         heldout = self._heldout_reference(part)
         if config.influence.metric == "accuracy":
             scorers.submit(part, "answer", weights, heldout, answer_tokens(config))
         else:
             scorers.submit(part, "score", weights, heldout)
 
-    def _keep_gradients(self, unit: Unit, found: Derivatives) -> None:
-        """Commits derivatives as the unit's scores; what they cost, before."""
+    def _keep_gradients(self, run: InterventionRun, derivatives: Derivatives) -> None:
+        """Writes the cost of a gradient run, then commits its derivatives as scores."""
         cost = {
-            "trained_tokens": 0, "gradient_tokens": found.num_tokens, "seconds": found.seconds,
-        }  # fmt: skip
-        storage.write_json(self._file("units", unit, ".json"), cost)
-        table, rejected = gradients_table(self.heldout, found)
-        table = _with_facts(Scored(table=table, rejected=rejected), 0.0)
-        self.shared.keep(self._key(unit), table, cost)
-        storage.write_table(self._file("scores", unit, ".parquet"), table)
+            "trained_tokens": 0,
+            "gradient_tokens": derivatives.num_tokens,
+            "seconds": derivatives.seconds,
+        }
+        storage.write_json(self._file("units", run, ".json"), cost)
+        table, rejected = gradients_table(self.heldout, derivatives)
+        table = _with_metadata(Scored(table=table, rejected=rejected), 0.0)
+        self.shared.keep(self._key(run), table, cost)
+        storage.write_table(self._file("scores", run, ".parquet"), table)
 
     def _keep_part(self, part: ScorePart, scored: Scored) -> bool:
-        """Commits the scores of a part; with the last one those of the unit, and says so."""
+        """Commits the scores of a part; returns True if the scoring of the run is complete."""
         seconds = time.perf_counter() - self.started.pop(part)
-        parts = self._parts(part.unit)
+        parts = self._parts(part.run)
         if len(parts) == 1:
-            self._keep_scores(part.unit, scored, seconds)
+            self._keep_scores(part.run, scored, seconds)
             return True
-        folder = self._file("parts", part.unit)
-        storage.write_table(storage.join(folder, part.name), _with_facts(scored, seconds))
+        folder = self._file("parts", part.run)
+        storage.write_table(storage.join(folder, part.name), _with_metadata(scored, seconds))
         if {other.name for other in parts} - set(storage.list_names(folder)):
             return False
         tables = [storage.read_table(storage.join(folder, other.name)) for other in parts]
-        found, seconds = zip(*map(_facts, tables), strict=True)
-        self._keep_scores(part.unit, join_parts(found), sum(seconds))
+        scored_parts, seconds = zip(*map(_read_metadata, tables), strict=True)
+        self._keep_scores(part.run, join_parts(scored_parts), sum(seconds))
         storage.delete(folder)
         return True
 
-    def _keep_scores(self, unit: Unit, scored: Scored, seconds: float) -> None:
-        """Commits the scores, then frees the checkpoint they came from."""
-        table = _with_facts(scored, seconds)
-        training = storage.read_json(self._file("units", unit, ".json"))
-        self.shared.keep(self._key(unit), table, training)
-        uri = self._file("scores", unit, ".parquet")
-        storage.write_table(uri, self._complete(unit, table))
+    def _keep_scores(self, run: InterventionRun, scored: Scored, seconds: float) -> None:
+        """Commits the scores of a run, then deletes its checkpoint."""
+        table = _with_metadata(scored, seconds)
+        training = storage.read_json(self._file("units", run, ".json"))
+        self.shared.keep(self._key(run), table, training)
+        uri = self._file("scores", run, ".parquet")
+        storage.write_table(uri, self._complete(run, table))
         if not self.context.config.influence.keep_checkpoints:
-            storage.delete(self._file("checkpoints", unit))
+            storage.delete(self._file("checkpoints", run))
 
     def _show_partial_matrix(self, ledger: Ledger) -> None:
-        """What the replications so far say, for whoever watches; the last one says it itself."""
+        """Reports the effects of the replications so far; the last one is reported by the stage."""
         total = len(self.design.replications)
         count = ledger.num_scored_replications(total)
         if not self.shown < count < total:
             return
         self.shown = count
         config, attempt = self.context.config.influence, self.context.attempt
-        analysis = estimate_alone(config, attempt, self.design.first(count))
+        analysis = estimate_attempt(config, attempt, self.design.first(count))
         uri = storage.join(self.context.attempt, "partial.parquet")
         storage.write_table(uri, analysis.matrix_table())
         matrices = largest_matrices(analysis)
@@ -353,12 +359,12 @@ class InterventionRunner:
     def _names(self, folder: str) -> list[str]:
         return storage.list_names(storage.join(self.context.attempt, folder))
 
-    def _file(self, folder: str, unit: Unit, ending: str = "") -> str:
-        return storage.join(self.context.attempt, folder, unit.name + ending)
+    def _file(self, folder: str, run: InterventionRun, ending: str = "") -> str:
+        return storage.join(self.context.attempt, folder, run.name + ending)
 
 
-def _with_facts(scored: Scored, seconds: float) -> pa.Table:
-    """The table with the time it took and the rejected rows in its metadata."""
+def _with_metadata(scored: Scored, seconds: float) -> pa.Table:
+    """The table of scores, with seconds and rejected rows in its metadata."""
     metadata = {
         "instructmix.seconds": f"{seconds:.3f}",
         "instructmix.rejected": json.dumps(scored.rejected),
@@ -366,8 +372,8 @@ def _with_facts(scored: Scored, seconds: float) -> pa.Table:
     return scored.table.replace_schema_metadata(metadata)
 
 
-def _facts(table: pa.Table) -> tuple[Scored, float]:
-    """What `_with_facts` put together."""
+def _read_metadata(table: pa.Table) -> tuple[Scored, float]:
+    """Reads back what `_with_metadata` joined: scores and seconds."""
     metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
     rejected = json.loads(metadata["instructmix.rejected"])
     scored = Scored(table=table.replace_schema_metadata(None), rejected=rejected)

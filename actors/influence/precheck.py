@@ -1,4 +1,4 @@
-"""What would make the money of the influence stage ill spent, found before it starts."""
+"""Checks before the expensive influence stage: limits of the mix, and the cost of the design."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from system.models.base import load_tokenizer
 
 
 def check_before_influence(context: StageContext) -> None:
-    """What would make the money of the expensive stage ill spent is found before it starts.
+    """Refuses a run whose influence stage would be wasted, before it starts.
 
     Raises:
         InfeasibleMixError, ConfigError: see `system.mix.question.check_limits`.
-        ConfigError: the design takes more than `influence.max_token_equivalents`.
+        ConfigError: the design costs more than `influence.max_token_equivalents`.
         DataError: a category has too few rows for a dose.
     """
     config = context.config

@@ -1,11 +1,11 @@
-"""Rounds of an `auto` influence stage: measure a replication, solve, ask whether that is enough.
+"""The rounds of estimator `auto`: measures a replication, solves the mix, decides whether to stop.
 
     measure ──> matrices ──> judge ──> rounds.json
        ^                       │
-       └── one more replication┘   until `why_stop` has a reason
+       └── one more replication┘   until `reason_to_stop` has a reason
 
-A verdict is written once and read again after a restart, so measured hours cannot change a decision
-that was made; all else follows from the scores.
+Each verdict is written once and read again after a restart, so that measured hours cannot change an
+earlier decision.  Everything else follows from the scores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 from actors.stage import StageContext
 from system import storage
-from system.auto.rounds import Round, judge_round, why_stop
+from system.auto.rounds import Round, judge_round, reason_to_stop
 from system.data.corpus import Corpus
 from system.data.lengths import mean_response_tokens
 from system.influence.design.design import Design
@@ -35,31 +35,32 @@ def measure_in_rounds(
 
     Args:
         context: of the influence stage.
-        planned: with all replications that may be measured.
-        measure: makes all runs of a design that are not there yet.
-        matrices: the effects of a design whose runs are all there, by direction.
-        spent_tokens: trained on before, for designs that were tried and left.
-        spent_hours: of training, likewise.
+        planned: the design with all replications that may be measured.
+        measure: makes all unfinished runs of a design.
+        matrices: returns the effects of a finished design, by direction.
+        spent_tokens: tokens trained for designs that were tried and rejected.
+        spent_hours: hours of training for them.
 
     Returns:
-        The rounds, and why there is no further one.
+        The rounds, and the reason to stop.
     """
     config = context.config
     corpus = Corpus.open(context.input("tag", "manifest"))
     tokens = mean_response_tokens(corpus) if config.solve.unit == "tokens" else None
     uri = storage.join(context.attempt, "rounds.json")
-    known = storage.read_json(uri) if storage.exists(uri) else []
-    rounds = [Round(**value) for value in known]
+    recorded = storage.read_json(uri) if storage.exists(uri) else []
+    rounds = [Round(**value) for value in recorded]
     while (
         not rounds
-        or (reason := why_stop(rounds, config.influence.auto, spent_tokens, spent_hours)) is None
+        or (reason := reason_to_stop(rounds, config.influence.auto, spent_tokens, spent_hours))
+        is None
     ):
         count = rounds[-1].replications + 1 if rounds else config.influence.replications
         design = planned.first(count)
         measure(design)
         stats = [
-            storage.read_json(storage.join(context.attempt, "units", f"{unit.name}.json"))
-            for unit in design.units
+            storage.read_json(storage.join(context.attempt, "units", f"{run.name}.json"))
+            for run in design.all_runs
         ]
         rounds.append(
             judge_round(

@@ -1,4 +1,4 @@
-"""The actor that trains intervention runs, one after the other, from weights kept in memory.
+"""The actor that trains intervention runs one after the other, from base weights in memory.
 
     influencer ── tune(plan URI, mask, ...) ──> Tuner ── checkpoint directory ──> storage
                <─────── TuneStats ────────────
@@ -6,9 +6,9 @@
                ── differentiate(plan URI, rows) ─> Tuner <── one of them ────────── storage
                <─────── Derivatives ─────────────
 
-A call blocks its actor until the checkpoint is written.  Nothing is kept between calls but what can
-be read again, so a call that died with its actor is repeated elsewhere and gives the same bits:
-every actor uses the same number of threads.
+A call blocks its actor until the checkpoint is written.  Between calls the actor keeps only what
+can be read again.  So if an actor dies, its call is repeated on another one and gives the same
+bits; all actors use the same number of threads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from system.training.settings import TrainSettings
 
 
 class Tuner:
-    """One proxy model.
+    """Trains one proxy model.
 
     Args:
         model_uri: Hugging Face directory.

@@ -1,1 +1,1 @@
-"""Estimator auto: which design goes on, and when to stop."""
+"""Estimator `auto`: chooses a design and decides when to stop measuring."""

@@ -1,12 +1,12 @@
-"""When enough has been measured: `influence.estimator: auto`.
+"""Decides when `influence.estimator: auto` has measured enough.
 
-A round adds one replication of the design that was chosen (`system.auto.trial`).  After
-each the mix is solved as the solve stage would, and its expected regret says what knowing the
-effects better could still bring.  Measuring stops when that is less than the user cares for, or the
-next round would break a budget.
+Each round adds one replication of the chosen design (`system.auto.trial`).  After each round the
+mix is solved as the solve stage would solve it.  Its expected regret is the gain that better known
+effects could still bring.  Measuring stops if the regret is below the user's limit, or if the next
+round would exceed a budget.
 
-A round measures all categories, settled ones too: the errors of all are pooled, and a run of a
-weighing design speaks about all of them.
+A round measures all categories, even those whose share is settled, because errors are pooled over
+all categories and a run of a weighing design informs about all of them.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ NUM_DRAWS = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """What is known after a number of replications."""
+    """The state of knowledge after a number of replications."""
 
     replications: int
     trained_tokens: int
-    """Of all rounds so far."""
+    """Total of all rounds so far."""
     tuner_hours: float
     precision: float
     """Median standard error of the effect of a dose off the diagonal, nats per response token."""
     gain: float | None
-    """Predicted gain of the mix; None where the effects as estimated so far allow none that keeps
-    the guards (limits that contradict each other whatever the effects are refused before)."""
+    """Predicted gain of the mix; None if no mix satisfies the guards with the present effects.
+    (Limits that contradict each other for any effects are refused before measuring.)"""
     regret: float | None
-    """Expected regret of the mix, nats per response token; None where no draw of the effects allows
-    a mix that keeps the guards."""
+    """Expected regret of the mix, nats per response token; None if no draw of the effects allows a
+    mix that satisfies the guards."""
     regret_error: float
-    """Its Monte Carlo standard error."""
+    """Monte Carlo standard error of the regret."""
     undecided: dict[str, float]
-    """Category -> how far its count may still move, share of the budget; the largest five."""
+    """Category -> how far its count may still move, as a share of the budget; the largest five."""
 
     @property
     def line(self) -> str:
-        """For a person."""
+        """One line of text."""
         regret = "not known" if self.regret is None else f"{self.regret:.4f} nats"
         gain = "none: no mix keeps the guards" if self.gain is None else f"{self.gain:+.4f}"
         text = (
@@ -69,13 +69,13 @@ def judge_round(
     tuner_hours: float,
     seed: int,
 ) -> Round:
-    """What the replications so far say about the mix.
+    """Evaluates what the replications so far tell about the mix.
 
     Args:
         matrices: by direction, of all replications so far.
-        solve: how the mix will be solved.
+        solve: configuration of the mix.
         counts: train rows of each category.
-        tokens: mean response tokens of an example, where the budget is in tokens.
+        tokens: mean response tokens of an example by category, if the budget is in tokens.
         replications: so far.
         trained_tokens: so far.
         tuner_hours: so far.
@@ -101,32 +101,33 @@ def judge_round(
     )
 
 
-def why_stop(
+def reason_to_stop(
     rounds: list[Round], auto: AutoConfig, spent_tokens: int = 0, spent_hours: float = 0.0
 ) -> str | None:
-    """The reason to end after the last round, or None where the next one should begin.
+    """The reason to stop after the last round, or None if the next round should begin.
 
     Args:
-        rounds: so far; their costs include what was spent before.
+        rounds: so far; their costs include those of the rejected designs.
         auto: the limits.
-        spent_tokens: of that, trained on for designs that were left.
-        spent_hours: likewise.
+        spent_tokens: tokens trained for designs that were tried and rejected.
+        spent_hours: hours of training for them.
     """
     last = rounds[-1]
     is_precise = auto.precision is None or last.precision <= auto.precision
     is_settled = last.regret is not None and last.regret <= auto.regret
     if is_settled and is_precise:
-        return f"enough: the expected regret is at most auto.regret {auto.regret:g}" + (
+        return f"enough: expected regret is at most auto.regret {auto.regret:g}" + (
             "" if auto.precision is None else f" and the error at most {auto.precision:g}"
         )
     if last.regret is None:
-        unreached = "as far as the effects are known, no mix keeps the guards (solve.guard)"
+        unreached = "with the present effects no mix satisfies the guards (solve.guard)"
     elif is_settled:
         unreached = f"the error is {last.precision:.4f}, auto.precision asks for {auto.precision:g}"
     else:
         unreached = (
             f"the expected regret is {last.regret:.4f}, auto.regret asks for {auto.regret:g}"
         )
+    # The next round costs the mean of the rounds of this design.
     more = 1.0 / last.replications
     next_tokens = last.trained_tokens + more * (last.trained_tokens - spent_tokens)
     next_hours = last.tuner_hours + more * (last.tuner_hours - spent_hours)

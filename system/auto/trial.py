@@ -1,15 +1,15 @@
-"""Which design `auto` goes on with: what an error of the same size costs by each.
+"""Chooses the design of `auto`: the one that reaches the same error at the lowest cost.
 
-Every design of `influence.auto.designs` makes the first round on the same rows and the same
-schedules.  Errors fall with the square root of what is spent, so the squared error times the cost
-is what a design takes for its precision, however much is bought of it; the smallest goes on.
+Every design of `influence.auto.designs` makes its first round on the same rows and schedules.
+Errors fall with the square root of the cost, so squared error times cost does not depend on how
+much is measured.  The design with the smallest product is chosen.
 
-Theory does not settle it.  A run of a weighing design speaks about every effect, so with one
-noise for all runs N runs know an effect with the variance 4 s^2 / N, whatever the number of sources
-(Hotelling 1944), where one dose at a time has 2 s^2 (S + 1) / N.  But the noise of a run grows with
-what is switched in it, and doses need not add up: on eight real categories the weighing design had
-1.4 times the error of branches at the same cost, on nine planted ones more
-(`tests/benchmarks/influence.md`).
+Theory cannot decide this.  Every run of a weighing design informs about every effect: with equal
+noise in all runs, N runs give an effect the variance 4 s^2 / N for any number of sources (Hotelling
+1944), while one dose at a time gives 2 s^2 (S + 1) / N.  But the noise of a run grows with the
+number of doses that it switches, and doses need not be additive.  On eight real categories the
+weighing design had 1.4 times the error of `branch` at the same cost, and more on nine planted
+categories (`tests/benchmarks/influence.md`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Trial:
 
     design: str
     precision: float
-    """Median standard error of a dose's effect off the diagonal, the worse direction's; the unit of
+    """Median standard error of a dose's off-diagonal effect in the worse direction, in the unit of
     the effects."""
     token_equivalents: float
     trained_tokens: int
@@ -36,12 +36,12 @@ class Trial:
 
     @property
     def price(self) -> float:
-        """Token equivalents for an error of one unit."""
+        """Token equivalents that an error of one unit would cost."""
         return self.precision**2 * self.token_equivalents
 
 
 def typical_error(matrices: Mapping[str, EffectMatrix]) -> float:
-    """Median standard error of a dose's effect off the diagonal, the worse direction's."""
+    """Median standard error of a dose's off-diagonal effect, in the worse direction."""
     return max(
         float(np.median((matrix.effect_se_TS * matrix.dose_S)[~matrix.own_TS]))
         for matrix in matrices.values()
@@ -49,16 +49,16 @@ def typical_error(matrices: Mapping[str, EffectMatrix]) -> float:
 
 
 def cheapest(trials: Sequence[Trial]) -> Trial:
-    """The design whose error costs least; of equal ones the first."""
+    """The trial with the lowest price; of equal ones the first."""
     return min(trials, key=lambda trial: trial.price)
 
 
 def describe_choice(trials: Sequence[Trial], unit: str) -> str:
-    """For a person.
+    """One line of text about the choice.
 
     Args:
-        trials: all designs.
-        unit: of effects, short.
+        trials: of all designs.
+        unit: short name of the unit of effects.
     """
     chosen = cheapest(trials)
     parts = [

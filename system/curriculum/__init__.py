@@ -1,4 +1,4 @@
-"""Curriculum: a mix and its dependency levels become training stages with exact integer counts."""
+"""Curriculum: turns a mix and dependency levels into training stages with exact integer counts."""
 
 from system.curriculum.plan import plan_curriculum
 from system.curriculum.records import Curriculum, Preset, Stage

@@ -1,8 +1,9 @@
-"""The integer table of stages and categories nearest to a fractional one, as a network flow.
+"""Finds the integer table of stages and categories that is nearest to a fractional one.
 
-On integer points the absolute difference is a convex function that bends at integers only, so the
-program is a minimum-cost flow between stages and categories: its matrix is totally unimodular,
-every vertex is integer, and nothing is ever rounded.  Axes: `T` stage, `S` category.
+On integers the absolute difference equals a convex function with bends at integers only.  So the
+problem is a minimum-cost network flow between curriculum stages and categories: its matrix is
+totally unimodular, every vertex is integer, and no rounding is needed.  `plan.py` calls this
+module.  Axes: `T` curriculum stage, `S` category.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import numpy as np
 
 from system.errors import StageError
 
-_TIE = 1e-7  # reduced costs below this belong to a tie
+_TIE = 1e-7  # a reduced cost below this counts as zero: the optimum is not unique
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTable:
-    """Totals, sizes and floors of one table to be filled; all totals and sizes positive."""
+    """The row and column sums of a table that is to be filled; all are positive."""
 
     totals_S: np.ndarray
     sizes_T: np.ndarray
@@ -28,31 +29,31 @@ class StageTable:
 
     @property
     def is_flat(self) -> bool:
-        """Whether no two categories have different levels."""
+        """Whether all categories with a level have the same one."""
         return len(np.unique(self.level_S[~np.isnan(self.level_S)])) < 2
 
     @property
     def natural_TS(self) -> np.ndarray:
-        """[T, S] float64, every stage a small copy of the whole."""
+        """[T, S] float64: every stage has the shares of the whole mix."""
         return np.outer(self.sizes_T, self.totals_S) / self.totals_S.sum()
 
     @property
     def floor_TS(self) -> np.ndarray:
-        """[T, S] int64, the rehearsal share of the natural table, rounded down."""
-        # Never more than the natural table, which is feasible: so are the floors.
+        """[T, S] int64: minimum counts, the rehearsal share of the natural table, rounded down."""
+        # The natural table satisfies these floors, so they are always feasible.
         return np.floor(self.rehearsal * self.natural_TS + 1e-9).astype(np.int64)
 
     @property
-    def wants_one_S(self) -> np.ndarray:
-        """[S] bool, categories that have one example for every stage and shall be in each."""
+    def needs_one_S(self) -> np.ndarray:
+        """[S] bool: categories with enough examples to have at least one in every stage."""
         return (self.totals_S >= len(self.sizes_T)) & (self.rehearsal > 0)
 
     def missed(self, table_TS: np.ndarray) -> list[tuple[int, int]]:
-        """(stage, category) indices without an example where one is wanted."""
-        return [(int(t), int(s)) for t, s in np.argwhere((table_TS == 0) & self.wants_one_S)]
+        """(stage, category) indices that have no example although they should have one."""
+        return [(int(t), int(s)) for t, s in np.argwhere((table_TS == 0) & self.needs_one_S)]
 
     def part(self, in_part_S: np.ndarray, sizes_T: np.ndarray) -> StageTable:
-        """The table of some of the categories, with stage sizes of its own."""
+        """The table of a subset of the categories, with its own stage sizes."""
         return StageTable(
             totals_S=self.totals_S[in_part_S],
             sizes_T=sizes_T,
@@ -62,36 +63,42 @@ class StageTable:
 
 
 def nearest_table(
-    problem: StageTable, wanted_TS: np.ndarray, floor_TS: np.ndarray
+    problem: StageTable, ideal_TS: np.ndarray, floor_TS: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """Integer table with exact sums, nearest to `wanted_TS` in absolute differences.
+    """The integer table with exact sums that is nearest to `ideal_TS` in absolute differences.
 
-    Floors that bind push examples into other cells, and the objective does not care which.  Among
-    the optimal tables the one nearest to a fair table is taken (`wanted_TS` pulled towards the
-    natural table just until the floors hold), and what is then still tied is settled by a fixed
-    pattern of cell weights: one answer, whatever the solver's path.
+    Floors that bind push examples into other cells, and many such tables may be optimal.  Of these
+    the one nearest to a fair table is chosen: `ideal_TS`, moved towards the natural table just
+    until the floors hold.  A fixed pattern of cell weights decides remaining ties, so the answer
+    does not depend on the path of the solver.
+
+    Returns:
+        The table, and the sum of its absolute differences from `ideal_TS`.
     """
-    snapped_TS = np.round(wanted_TS)
-    wanted_TS = np.where(
-        np.abs(wanted_TS - snapped_TS) < 1e-9 * (1 + snapped_TS), snapped_TS, wanted_TS
+    # Values that are integer but for rounding: a fractional part of 1e-12 would add a false bend.
+    snapped_TS = np.round(ideal_TS)
+    ideal_TS = np.where(
+        np.abs(ideal_TS - snapped_TS) < 1e-9 * (1 + snapped_TS), snapped_TS, ideal_TS
     )
     lower_TS = floor_TS
     upper_TS = np.minimum.outer(problem.sizes_T, problem.totals_S)
-    needed_TS = np.broadcast_to(problem.wants_one_S, lower_TS.shape)
+    needed_TS = np.broadcast_to(problem.needs_one_S, lower_TS.shape)
     natural_TS, share_TS = problem.natural_TS, problem.rehearsal * problem.natural_TS
-    short_TS = wanted_TS < share_TS
+    short_TS = ideal_TS < share_TS
+    # The smallest step towards the natural table after which no cell is below its floor.
     pull = np.max(
         np.divide(
-            share_TS - wanted_TS,
-            natural_TS - wanted_TS,
-            out=np.zeros_like(wanted_TS),
-            where=short_TS & (natural_TS > wanted_TS),
+            share_TS - ideal_TS,
+            natural_TS - ideal_TS,
+            out=np.zeros_like(ideal_TS),
+            where=short_TS & (natural_TS > ideal_TS),
         ),
         initial=0.0,
     )
-    fair_TS = wanted_TS + pull * (natural_TS - wanted_TS)
+    fair_TS = ideal_TS + pull * (natural_TS - ideal_TS)
+    # Multiples of the golden ratio modulo 1: all different, so the last objective has no ties.
     pattern_TS = (np.arange(1, lower_TS.size + 1) * ((5**0.5 - 1) / 2) % 1).reshape(lower_TS.shape)
-    for goal_TS in (wanted_TS, fair_TS):
+    for goal_TS in (ideal_TS, fair_TS):
         segments = _distance_segments(lower_TS, upper_TS, goal_TS, needed_TS)
         table_TS, lower_TS, upper_TS = _solve_flow(problem, lower_TS, segments)
         if (lower_TS == upper_TS).all():
@@ -99,16 +106,17 @@ def nearest_table(
     else:
         width_TS = (upper_TS - lower_TS)[None]
         table_TS, _, _ = _solve_flow(problem, lower_TS, (width_TS, pattern_TS[None]))
-    return table_TS, float(np.abs(table_TS - wanted_TS).sum())
+    return table_TS, float(np.abs(table_TS - ideal_TS).sum())
 
 
 def _distance_segments(
     lower_TS: np.ndarray, upper_TS: np.ndarray, goal_TS: np.ndarray, needed_TS: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Widths and slopes [4, T, S] of `|x - goal|` as a convex function that bends at integers.
+    """Widths and slopes [4, T, S] of `|x - goal|` as a convex function with bends at integers.
 
-    A cell that needs an example pays `penalty` for having none.  A path that changes one unit
-    passes at most `2 min(T, S)` cells and saves at most 1 in each, so no saving outweighs it.
+    A cell that needs an example pays `penalty` if it has none.  A change by one example passes
+    through at most `2 min(T, S)` cells and saves at most 1 in each, so the penalty always
+    dominates.
     """
     penalty = 2.0 * min(lower_TS.shape) + 2.0
     below_TS = np.floor(goal_TS)
@@ -127,11 +135,13 @@ def _distance_segments(
 def _solve_flow(
     problem: StageTable, lower_TS: np.ndarray, segments: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One optimal table of a transportation problem with convex costs, and the box of all of them.
+    """Solves a transportation problem with convex costs.
 
-    Complementary slackness: in every optimal table a segment with a non-zero reduced cost sits
-    where it sits in this one.  So the optimal tables are those of the box with the right sums,
-    which keeps the network structure for the next objective.
+    Returns:
+        An optimal table, and the bounds (lower, upper) within which all optimal tables lie.  By
+        complementary slackness a segment with a non-zero reduced cost has the same value in every
+        optimal table.  So the optimal tables are those within the bounds that have the right sums,
+        and the next objective can be solved on the same network.
     """
     import highspy
 
@@ -161,8 +171,9 @@ def _solve_flow(
     status = solver.getModelStatus()
     if status != highspy.HighsModelStatus.kOptimal:
         raise StageError(
-            "HiGHS was to end with an optimal table of stages, but it ended with status "
-            f"{solver.modelStatusToString(status)!r}; report the mix and the curriculum's settings"
+            "expected that HiGHS ends with an optimal table of stages, found status "
+            f"{solver.modelStatusToString(status)!r}; report this with the mix and the settings "
+            "of the curriculum"
         )
     solution = solver.getSolution()
     value = np.asarray(solution.col_value)

@@ -1,22 +1,22 @@
-"""From a mix and dependency levels to stages: the presets and `plan_curriculum`.
+"""Plans curriculum stages from a mix and dependency levels: the presets and `plan_curriculum`.
 
-Every preset writes the stages it wants as a fractional table whose row sums are the stage sizes
-and whose column sums are the totals; the nearest integer table that keeps the rehearsal floors is
-the curriculum.  Axes: `T` stage, `S` category.
+Every preset describes its ideal stages as a fractional table: row sums are the stage sizes, column
+sums are the totals.  The curriculum is the nearest integer table that satisfies the rehearsal
+floors.  Axes: `T` curriculum stage, `S` category.
 
-What each preset aims at, with `w` the totals, `N` their sum and `n_t` the stage sizes:
+The ideal table of each preset, with totals `w`, their sum `N` and stage sizes `n_t`:
 
-- `natural`: `w_j n_t / N`, every stage a small copy of the mix.
+- `natural`: `w_j n_t / N`; every stage has the shares of the mix.
 - `tilted`: `w_j n_t / N * (1 + tilt * place_t * level_j)`.  `place` (of the stage in time) and
-  `level` are centred, weighted by examples, and scaled to at most 1 in size: the table keeps
-  all row and column sums, and no cell moves from its natural value by more than `tilt`.
+  `level` are centred, weighted by examples, and scaled to at most 1 in size.  So the table keeps
+  all row and column sums, and no cell differs from its natural value by more than the share `tilt`.
 - `reversed`: the mirror image in time of `tilted`, as a control.
-- `sequential`: level after level.  As many stages as levels: one stage a level, unless
+- `sequential`: level after level.  With as many stages as levels, each stage is one level, unless
   `stage_sizes` are given.
-- `paper`: three passes over the mix, whatever `num_stages` and `epochs` say.  In the first, one
-  tenth of the mix (one twentieth from 50,000 up) moves from dependent to base categories; the
-  second is the mix itself; the third mirrors the first.  Base: level 0.  Dependent: above half
-  the highest level.
+- `paper`: three passes over the mix; `num_stages` and `epochs` are ignored.  In the first pass, one
+  tenth of the mix (one twentieth from 50,000 examples on) moves from dependent to base categories.
+  The second pass is the mix itself.  The third mirrors the first.  Base categories have level 0;
+  dependent categories are above half the highest level.
 
 Source: DT-CSFT, arXiv 2409.07045.
 """
@@ -48,26 +48,28 @@ def plan_curriculum(
     stage_sizes: Sequence[int] | None = None,
     paper_shift: int | None = None,
 ) -> Curriculum:
-    """Orders a mix into stages: totals exactly `counts * epochs`, sizes exactly as asked.
+    """Divides a mix into stages; totals are exactly `counts * epochs`, stage sizes are exact.
 
-    With equal levels there is no order to follow: every preset gives natural stages and says so.
+    If all levels are equal there is no order to follow: every preset gives natural stages, and
+    `note` says so.
 
     Args:
         counts: examples per category, integers >= 0; an array has categories "0", "1", ...
-        levels: level per category, 0 = base, in the order of `counts` or by name.  None keeps the
-            category at its natural share in every stage.
-        preset: see the head of this module.
-        num_stages: stages, at most the number of examples.
-        epochs: passes over the mix, all stages together.
-        tilt: 0 (natural) to 1 (as far as rehearsal lets).
+        levels: level per category, 0 = base, in the order of `counts` or by name.  A category with
+            level None keeps its natural share in every stage.
+        preset: see the module docstring.
+        num_stages: number of stages, at most the number of examples.
+        epochs: passes over the mix, over all stages together.
+        tilt: 0 (natural) to 1 (as far as rehearsal allows).
         rehearsal: each stage keeps at least this share, rounded down, of each category's natural
-            count; above 0, also at least one example of each category that has one for every
-            stage, as far as the stage sizes allow (else named in `missed`).
-        stage_sizes: examples per stage, in order, summing to all examples; default: equal sizes.
-        paper_shift: examples that `paper` moves, in place of a tenth or a twentieth.
+            count.  Above 0, each stage also gets at least one example of every category that has
+            enough for all stages, if the stage sizes allow it; exceptions are listed in `missed`.
+        stage_sizes: examples per stage, in order; their sum must be the number of examples.
+            None: equal sizes.
+        paper_shift: number of examples that `paper` moves; None: a tenth or a twentieth.
 
     Raises:
-        ConfigError: a setting cannot be met; the message gives the numbers.
+        ConfigError: a setting cannot be satisfied; the message gives the numbers.
 
     Example:
         >>> plan = plan_curriculum({"math": 6, "essay": 6}, {"math": 0, "essay": 1}, num_stages=2)
@@ -138,16 +140,16 @@ def _plan_by_level(problem: StageTable, preset: Preset, tilt: float) -> tuple[np
         table_TS, deviation = _plan_by_level(mirrored, "tilted", tilt)
         return table_TS[::-1], deviation
     if preset == "tilted" and not problem.is_flat:
-        wanted_TS = _tilted(problem, tilt)
+        ideal_TS = _tilted(problem, tilt)
     elif preset == "sequential" and not problem.is_flat:
-        wanted_TS = _sequential(problem)
+        ideal_TS = _sequential(problem)
     else:
-        wanted_TS = problem.natural_TS
-    return nearest_table(problem, wanted_TS, problem.floor_TS)
+        ideal_TS = problem.natural_TS
+    return nearest_table(problem, ideal_TS, problem.floor_TS)
 
 
 def _tilted(problem: StageTable, tilt: float) -> np.ndarray:
-    """`natural * (1 + tilt * place * level)`, both factors centred so that all sums stay."""
+    """`natural * (1 + tilt * place * level)`; both factors are centred, so all sums stay."""
     has_level = ~np.isnan(problem.level_S)
     level_S = np.where(has_level, problem.level_S, 0.0)
     weight_S = problem.totals_S * has_level
@@ -161,9 +163,9 @@ def _tilted(problem: StageTable, tilt: float) -> np.ndarray:
 
 
 def _sequential(problem: StageTable) -> np.ndarray:
-    """Levels fill the stages one after the other; within a level, categories keep their shares."""
+    """Fills the stages level after level; within a level, categories keep their shares."""
     has_level = ~np.isnan(problem.level_S)
-    wanted_TS = problem.natural_TS
+    ideal_TS = problem.natural_TS
     level_totals_S = problem.totals_S * has_level
     stage_ends_T = np.cumsum(problem.sizes_T) * (level_totals_S.sum() / problem.totals_S.sum())
     stage_starts_T = np.concatenate([[0.0], stage_ends_T[:-1]])
@@ -173,13 +175,13 @@ def _sequential(problem: StageTable) -> np.ndarray:
         size = int(problem.totals_S[at_level].sum())
         overlap_T = np.minimum(stage_ends_T, start + size) - np.maximum(stage_starts_T, start)
         share_S = problem.totals_S[at_level] / size
-        wanted_TS[:, at_level] = np.outer(np.maximum(overlap_T, 0.0), share_S)
+        ideal_TS[:, at_level] = np.outer(np.maximum(overlap_T, 0.0), share_S)
         start += size
-    return wanted_TS
+    return ideal_TS
 
 
 def _plan_paper(problem: StageTable, shift: int | None) -> tuple[np.ndarray, float]:
-    """The paper's passes, group by group, so that exactly `shift` examples move in each."""
+    """Plans the passes of the paper, group by group, so that exactly `shift` examples move."""
     passes = PAPER_PASSES
     size = int(problem.sizes_T[0])
     if shift is not None and (isinstance(shift, bool) or not isinstance(shift, int | np.integer)):

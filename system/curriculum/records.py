@@ -1,4 +1,4 @@
-"""What a curriculum is: stages with counts, and what is written to curriculum.json."""
+"""The records of a curriculum: stages with counts, and the content of curriculum.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Preset = Literal["tilted", "paper", "sequential", "natural", "reversed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One stage of training: how many examples of each category, before the next stage begins."""
+    """One curriculum stage: the number of examples of each category."""
 
     name: str
     size: int
@@ -28,7 +28,7 @@ class Curriculum:
 
     stages: tuple[Stage, ...]
     levels: dict[str, int | None]
-    """Dependency level of each category, 0 = base; None = without a place, kept at its share."""
+    """Dependency level of each category, 0 = base; None = no level, it keeps its natural share."""
     preset: Preset
     epochs: int
     tilt: float
@@ -36,9 +36,9 @@ class Curriculum:
     deviation: float
     """Examples by which the counts differ from the preset's fractional table, summed over cells."""
     missed: tuple[tuple[str, str], ...]
-    """(stage, category) pairs without any example although the category has one for each stage."""
+    """(stage, category) pairs without an example, although the category has enough examples."""
     note: str
-    """What a reader should know, in a sentence; empty when nothing is unusual."""
+    """A sentence about anything unusual, else empty."""
 
     @property
     def counts_TS(self) -> np.ndarray:

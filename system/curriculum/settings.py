@@ -1,4 +1,4 @@
-"""Reads and checks what a curriculum is asked for; every refusal gives the numbers."""
+"""Reads and checks the settings of a curriculum; every error message gives the numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from system.errors import ConfigError
 
 
 def check_choices(preset: str, num_stages: int, epochs: int, tilt: float, rehearsal: float) -> None:
-    """Refuses a preset, number or share outside its range with a ConfigError."""
+    """Raises a ConfigError if the preset, a number or a share is outside its range."""
     if preset not in get_args(Preset):
         raise ConfigError(
             f"Curriculum preset must be one of {', '.join(get_args(Preset))}; got {preset!r}."
@@ -79,7 +79,7 @@ def read_sizes(
     level_S: np.ndarray,
     preset: Preset,
 ) -> np.ndarray:
-    """[T] int64 stage sizes: as asked, or the preset's own; ConfigError where they cannot be."""
+    """[T] int64 stage sizes: the given ones, or those of the preset; ConfigError if impossible."""
     total = int(totals_S.sum())
     if stage_sizes is not None:
         sizes_T = np.array(stage_sizes, dtype=object)
@@ -109,7 +109,7 @@ def read_sizes(
 
 
 def _apportion(total: int, weight_T: np.ndarray) -> np.ndarray:
-    """`total` in whole parts by weight: largest remainders first, then the earlier part."""
+    """Divides `total` by weight into integers: largest remainder, then the earlier part."""
     exact_T = total * (weight_T / weight_T.sum())
     parts_T = np.floor(exact_T + 1e-9).astype(np.int64)
     by_remainder = np.argsort(-np.round(exact_T - parts_T, 9), kind="stable")

@@ -19,7 +19,7 @@ from system import storage
 from system.config import InfluenceConfig, LoraConfig, RunConfig
 from system.data.corpus import Corpus
 from system.influence.design.cost import most_replications
-from system.influence.design.doses import with_doses
+from system.influence.design.doses import at_every_dose
 from system.influence.design.estimators import ESTIMATORS, UNSCORED
 from system.influence.measure.ledger import open_checkpoints
 
@@ -151,10 +151,10 @@ def _num_warm(influence: InfluenceConfig, design: str) -> int:
 
 def _num_scored(influence: InfluenceConfig, design: str, num_categories: int) -> int:
     """Checkpoints of one replication that are scored, at all doses."""
-    runs = ESTIMATORS[design].units(
+    runs = ESTIMATORS[design].all_runs(
         num_categories, influence.directions, influence.gradient_checkpoints
     )
-    at_doses = with_doses(runs, influence.doses, lambda *_: influence.largest_dose)
+    at_doses = at_every_dose(runs, influence.doses, lambda *_: influence.largest_dose)
     return sum(kind not in UNSCORED for kind, _, _ in at_doses)
 
 

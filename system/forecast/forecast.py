@@ -192,14 +192,15 @@ def _influence_cost(
     """The cost of stage `influence` and, if it appends to an earlier result, what it appends."""
     if state.earlier_uri is not None and state.tagged_uri is not None and corpus is not None:
         from system.influence.append.append_cost import append_cost, append_text
-        from system.influence.append.earlier import Earlier
+        from system.influence.append.earlier import EarlierResult
 
         attempts, _, name = state.earlier_uri.rpartition("/")
-        earlier, model_dir = Earlier(attempts, name), state.model_dir or Path(config.model.path)
+        earlier = EarlierResult(attempts, name)
+        model_dir = state.model_dir or Path(config.model.path)
         cost = append_cost(
             config, earlier, corpus, stats.lengths, lambda: stage_tokenizer(config, model_dir)
         )
-        return cost, append_text(earlier, earlier.holding(corpus))
+        return cost, append_text(earlier, earlier.category_status(corpus))
     cost = influence_cost(
         config.influence,
         run_seed=config.seed,

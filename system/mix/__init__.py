@@ -1,1 +1,1 @@
-"""What a run knows that the optimiser does not: its question, its doses, its notes."""
+"""Connects a run with the optimiser: the problem, the choice of doses, notes on the mix."""

@@ -1,11 +1,12 @@
-"""Which of several measured doses decides the mix.
+"""Chooses which of several measured doses gives the effects that decide the mix.
 
-An effect is a secant: (performance with d rows - performance without) / d.  Over a move of x rows
-the mix is told x times that, which is right at x = d.  Where returns diminish, a smaller dose
-promises too much for a larger move, and a larger dose too little for a smaller one; but the noise
-of a run hardly depends on the dose, so a smaller dose also multiplies it.  So each source takes, in
-each direction, the dose nearest to the largest move that the limits let it make, by ratio, and the
-larger of two equally near.  `solve.dose` overrides that.
+An effect is a secant: (performance with d rows - performance without) / d.  For a move of x rows
+the optimiser predicts x times the effect, which is exact at x = d.  With diminishing returns a
+smaller dose predicts too much for a larger move, and a larger dose too little for a smaller move.
+Moreover the noise of a run hardly depends on the dose, so effects of small doses are noisier.
+
+The rule: in each direction, each source uses the dose nearest (by ratio) to the largest move that
+the limits allow it; of two equally near doses, the larger.  `solve.dose` overrides the rule.
 
 Legend of shape suffixes: T targets, S sources.
 """
@@ -23,28 +24,29 @@ _VERB = {"add": "adding", "remove": "removing"}
 
 
 def choose_doses(
-    levels: Sequence[EffectMatrix], wanted: str | int, move_S: np.ndarray
+    levels: Sequence[EffectMatrix], rule: str | int, move_S: np.ndarray
 ) -> EffectMatrix:
-    """One matrix whose columns are taken from the doses that decide.
+    """One matrix whose columns come from the dose that is chosen for each source.
 
     Args:
-        levels: one direction at each dose, ascending, the same targets and sources.
-        wanted: `nearest`, `largest`, `smallest`, or rows: the dose nearest to these.
+        levels: one direction at each dose, ascending; the same targets and sources.
+        rule: `nearest`, `largest`, `smallest`, or a number of rows (the nearest dose to it).
         move_S: [S] largest move of each source in this direction, examples; used by `nearest`.
     """
-    if len(levels) == 1 or wanted == "largest":
+    if len(levels) == 1 or rule == "largest":
         return levels[-1]
-    if wanted == "smallest":
+    if rule == "smallest":
         return levels[0]
-    aim_S = move_S if wanted == "nearest" else np.full(len(levels[0].sources), float(wanted))
+    aim_S = move_S if rule == "nearest" else np.full(len(levels[0].sources), float(rule))
     return _columns(levels, _nearest(np.stack([level.dose_S for level in levels]), aim_S))
 
 
 def _nearest(dose_KS: np.ndarray, aim_S: np.ndarray) -> np.ndarray:
-    """[S] which dose; the smallest for a source that cannot move, the larger of two as near."""
+    """[S] index of the nearest dose; the smallest for a source that cannot move."""
     with np.errstate(divide="ignore"):
         distance_KS = np.abs(np.log(dose_KS) - np.log(aim_S))
     last = dose_KS.shape[0] - 1
+    # argmin takes the first of equal distances: reversed, that is the larger dose.
     nearest_S = last - np.argmin(distance_KS[::-1], axis=0)
     return np.where(aim_S > 0, nearest_S, 0)
 
@@ -67,12 +69,12 @@ def _columns(levels: Sequence[EffectMatrix], level_S: np.ndarray) -> EffectMatri
     )
 
 
-def deciding_note(chosen: Mapping[str, EffectMatrix], wanted: str | int) -> str:
-    """Which doses decide the mix, for people.
+def deciding_note(chosen: Mapping[str, EffectMatrix], rule: str | int) -> str:
+    """One sentence about the doses that decide the mix.
 
     Args:
-        chosen: by direction.
-        wanted: as in `choose_doses`.
+        chosen: direction -> result of `choose_doses`.
+        rule: as in `choose_doses`.
     """
     parts = []
     for direction, matrix in chosen.items():
@@ -86,6 +88,6 @@ def deciding_note(chosen: Mapping[str, EffectMatrix], wanted: str | int) -> str:
         "nearest": "nearest to the largest moves that the limits allow",
         "largest": "the largest measured",
         "smallest": "the smallest measured",
-    }.get(str(wanted), f"nearest to {wanted} rows")
+    }.get(str(rule), f"nearest to {rule} rows")
     of = " categories" if any(np.ptp(matrix.dose_S) > 0 for matrix in chosen.values()) else ""
     return f"the effects that decide are those of {' and '.join(parts)}{of} ({why}: solve.dose)"

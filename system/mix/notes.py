@@ -1,4 +1,7 @@
-"""What a mix rests on, in words: how far its effects are believed, and where it leaves them."""
+"""Notes on a mix as text: how reliable its effects are, and where it extrapolates.
+
+The solve stage puts them into `mix.json` and the log.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,16 @@ from system.influence.estimate.summary import worth_agreement
 from system.solve import Mix
 
 EXTRAPOLATES = 1.5
-"""A move or a budget this many times what was measured is called an extrapolation."""
+"""A move or a budget above this multiple of the measured one is called an extrapolation."""
 
 
 def extrapolation_notes(
     mix: Mix, dose_S: Mapping[str, float], measured_rows: float
 ) -> tuple[str, ...]:
-    """Where a mix leaves what was measured: moves beyond the doses, a budget beyond the runs.
+    """Notes where a mix extrapolates: moves beyond the doses, or a budget beyond the runs.
 
-    Effects are slopes, measured for a dose of each category on a base of a few hundred rows of it
-    with the proxy model.  Returns diminish, so slopes promise too much beyond that.
+    Effects are slopes: they were measured with the proxy model, for a dose of each category, on a
+    base with a few hundred rows of it.  Returns diminish, so slopes predict too much beyond that.
 
     Args:
         mix: the solved mix.
@@ -38,7 +41,7 @@ def extrapolation_notes(
         notes.append(
             f"{len(beyond)} of {len(mix.categories)} categories move farther than the largest dose "
             f"at which their effects were measured, {farthest!r} {beyond[farthest]:.1f} times as "
-            "far: there the predicted gain extrapolates and is likely to promise too much (raise "
+            "far: there the predicted gain extrapolates and is probably too large (raise "
             "influence.dose_rows and influence.rows_per_category, or lower solve.move)"
         )
     examples = sum(item.count for item in mix.categories)
@@ -54,7 +57,7 @@ def extrapolation_notes(
 def base_notes(
     solve: SolveConfig, mix: Mix, rows_S: Mapping[str, float], supply_S: Mapping[str, float]
 ) -> tuple[str, ...]:
-    """Where the mix starts, unless from the natural shares, and how far from what was measured.
+    """Notes on the base mix: which one it is, and how far it is from the mix that was measured.
 
     Args:
         solve: `base`.
@@ -83,7 +86,7 @@ def base_notes(
         notes.append(
             f"effects were measured at a mix that differs from the base mix in {measured:.0%} of "
             f"its examples, which is more than the {mix.moved:.0%} that are moved: predicted gains "
-            f"rest on slopes that were found elsewhere{hint}"
+            f"use slopes that were measured at another mix{hint}"
         )
     return tuple(notes)
 
@@ -95,7 +98,7 @@ def _apart(one: Mapping[str, float], other: Mapping[str, float]) -> float:
 
 
 def appended_notes(mix: Mix, summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of a mix rests on appended entries (`influence.append`); nothing where there are none.
+    """Note that a mix uses appended entries (`influence.append`); empty if it does not.
 
     Args:
         mix: the solved mix.
@@ -113,19 +116,19 @@ def appended_notes(mix: Mix, summary: Mapping[str, Any]) -> tuple[str, ...]:
     how = f"of which the mix moves {', '.join(moved)}" if moved else "none of which the mix moves"
     return (
         f"effects of and on {', '.join(names)} ({how}) were appended: measured at an earlier base "
-        "that has no rows of them; where much hangs on them, measure all categories at one base "
+        "that has no rows of them; if they matter much, measure all categories at one base "
         "(influence.append: false)",
     )
 
 
 def why_not_believed(summary: Mapping[str, Any]) -> str:
-    """Why the mix stays at the base, or an empty text where the matrix may move it."""
+    """Why the mix must stay at the base; an empty text if the matrix is believed."""
     if summary["is_believed"]:
         return ""
     if summary["replications"] < 2:
         return (
-            "the matrix has one replication, so nothing shows that it would come out the same "
-            "again: the mix stays at the base, or as near to it as the limits allow (raise "
+            "the matrix has one replication, so nothing shows that its effects are reproducible: "
+            "the mix stays at the base, or as near to it as the limits allow (raise "
             "influence.replications)"
         )
     return (
@@ -138,32 +141,32 @@ def why_not_believed(summary: Mapping[str, Any]) -> str:
 def choose_shrinkage(
     solve: SolveConfig, summary: Mapping[str, Any]
 ) -> tuple[SolveConfig, tuple[str, ...]]:
-    """`solve.shrinkage: auto` settled by what predicts better, and a note that says so.
+    """Replaces `solve.shrinkage: auto` by the choice that predicts better, and adds a note.
 
     Args:
-        solve: any setting; one that is not `auto` comes back as it is.
+        solve: configuration; a setting other than `auto` stays as it is.
         summary: of the influence stage.
     """
     if solve.shrinkage != "auto" or solve.matrix == "gamma":
         return solve, ()
-    found = [part["prediction"] for part in summary["directions"].values()]
-    if any(prediction is None for prediction in found):
+    predictions = [part["prediction"] for part in summary["directions"].values()]
+    if any(prediction is None for prediction in predictions):
         return solve.model_copy(update={"shrinkage": True}), (
             "solved with shrunken effects: with one replication nothing tells whether they predict "
             "better than the raw ones",
         )
-    raw, shrunk = (sum(prediction[name] for prediction in found) for name in ("raw", "shrunk"))
+    raw, shrunk = (sum(item[name] for item in predictions) for name in ("raw", "shrunk"))
     is_shrunk = bool(shrunk <= raw)
     note = (
-        f"solved with {'shrunken' if is_shrunk else 'raw'} effects: they predict a replication "
-        "that was left out better (mean squared error "
+        f"solved with {'shrunken' if is_shrunk else 'raw'} effects: they are better predictions of "
+        "a replication that was left out (mean squared error "
         f"{min(raw, shrunk):.3g} against {max(raw, shrunk):.3g})"
     )
     return solve.model_copy(update={"shrinkage": is_shrunk}), (note,)
 
 
 def evidence_notes(mix: Mix, summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a mix that was allowed to move is not known by; nothing where it stays at the base.
+    """Notes on missing evidence for a mix that moves; empty if it stays at the base.
 
     Args:
         mix: the solved mix.
@@ -174,8 +177,8 @@ def evidence_notes(mix: Mix, summary: Mapping[str, Any]) -> tuple[str, ...]:
     notes = []
     if worth_agreement(summary["directions"]) is None:
         notes.append(
-            "whether the effects would come out the same again could not be checked (fewer than "
-            "three categories, or all are worth the same): the mix moves by them unchecked"
+            "whether the effects are reproducible could not be checked (fewer than three "
+            "categories, or all have the same worth): the mix moves without that check"
         )
     if summary["estimator"] == "gradient":
         notes.append(
@@ -187,7 +190,7 @@ def evidence_notes(mix: Mix, summary: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def mix_lines(mix: Mix) -> tuple[str, ...]:
-    """What a mix does, for the log of the run."""
+    """Lines of text about a mix, for the log of the run."""
     error = "" if mix.expected_gain_se is None else f" +- {mix.expected_gain_se:.4f}"
     lines = [
         f"moved {mix.moved:.1%} of {mix.budget:,.0f} {mix.unit}; predicted gain "

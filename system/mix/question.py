@@ -1,8 +1,9 @@
-"""From a measured matrix and the user's limits to the optimiser's question, and to the order.
+"""Builds the optimisation problem of a run from the effect matrix and the user's limits.
 
-The optimiser (`system.solve`) knows nothing of runs; this module fills in what a run knows: the
-supply is what the train split holds, the base mix its shares (or equal ones, or the user's),
-effects come from the influence stage, raw or shrunken.
+The optimiser (`system.solve`) does not know runs, so this module provides the data.  The supply is
+the number of train rows.  The base mix has the shares of the train split, equal shares, or the
+user's weights.  Effects come from the influence stage, raw or shrunken.  It also prepares effects
+for the taxonomy and the counts of control arms.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from system.solve.model import build_model
 from system.solve.problem import DoseCurve
 
 SWEEP_MOVES = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-"""Shares of the budget whose predicted gain the report shows, beside the configured share."""
+"""Shares of the budget for which the report shows the predicted gain, plus the configured one."""
 
 
 def mix_problem(
@@ -30,17 +31,18 @@ def mix_problem(
     tokens: Mapping[str, float] | None,
     levels: Mapping[str, Sequence[EffectMatrix]] | None = None,
 ) -> MixProblem:
-    """The optimiser's question.
+    """Builds the optimisation problem.
 
     Args:
         solve: the limits.
-        matrices: by direction (`add`, `remove`); with one, it serves both.
-        counts: train rows of each category: supply, and natural base.
-        tokens: mean response tokens of an example of each category, where the budget is in tokens.
-        levels: several doses, by direction and ascending: break points of objective `concave`.
+        matrices: by direction (`add`, `remove`); a single one is used for both.
+        counts: train rows of each category: the supply and the natural base mix.
+        tokens: mean response tokens of an example by category, if the budget is in tokens.
+        levels: with several doses: direction -> matrices, ascending; they are the break points of
+            objective `concave`.
 
     Raises:
-        ConfigError: a limit or a weight names no category or target.
+        ConfigError: a limit or a weight names an unknown category or target.
     """
     add = matrices.get("add", matrices.get("remove"))
     remove = matrices.get("remove", matrices.get("add"))
@@ -66,12 +68,12 @@ def mix_problem(
 def _curves(
     solve: SolveConfig, levels: Mapping[str, Sequence[EffectMatrix]]
 ) -> dict[str, DoseCurve]:
-    """The curves of objective `concave`; none for one dose, or for gamma, which is no slope.
+    """The curves of objective `concave`; none with one dose, or with gamma, which is not a slope.
 
-    Where one direction was measured, the other side goes on with the slope next to the base, that
-    of the smallest dose.
+    If only one direction was measured, the other side continues with the slope next to the base,
+    which is that of the smallest dose.
     """
-    is_curved = any(len(found) > 1 for found in levels.values())
+    is_curved = any(len(matrices) > 1 for matrices in levels.values())
     if solve.objective != "concave" or solve.matrix == "gamma" or not is_curved:
         return {}
     either = next(iter(levels.values()))
@@ -93,13 +95,13 @@ def _curve(levels: Sequence[EffectMatrix], solve: SolveConfig) -> DoseCurve:
 def check_limits(
     solve: SolveConfig, counts: Mapping[str, int], tokens: Mapping[str, float] | None
 ) -> None:
-    """Whether any mix satisfies the limits, before hours are spent on measuring effects.
+    """Checks that some mix satisfies the limits, before hours are spent on measuring effects.
 
-    Guards are left out: without effects nothing is known of them, and the base mix keeps them.
+    Guards are not checked: they depend on effects, and the base mix always satisfies them.
 
     Raises:
-        InfeasibleMixError: names the limits that conflict and the smallest relaxation.
-        ConfigError: a limit names no category.
+        InfeasibleMixError: limits conflict; the message names them and the smallest relaxation.
+        ConfigError: a limit names an unknown category.
     """
     solve_mix(*_without_effects(solve, counts, tokens))
 
@@ -107,18 +109,18 @@ def check_limits(
 def largest_moves(
     solve: SolveConfig, counts: Mapping[str, int], tokens: Mapping[str, float] | None
 ) -> dict[str, np.ndarray]:
-    """Direction -> [S] most examples by which the limits let each category move from the base.
+    """Direction -> [S] largest move from the base, in examples, that the limits allow a category.
 
-    Groups and guards, which bind several categories at once, are left out.
+    Groups and guards are ignored, because they restrict several categories together.
 
     Args:
         solve: the limits.
-        counts: train rows of each category: supply, and natural base.
-        tokens: mean response tokens of an example of each category, where the budget is in tokens.
+        counts: train rows of each category: the supply and the natural base mix.
+        tokens: mean response tokens of an example by category, if the budget is in tokens.
 
     Raises:
         InfeasibleMixError: the budget does not fit between the limits.
-        ConfigError: a limit names no category.
+        ConfigError: a limit names an unknown category.
     """
     model = build_model(*_without_effects(solve, counts, tokens))
     moved_S = model.move_budget / model.length_S
@@ -134,14 +136,14 @@ def control_counts(
     counts: Mapping[str, int],
     tokens: Mapping[str, float] | None,
 ) -> dict[str, int]:
-    """A mix that a solved one is compared with: whole examples that spend the same budget.
+    """The counts of a control mix, in whole examples with the same budget as the solved mix.
 
     Args:
-        solve: the budget and the limits.  `natural` keeps the lower and upper limits, as a base mix
-            does; `uniform` is as equal as supply allows.
-        name: which.
+        solve: the budget and the limits.
+        name: `natural` respects the lower and upper limits, as a base mix does; `uniform` is as
+            equal as the supply allows.
         counts: train rows of each category.
-        tokens: mean response tokens of an example of each category, where the budget is in tokens.
+        tokens: mean response tokens of an example by category, if the budget is in tokens.
 
     Raises:
         InfeasibleMixError: the budget does not fit between the limits.
@@ -156,7 +158,7 @@ def control_counts(
 def _without_effects(
     solve: SolveConfig, counts: Mapping[str, int], tokens: Mapping[str, float] | None
 ) -> tuple[MixProblem, MixOptions]:
-    """The question as far as it is known before anything is measured; without guards."""
+    """The problem before effects are measured: all effects are zero, and there are no guards."""
     categories = tuple(counts)
     nothing = np.zeros((len(categories), len(categories)))
     problem = _problem(solve, categories, categories, counts, tokens, nothing, nothing)
@@ -167,7 +169,7 @@ def _without_effects(
 
 
 def mix_options(solve: SolveConfig, *, is_believed: bool) -> MixOptions:
-    """The user's options; a matrix that does not agree with itself moves nothing."""
+    """The user's options; with a matrix that is not believed, no move from the base is allowed."""
     return MixOptions(
         objective=solve.objective,
         budget=float(solve.budget),
@@ -204,8 +206,8 @@ def _problem(
     remove_TS: np.ndarray,
     **measured: Any,
 ) -> MixProblem:
-    for name, given in (("solve.lower", solve.lower), ("solve.upper", solve.upper)):
-        _check_names(name, given, categories)
+    for name, bounds in (("solve.lower", solve.lower), ("solve.upper", solve.upper)):
+        _check_names(name, bounds, categories)
     for group, limit in solve.groups.items():
         _check_names(f"solve.groups.{group}", limit.categories, categories)
     base_S = base_weights(solve, categories, counts)
@@ -228,11 +230,11 @@ def _problem(
 def dependency_effects(
     matrices: Mapping[str, EffectMatrix],
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:
-    """Effects among categories for the taxonomy: mean over directions.
+    """The effects between categories for the taxonomy: the mean over directions.
 
     Returns:
-        Categories, effects [C, C] in nats per response token per example, their standard errors,
-        and the degrees of freedom behind these (the fewest of the directions).
+        Categories; effects [C, C] in nats per response token per example; their standard errors;
+        their degrees of freedom (the minimum over directions).
     """
     first = next(iter(matrices.values()))
     categories = tuple(name for name in first.sources if name in first.targets)
@@ -249,15 +251,15 @@ def dependency_effects(
 def base_weights(
     solve: SolveConfig, categories: tuple[str, ...], counts: Mapping[str, int]
 ) -> np.ndarray:
-    """[S] weights of the base mix, not scaled.
+    """[S] weights of the base mix, not scaled to the budget.
 
     Args:
-        solve: `base`.
-        categories: in the order wanted.
-        counts: train rows of each.
+        solve: its setting `base` is used.
+        categories: in the order of the result.
+        counts: train rows of each category.
 
     Raises:
-        ConfigError: a weight names no category, or none is above zero.
+        ConfigError: a weight names an unknown category, or no weight is above zero.
     """
     if solve.base == "natural":
         return _per_category(counts, categories, 0.0)
@@ -271,7 +273,9 @@ def base_weights(
 
 
 def _values(matrix: EffectMatrix, solve: SolveConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Effects (or gamma) and their standard errors, as `solve` selects them."""
     if solve.matrix == "gamma":
+        # A 95 % interval is about four standard errors wide.
         width = (matrix.gamma_high_TS - matrix.gamma_low_TS) / 4.0
         return np.nan_to_num(matrix.gamma_TS), np.nan_to_num(width)
     if solve.shrinkage:
@@ -280,7 +284,7 @@ def _values(matrix: EffectMatrix, solve: SolveConfig) -> tuple[np.ndarray, np.nd
 
 
 def _usable(add: EffectMatrix, remove: EffectMatrix, solve: SolveConfig) -> np.ndarray | None:
-    """Effects in nats are usable with their errors; gamma only where it is identifiable."""
+    """Which entries may be used: all effects in nats (None), but only identifiable gammas."""
     if solve.matrix == "gamma":
         return add.identifiable_TS & remove.identifiable_TS
     return None
@@ -289,15 +293,15 @@ def _usable(add: EffectMatrix, remove: EffectMatrix, solve: SolveConfig) -> np.n
 def importance_weights(
     solve: SolveConfig, targets: tuple[str, ...], counts: Mapping[str, int]
 ) -> np.ndarray:
-    """[T] weights by which a mix is judged, the sum is one; as `MixProblem` has them.
+    """[T] importance of the targets, with sum one, as `MixProblem` uses it.
 
     Args:
-        solve: `importance` and `base`.
-        targets: in the matrix's order.
+        solve: its settings `importance` and `base` are used.
+        targets: in the order of the matrix.
         counts: train rows of each category.
 
     Raises:
-        ConfigError: a weight names no target.
+        ConfigError: a weight names an unknown target.
     """
     weight_T = _importance(solve, targets)
     if weight_T is None:
@@ -314,7 +318,7 @@ def _importance(solve: SolveConfig, targets: tuple[str, ...]) -> np.ndarray | No
         return np.full(len(targets), 1.0 / len(targets))
     _check_names("solve.importance", solve.importance, targets)
     weight_T = _per_category(solve.importance, targets, 0.0)
-    # A gain is a mean over targets, whatever numbers the weights were given in.
+    # Normalised, so that a gain is a weighted mean over targets for weights of any scale.
     return weight_T / weight_T.sum() if weight_T.sum() > 0 else weight_T
 
 
@@ -324,7 +328,7 @@ def _per_category(
     return np.array([values.get(name, default) for name in names], dtype=np.float64)
 
 
-def _check_names(where: str, given: Any, known: tuple[str, ...]) -> None:
-    unknown = sorted(set(given) - set(known))
+def _check_names(where: str, names: Any, valid_names: tuple[str, ...]) -> None:
+    unknown = sorted(set(names) - set(valid_names))
     if unknown:
-        raise ConfigError(f"{where} names {unknown}, but there are only {sorted(known)}")
+        raise ConfigError(f"{where} names {unknown}, but there are only {sorted(valid_names)}")

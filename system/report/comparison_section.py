@@ -88,7 +88,7 @@ def _table(comparisons: Sequence[Comparison]) -> Table:
                 _correlation(part.agreement.rank),
                 signed(part.agreement.target_rank_median, 2),
                 percent(part.agreement.sign, 0),
-                signed(part.worth, 2),
+                signed(part.worth_agreement, 2),
                 fixed(part.scale, 2),
             ]
             for found in comparisons

@@ -73,7 +73,7 @@ def _comparison(found: Comparison) -> dict[str, Any]:
         "directions": {
             part.direction: {
                 **part.agreement.to_json(),
-                "worth": json_number(part.worth),
+                "worth": json_number(part.worth_agreement),
                 "scale": json_number(part.scale),
             }
             for part in found.directions

@@ -8,7 +8,7 @@ from statistics import NormalDist
 from typing import Any, Literal
 
 from system.influence.design.estimators import FIRST_ORDER
-from system.influence.estimate.summary import halves_worth, worth_agreement
+from system.influence.estimate.summary import direction_worth_agreement, worth_agreement
 from system.report.evaluation_section import NATURAL, comparisons, overall, tally
 from system.report.formatting import (
     MINUS,
@@ -184,7 +184,8 @@ def _agreement(view: RunView) -> tuple[str, ...]:
             f"{summary['replications']} replications order the interactions of pairs with a rank "
             f"correlation of {fixed(rank['value'], 2)} ({percent(summary['confidence'], 0)} "
             f"{interval(rank['low'], rank['high'], 2, with_sign=False)}), the worth of the "
-            f"categories, scored on different held-out rows, with {_worth(halves_worth(part))}; "
+            "categories, scored on different held-out rows, with "
+            f"{_worth(direction_worth_agreement(part))}; "
             f"{part['significant_pairs']:,} of "
             f"{part['pairs']:,} pairs differ from zero."
         )

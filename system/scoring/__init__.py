@@ -1,1 +1,1 @@
-"""How a model answers: log-likelihoods from vLLM, losses of examples, checked answers."""
+"""Scores models: log-likelihoods from vLLM, losses of examples, checks of answers."""

@@ -1,4 +1,4 @@
-"""Verifiable answers: which rows have one, how they are asked for, whether they are right."""
+"""Verifiable answers: draws rows that have one, makes prompts of them, checks generated answers."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ ANSWERS = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """What a model wrote."""
+    """Generated answers."""
 
     texts: list[str | None]
-    """One for each prompt; None where the engine failed, which says nothing of the model."""
+    """One text per prompt; None if the engine failed on it (which is no fault of the model)."""
     failures: dict[int, str]
-    """Place of such a prompt -> reason."""
+    """Position of a prompt without a text -> reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Questions:
-    """Rows with a verifiable answer, ready to be asked."""
+    """Rows with a verifiable answer, and their prompts."""
 
     rows: pa.Table
     """CORPUS schema, `answer` never null."""
@@ -49,12 +49,12 @@ class Questions:
 
 
 def ask(rows: pa.Table, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int) -> Questions:
-    """The rows' questions as prompts.
+    """Makes prompts of the rows' questions.
 
     Args:
         rows: CORPUS schema, each with an answer.
         tokenizer: with a chat template.
-        max_prompt_tokens: longer prompts keep their end.
+        max_prompt_tokens: a longer prompt keeps its last tokens.
     """
     return Questions(
         rows=rows,
@@ -79,7 +79,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def check_answers(
     questions: Questions, generated: Generated, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[pa.Table, dict[str, str]]:
-    """The ANSWERS table of what a model wrote, and id -> reason where it could not be asked."""
+    """The ANSWERS table of generated answers, and id -> reason for prompts that failed."""
     rows, rejected = [], {}
     for place, (row, prompt, output) in enumerate(
         zip(questions.rows.to_pylist(), questions.prompts, generated.texts, strict=True)
@@ -101,10 +101,10 @@ def check_answers(
 
 
 def draw_rows(corpus: Corpus, split: str, category: str, num_rows: int, seed: int) -> pa.Table:
-    """Rows that have an answer (CORPUS schema), those of smallest `sha256(seed:id)`."""
-    found: list[tuple[int, str]] = []
+    """Draws rows that have an answer (CORPUS schema): those with the smallest `sha256(seed:id)`."""
+    ranked: list[tuple[int, str]] = []
     for table in corpus.iter_tables(split, category, ["id", "answer"]):
         kept = table.filter(table.column("answer").is_valid())
-        found += [(seeded_rank(seed, name), name) for name in kept.column("id").to_pylist()]
-    first = heapq.nsmallest(num_rows, found)
+        ranked += [(seeded_rank(seed, name), name) for name in kept.column("id").to_pylist()]
+    first = heapq.nsmallest(num_rows, ranked)
     return corpus.rows_by_id(split, category, [name for _, name in first])

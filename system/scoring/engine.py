@@ -1,17 +1,18 @@
-"""One vLLM engine inside this process: exact log-likelihoods, constrained choice, generation.
+"""One vLLM engine in this process: exact log-likelihoods, constrained choice, generation.
 
-The engine is built once and kept; new weights of the same architecture are loaded in place.  What
-it returns is checked against transformers before it is used for the first time.
+The engine is built once; new weights of the same architecture are loaded in place.  Before its
+first use, its results are compared with those of transformers.
 
-Two ways to a prompt's log-probabilities, chosen by what the engine's runner offers:
+There are two ways to get the log-probabilities of a prompt.  The engine's model runner decides
+which one is used:
 
-* `fixed-ids`: the runner scores given token ids at given rows (no top-k, no ranks, and only rows
-  from the first response token on pay for the language-model head);
-* `flat`: log-probabilities of all prompt tokens in flat lists.
+* `fixed-ids`: the runner scores given token ids from a given position on.  It computes no top-k and
+  no ranks, and the language-model head runs only from the first response token on.
+* `flat`: the runner returns the log-probabilities of all prompt tokens in flat lists.
 
-Candidates of a constrained choice share their prompt through the prefix cache.  Positions that come
-out of the cache have no log-probability, so a row whose cached part reaches beyond the prompt is
-asked for again without the cache; the start-up test compares cached with uncached answers.
+The candidates of a constrained choice share their prompt through the prefix cache.  Positions from
+the cache have no log-probabilities.  So if the cached part of a row reaches beyond the prompt, the
+row is scored again without the cache.  The start-up test compares cached with uncached results.
 
 B = rows, K = candidates, L = tokens of a row.
 """
@@ -31,12 +32,12 @@ from system.scoring.llm import EngineSettings, read_config, repack_tied_weights,
 from system.scoring.parity import ParityTest
 
 MAX_QUARANTINED = 16
-"""Rows on which one call may see the engine fail before the engine itself is held responsible."""
+"""Largest number of rows per call on which the engine may fail; more are a broken engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
-    """A row that the engine could not score, and why."""
+    """A row that the engine could not score, and the reason."""
 
     index: int
     reason: str
@@ -44,10 +45,10 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogProbs:
-    """Log-probabilities of the tokens asked for, row by row."""
+    """Log-probabilities of the requested tokens, row by row."""
 
     rows: list[np.ndarray | None]
-    """B arrays, float64 nats; None where the row was rejected."""
+    """B arrays, float64 nats; None if the row was rejected."""
     rejected: tuple[Rejected, ...] = field(default=())
 
 
@@ -61,7 +62,7 @@ class Engine:
     Raises:
         ModelError: the directory cannot be loaded, or the engine's log-likelihoods differ from
             those of transformers.
-        ConfigError: the memory given to the engine does not hold one row of `max_length` tokens.
+        ConfigError: the engine has too little memory for one row of `max_length` tokens.
     """
 
     def __init__(self, model_dir: str, settings: EngineSettings) -> None:
@@ -85,12 +86,12 @@ class Engine:
     def reload(self, model_dir: str) -> None:
         """Replaces the weights by those of another directory with the same architecture.
 
-        The first reload of an engine is compared with transformers, as its start is: loading in
-        place goes through code of its own.
+        The first reload is compared with transformers, as the start is, because loading in place
+        uses different code.
 
         Raises:
-            ModelError: the directory holds no weights that fit, or the engine's log-likelihoods
-                under the new weights differ from those of transformers.
+            ModelError: the directory has no weights that fit, or the engine's log-likelihoods with
+                the new weights differ from those of transformers.
         """
         if not any(Path(model_dir).glob("*.safetensors")):
             raise ModelError(
@@ -117,13 +118,13 @@ class Engine:
     def log_probs(
         self, rows: Sequence[Sequence[int]], starts: Sequence[int], names: Sequence[str]
     ) -> LogProbs:
-        """Log-probability of every token from `starts[b]` to the end of row b, given those before.
+        """Log-probability of every token from `starts[b]` to the end of row b, given its prefix.
 
-        Rows are worked off longest first and come back in the caller's order.
+        The engine takes the longest rows first; results are in the order of the arguments.
 
         Args:
             rows: B sequences of token ids.
-            starts: first token that is asked for, at least 1: nothing predicts token 0.
+            starts: first token to score, at least 1, because nothing predicts token 0.
             names: B names of rows, for error messages.
 
         Raises:
@@ -148,7 +149,7 @@ class Engine:
             candidates: K sequences of token ids, not empty; the same for all prompts.
 
         Returns:
-            [B, K] float64, nats summed over the candidate's tokens; a row of NaN where the engine
+            [B, K] float64, nats summed over the candidate's tokens; a row of NaN if the engine
             failed on the prompt.
 
         Raises:
@@ -161,8 +162,8 @@ class Engine:
                 self._check_row(row, f"prompt {number}")
                 rows.append(row)
                 starts.append(len(prompt))
-        found = self._log_probs(rows, starts, share_prefix=True)
-        totals = np.array([np.nan if row is None else row.sum() for row in found.rows])
+        scored = self._log_probs(rows, starts, share_prefix=True)
+        totals = np.array([np.nan if row is None else row.sum() for row in scored.rows])
         totals = totals.reshape(len(prompts), len(candidates))
         totals[np.isnan(totals).any(axis=1)] = np.nan
         return totals
@@ -173,14 +174,15 @@ class Engine:
         max_new_tokens: int,
         stop_token_ids: Sequence[int] = (),
     ) -> Generated:
-        """Greedy continuations as text, special tokens left out.
+        """Generates greedy continuations as text, without special tokens.
 
-        A prompt that leaves less than `max_new_tokens` of the context gets what is left.
+        If a prompt leaves less than `max_new_tokens` of the context, its answer is limited to what
+        is left.
 
         Args:
             prompts: B sequences of token ids.
-            max_new_tokens: most tokens of an answer.
-            stop_token_ids: ids that end an answer, beside the model's own end tokens.
+            max_new_tokens: maximum tokens of an answer.
+            stop_token_ids: ids that end an answer, in addition to the model's own end tokens.
 
         Raises:
             DataError: a prompt fills the whole context.
@@ -207,6 +209,7 @@ class Engine:
                     ),
                 )
             )
+        # Longest first, so that no long row runs alone at the end.
         order = sorted(range(len(requests)), key=lambda b: -len(requests[b][0]))
         outputs, failures = self._run_all([requests[b] for b in order])
         texts: list[str | None] = [None] * len(requests)
@@ -228,26 +231,26 @@ class Engine:
             (rows[b], self._scoring_params(rows[b], starts[b], share_prefix)) for b in order
         ]
         outputs, failures = self._run_all(requests)
-        found: list[np.ndarray | None] = [None] * len(rows)
+        values_of: list[np.ndarray | None] = [None] * len(rows)
         incomplete = []
         for b, output in zip(order, outputs, strict=True):
             if output is None:
                 continue
             if share_prefix and (output.num_cached_tokens or 0) > starts[b] - 1:
-                # A block of the cache reached into what is asked for: nothing was computed there.
+                # The cache covered tokens that must be scored: they have no log-probabilities.
                 incomplete.append(b)
             else:
-                found[b] = self._values(output, len(rows[b]), starts[b])
+                values_of[b] = self._values(output, len(rows[b]), starts[b])
         rejected = {order[place]: reason for place, reason in failures.items()}
         if incomplete:
             again = self._log_probs(
                 [rows[b] for b in incomplete], [starts[b] for b in incomplete], share_prefix=False
             )
             for b, values in zip(incomplete, again.rows, strict=True):
-                found[b] = values
+                values_of[b] = values
             rejected |= {incomplete[item.index]: item.reason for item in again.rejected}
         return LogProbs(
-            rows=found,
+            rows=values_of,
             rejected=tuple(Rejected(index=b, reason=rejected[b]) for b in sorted(rejected)),
         )
 
@@ -280,9 +283,12 @@ class Engine:
     def _run_all(
         self, requests: Sequence[tuple[Sequence[int], Any]]
     ) -> tuple[list[Any | None], dict[int, str]]:
-        """Outputs in order; a request on which the engine fails is found by bisection and left out.
+        """Runs all requests; finds those on which the engine fails by bisection and skips them.
 
-        A failure ends all requests in flight, so the rest of them is run again.
+        A failure aborts all requests in flight, so each half is run again.
+
+        Returns:
+            Outputs in order, None for a failed request; position of a failed request -> reason.
         """
         outputs: list[Any | None] = [None] * len(requests)
         failures: dict[int, str] = {}
@@ -303,8 +309,8 @@ class Engine:
                 if len(failures) > MAX_QUARANTINED or len(failures) == len(requests):
                     raise StageError(
                         f"the scoring engine failed on {len(failures)} of {len(requests)} rows, "
-                        f"last with {type(error).__name__}: {error}. That many are not poisonous "
-                        "rows but a broken engine; memory is the usual cause "
+                        f"last with {type(error).__name__}: {error}. So many failures mean that "
+                        "the engine is broken, not the rows; the usual cause is memory "
                         "(cluster.engine_memory_gib, cluster.gpu_memory_utilization)."
                     ) from error
         return outputs, failures
@@ -329,7 +335,7 @@ class Engine:
         low, high = min(row), max(row)
         if low < 0 or high >= self.vocab_size:
             raise DataError(
-                f"row {name} has the token {low if low < 0 else high}, but the model knows only "
+                f"row {name} has the token {low if low < 0 else high}, but the model has only "
                 f"0 to {self.vocab_size - 1}: tokenizer and model do not belong together"
             )
 
@@ -357,7 +363,7 @@ class Engine:
 
 
 def _end_tokens(tokenizer: Any, model_dir: str) -> set[int]:
-    """Ids that end an answer by the tokenizer's and the model's own word."""
+    """The end-of-sequence ids of the tokenizer and of the model's generation config."""
     from transformers import GenerationConfig
 
     ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}

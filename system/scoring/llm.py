@@ -1,4 +1,4 @@
-"""Starts vLLM inside this process: quietly, on CPU or GPU, within the memory it was given."""
+"""Starts vLLM in this process, on CPU or GPU, within a memory limit and without log output."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK_TOKENS = 32
-"""Granularity of the prefix cache; the CPU attention kernels want multiples of 32."""
+"""Tokens per block of the prefix cache; the CPU attention kernels need multiples of 32."""
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    # A row may fill the model's whole context: the one token that vLLM insists on sampling after
-    # it is never fed back, so its position is never looked up.
+    # A row may fill the whole context of the model.  vLLM always samples one more token, but this
+    # token is never fed back, so its position is not needed.
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
 }
 _CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -32,14 +32,15 @@ class EngineSettings:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: int = 1024
-    """Tokens of the longest row, what is generated included."""
+    """Tokens of the longest row, generated tokens included."""
     memory_gib: float = 1.0
-    """KV cache on CPU."""
+    """Size of the KV cache on CPU."""
     gpu_memory_utilization: float = 0.85
-    """Share of the GPU's memory; used where `use_gpu`."""
+    """Share of the GPU's memory; used only with `use_gpu`."""
     use_gpu: bool = False
     logits_memory_mib: int = 512
-    """Bound on the log-probabilities of one engine step (tokens x vocabulary, twice, float32)."""
+    """Memory limit for the log-probabilities of one engine step (tokens x vocabulary, twice,
+    float32)."""
     trust_remote_code: bool = False
     seed: int = 0
     self_test: bool = True
@@ -50,7 +51,7 @@ def read_config(model_dir: str, settings: EngineSettings) -> Any:
     """The model's transformers configuration.
 
     Raises:
-        ModelError: there is none in the directory.
+        ModelError: the directory has none.
     """
     from transformers import AutoConfig
 
@@ -68,14 +69,14 @@ def start_llm(model_dir: str, settings: EngineSettings, max_length: int, vocab_s
     """A `vllm.LLM` without tokenizer, with prefix cache, one process, no compilation on CPU.
 
     Raises:
-        ConfigError: the memory it may use does not hold one row of `max_length` tokens.
+        ConfigError: the memory limit is too small for one row of `max_length` tokens.
         ModelError: vLLM cannot serve the model.
     """
     os.environ.update(_ENVIRONMENT)
     if not settings.use_gpu:
         os.environ.update(_CPU_ENVIRONMENT)
-        # vLLM compiles one reduction (token ranks, not used here) with the C++ compiler; plain
-        # execution is faster for it and needs no compiler.
+        # vLLM would compile one reduction (token ranks, not used here), which needs a C++ compiler
+        # and is slower than plain execution.
         import torch._dynamo.config as dynamo
 
         dynamo.disable = True
@@ -114,10 +115,10 @@ def start_llm(model_dir: str, settings: EngineSettings, max_length: int, vocab_s
 
 
 def repack_tied_weights(model: torch.nn.Module) -> None:
-    """Packs again, on CPU, the layers whose weights belong to another layer.
+    """Repacks, on CPU, the layers that share their weights with another layer.
 
-    vLLM's in-place reload packs a layer anew when the checkpoint names its weights.  A head that is
-    tied to the embedding has none of its own there, so it would go on with the old packed copy.
+    vLLM's in-place reload repacks a layer if the checkpoint names its weights.  A head that is tied
+    to the embedding has no weights there, so it would keep its old packed copy.
     """
     owners: set[int] = set()
     for layer in model.modules():

@@ -1,7 +1,7 @@
-"""Does the engine compute what transformers computes?  Asked before its first answer is used.
+"""Self-test of the engine before its first use: it must compute the same as transformers.
 
-One row is longer than a block of the prefix cache and one is short; a choice that shares its prompt
-through the cache is asked for as well, and must equal the same choice without the cache.
+One test row is longer than a block of the prefix cache, one is short.  A constrained choice, whose
+candidates share their prompt through the cache, must equal the same choice without the cache.
 
 L = tokens of a row.
 """
@@ -19,15 +19,15 @@ from system.errors import ModelError
 from system.scoring.llm import BLOCK_TOKENS
 
 PARITY_NATS = {"float32": 1e-3, "bfloat16": 5e-2}
-"""Largest mean difference from transformers that is accepted, nats per token, by precision."""
+"""Largest accepted mean difference from transformers, nats per token, by precision."""
 
 
 class TestedEngine(Protocol):
-    """What the test needs of `system.scoring.engine.Engine`, whose self-test it is."""
+    """The part of `system.scoring.engine.Engine` that this test uses."""
 
     @property
     def path(self) -> str:
-        """By which of vLLM's ways it scores."""
+        """The way in which the engine gets log-probabilities."""
         ...
 
     @property
@@ -46,7 +46,7 @@ class TestedEngine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityTest:
-    """Rows, and what transformers makes of them under one set of weights."""
+    """Test rows, and their log-probabilities by transformers under one set of weights."""
 
     model_dir: str
     rows: list[list[int]]
@@ -65,7 +65,7 @@ class ParityTest:
         trust_remote_code: bool,
         seed: int,
     ) -> ParityTest:
-        """Runs transformers on seeded rows of token ids; its memory is free again afterwards.
+        """Runs transformers on seeded rows of token ids and frees its memory again.
 
         Raises:
             ModelError: transformers cannot load the directory.
@@ -82,14 +82,14 @@ class ParityTest:
         return cls(model_dir=model_dir, rows=rows, expected=expected, limit=PARITY_NATS[dtype])
 
     def check(self, engine: TestedEngine) -> None:
-        """Compares the engine's answers.
+        """Compares the engine with transformers.
 
         Raises:
             ModelError: they differ by more than the limit.
         """
         names = [f"self-test row {number}" for number in range(len(self.rows))]
-        found = engine.log_probs(self.rows, [1] * len(self.rows), names)
-        for name, values, expected in zip(names, found.rows, self.expected, strict=True):
+        scored = engine.log_probs(self.rows, [1] * len(self.rows), names)
+        for name, values, expected in zip(names, scored.rows, self.expected, strict=True):
             self._compare(engine, name, values, expected)
         prompt = self.rows[0][: engine.max_length - 2]
         candidates = [self.rows[1][-1:], self.rows[1][-2:]]

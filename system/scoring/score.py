@@ -1,6 +1,6 @@
-"""How much a model likes the held-out responses: token log-probabilities to losses of examples.
+"""Losses of held-out examples from the log-probabilities of their response tokens.
 
-The mask decides which tokens count; token 0 never does, because nothing predicts it.
+The response mask decides which tokens count.  Token 0 never counts, because nothing predicts it.
 
 L = tokens of a row.
 """
@@ -19,17 +19,17 @@ from system.scoring.engine import Engine
 from system.scoring.parity import token_log_probs
 
 NOT_FINITE = "log-likelihood is not finite"
-"""Reason under which a row is rejected whose loss is NaN or infinite."""
+"""Reject reason of a row whose loss is NaN or infinite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """What one model makes of a table of rows."""
+    """The scores of a table of rows under one model."""
 
     table: pa.Table
-    """SCORES, in the order of the rows scored, without the rejected ones."""
+    """SCORES, in the order of the rows, without the rejected ones."""
     rejected: dict[str, str]
-    """id -> reason, for rows that could not be scored."""
+    """id of a row that could not be scored -> reason."""
 
 
 def score_tokens(engine: Engine, tokens: pa.Table) -> Scored:
@@ -41,15 +41,15 @@ def score_tokens(engine: Engine, tokens: pa.Table) -> Scored:
 
     Raises:
         DataError: a row is longer than the model's context or has no response token.
-        StageError: no row at all has a finite loss, so the weights themselves are broken.
+        StageError: no row has a finite loss, so the weights are broken.
     """
     rows, masks = _rows(schema.check_table(tokens, schema.TOKENS, "rows to score"))
     ids = tokens.column("id").to_pylist()
     starts = [_first_scored(mask, name) for mask, name in zip(masks, ids, strict=True)]
-    found = engine.log_probs(rows, starts, ids)
-    rejected = {ids[item.index]: item.reason for item in found.rejected}
+    scored = engine.log_probs(rows, starts, ids)
+    rejected = {ids[item.index]: item.reason for item in scored.rejected}
     nll = np.full(len(rows), np.nan)
-    for b, values in enumerate(found.rows):
+    for b, values in enumerate(scored.rows):
         if values is None:
             continue
         nll[b] = -float(values[masks[b][starts[b] :]].sum())
@@ -65,7 +65,7 @@ def score_tokens(engine: Engine, tokens: pa.Table) -> Scored:
 
 
 def score_reference(model: Any, tokens: pa.Table) -> Scored:
-    """The same with transformers, one row at a time: the oracle that the engine is held to.
+    """The same with transformers, one row at a time: the reference for tests of the engine.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.

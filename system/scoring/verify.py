@@ -1,4 +1,4 @@
-"""Is a generated answer the expected one?  Normalised exact match, numbers compared as numbers."""
+"""Checks generated answers: normalised exact match; numbers are compared as numbers."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ _WRAPPERS = "\"'`*_“”‘’"
 
 
 def extract_answer(text: str, pattern: str | None) -> str | None:
-    """The final answer in a response.
+    """Extracts the final answer from a response.
 
     Args:
         text: the response.
-        pattern: regular expression with one group; its last match counts, because models may
-            restate earlier results on the way.  None: the whole response is the answer.
+        pattern: regular expression with one group; the last match counts, because a model may
+            state intermediate results first.  None: the whole response is the answer.
 
     Returns:
-        The answer without surrounding white space, or None where the pattern does not match.
+        The answer without surrounding white space, or None if the pattern does not match.
     """
     if pattern is None:
         return text.strip()
-    found = None
+    answer = None
     for match in re.finditer(pattern, text, flags=re.MULTILINE):
-        found = match.group(1)
-    return None if found is None else found.strip()
+        answer = match.group(1)
+    return None if answer is None else answer.strip()
 
 
 def normalise_answer(answer: str) -> str:
-    """An answer in lower case, without extra blanks, quotes, emphasis or final full stop."""
+    """The answer in lower case, without extra blanks, quotes, emphasis or final full stop."""
     text = " ".join(unicodedata.normalize("NFKC", answer).casefold().split())
     while text and (text[0] in _WRAPPERS or text[-1] in _WRAPPERS or text[-1] == "."):
         shorter = text.strip(_WRAPPERS).removesuffix(".").strip()
@@ -42,7 +42,7 @@ def normalise_answer(answer: str) -> str:
 
 
 def read_number(answer: str) -> Decimal | None:
-    """The number that the whole answer is, thousands separators and currency sign aside."""
+    """The answer as a number, without separators and currency sign; None if it is none."""
     text = normalise_answer(answer)
     sign = text[:1] if text[:1] in ("-", "+") else ""
     text = sign + text[len(sign) :].strip(_CURRENCY + " ")
@@ -57,15 +57,15 @@ def read_number(answer: str) -> Decimal | None:
 def is_correct(output: str, expected: str, pattern: str | None) -> bool:
     """Whether a response gives the expected answer.
 
-    An expected answer that is itself written as a response (it matches the pattern) is reduced to
-    its final answer first.
+    If the expected answer is itself a whole response (it matches the pattern), its final answer is
+    extracted first.
     """
-    found = extract_answer(output, pattern)
-    if found is None:
+    answer = extract_answer(output, pattern)
+    if answer is None:
         return False
-    wanted = extract_answer(expected, pattern) if pattern is not None else expected
-    wanted = expected if wanted is None else wanted
-    left, right = read_number(found), read_number(wanted)
+    reference = extract_answer(expected, pattern) if pattern is not None else expected
+    reference = expected if reference is None else reference
+    left, right = read_number(answer), read_number(reference)
     if left is not None and right is not None:
         return left == right
-    return normalise_answer(found) == normalise_answer(wanted)
+    return normalise_answer(answer) == normalise_answer(reference)

@@ -1,4 +1,4 @@
-"""Dependency taxonomy: which categories stand on which, learned from the effect matrix."""
+"""Dependency taxonomy: which categories depend on which, estimated from the effect matrix."""
 
 from system.taxonomy.estimate import estimate_taxonomy
 from system.taxonomy.records import Edge, Taxonomy

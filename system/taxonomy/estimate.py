@@ -1,29 +1,30 @@
-"""From effects with errors to a dependency graph: tests, weights, levels, bootstrap.
+"""Estimates the dependency graph from effects with errors: tests, weights, levels, bootstrap.
 
 Legend of shape suffixes: R replications, T target (measured on), S source (trained on); both axes
-hold the same categories in the same order.  `[i, j]` speaks of "i depends on j".
+have the same categories in the same order.  Entry `[i, j]` stands for "i depends on j".
 
-i depends on j when both hold:
+i depends on j if both conditions hold:
 
 - *help*: `effect[i, j] > smallest_effect`, one-sided t test (normal where the degrees of
   freedom are infinite);
 - *asymmetry*: `d[i, j] = effect[i, j] - effect[j, i] > 0`, one-sided t test with
   `se(d)^2 = se_ij^2 + se_ji^2 - 2 rho se_ij se_ji` and Welch-Satterthwaite degrees of freedom.
-  rho, one number for the whole matrix, is how the errors of the two directions go together
-  over replications; 0 where there are none.  With `asymmetry_unit="gamma"` the two effects are
-  first divided by their targets' own effects (`effect[i, j] / effect[i, i]`, errors by the
-  delta method): fair where some targets are easier to move than others, but defined only where
+  rho, one number for the whole matrix, is the correlation of the errors of the two directions over
+  replications; 0 without replications.  With `asymmetry_unit="gamma"` the two effects are first
+  divided by the own effects of their targets (`effect[i, j] / effect[i, i]`, errors by the delta
+  method).  This is fairer if some targets are easier to move than others, but it is defined only if
   both own effects are positive and identifiable.
 
-The larger of the two p-values tests "both hold" at its level (intersection-union test).
-Benjamini-Hochberg over all tested ordered pairs bounds the expected share of false edges.
-An edge weighs `d * z^2 / (1 + z^2)`, `z = d / se(d)`: the asymmetry, shrunk by its error.  The
-acyclic subgraph of largest weight is kept; levels are longest paths in it.
+The larger of the two p-values tests both conditions at once (intersection-union test).
+Benjamini-Hochberg (J. R. Statist. Soc. B 57, 1995) over all tested ordered pairs limits the
+expected share of false edges.  The weight of an edge is `d * z^2 / (1 + z^2)` with `z = d / se(d)`:
+the asymmetry, shrunk by its error.  The acyclic subgraph of largest weight is kept; the level of a
+category is the length of its longest path in it.
 
-Stability of an edge is the share of bootstrap draws in whose (locally searched) acyclic graph
-it stands.  Draws are normal around the effects with the given errors; with replications, what
-these show of the errors keeps its correlations (see `draw_effects`).  A draw adds the noise a
-second time, so stabilities err on the low side.
+The stability of an edge is the share of bootstrap draws whose acyclic graph (found by local search)
+has the edge.  Draws are normal around the effects with the given errors; with replications they
+keep the correlations that these show (see `draw_effects`).  A draw adds the noise a second time,
+so stabilities are rather too low than too high.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from system.taxonomy.dependence import (
     PairTests,
     direction_correlation,
     draw_effects,
+    read_table,
 )
-from system.taxonomy.inputs import read_table
 from system.taxonomy.ordering import acyclic_subgraph, longest_paths, transitive_reduction
 from system.taxonomy.records import AsymmetryUnit, Edge, Taxonomy
 
@@ -62,31 +63,31 @@ def estimate_taxonomy(
     exact_limit: int = 40,
     node_limit: int = 500,
 ) -> Taxonomy:
-    """Finds which categories depend on which, and the levels that follow.
+    """Finds which categories depend on which, and the levels that follow from it.
 
-    The rules stand at the head of this module.
+    The module docstring describes the rules.
 
     Args:
         categories: names, in the order of both axes.
         effect_TS: [T, S] float64, nats per response token per unit of data; positive = helps.
         effect_se_TS: [T, S] standard errors, same unit, >= 0 (0 = known exactly).
-        effect_RTS: [R, T, S] effects of the single replications, if there are any.
-        degrees_of_freedom: behind the errors; one number or [T, S].
+        effect_RTS: [R, T, S] effects of each replication, if there are any.
+        degrees_of_freedom: of the standard errors; one number or [T, S].
         identifiable: [T, S] bool, entries that may be used; a pair needs both directions.
         false_discovery_rate: between 0 and 1, exclusive.
         asymmetry_unit: `nats` or `gamma`.
-        smallest_effect: nats; helping less than this is no dependency.
-        num_bootstrap: draws; 0 = no stabilities.
+        smallest_effect: nats; a smaller help is not a dependency.
+        num_bootstrap: number of draws; 0 = no stabilities.
         seed: of the draws.
-        exact_limit: clusters of mutually reachable categories up to this size are solved exactly.
-        node_limit: branch-and-bound nodes a cluster may take.
+        exact_limit: largest cluster of mutually reachable categories that is solved exactly.
+        node_limit: largest number of branch-and-bound nodes per cluster.
 
     Returns:
-        the taxonomy.  No significant pair is an answer: no edges, all categories on level 0.
+        The taxonomy.  Without a significant pair it has no edges, and all levels are 0.
 
     Raises:
-        DataError: arrays that do not fit the categories, or usable entries that are not finite.
-        ConfigError: a setting out of range.
+        DataError: arrays do not fit the categories, or usable entries are not finite.
+        ConfigError: a setting is out of range.
     """
     _check_settings(false_discovery_rate, asymmetry_unit, num_bootstrap)
     table = read_table(

@@ -1,9 +1,10 @@
-"""The linear-ordering problem as an integer program in HiGHS, with lazy cycle constraints.
+"""Solves the linear-ordering problem as an integer program in HiGHS with lazy cycle constraints.
 
-One variable `x[a, b]` for each pair a < b, 1 where a comes before b.  Such a choice is a linear
-order exactly when no triple a < b < c runs in a circle: `0 <= x_ab + x_bc - x_ac <= 1`.  Few of the
-many triples ever matter, so they are added when violated: first to the linear relaxation, whose
-optimum is the bound and is often a linear order already; then between branch-and-bound runs.
+There is one variable `x[a, b]` for each pair a < b; it is 1 if a comes before b.  The variables
+form a linear order exactly if no triple a < b < c is a cycle: `0 <= x_ab + x_bc - x_ac <= 1`.  Few
+of the many triples ever matter, so they are added when violated: first to the linear relaxation,
+whose optimum is an upper bound and often a linear order already; then between branch-and-bound
+runs.
 
 Source: Groetschel, Juenger and Reinelt, "A cutting plane algorithm for the linear ordering
 problem", Operations Research 32 (1984).
@@ -28,17 +29,18 @@ def solve_milp(gain: np.ndarray, start: np.ndarray, node_limit: int) -> tuple[np
     """The best linear order and an upper bound on its value.
 
     Args:
-        gain: [n, n] float64 >= 0, `gain[a, b]` is won where a comes before b.
-        start: a good order, returned as it is where nothing better is found.
-        node_limit: branch-and-bound nodes, over all runs.
+        gain: [n, n] float64 >= 0, `gain[a, b]` is gained if a comes before b.
+        start: a good order; it is returned if no better one is found.
+        node_limit: largest number of branch-and-bound nodes, over all runs.
 
     Returns:
-        the order, and the bound, which equals its value unless the node limit was reached.
+        The order, and the bound, which equals its value unless the node limit was reached.
     """
     program = _Program(gain)
     x = program.cut_until_acyclic()
     bound = program.objective
     start_value = program.value(start)
+    # An integer optimum of the relaxation is a linear order: no search is needed.
     if np.abs(x - np.round(x)).max() > _INTEGER:
         x, bound = program.branch(start, start_value, node_limit)
     order = start if x is None else program.order(x)
@@ -101,7 +103,7 @@ class _Program:
     def branch(
         self, start: np.ndarray, start_value: float, node_limit: int
     ) -> tuple[np.ndarray | None, float]:
-        """Integer optimum by branch and bound; x is None where the node limit left no order."""
+        """Integer optimum by branch and bound; x is None if the node limit came first."""
         num = len(self.first)
         columns = np.arange(num, dtype=np.int32)
         integer = np.full(num, int(highspy.HighsVarType.kInteger), dtype=np.uint8)
@@ -127,15 +129,16 @@ class _Program:
         status = self.solver.getModelStatus()
         if status not in _ACCEPTED:
             raise StageError(
-                "HiGHS was to end with a linear order or at its node limit, but it ended with "
-                f"status {self.solver.modelStatusToString(status)!r}; report the effects"
+                "expected that HiGHS ends with a linear order or at its node limit, found status "
+                f"{self.solver.modelStatusToString(status)!r}; report this with the effect matrix"
             )
         return np.asarray(self.solver.getSolution().col_value)
 
     def _add_violated(self, x: np.ndarray) -> bool:
+        """Adds the most violated triples as constraints; False if no triple is violated."""
         ab, bc, ac = x[self.triples].T
-        circle = ab + bc - ac
-        excess = np.where(self.is_added, 0.0, np.maximum(circle - 1.0, -circle))
+        cycle = ab + bc - ac
+        excess = np.where(self.is_added, 0.0, np.maximum(cycle - 1.0, -cycle))
         worst = np.argsort(-excess, kind="stable")[: self.cuts_a_round]
         worst = worst[excess[worst] > _VIOLATED]
         if not len(worst):
@@ -155,7 +158,7 @@ class _Program:
         return True
 
     def order(self, x: np.ndarray) -> np.ndarray:
-        """The linear order of an integer x without circles: by the number of others preceded."""
+        """The linear order of an integer x without cycles: sorted by how many others follow."""
         size = len(self.gain)
         before = np.zeros((size, size))
         before[self.first, self.second] = np.round(x)

@@ -1,12 +1,15 @@
-"""The acyclic subgraph of largest weight, and what follows from it: levels and reduction.
+"""Finds the acyclic subgraph of largest weight, its levels and its transitive reduction.
 
-An acyclic subgraph is the set of edges that agree with one linear order, so the best one comes from
-the best linear order.  Cycles live inside strongly connected clusters; every edge between clusters
-is kept, and each cluster is ordered on its own: exactly, by dynamic programming over subsets (up to
-16 categories) or as a linear-ordering MILP (up to `exact_limit`), else by local search and a bound.
+An acyclic subgraph is a set of edges that agree with one linear order, so the best subgraph follows
+from the best linear order.  Cycles exist only inside strongly connected clusters.  So all edges
+between clusters are kept, and each cluster is ordered alone:
 
-Convention: `weight[i, j] > 0` says that i depends on j, so j comes first.
-Inside this module `gain[a, b]` is the weight won by putting a before b: the transpose.
+- up to 16 categories: exactly, by dynamic programming over subsets;
+- up to `exact_limit`: exactly, as a linear-ordering MILP;
+- beyond: by local search, with an upper bound.
+
+Convention: `weight[i, j] > 0` means that i depends on j, so j comes first.
+In this module `gain[a, b]` is the weight gained by putting a before b: the transpose.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ NUM_KICKS = 300
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AcyclicSubgraph:
-    """Edges kept, their weight, and a proved upper bound on any acyclic subgraph's weight."""
+    """The kept edges, their weight, and a proved upper bound on the weight of any subgraph."""
 
     kept: np.ndarray
     """[T, S] bool."""
@@ -39,16 +42,16 @@ def acyclic_subgraph(
 ) -> AcyclicSubgraph:
     """The acyclic subgraph of largest weight of a graph with weights >= 0 ([T, S] float64).
 
-    Ties go to the order that comes first in category order (exactly so up to 16 categories in a
-    cluster; beyond, the solver's deterministic choice).  Limits are sizes and branch-and-bound
-    nodes, never seconds, so a slow machine gives the same answer.
+    Of equal orders the first in category order is chosen (for clusters of up to 16 categories;
+    beyond, the solver's deterministic choice).  Limits are sizes and branch-and-bound nodes, never
+    seconds, so a slow machine gives the same answer.
 
     Args:
         weight: 0 = no edge.
         exact_limit: largest cluster that is solved exactly.
-        node_limit: branch-and-bound nodes per cluster; past it the best order found is returned
-            with the gap that was left.
-        is_draft: local search only, without a bound: what the bootstrap uses.
+        node_limit: largest number of branch-and-bound nodes per cluster; at the limit the best
+            order so far is returned with its gap.
+        is_draft: local search alone, without a bound (for the bootstrap).
     """
     kept = weight > 0
     num_clusters, label = connected_components(kept, directed=True, connection="strong")
@@ -98,11 +101,11 @@ def order_value(gain: np.ndarray, order: np.ndarray) -> float:
 
 
 def best_order(gain: np.ndarray) -> np.ndarray:
-    """The best linear order, and among equals the first in category order.
+    """The best linear order; of equal ones the first in category order.
 
-    Dynamic programming over subsets (as Held and Karp): `rest[S]` is the most that the categories
-    outside S can still win, given that those in S come before them.  Walking forward from the empty
-    set and always taking the first category that attains `rest` breaks ties.
+    Dynamic programming over subsets (as Held and Karp): `rest[S]` is the largest gain that the
+    categories outside S can still add if those in S come first.  The order is then read forwards
+    from the empty set; taking the first category that attains `rest` breaks ties.
     """
     size = len(gain)
     subsets = np.arange(1 << size)
@@ -133,9 +136,10 @@ def best_order(gain: np.ndarray) -> np.ndarray:
 def local_search(gain: np.ndarray, *, num_kicks: int) -> np.ndarray:
     """A good linear order: Becker's quotients, then insertions, then seeded kicks.
 
-    Becker: put first the category with the largest ratio of what it wins by preceding the rest to
-    what the rest wins by preceding it.  Insertion: move one category anywhere, best move first,
-    until none helps.  A kick moves a few at random and searches again; better orders are kept.
+    Becker: the first category is the one with the largest ratio of its gain from preceding the rest
+    to the gain of the rest from preceding it.  Insertion: move one category to another position,
+    best move first, until no move improves.  Kick: move a few categories at random and search
+    again; better orders are kept.
     """
     size = len(gain)
     best = _insertions(gain, _becker(gain))
@@ -145,10 +149,10 @@ def local_search(gain: np.ndarray, *, num_kicks: int) -> np.ndarray:
         kicked = best.tolist()
         for _ in range(max(3, size // 10)):
             kicked.insert(int(generator.integers(size)), kicked.pop(int(generator.integers(size))))
-        found = _insertions(gain, np.array(kicked))
-        value = order_value(gain, found)
+        candidate = _insertions(gain, np.array(kicked))
+        value = order_value(gain, candidate)
         if value > best_value + 1e-12 * (1.0 + best_value):
-            best, best_value = found, value
+            best, best_value = candidate, value
     return best
 
 
@@ -170,7 +174,7 @@ def _insertions(gain: np.ndarray, order: np.ndarray) -> np.ndarray:
     tolerance = 1e-12 * (1.0 + gain.sum())
     while True:
         ordered = gain[np.ix_(order, order)]
-        # reach[p, q]: what p wins by standing before everyone up to place q, net of the reverse.
+        # reach[p, q]: net gain of the category at p from preceding all those up to position q.
         reach = np.cumsum(ordered - ordered.T, axis=1)
         own = np.diagonal(reach)[:, None]
         earlier = own - np.pad(reach, ((0, 0), (1, 0)))[:, :-1]
@@ -183,7 +187,7 @@ def _insertions(gain: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def longest_paths(kept_TS: np.ndarray) -> np.ndarray:
-    """[S] int, per category the edges on its longest chain of sources; 0 where it has none."""
+    """[S] int: number of edges on the longest chain of sources below each category; 0 = base."""
     level_S = np.zeros(len(kept_TS), dtype=np.int64)
     for _ in range(len(kept_TS)):
         above_S = np.where(kept_TS, level_S[None, :] + 1, 0).max(axis=1, initial=0)
@@ -194,7 +198,7 @@ def longest_paths(kept_TS: np.ndarray) -> np.ndarray:
 
 
 def transitive_reduction(kept_TS: np.ndarray) -> np.ndarray:
-    """[T, S] bool: the edges of an acyclic graph that no longer path implies."""
+    """[T, S] bool: the edges of an acyclic graph that are not implied by a longer path."""
     reach = kept_TS.copy()
     num_steps = 1
     while num_steps < len(kept_TS):

@@ -38,7 +38,7 @@ from influence_judge import judge, median_interval, split_ranks
 from influence_worlds import World, planted, real
 
 from system.config import InfluenceConfig
-from system.influence.design.design import Design, Unit
+from system.influence.design.design import Design, InterventionRun
 from system.influence.design.heldout import draw_targets, seeded_draw
 from system.influence.design.interventions import (
     Schedule,
@@ -168,20 +168,20 @@ class Bench:
     def _trainings(self, work: Experiment) -> tuple[dict[str, pa.Table], int, int]:
         scores, tokens = {}, 0
         checkpoint, warm_uri = str(self.folder / "checkpoint"), str(self.folder / "warm")
-        for unit in work.design.units:
-            plan = work.schedule.warm if unit.kind == "warm" else work.schedule.plan
+        for run in work.design.all_runs:
+            plan = work.schedule.warm if run.kind == "warm" else work.schedule.plan
             assert plan is not None
-            is_branch = work.config.estimator == "branch" and unit.kind != "warm"
+            is_branch = work.config.estimator == "branch" and run.kind != "warm"
             # A start is kept in memory by its name: replications need names of their own.
             start = f"{warm_uri}-{work.schedule.replication.seed}"
-            mask = active_rows(plan, unit, work.design)
+            mask = active_rows(plan, run, work.design)
             stats = self.proxy.tune(plan, mask, work.settings, start if is_branch else None)
             tokens += stats.trained_tokens
-            if unit.kind == "warm":
+            if run.kind == "warm":
                 self.proxy.save(start)
                 continue
             self.proxy.save(checkpoint)
-            scores[unit.name] = score_reference(load_model(checkpoint), work.heldout).table
+            scores[run.name] = score_reference(load_model(checkpoint), work.heldout).table
         return scores, tokens, len(scores) * num_tokens(work.heldout)
 
     def _gradients(self, work: Experiment) -> tuple[dict[str, pa.Table], int, int]:
@@ -192,16 +192,16 @@ class Bench:
         stats = warm_up(self.proxy.restored(), work.schedule.warm, work.settings, parts, folder)
         tables, tokens = {}, stats.trained_tokens
         for part in range(parts):
-            unit = Unit(replication=0, kind="gradient", source=part)
+            run = InterventionRun(replication=0, kind="gradient", source=part)
             found = differentiate(
                 self.proxy.restored(),
                 work.schedule.plan,
-                gradient_task(work.schedule.plan, work.design, unit, work.config.projection_dim),
+                gradient_task(work.schedule.plan, work.design, run, work.config.projection_dim),
                 work.heldout,
                 work.settings,
                 checkpoint_path(folder, part),
             )
-            tables[unit.name] = gradients_table(work.heldout, found)[0]
+            tables[run.name] = gradients_table(work.heldout, found)[0]
             tokens += found.num_tokens
         return predicted_scores(work.design, tables), tokens, 0
 

@@ -17,7 +17,7 @@ from actors.influence.intervention_runner import InterventionRunner
 from actors.stage import StageResult
 from system import storage
 from system.influence.design.design import Design
-from system.influence.design.random_design import enough_runs
+from system.influence.design.random_design import runs_needed
 from system.influence.estimate.matrix import EffectMatrix
 from system.influence.measure.score_parts import ScorePart
 from system.models.base import load_model
@@ -92,14 +92,14 @@ def test_a_checkpoint_that_is_scored_in_parts_has_the_same_scores(world, finishe
     for pool in ("scorer", "tuner"):
         world.cluster.close_pool(pool)
     first = kept.copy()
-    assert len({part.unit for part in first}) == 1, "a checkpoint's parts come one after the other"
+    assert len({part.run for part in first}) == 1, "a checkpoint's parts come one after the other"
     assert len(list(world.path("parts", "parts").rglob("*.parquet"))) == 2
     world.run("parts")
     rows = storage.read_table(str(world.path("parts", "heldout.arrow"))).num_rows
-    units = {part.unit for part in kept}
-    assert len(units) == 2 * 4
-    for unit in units:
-        spans = sorted((p.rows.start, p.rows.stop) for p in kept if p.unit == unit)
+    runs = {part.run for part in kept}
+    assert len(runs) == 2 * 4
+    for run in runs:
+        spans = sorted((p.rows.start, p.rows.stop) for p in kept if p.run == run)
         assert len(spans) > 1 and len(set(spans)) == len(spans), "no part is scored twice"
         assert (spans[0][0], spans[-1][1]) == (0, rows)
     assert not list(world.path("parts", "parts").rglob("*.parquet"))
@@ -168,7 +168,7 @@ def test_branch_measures_both_directions_from_a_shared_warm_up(world):
         assert np.isfinite(matrix(world, "branch", direction).effect_TS).all()
     kept = {path.name for path in world.path("branch", "checkpoints").iterdir()}
     design = Design.from_json(storage.read_json(str(world.path("branch", "design.json"))), "d")
-    assert kept == {unit.name for unit in design.units}
+    assert kept == {run.name for run in design.all_runs}
 
 
 def test_scores_are_those_of_the_kept_checkpoint(world):
@@ -190,7 +190,7 @@ def test_scores_are_those_of_the_kept_checkpoint(world):
 def test_random_design_gives_every_effect_from_every_run(world):
     """As many runs as the weighing design asks for."""
     result = world.run("design", estimator="random-design", directions=("add", "remove"))
-    assert result.counts["runs"] == 2 * 2 * enough_runs(len(TASKS))
+    assert result.counts["runs"] == 2 * 2 * runs_needed(len(TASKS))
     for direction in ("add", "remove"):
         found = matrix(world, "design", direction)
         assert np.isfinite(found.effect_TS).all() and (found.effect_se_TS > 0).all()

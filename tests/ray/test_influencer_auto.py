@@ -11,7 +11,7 @@ from influencer_world import Killed, StopsAfter, Trainings, World, matrix
 
 from system import storage
 from system.influence.design.design import Design
-from system.influence.design.random_design import enough_runs
+from system.influence.design.random_design import runs_needed
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -25,15 +25,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def test_auto_measures_in_rounds_until_the_mix_would_not_change(world):
     """A third round where two say too little, none where the user asks for less; killed in it."""
-    runs = 2 * enough_runs(len(TASKS))
+    runs = 2 * runs_needed(len(TASKS))
     strict = {"designs": ("random-design",), "regret": 0.0, "max_replications": 3}
     result = world.run("auto", estimator="auto", auto=strict)
-    assert result.counts["runs"] == 3 * enough_runs(len(TASKS))
+    assert result.counts["runs"] == 3 * runs_needed(len(TASKS))
     assert "auto.max_replications 3 reached" in result.lines[0]
     summary = storage.read_json(str(world.path("auto", "summary.json")))
     assert [item["replications"] for item in summary["rounds"]["rounds"]] == [2, 3]
     design = Design.from_json(storage.read_json(str(world.path("auto", "design.json"))), "d")
-    assert len(design.replications) == 3 and len(design.units) == result.counts["runs"]
+    assert len(design.replications) == 3 and len(design.all_runs) == result.counts["runs"]
 
     with pytest.raises(Killed):
         world.run("auto-killed", StopsAfter(runs + 2), estimator="auto", auto=strict)
@@ -52,7 +52,7 @@ def test_auto_measures_in_rounds_until_the_mix_would_not_change(world):
 def test_the_design_whose_error_costs_least_goes_on_with_the_runs_of_its_trial(world):
     """Both designs make a first round, once; a driver that dies in it repeats no run."""
     auto = {"designs": ("branch", "random-design"), "regret": 10.0, "max_replications": 3}
-    first = {"branch": 2 * (1 + len(TASKS)), "random-design": 2 * enough_runs(len(TASKS))}
+    first = {"branch": 2 * (1 + len(TASKS)), "random-design": 2 * runs_needed(len(TASKS))}
     result = world.run("choice", estimator="auto", auto=auto)
     trials = storage.read_json(str(world.path("choice", "trial.json")))
     assert [trial["design"] for trial in trials] == ["branch", "random-design"]

@@ -25,7 +25,7 @@ from system import storage
 from system.config import SourceConfig
 from system.data.corpus import Corpus
 from system.examples.planted import planted_world
-from system.influence.append.earlier import APPENDS_TO, Earlier
+from system.influence.append.earlier import APPENDS_TO, EarlierResult
 from system.influence.design.design import Design
 from system.influence.design.interventions import active_rows
 from system.influence.estimate.matrix import EffectMatrix
@@ -98,22 +98,22 @@ class Grown(Run):
     def make_up(self, context: StageContext, design: Design) -> None:
         """Training records with the tokens that the masks leave, and losses by hash."""
         heldout = storage.read_table(storage.join(context.attempt, "heldout.arrow"))
-        for unit in design.units:
-            kind = unit.kind if unit.kind in ("append", "warm") else "main"
-            uri = storage.join(context.attempt, "plans", f"r{unit.replication:02d}-{kind}.arrow")
+        for run in design.all_runs:
+            kind = run.kind if run.kind in ("append", "warm") else "main"
+            uri = storage.join(context.attempt, "plans", f"r{run.replication:02d}-{kind}.arrow")
             plan = read_plan(uri)
-            rows = np.flatnonzero(active_rows(plan, unit, design))
+            rows = np.flatnonzero(active_rows(plan, run, design))
             tokens = int(plan.lengths(rows).sum())
             value = {"trained_tokens": tokens, "seconds": 1.0, "first_loss": 2.0, "last_loss": 1.0}
-            storage.write_json(storage.join(context.attempt, "units", f"{unit.name}.json"), value)
-            name = design.sources[unit.source] if unit.source >= 0 else ""
-            table = made_up_scores(heldout, f"{unit.replication} {unit.kind} {name}")
-            uri = storage.join(context.attempt, "scores", f"{unit.name}.parquet")
-            if unit.kind != "warm":
+            storage.write_json(storage.join(context.attempt, "units", f"{run.name}.json"), value)
+            name = design.sources[run.source] if run.source >= 0 else ""
+            table = made_up_scores(heldout, f"{run.replication} {run.kind} {name}")
+            uri = storage.join(context.attempt, "scores", f"{run.name}.parquet")
+            if run.kind != "warm":
                 storage.write_table(uri, table)
 
-    def earlier(self) -> Earlier:
-        return Earlier(RunDir(self.config.run_dir).stage_uri("influence"), self.first)
+    def earlier(self) -> EarlierResult:
+        return EarlierResult(RunDir(self.config.run_dir).stage_uri("influence"), self.first)
 
     def corpus(self) -> Corpus:
         return Corpus.open(self.output("tag", "manifest"))

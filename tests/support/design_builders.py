@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from system.config import InfluenceConfig
-from system.influence.design.design import Target, Unit
+from system.influence.design.design import InterventionRun, Target
 from system.influence.design.interventions import (
     active_rows,
     assemble_design,
@@ -70,4 +70,4 @@ def active_ids(made, unit):
 
 
 def unit(kind, source=-1):
-    return Unit(replication=0, kind=kind, source=source)
+    return InterventionRun(replication=0, kind=kind, source=source)

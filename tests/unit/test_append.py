@@ -20,15 +20,15 @@ from append_corpus import (
 from influence_corpus import TASKS, build_inputs, influence_config
 from ingest_builders import write_lines
 
-from actors.influence.appender import Appending
+from actors.influence.appender import AppendRunner
 from actors.pipeline import stage_inputs
 from system import storage
 from system.data.corpus import Corpus
 from system.data.lengths import SeededLengths
-from system.influence.append.append import earlier_unit, extend_plan
+from system.influence.append.append import earlier_run, extend_plan
 from system.influence.append.append_cost import append_cost
-from system.influence.append.earlier import APPENDS_TO, Earlier
-from system.influence.design.design import Design, Unit
+from system.influence.append.earlier import APPENDS_TO, EarlierResult
+from system.influence.design.design import Design, InterventionRun
 from system.influence.design.heldout import seeded_draw
 from system.influence.design.interventions import active_rows, plan_replication
 from system.influence.estimate.matrix import EffectMatrix
@@ -57,13 +57,13 @@ def appended(grown: Grown) -> str:
 def test_a_new_category_has_one_run_a_replication_and_the_old_ones_keep_theirs(grown, appended):
     design, before = design_at(appended), grown.earlier().design
     assert design.sources == tuple(sorted((*TASKS, FOURTH)))
-    assert len(design.units) == len(before.units) + len(before.replications)
-    assert design.units == design.runs
+    assert len(design.all_runs) == len(before.all_runs) + len(before.replications)
+    assert design.all_runs == design.runs
     place = design.sources.index(FOURTH)
-    new = [unit for unit in design.units if earlier_unit(design, before, unit) is None]
-    assert new == [Unit(replication=k, kind="append", source=place) for k in range(2)]
-    known = {earlier_unit(design, before, unit) for unit in design.units} - {None}
-    assert known == set(before.units)
+    new = [unit for unit in design.all_runs if earlier_run(design, before, unit) is None]
+    assert new == [InterventionRun(replication=k, kind="append", source=place) for k in range(2)]
+    known = {earlier_run(design, before, unit) for unit in design.all_runs} - {None}
+    assert known == set(before.all_runs)
     assert Design.from_json(design.to_json(), "json") == design
 
 
@@ -93,13 +93,16 @@ def test_an_extended_schedule_keeps_its_steps_rows_and_denominators(grown, appen
         assert kept == main.table.column(column).to_pylist()
     steps = plan.table.column("step").to_numpy()[stage == APPENDED]
     assert np.bincount(steps, minlength=plan.num_steps).max() <= -(-32 // plan.num_steps) + 1
-    unit = Unit(replication=0, kind="append", source=design.sources.index(FOURTH))
+    unit = InterventionRun(replication=0, kind="append", source=design.sources.index(FOURTH))
     active = active_rows(plan, unit, design)
-    reference = active_rows(plan, Unit(replication=0, kind="reference", source=-1), design)
+    reference = active_rows(
+        plan, InterventionRun(replication=0, kind="reference", source=-1), design
+    )
     gained = plan.table.filter(pa.array(active & ~reference))
     assert set(gained.column("category").to_pylist()) == {FOURTH} and gained.num_rows == 32
     np.testing.assert_array_equal(
-        reference[old], active_rows(main, Unit(replication=0, kind="reference", source=-1), design)
+        reference[old],
+        active_rows(main, InterventionRun(replication=0, kind="reference", source=-1), design),
     )
 
 
@@ -211,11 +214,11 @@ def test_appends_follow_each_other(tmp_path):
     assert steps[0] == steps[1]
     # Weights kept by the first attempt are found through the second.
     place = design_at(second).sources.index("size")
-    unit = Unit(replication=0, kind="remove", source=place)
+    unit = InterventionRun(replication=0, kind="remove", source=place)
     folder = Path(run.earlier().uri, "checkpoints", f"r00-remove-{sorted(TASKS).index('size'):03d}")
-    assert Earlier(attempts, Path(second).name).checkpoint(unit) is None
+    assert EarlierResult(attempts, Path(second).name).checkpoint(unit) is None
     folder.mkdir(parents=True)
-    assert Earlier(attempts, Path(second).name).checkpoint(unit) == str(folder)
+    assert EarlierResult(attempts, Path(second).name).checkpoint(unit) == str(folder)
 
 
 def appended_ids(uri: str, category: str) -> list[set[str]]:
@@ -225,11 +228,15 @@ def appended_ids(uri: str, category: str) -> list[set[str]]:
     for index in range(2):
         path = storage.join(uri, "plans", f"r{index:02d}-append.arrow")
         plan = read_plan(path)
-        reference = active_rows(plan, Unit(replication=index, kind="reference", source=-1), design)
+        reference = active_rows(
+            plan, InterventionRun(replication=index, kind="reference", source=-1), design
+        )
         active = reference
         if category in design.sources:
             place = design.sources.index(category)
-            active = active_rows(plan, Unit(replication=index, kind="append", source=place), design)
+            active = active_rows(
+                plan, InterventionRun(replication=index, kind="append", source=place), design
+            )
         rows = plan.table.filter(pa.array(active & ~reference))
         ids = rows.column("id").to_pylist()
         assert set(rows.column("category").to_pylist()) <= {category}
@@ -246,18 +253,18 @@ def test_a_retagged_appended_category_is_measured_on_its_own_dose_alone(tmp_path
     lines = (tmp_path / "data" / f"{FOURTH}.jsonl").read_bytes().splitlines()
     write_lines(tmp_path / "data" / "place-left.jsonl", lines[40:])
     run.prepare(*map(source, TASKS), source(FOURTH, "place-left"))
-    earlier = Earlier(attempts, run.records["influence"].fingerprint)
+    earlier = EarlierResult(attempts, run.records["influence"].fingerprint)
     cost = append_cost(run.config, earlier, run.corpus(), SeededLengths(run.corpus()), lambda: None)
     uri = storage.join(attempts, run.measure())
     design = design_at(uri)
     assert design.append is not None and FOURTH in design.append.stale
     assert [rows.rows[FOURTH].dose for rows in design.replications] == [32, 32]
     assert [len(ids) for ids in appended_ids(uri, FOURTH)] == [32, 32]
-    files = [storage.join(uri, "units", f"{unit.name}.json") for unit in design.units]
+    files = [storage.join(uri, "units", f"{unit.name}.json") for unit in design.all_runs]
     assert cost.trained_tokens == sum(storage.read_json(file)["trained_tokens"] for file in files)
     # What was measured is in the corpus, so the next append finds that it holds.
-    holding = Earlier(attempts, Path(uri).name).holding(run.corpus())
-    assert holding.stale == {} and holding.new == ()
+    status = EarlierResult(attempts, Path(uri).name).category_status(run.corpus())
+    assert status.stale == {} and status.new == ()
 
 
 def test_an_appended_category_may_leave_and_return(tmp_path):
@@ -283,18 +290,18 @@ def test_an_appended_category_may_leave_and_return(tmp_path):
 
 def test_scores_of_earlier_runs_are_completed_not_replaced(grown, appended):
     design = design_at(appended)
-    work = Appending(replace(grown.context(appended), appends_to=grown.first), design)
-    unit = design.units[1]
+    work = AppendRunner(replace(grown.context(appended), appends_to=grown.first), design)
+    unit = design.all_runs[1]
     assert set(work._scored_on(unit).column("category").to_pylist()) == {FOURTH}
     new = made_up_scores(work._scored_on(unit), "again")
     whole = work._complete(unit, new)
-    before = earlier_unit(design, work.earlier.design, unit)
+    before = earlier_run(design, work.earlier.design, unit)
     assert before is not None
     first = work.earlier.scores(before)
     assert whole.slice(0, first.num_rows).equals(first)
     assert whole.slice(first.num_rows).equals(new)
     assert whole.schema.metadata[b"instructmix.seconds"] == b"2.000"
-    fresh = next(unit for unit in design.units if unit.kind == "append")
+    fresh = next(unit for unit in design.all_runs if unit.kind == "append")
     assert work._scored_on(fresh).num_rows == work.heldout.num_rows
     stats = {"trained_tokens": 1, "first_loss": 2.0, "last_loss": 1.0}
     assert work._training_stats(unit, stats)["repeated"] == {"is_same": False}
@@ -311,21 +318,21 @@ def test_the_cost_of_an_append_is_that_of_its_runs(grown, appended):
         unit.name: storage.read_json(storage.join(appended, "units", f"{unit.name}.json"))[
             "trained_tokens"
         ]
-        for unit in design.units
+        for unit in design.all_runs
     }
-    assert cost.runs == cost.scorings == len(design.units)
+    assert cost.runs == cost.scorings == len(design.all_runs)
     assert cost.trained_tokens == sum(tokens.values())
     heldout = storage.read_table(storage.join(appended, "heldout.arrow")).to_pylist()
     sizes = {True: 0, False: 0}
     for row in heldout:
         sizes[row["category"] == FOURTH] += len(row["input_ids"])
-    old = len(design.units) - 2
+    old = len(design.all_runs) - 2
     assert cost.scored_tokens == old * sizes[True] + 2 * sum(sizes.values())
-    for unit in grown.earlier().design.units:
+    for unit in grown.earlier().design.all_runs:
         Path(grown.earlier().uri, "checkpoints", unit.name).mkdir(parents=True)
     kept = append_cost(*arguments)
     storage.delete(storage.join(grown.earlier().uri, "checkpoints"))
-    new = [tokens[unit.name] for unit in design.units if unit.kind == "append"]
+    new = [tokens[unit.name] for unit in design.all_runs if unit.kind == "append"]
     assert (kept.runs, kept.trained_tokens) == (2, sum(new))
     assert (kept.scorings, kept.scored_tokens) == (cost.scorings, cost.scored_tokens)
 

@@ -15,7 +15,7 @@ from append_corpus import FOURTH, Grown, source
 from influence_corpus import TASKS
 
 from actors.influence.analysis import analyse
-from actors.influence.appender import Appending
+from actors.influence.appender import AppendRunner
 from actors.influence.designer import draw_design
 from actors.influence.influencer import _trainings
 from actors.influence.intervention_runner import InterventionRunner
@@ -37,7 +37,7 @@ class Killed(BaseException):
 
 
 class Here:
-    """Trains and scores with what the actors hold, one unit after the other."""
+    """Trains and scores with what the actors hold, one run after the other."""
 
     left = 1_000
     """Scorings before the driver dies."""
@@ -47,36 +47,36 @@ class Here:
             self.context.input("model", "model"), device="cpu", trust_remote_code=False
         )
         while not ledger.is_done:
-            unit = ledger.next_to_score()
-            if unit is not None:
+            run = ledger.next_to_score()
+            if run is not None:
                 if self.left == 0:
                     raise Killed
                 self.left -= 1
                 start = time.perf_counter()
-                model = load_model(self._checkpoint(unit))
-                scored = score_reference(model, self._scored_on(unit))
-                self._keep_scores(unit, scored, time.perf_counter() - start)
-                ledger.scored(unit)
+                model = load_model(self._checkpoint(run))
+                scored = score_reference(model, self._scored_on(run))
+                self._keep_scores(run, scored, time.perf_counter() - start)
+                ledger.scored(run)
                 continue
-            unit = ledger.next_to_train()
-            assert unit is not None
-            branches = self.design.estimator == "branch" and unit.kind != "warm"
-            storage.delete(self._file("units", unit, ".json"))
-            plan = self._plan(unit)
-            start = self._warm_uri(unit) if branches else None
-            active = active_rows(plan, unit, self.design)
-            stats = proxy.tune(plan, active, self._settings(unit), start)
-            proxy.save(self._file("checkpoints", unit))
-            written = self._training_stats(unit, asdict(stats))
-            storage.write_json(self._file("units", unit, ".json"), written)
-            ledger.trained(unit)
+            run = ledger.next_to_train()
+            assert run is not None
+            branches = self.design.estimator == "branch" and run.kind != "warm"
+            storage.delete(self._file("units", run, ".json"))
+            plan = self._plan(run)
+            start = self._warm_uri(run) if branches else None
+            active = active_rows(plan, run, self.design)
+            stats = proxy.tune(plan, active, self._settings(run), start)
+            proxy.save(self._file("checkpoints", run))
+            written = self._training_stats(run, asdict(stats))
+            storage.write_json(self._file("units", run, ".json"), written)
+            ledger.trained(run)
 
 
 class MeasuringHere(Here, InterventionRunner):
     """All runs of a design."""
 
 
-class AppendingHere(Here, Appending):
+class AppendingHere(Here, AppendRunner):
     """The runs of an appended one."""
 
 

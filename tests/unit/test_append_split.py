@@ -16,9 +16,9 @@ from system import storage
 from system.data.corpus import Corpus
 from system.data.ingest.ingest import ingest_local
 from system.errors import DataError
-from system.influence.append.append import undrawn
+from system.influence.append.append import first_unused_rows
 from system.influence.append.append_summary import append_lines, append_summary
-from system.influence.design.design import Unit
+from system.influence.design.design import InterventionRun
 from system.influence.design.interventions import active_rows
 from system.rundir import RunDir
 from system.training.plan import APPENDED, read_plan
@@ -33,11 +33,11 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Grown:
 
 
 def test_a_category_holds_while_all_its_measured_rows_are_in_it(split):
-    holding = split.earlier().holding(split.corpus())
-    assert holding.kept == ("colour",) and holding.new == ("size", "size-two")
-    assert set(holding.stale) == {"size", "colour-reworded"}
-    assert "no such category" in holding.stale["colour-reworded"]
-    assert "rows trained" in holding.stale["size"] and "scored" in holding.stale["size"]
+    status = split.earlier().category_status(split.corpus())
+    assert status.kept == ("colour",) and status.new == ("size", "size-two")
+    assert set(status.stale) == {"size", "colour-reworded"}
+    assert "no such category" in status.stale["colour-reworded"]
+    assert "rows trained" in status.stale["size"] and "scored" in status.stale["size"]
 
 
 def test_a_split_leaves_its_base_rows_and_never_repeats_one(split):
@@ -45,7 +45,7 @@ def test_a_split_leaves_its_base_rows_and_never_repeats_one(split):
     design = draw_appended(context)
     assert design.sources == ("colour", "size", "size-two")
     assert design.append is not None and design.append.sources == ("size", "size-two")
-    assert {unit.kind for unit in design.units} == {"reference", "remove", "append"}
+    assert {run.kind for run in design.all_runs} == {"reference", "remove", "append"}
     assert [item.foreign_rows for item in design.replications] == [96, 96]
     for index, replication in enumerate(design.replications):
         plan = read_plan(storage.join(context.attempt, "plans", f"r{index:02d}-append.arrow"))
@@ -60,10 +60,10 @@ def test_a_split_leaves_its_base_rows_and_never_repeats_one(split):
         assert {name: len(rows) for name, rows in dosed.items()} == {
             name: replication.rows[name].dose for name in dosed
         }
-        unit = Unit(replication=index, kind="append", source=1)
-        active = active_rows(plan, unit, design)
+        run = InterventionRun(replication=index, kind="append", source=1)
+        active = active_rows(plan, run, design)
         assert {ids[row] for row in np.flatnonzero(active & (stage == APPENDED))} == dosed["size"]
-    trainings = {unit.name: {"trained_tokens": 1} for unit in design.units}
+    trainings = {run.name: {"trained_tokens": 1} for run in design.all_runs}
     summary = append_summary(design, trainings)
     assert summary is not None
     lines = append_lines({"append": summary})
@@ -76,7 +76,7 @@ def test_nothing_that_holds_is_refused_in_one_paragraph(split, tmp_path):
     ingest_local(other, str(tmp_path / "corpus"))
     corpus = Corpus.open(str(tmp_path / "corpus" / "manifest.json"))
     with pytest.raises(DataError, match=r"found none \(colour: .*Set influence.append to false"):
-        split.earlier().holding(corpus)
+        split.earlier().category_status(corpus)
 
 
 def test_rows_taken_already_are_passed_over_and_the_next_ones_come():
@@ -85,6 +85,6 @@ def test_rows_taken_already_are_passed_over_and_the_next_ones_come():
     def first(wanted: int) -> Sequence[str]:
         return ids[:wanted]
 
-    assert undrawn(first, 3, {"0", "2"}) == [1, 3, 4]
-    assert undrawn(first, 3, set(ids[:40])) == [40, 41, 42]
-    assert undrawn(first, 20, set(ids[:40])) == list(range(40, 50))
+    assert first_unused_rows(first, 3, {"0", "2"}) == [1, 3, 4]
+    assert first_unused_rows(first, 3, set(ids[:40])) == [40, 41, 42]
+    assert first_unused_rows(first, 20, set(ids[:40])) == list(range(40, 50))

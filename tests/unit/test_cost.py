@@ -95,15 +95,15 @@ def planned(root: Path, config: RunConfig, corpus: Corpus) -> tuple[Design, list
     )
     scored = sum(len(row) for row in heldout["input_ids"].to_pylist())
     tokens = []
-    for unit in design.units:
-        schedule = schedules[unit.replication]
-        plan = schedule.warm if unit.kind == "warm" else schedule.plan
+    for run in design.all_runs:
+        schedule = schedules[run.replication]
+        plan = schedule.warm if run.kind == "warm" else schedule.plan
         assert plan is not None
-        if unit.kind == "gradient":
-            doses = gradient_task(plan, design, unit, 8).doses
+        if run.kind == "gradient":
+            doses = gradient_task(plan, design, run, 8).doses
             tokens.append(sum(int(plan.lengths(rows).sum()) for rows in doses) + scored)
             continue
-        rows = np.flatnonzero(active_rows(plan, unit, design))
+        rows = np.flatnonzero(active_rows(plan, run, design))
         tokens.append(int(plan.lengths(rows).sum()))
     return design, tokens, heldout.num_rows, scored
 
@@ -128,11 +128,11 @@ def test_the_forecast_equals_the_plans_of_the_stage(root, estimator, directions)
     corpus = tagged(root, config)
     cost = forecast(root, config, corpus)
     design, tokens, heldout_rows, scored = planned(root, config, corpus)
-    assert cost.runs == len(design.units) == len(tokens)
+    assert cost.runs == len(design.all_runs) == len(tokens)
     assert cost.trained_tokens == sum(tokens)
     if estimator != "gradient":
         assert cost.longest_run_tokens == max(tokens)
-    scorings = sum(unit.kind not in ("warm", "gradient") for unit in design.units)
+    scorings = sum(run.kind not in ("warm", "gradient") for run in design.all_runs)
     assert (cost.scorings, cost.heldout_rows) == (scorings, heldout_rows)
     assert cost.scored_tokens == scored * scorings
     assert cost.token_equivalents == pytest.approx(sum(tokens) + scored * scorings / 3)
@@ -193,12 +193,12 @@ def test_the_runs_of_all_doses_are_counted(root, estimator, most):
     cost = forecast(root, config, corpus)
     design, tokens, _, scored = planned(root, config, corpus)
     whole = 2 * (1 + (estimator == "branch") + 2 * 4 * len(design.sources))
-    assert cost.runs == len(design.units) == len(tokens)
+    assert cost.runs == len(design.all_runs) == len(tokens)
     assert (cost.runs == whole) == (most == 20), "doses that come to the same rows are one run"
     assert cost.trained_tokens == sum(tokens)
     assert cost.longest_run_tokens == max(tokens)
     assert cost.scored_tokens == scored * cost.scorings
-    assert cost.scorings == sum(unit.kind != "warm" for unit in design.units)
+    assert cost.scorings == sum(run.kind != "warm" for run in design.all_runs)
 
 
 def test_rows_of_further_targets_that_are_trained_on_do_not_count(root):
@@ -241,7 +241,7 @@ def test_auto_is_counted_at_the_most_that_its_limits_let_it_measure(root):
     corpus = tagged(root, config)
     cost = forecast(root, config, corpus)
     design, tokens, _, _ = planned(root, config, corpus)
-    assert (cost.replications, cost.runs) == (4, len(design.units))
+    assert (cost.replications, cost.runs) == (4, len(design.all_runs))
     assert cost.trained_tokens == sum(tokens)
     of_three = sum(tokens[: 3 * len(tokens) // 4])
     for limit, replications in ((of_three, 3), (of_three - 1, 2), (1, 2)):

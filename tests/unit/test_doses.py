@@ -11,7 +11,7 @@ from actors.pipeline import STAGES, stage_inputs
 from system.config import InfluenceConfig, RunConfig
 from system.config.load import parse_config
 from system.errors import ConfigError
-from system.influence.design.design import Design, Unit
+from system.influence.design.design import Design, InterventionRun
 from system.influence.design.doses import at_level, distinct_doses
 from system.influence.design.interventions import active_rows
 from system.influence.estimate.dose_views import design_at, levels_table, losses_at, read_levels
@@ -35,7 +35,7 @@ def several_design(made, **knobs):
 
 def moved(made, kind, source, dose):
     """Ids of the rows by which a run differs from the reference."""
-    run = Unit(replication=0, kind=kind, source=source, dose=dose)
+    run = InterventionRun(replication=0, kind=kind, source=source, dose=dose)
     mask = active_rows(made.plan, run, several_design([made]))
     rows = made.plan.table.column("id").to_pylist()
     here = {name for name, is_on in zip(rows, mask, strict=True) if is_on}
@@ -81,7 +81,7 @@ def test_the_largest_dose_is_that_of_a_design_with_it_alone():
     whole = design_of([alone], dose_rows=12, directions=BOTH)
     for kind in BOTH:
         one = active_rows(alone.plan, unit(kind, 2), whole)
-        run = Unit(replication=0, kind=kind, source=2, dose=12)
+        run = InterventionRun(replication=0, kind=kind, source=2, dose=12)
         np.testing.assert_array_equal(one, active_rows(made.plan, run, several_design([made])))
 
 
@@ -92,7 +92,7 @@ def test_a_removed_dose_is_that_of_a_design_with_it_alone():
     for dose in DOSES:
         alone = schedule(dose_rows=dose, **both)
         assert made.plan.table["id"].equals(alone.plan.table["id"])
-        run = Unit(replication=0, kind="remove", source=0, dose=dose)
+        run = InterventionRun(replication=0, kind="remove", source=0, dose=dose)
         np.testing.assert_array_equal(
             active_rows(made.plan, run, design_of([made], dose_rows=DOSES, **both)),
             active_rows(alone.plan, unit("remove", 0), design_of([alone], dose_rows=dose, **both)),
@@ -101,7 +101,7 @@ def test_a_removed_dose_is_that_of_a_design_with_it_alone():
 
 def test_a_design_counts_the_runs_of_all_doses():
     made = several_design([several(index) for index in range(2)])
-    names = [item.name for item in made.units]
+    names = [item.name for item in made.all_runs]
     assert len(names) == len(set(names)) == 2 * (1 + 2 * 3 * 3)
     assert {"r00-reference", "r01-remove-002-dose4", "r00-add-000-dose12"} <= set(names)
     assert Design.from_json(json.loads(json.dumps(made.to_json())), "design.json") == made
@@ -112,13 +112,13 @@ def test_doses_that_come_to_the_same_rows_are_measured_once():
     rows = made.replication.rows["gamma"]
     assert (rows.dose, rows.extra) == (9, 9)
     design = several_design([made])
-    of_gamma = [item.dose for item in design.units if item.kind == "add" and item.source == 2]
+    of_gamma = [item.dose for item in design.all_runs if item.kind == "add" and item.source == 2]
     assert of_gamma == [4, 8, 12]
     assert len(moved(made, "add", 2, 12)) == 9
     smaller = schedule(dose_rows=(4, 9, 12), directions=BOTH, supply=FEW)
     design = design_of([smaller], dose_rows=(4, 9, 12), directions=BOTH)
-    assert [u.dose for u in design.units if u.kind == "remove" and u.source == 2] == [4, 9]
-    assert [u.dose for u in design.units if u.kind == "remove" and u.source == 1] == [4, 9, 12]
+    assert [u.dose for u in design.all_runs if u.kind == "remove" and u.source == 2] == [4, 9]
+    assert [u.dose for u in design.all_runs if u.kind == "remove" and u.source == 1] == [4, 9, 12]
 
 
 @pytest.mark.parametrize(

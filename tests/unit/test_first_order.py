@@ -7,7 +7,13 @@ import pyarrow as pa
 import pytest
 
 from system import storage
-from system.influence.design.design import CategoryRows, Design, Replication, Target, Unit
+from system.influence.design.design import (
+    CategoryRows,
+    Design,
+    InterventionRun,
+    Replication,
+    Target,
+)
 from system.influence.estimate.measurements import collect_losses, paired_differences
 from system.influence.measure.first_order import (
     GRADIENTS,
@@ -74,17 +80,17 @@ def derivatives(decrease_HD: np.ndarray) -> Derivatives:
 
 
 def measured(made: Design, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, pa.Table]]:
-    """Random derivatives of every unit, and their tables."""
+    """Random derivatives of every run, and their tables."""
     rng = np.random.default_rng(seed)
     size = (HELDOUT * len(SOURCES), len(DIRECTIONS) * len(SOURCES))
-    arrays = {unit.name: rng.normal(size=size) for unit in made.units if unit.kind != "warm"}
+    arrays = {run.name: rng.normal(size=size) for run in made.all_runs if run.kind != "warm"}
     tables = {n: gradients_table(heldout(), derivatives(a))[0] for n, a in arrays.items()}
     return arrays, tables
 
 
 def test_a_design_takes_a_warm_up_and_its_checkpoints_and_predicts_all_runs():
     made = design()
-    assert [unit.name for unit in made.units][:4] == [
+    assert [run.name for run in made.all_runs][:4] == [
         "r00-warm", "r00-gradient-000", "r00-gradient-001", "r01-warm",
     ]  # fmt: skip
     runs = [run.name for run in made.runs if run.replication == 1]
@@ -92,7 +98,7 @@ def test_a_design_takes_a_warm_up_and_its_checkpoints_and_predicts_all_runs():
         "r01-reference", "r01-add-000", "r01-add-001", "r01-remove-000", "r01-remove-001",
     ]  # fmt: skip
     again = Design.from_json(made.to_json(), "design.json")
-    assert again.units == made.units
+    assert again.all_runs == made.all_runs
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -165,12 +171,12 @@ def main_plan() -> TrainPlan:
 
 def test_a_task_differentiates_the_rows_that_the_runs_would_switch():
     plan, made = main_plan(), design()
-    unit = Unit(replication=1, kind="gradient", source=1)
-    task = gradient_task(plan, made, unit, 64)
+    run = InterventionRun(replication=1, kind="gradient", source=1)
+    task = gradient_task(plan, made, run, 64)
     assert (task.part, task.num_parts, task.dimension) == (1, 2, 64)
     stage, category = (plan.table[name].to_pylist() for name in ("stage", "category"))
     wanted = [("extra", "alpha"), ("extra", "beta"), ("dose", "alpha"), ("dose", "beta")]
     for rows, expected in zip(task.doses, wanted, strict=True):
         assert len(rows) == 4 and {(stage[r], category[r]) for r in rows} == {expected}
-    other = gradient_task(plan, made, Unit(replication=1, kind="gradient", source=0), 64)
+    other = gradient_task(plan, made, InterventionRun(replication=1, kind="gradient", source=0), 64)
     assert other.seed != task.seed  # projection errors of checkpoints average out

@@ -6,7 +6,11 @@ from influence_world import World
 from report_builder import RunBuilder
 
 from system import storage
-from system.influence.estimate.identify import MOST, identify_json, replications_to_identify
+from system.influence.estimate.identify import (
+    MAX_REPLICATIONS,
+    identify_json,
+    replications_to_identify,
+)
 from system.influence.estimate.matrix import Estimate, estimate_effects
 from system.influence.estimate.measurements import Measurements
 from system.report.influence_section import influence_section
@@ -59,7 +63,7 @@ def test_no_number_of_replications_helps_where_its_own_data_does_nothing():
     assert len(unclear) > 4
     negative = [row for row in unclear if estimate.matrix.effect_TS[row, row] <= 0]
     assert negative and (needed_TS[negative] == 0).all()
-    assert part["never"] >= len(negative) * 7 and part["most"] == MOST
+    assert part["never"] >= len(negative) * 7 and part["most"] == MAX_REPLICATIONS
 
 
 def test_one_replication_says_nothing():

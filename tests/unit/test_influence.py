@@ -300,7 +300,7 @@ def test_one_split_that_agrees_fully_does_not_decide_the_mean():
         rest = [index for index in range(4) if index not in first]
         worths.append(stats.spearmanr(worth_RS[first].mean(axis=0), worth_RS[rest].mean(axis=0))[0])
     assert halves is not None and len(set(np.round(worths, 3))) > 1 and max(worths) > 0.99
-    assert halves.worth == pytest.approx(np.mean(worths))
+    assert halves.worth_agreement == pytest.approx(np.mean(worths))
 
 
 def test_noise_of_the_same_examples_is_no_agreement_on_worth():
@@ -312,7 +312,7 @@ def test_noise_of_the_same_examples_is_no_agreement_on_worth():
         for found, flag in ((same, False), (apart, True)):
             halves = split_half(world.measure(2, examples=48), split_heldout=flag)
             assert halves is not None
-            found.append(halves.worth)
+            found.append(halves.worth_agreement)
     assert np.mean(same) > 0.4 and abs(np.mean(apart)) < 0.12
     limit = InfluenceConfig().min_agreement
     assert np.mean(np.array(apart) >= limit) < 0.3
@@ -323,7 +323,7 @@ def test_a_dozen_categories_with_effects_above_their_noise_pass_the_default_limi
     for seed in range(30):
         halves = split_half(World(num_categories=12, seed=seed).measure(3), split_heldout=True)
         assert halves is not None
-        passed += halves.worth >= InfluenceConfig().min_agreement
+        passed += halves.worth_agreement >= InfluenceConfig().min_agreement
     assert passed >= 27
 
 

@@ -24,7 +24,7 @@ def without_target(measured: Measurements, row: int) -> Measurements:
 def test_a_target_without_a_right_answer_is_not_known_exactly(replications):
     """Thirty questions that all runs answer wrongly: a zero with the error of half a case."""
     measured = AnswerWorld(num_silent=1).measure(replications)
-    np.testing.assert_array_equal(measured.silent_T, [True] + [False] * 7)
+    np.testing.assert_array_equal(measured.unresponsive_T, [True] + [False] * 7)
     matrix = estimate_effects(measured).matrix
     for name in ("effect_se_TS", "shrunk_se_TS"):
         np.testing.assert_allclose(getattr(matrix, name)[0], 1.0 / 32.0)
@@ -55,7 +55,7 @@ def test_a_silent_target_takes_nothing_from_the_others():
 def test_what_only_its_own_category_changes_is_silent_but_has_its_own_effect():
     measured = AnswerWorld(num_silent=1).measure(3)
     measured.differences[0][:, 0, :12] = 1.0
-    assert measured.silent_T[0]
+    assert measured.unresponsive_T[0]
     matrix = estimate_effects(measured).matrix
     assert matrix.effect_TS[0, 0] == pytest.approx(0.4)
     assert np.isfinite(matrix.effect_se_TS).all() and matrix.effect_low_TS[0, 0] > 0.0

@@ -57,9 +57,9 @@ def summary(world, replications, base=16, **knobs):
         examples=tuple(np.arange(4) + 4 * row for row in range(len(measured.targets))),
         num_tokens_N=np.full(4 * len(measured.targets), 2),
         loss={
-            unit.name: np.full(4 * len(measured.targets), 1.5)
-            for unit in made.units
-            if unit.kind == "reference"
+            run.name: np.full(4 * len(measured.targets), 1.5)
+            for run in made.all_runs
+            if run.kind == "reference"
         },
         num_incomplete=0,
     )
@@ -79,7 +79,7 @@ def test_a_summary_is_json_and_is_told_in_three_to_six_lines(replications):
 def test_one_schedule_is_labelled_held_out_only_and_not_believed():
     found = summary(World(), 1)
     assert found["errors"] == "held-out only" and not found["is_believed"]
-    assert "one schedule only" in " ".join(result_lines(found))
+    assert "only one replication" in " ".join(result_lines(found))
 
 
 def test_interactions_that_are_all_alike_agree_on_nothing():
@@ -110,7 +110,7 @@ def test_agreement_below_the_limit_is_said():
 def test_two_categories_have_no_agreement_but_are_not_doubted_for_it():
     found = summary(World(num_categories=2), 3)
     assert found["directions"]["remove"]["agreement"] is None and found["is_believed"]
-    assert "one schedule only" not in " ".join(result_lines(found))
+    assert "only one replication" not in " ".join(result_lines(found))
 
 
 def test_belief_is_decided_on_different_held_out_rows():
@@ -137,7 +137,7 @@ def test_worth_is_weighted_by_what_the_mix_is_wanted_for():
         split_half(mixed, split_heldout=True, weight_T=weight) for weight in (None, wanted)
     )
     assert alike is not None and weighted is not None
-    assert weighted.worth > 0.7 > alike.worth
+    assert weighted.worth_agreement > 0.7 > alike.worth_agreement
 
 
 def test_what_could_not_be_compared_is_not_called_checked():

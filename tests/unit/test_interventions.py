@@ -22,9 +22,9 @@ from system.influence.design.interventions import (
     EXTRA,
     active_rows,
     allocate_rows,
-    asked_rows,
     assemble_design,
     fit_dose,
+    requested_rows,
     response_tokens,
 )
 from system.schema import TOKENS
@@ -104,13 +104,13 @@ def test_a_small_category_gets_a_smaller_dose_in_proportion():
 
 
 def test_with_both_directions_a_small_category_keeps_equal_doses():
-    asked = asked_rows(config(directions=("add", "remove"), rows_per_category=48, dose_rows=16))
+    asked = requested_rows(config(directions=("add", "remove"), rows_per_category=48, dose_rows=16))
     rows = allocate_rows("c", 40, asked)
     assert (rows.base, rows.dose, rows.extra) == (30, 10, 10)
 
 
 def test_a_small_category_may_still_be_removed_as_a_whole():
-    rows = allocate_rows("c", 16, asked_rows(config(rows_per_category=24, dose_rows=24)))
+    rows = allocate_rows("c", 16, requested_rows(config(rows_per_category=24, dose_rows=24)))
     assert (rows.base, rows.dose) == (16, 16)
 
 
@@ -128,7 +128,9 @@ def test_doses_by_tokens_have_as_many_rows_as_fit():
 
 
 def test_a_dose_by_tokens_is_a_part_of_the_dose_by_rows_and_never_below_eight_rows():
-    share = allocate_rows("c", 100, asked_rows(config(directions=("add", "remove"), dose_rows=16)))
+    share = allocate_rows(
+        "c", 100, requested_rows(config(directions=("add", "remove"), dose_rows=16))
+    )
     long_N, short_N = np.full(40, 1000), np.full(40, 1)
     mixed_N = np.concatenate([np.full(24, 1), np.full(16, 7)])
     assert fit_dose(share, mixed_N, None, 8) == share
@@ -149,7 +151,7 @@ def test_a_dose_by_tokens_is_one_dose_of_a_whole_measurement(knobs, words):
 
 @pytest.mark.parametrize("available", [0, 3, 11])
 def test_a_category_too_small_for_a_dose_is_named_with_numbers(available):
-    asked = asked_rows(config(dose_rows=16))
+    asked = requested_rows(config(dose_rows=16))
     with pytest.raises(
         DataError, match=rf"'tiny' has {available} usable.*expected 24.*at least 12"
     ):
@@ -181,9 +183,9 @@ def test_a_random_design_switches_half_of_the_doses_in_every_run(direction):
     made = schedule(estimator="random-design", directions=(direction,))
     whole = design_of([made], estimator="random-design", directions=(direction,))
     patterns = made.replication.patterns[direction]
-    assert [run.kind for run in whole.units] == [f"mix-{direction}"] * len(patterns)
+    assert [run.kind for run in whole.all_runs] == [f"mix-{direction}"] * len(patterns)
     on = dict.fromkeys(SOURCES, 0)
-    for run, pattern in zip(whole.units, patterns, strict=True):
+    for run, pattern in zip(whole.all_runs, patterns, strict=True):
         mask = active_rows(made.plan, run, whole)
         for source, is_in in zip(SOURCES, pattern, strict=True):
             rows = [
@@ -208,10 +210,10 @@ def test_a_design_survives_json():
 
 
 def test_a_design_counts_its_runs():
-    names = [unit.name for unit in design(directions=("add", "remove")).units]
+    names = [run.name for run in design(directions=("add", "remove")).all_runs]
     assert len(names) == len(set(names)) == 2 * (1 + 2 * 3)
     assert "r01-remove-002" in names and "r00-reference" in names
-    assert len(design(estimator="branch").units) == 2 * (2 + 3)
+    assert len(design(estimator="branch").all_runs) == 2 * (2 + 3)
 
 
 def test_another_format_is_refused():

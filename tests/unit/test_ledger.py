@@ -1,14 +1,17 @@
-from system.influence.design.design import Unit
+from system.influence.design.design import InterventionRun
 from system.influence.measure.ledger import Ledger
 
 
-def units(replications=1, sources=3, warm=False):
+def runs(replications=1, sources=3, warm=False):
     found = []
     for replication in range(replications):
         if warm:
-            found.append(Unit(replication=replication, kind="warm", source=-1))
-        found.append(Unit(replication=replication, kind="reference", source=-1))
-        found += [Unit(replication=replication, kind="remove", source=j) for j in range(sources)]
+            found.append(InterventionRun(replication=replication, kind="warm", source=-1))
+        found.append(InterventionRun(replication=replication, kind="reference", source=-1))
+        found += [
+            InterventionRun(replication=replication, kind="remove", source=j)
+            for j in range(sources)
+        ]
     return found
 
 
@@ -16,10 +19,10 @@ def drain(ledger):
     """Trains and scores everything, one at a time; names in the order of training."""
     order = []
     while not ledger.is_done:
-        unit = ledger.next_to_train()
-        if unit is not None:
-            order.append(unit.name)
-            ledger.trained(unit)
+        run = ledger.next_to_train()
+        if run is not None:
+            order.append(run.name)
+            ledger.trained(run)
             continue
         ready = ledger.next_to_score()
         assert ready is not None, "nothing to train and nothing to score, yet not done"
@@ -28,13 +31,13 @@ def drain(ledger):
 
 
 def test_every_unit_is_trained_once_and_scored_once():
-    made = units(replications=2)
+    made = runs(replications=2)
     order = drain(Ledger(made, trained=(), scored=(), max_checkpoints=2))
-    assert sorted(order) == sorted(unit.name for unit in made)
+    assert sorted(order) == sorted(run.name for run in made)
 
 
 def test_no_more_checkpoints_wait_than_allowed():
-    ledger = Ledger(units(), trained=(), scored=(), max_checkpoints=2)
+    ledger = Ledger(runs(), trained=(), scored=(), max_checkpoints=2)
     first, second = ledger.next_to_train(), ledger.next_to_train()
     assert first and second and ledger.next_to_train() is None
     ledger.trained(first)
@@ -46,14 +49,14 @@ def test_no_more_checkpoints_wait_than_allowed():
 
 
 def test_what_is_scored_is_not_made_again():
-    made = units()
+    made = runs()
     done = {made[0].name, made[2].name}
     order = drain(Ledger(made, trained=(), scored=done, max_checkpoints=2))
     assert order == [made[1].name, made[3].name]
 
 
 def test_a_checkpoint_that_is_there_is_scored_without_training():
-    made = units()
+    made = runs()
     ledger = Ledger(made, trained={made[1].name}, scored=(), max_checkpoints=2)
     assert ledger.next_to_score() == made[1]
     ledger.scored(made[1])
@@ -61,7 +64,7 @@ def test_a_checkpoint_that_is_there_is_scored_without_training():
 
 
 def test_branches_wait_for_their_own_warm_up():
-    made = units(replications=2, warm=True)
+    made = runs(replications=2, warm=True)
     ledger = Ledger(made, trained=(), scored=(), max_checkpoints=9)
     first, second = ledger.next_to_train(), ledger.next_to_train()
     assert first and second and {first.kind, second.kind} == {"warm"}
@@ -72,14 +75,14 @@ def test_branches_wait_for_their_own_warm_up():
 
 
 def test_a_warm_up_whose_branches_are_scored_is_not_made_again():
-    made = units(replications=2, warm=True)
-    scored = {unit.name for unit in made if unit.replication == 0 and unit.kind != "warm"}
+    made = runs(replications=2, warm=True)
+    scored = {run.name for run in made if run.replication == 0 and run.kind != "warm"}
     order = drain(Ledger(made, trained=(), scored=scored, max_checkpoints=3))
     assert all(name.startswith("r01") for name in order)
 
 
 def test_nothing_left_is_done():
-    made = units(warm=True)
+    made = runs(warm=True)
     ledger = Ledger(
         made, trained=(), scored={u.name for u in made if u.kind != "warm"}, max_checkpoints=1
     )
@@ -87,23 +90,23 @@ def test_nothing_left_is_done():
 
 
 def test_replications_count_as_scored_in_order_and_whole():
-    made = units(replications=3)
+    made = runs(replications=3)
     ledger = Ledger(made, trained=(), scored=(), max_checkpoints=99)
     assert ledger.num_scored_replications(3) == 0
-    for unit in made:
-        if unit.replication != 1:
-            ledger.scored(unit)
+    for run in made:
+        if run.replication != 1:
+            ledger.scored(run)
     assert ledger.num_scored_replications(3) == 1, "a gap ends the count"
-    for unit in made[4:7]:
-        ledger.scored(unit)
+    for run in made[4:7]:
+        ledger.scored(run)
     assert ledger.num_scored_replications(3) == 1
     ledger.scored(made[7])
     assert ledger.num_scored_replications(3) == 3 and ledger.num_scored_replications(2) == 2
 
 
 def test_gradients_wait_for_their_warm_up_and_are_scored_as_they_are_taken():
-    warm = Unit(replication=0, kind="warm", source=-1)
-    parts = [Unit(replication=0, kind="gradient", source=part) for part in range(2)]
+    warm = InterventionRun(replication=0, kind="warm", source=-1)
+    parts = [InterventionRun(replication=0, kind="gradient", source=part) for part in range(2)]
     ledger = Ledger([warm, *parts], trained=(), scored=(), max_checkpoints=1)
     assert ledger.next_to_train() == warm and ledger.next_to_train() is None
     ledger.trained(warm)

@@ -11,7 +11,7 @@ from system.influence.estimate.measurements import collect_losses, paired_differ
 
 
 def all_scores(made, **special):
-    return {unit.name: special.get(unit.name, scores()) for unit in made.units}
+    return {run.name: special.get(run.name, scores()) for run in made.all_runs}
 
 
 def test_differences_are_positive_when_data_helps_in_both_directions():
@@ -61,8 +61,8 @@ def test_a_random_design_measures_what_one_at_a_time_runs_measure():
         ),
     )
     found = {
-        unit.name: scores(shift=-0.5 * patterns[unit.source][0] + 0.25 * patterns[unit.source][1])
-        for unit in made.units
+        run.name: scores(shift=-0.5 * patterns[run.source][0] + 0.25 * patterns[run.source][1])
+        for run in made.all_runs
     }
     measured = paired_differences(made, collect_losses(made, found), "remove")
     np.testing.assert_allclose(measured.differences[0][0, 0], [0.5, 1.0, 1.5])

@@ -26,11 +26,11 @@ class Answered(Grown):
 
     def make_up(self, context: StageContext, design: Design) -> None:
         super().make_up(context, design)
-        for unit in design.units:
-            uri = storage.join(context.attempt, "scores", f"{unit.name}.parquet")
+        for run in design.all_runs:
+            uri = storage.join(context.attempt, "scores", f"{run.name}.parquet")
             table = storage.read_table(uri)
             wrong = np.ones(table.num_rows)
-            if unit.replication not in self.silent:
+            if run.replication not in self.silent:
                 wrong = (table["nll"].to_numpy() > 2.5).astype(np.float64)
             place = table.column_names.index("nll")
             table = table.set_column(place, table.schema.field("nll"), pa.array(wrong))
@@ -48,8 +48,8 @@ def test_a_first_replication_that_answers_alike_ends_nothing(tmp_path: Path, kin
     run = kind(tmp_path, metric="accuracy", max_new_tokens=4)
     uri = run.earlier().uri
     design, context = design_at(uri), run.context(uri)
-    first = {unit.name for unit in design.units if unit.replication == 0}
-    ledger = Ledger(design.units, trained=set(), scored=first, max_checkpoints=4)
+    first = {run.name for run in design.all_runs if run.replication == 0}
+    ledger = Ledger(design.all_runs, trained=set(), scored=first, max_checkpoints=4)
     InterventionRunner(context, design)._show_partial_matrix(ledger)
     partial = storage.read_table(storage.join(uri, "partial.parquet"))
     assert not EffectMatrix.from_table(partial, direction="remove").effect_TS.any()

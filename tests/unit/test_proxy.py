@@ -8,7 +8,7 @@ from influence_corpus import TASKS, build_inputs
 from system.config import InfluenceConfig, LoraConfig, RunConfig
 from system.data.corpus import Corpus
 from system.errors import ModelError
-from system.influence.design.design import Unit
+from system.influence.design.design import InterventionRun
 from system.influence.design.heldout import seeded_draw
 from system.influence.design.interventions import (
     Schedule,
@@ -62,7 +62,9 @@ def mask(schedule: Schedule, kind: str, source: int = -1) -> np.ndarray:
         schedules=[schedule],
         heldout_dropped={},
     )
-    return active_rows(schedule.plan, Unit(replication=0, kind=kind, source=source), design)
+    return active_rows(
+        schedule.plan, InterventionRun(replication=0, kind=kind, source=source), design
+    )
 
 
 def weights(folder: Path) -> str:

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from system.influence.design.random_design import dose_patterns, effect_weights, enough_runs
+from system.influence.design.random_design import dose_patterns, effect_weights, runs_needed
 
 
 @pytest.mark.parametrize("sources", [2, 3, 7, 9, 11, 14, 19, 28])
 def test_enough_runs_give_uncorrelated_doses_in_half_of_the_runs(sources):
-    runs = enough_runs(sources)
+    runs = runs_needed(sources)
     assert sources < runs <= sources + 8
     pattern = dose_patterns(3, runs, sources)
     signs = np.where(pattern, 1, -1)

@@ -6,21 +6,21 @@ import numpy as np
 import pyarrow as pa
 from measured_design import design, scores
 
-from system.influence.design.design import Unit
+from system.influence.design.design import InterventionRun
 from system.influence.measure.reuse import SharedRuns, heldout_digest, run_key
 from system.training.settings import TrainSettings
 
-UNIT = Unit(replication=0, kind="remove", source=1)
+RUN = InterventionRun(replication=0, kind="remove", source=1)
 ACTIVE = np.array([True, True, False, True])
 SETTINGS = TrainSettings(learning_rate=1e-3, lr_schedule="linear", warmup_share=0.0)
 HELDOUT = pa.table({"id": ["a", "b"], "input_ids": [[1, 2], [3]]})
 
 
 def key(
-    made=None, unit=UNIT, active=ACTIVE, settings=SETTINGS, model="m", heldout=HELDOUT, how="loss"
+    made=None, run=RUN, active=ACTIVE, settings=SETTINGS, model="m", heldout=HELDOUT, how="loss"
 ):
     return run_key(
-        design() if made is None else made, unit, active, settings,
+        design() if made is None else made, run, active, settings,
         how={"metric": how}, model={"path": model}, heldout=heldout_digest(heldout),
     )  # fmt: skip
 
@@ -36,7 +36,7 @@ def test_everything_that_decides_a_score_is_in_its_key():
         key(),
         key(changed_plan(plan_sha256="other")),
         key(changed_plan(warm_sha256="warm")),
-        key(unit=replace(UNIT, kind="add")),
+        key(run=replace(RUN, kind="add")),
         key(active=~ACTIVE),
         key(settings=replace(SETTINGS, learning_rate=2e-3)),
         key(settings=replace(SETTINGS, seed=1)),

@@ -7,7 +7,7 @@ import pytest
 from influence_world import World
 
 from system import storage
-from system.auto.rounds import Round, judge_round, why_stop
+from system.auto.rounds import Round, judge_round, reason_to_stop
 from system.config import AutoConfig, GroupLimit, InfluenceConfig, SolveConfig
 from system.influence.estimate.matrix import estimate_effects
 from system.mix.question import mix_problem
@@ -55,7 +55,7 @@ def judge(world, replications, draw=0, solve=SOLVE):
         (
             replace(ROUND, regret=None),
             AutoConfig(regret=10.0, max_replications=2),
-            "max_replications 2 reached: as far as the effects are known, no mix keeps the guards",
+            "max_replications 2 reached: with the present effects no mix satisfies the guards",
         ),
         (
             replace(ROUND, regret=0.0),
@@ -65,7 +65,7 @@ def judge(world, replications, draw=0, solve=SOLVE):
     ],
 )
 def test_every_reason_to_stop(last, auto, reason):
-    found = why_stop([last], auto)
+    found = reason_to_stop([last], auto)
     assert found is None if reason is None else reason in (found or "")
 
 
@@ -110,7 +110,7 @@ def test_effects_that_allow_no_mix_yet_are_a_reason_to_go_on(tmp_path):
     assert last.gain is None and last.regret is None and last.undecided == {}
     assert "no mix keeps the guards" in last.line
     storage.write_json(str(tmp_path / "round.json"), asdict(last))
-    assert why_stop([last], AutoConfig()) is None
+    assert reason_to_stop([last], AutoConfig()) is None
 
 
 def test_verdicts_repeat():

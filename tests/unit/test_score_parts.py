@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from system import schema
-from system.influence.design.design import Unit
+from system.influence.design.design import InterventionRun
 from system.influence.measure.score_parts import PART_ROWS, join_parts, score_parts
 from system.scoring.score import Scored
 
-UNIT = Unit(replication=0, kind="reference", source=-1)
+RUN = InterventionRun(replication=0, kind="reference", source=-1)
 
 
 def spans(categories: list[str], most: int | None = None) -> list[tuple[int, int]]:
-    return [(p.rows.start, p.rows.stop) for p in score_parts(UNIT, categories, most)]
+    return [(p.rows.start, p.rows.stop) for p in score_parts(RUN, categories, most)]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_usual_number_of_rows_is_one_part():
 
 
 def test_names_sort_in_the_order_of_the_rows():
-    names = [part.name for part in score_parts(UNIT, ["a"] * 1500, 1)]
+    names = [part.name for part in score_parts(RUN, ["a"] * 1500, 1)]
     assert names == sorted(names)
 
 

@@ -13,7 +13,6 @@ from system.taxonomy import Taxonomy, estimate_taxonomy
 from system.taxonomy.dependence import (
     DependenceRule,
     EffectTable,
-    benjamini_hochberg,
     direction_correlation,
     draw_effects,
 )
@@ -286,19 +285,6 @@ def test_the_record_survives_json():
         assert again.to_json() == taxonomy.to_json()
         assert again.levels == taxonomy.levels
         assert len(again.edges) == len(taxonomy.edges) > 0
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.floats(0, 1), max_size=12), st.floats(0.01, 0.5))
-def test_benjamini_hochberg_agrees_with_adjusted_p_values(p, level):
-    p_values = np.array(p)
-    if len(p) == 0:
-        assert benjamini_hochberg(p_values, level).tolist() == []
-        return
-    adjusted = stats.false_discovery_control(p_values)
-    clear = np.abs(adjusted - level) > 1e-9
-    rejected = benjamini_hochberg(p_values, level)
-    assert (rejected == (adjusted <= level))[clear].all()
 
 
 def test_the_test_holds_its_level_at_the_edge_of_both_hypotheses():

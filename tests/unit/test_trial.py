@@ -7,7 +7,7 @@ from influence_world import World
 from report_builder import RunBuilder
 
 from system import storage
-from system.auto.rounds import Round, why_stop
+from system.auto.rounds import Round, reason_to_stop
 from system.auto.trial import Trial, cheapest, describe_choice, typical_error
 from system.config import InfluenceConfig
 from system.influence.estimate.matrix import estimate_effects
@@ -67,8 +67,8 @@ def test_budgets_count_designs_that_were_left_once_not_every_round():
     )  # fmt: skip
     auto = InfluenceConfig(estimator="auto").auto
     tokens = auto.model_copy(update={"max_tokens": 2000})
-    assert why_stop([last], tokens, spent_tokens=500) is None, "a round takes 500"
-    assert "max_tokens" in (why_stop([last], tokens) or ""), "a round takes 750"
+    assert reason_to_stop([last], tokens, spent_tokens=500) is None, "a round takes 500"
+    assert "max_tokens" in (reason_to_stop([last], tokens) or ""), "a round takes 750"
     hours = auto.model_copy(update={"max_tuner_hours": 4.0})
-    assert why_stop([last], hours, spent_hours=1.0) is None
-    assert "max_tuner_hours" in (why_stop([last], hours) or "")
+    assert reason_to_stop([last], hours, spent_hours=1.0) is None
+    assert "max_tuner_hours" in (reason_to_stop([last], hours) or "")

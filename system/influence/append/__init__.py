@@ -1,1 +1,1 @@
-"""Effects of new categories, added to a finished matrix."""
+"""Adds the effects of new categories to a finished matrix (`influence.append`)."""

@@ -1,6 +1,7 @@
-"""What an append is going to train and score, before anything runs.
+"""The cost of an append in tokens and runs, before anything runs.
 
-Earlier runs say themselves what they took; a new run takes the reference run's tokens and its dose.
+The cost of earlier runs is recorded in their files.  A new run costs the tokens of the reference
+run plus its dose.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import numpy as np
 from system.config import RunConfig
 from system.data.corpus import Corpus
 from system.data.lengths import RowLengths
-from system.influence.append.append import Holding, dose_size, trained_ids, undrawn
-from system.influence.append.earlier import Earlier
+from system.influence.append.append import CategoryStatus, dose_size, first_unused_rows, trained_ids
+from system.influence.append.earlier import EarlierResult
 from system.influence.design.accuracy_targets import answer_tokens
 from system.influence.design.cost import InfluenceCost
-from system.influence.design.design import Replication, Unit
+from system.influence.design.design import InterventionRun, Replication
 from system.influence.design.estimators import UNSCORED, WARM
 from system.influence.design.heldout_cost import loss_heldout, question_lengths
 from system.training.plan import TrainPlan
@@ -25,7 +26,7 @@ from system.training.plan import TrainPlan
 
 def append_cost(
     config: RunConfig,
-    earlier: Earlier,
+    earlier: EarlierResult,
     corpus: Corpus,
     lengths: RowLengths,
     tokenizer: Callable[[], Any],
@@ -34,28 +35,28 @@ def append_cost(
 
     Args:
         config: of the run.
-        earlier: what is appended to.
+        earlier: the result that is appended to.
         corpus: of stage `tag`.
-        lengths: of its rows; exact ones give the exact cost.
-        tokenizer: loads it; called where answers are measured.
+        lengths: of its rows; exact lengths give the exact cost.
+        tokenizer: loads the tokenizer; called only if accuracy is measured.
 
     Raises:
-        DataError: nothing of the earlier result holds, or a new category has too few rows.
+        DataError: no category of the earlier result is valid, or a new one has too few rows.
     """
-    holding = earlier.holding(corpus)
+    status = earlier.category_status(corpus)
     before = earlier.heldout()
     columns = (before.column(name).to_pylist() for name in ("category", "input_ids"))
-    gone = set(earlier.design.sources) - set(holding.kept)
+    gone = set(earlier.design.sources) - set(status.kept)
     longest = answer_tokens(config) if config.influence.metric == "accuracy" else 0
     old_H = [len(row) + longest for name, row in zip(*columns, strict=True) if name not in gone]
-    new_H = _new_heldout(config, corpus, holding, lengths, tokenizer)
+    new_H = _new_heldout(config, corpus, status, lengths, tokenizer)
     taken = set(before.column("id").to_pylist())
     trained, scored, scorings = [], 0.0, 0
     for replication in earlier.design.replications:
         plans = earlier.plans(replication.index)
-        runs, earlier_scorings = _earlier_runs(earlier, replication, holding, bool(len(new_H)))
-        doses = _doses(earlier, replication, holding, plans, taken, lengths)
-        reference = Unit(replication=replication.index, kind="reference", source=-1)
+        runs, earlier_scorings = _earlier_runs(earlier, replication, status, bool(len(new_H)))
+        doses = _doses(earlier, replication, status, plans, taken, lengths)
+        reference = InterventionRun(replication=replication.index, kind="reference", source=-1)
         base = earlier.training(reference)["trained_tokens"]
         trained += [*runs, *(base + dose for dose in doses)]
         scored += earlier_scorings * float(new_H.sum())
@@ -72,71 +73,75 @@ def append_cost(
     )
 
 
-def append_text(earlier: Earlier, holding: Holding) -> str:
-    """What an append is going to do, for people."""
-    new = ", ".join(holding.new) or "no category"
+def append_text(earlier: EarlierResult, status: CategoryStatus) -> str:
+    """One line of text: what an append is going to do."""
+    new = ", ".join(status.new) or "no category"
     text = f"append to influence/{earlier.name}: {new}"
-    if holding.stale:
-        text += "; stale: " + "; ".join(f"{n} ({why})" for n, why in sorted(holding.stale.items()))
+    if status.stale:
+        text += "; stale: " + "; ".join(f"{n} ({why})" for n, why in sorted(status.stale.items()))
     return text
 
 
 def _earlier_runs(
-    earlier: Earlier, replication: Replication, holding: Holding, is_scored: bool
+    earlier: EarlierResult, replication: Replication, status: CategoryStatus, is_scored: bool
 ) -> tuple[list[float], int]:
-    """Tokens of the earlier trainings to repeat, and how many earlier runs are scored again."""
+    """Tokens of the earlier trainings that are repeated, and the number of earlier runs to score.
+
+    An earlier run is scored again only if there are new held-out rows (`is_scored`), and is trained
+    again only if its checkpoint was not kept.
+    """
     sources = earlier.design.sources
-    units = [
-        unit
-        for unit in earlier.design.units
-        if unit.replication == replication.index
-        and (unit.source < 0 or sources[unit.source] in holding.kept)
+    kept_runs = [
+        run
+        for run in earlier.design.all_runs
+        if run.replication == replication.index
+        and (run.source < 0 or sources[run.source] in status.kept)
     ]
-    runs = [unit for unit in units if unit.kind not in UNSCORED] if is_scored else []
-    repeated = [unit for unit in runs if earlier.checkpoint(unit) is None]
-    if repeated or holding.new:  # each of these starts from the warm-up
-        warm = [unit for unit in units if unit.kind == WARM]
-        repeated += [unit for unit in warm if earlier.checkpoint(unit) is None]
-    return [earlier.training(unit)["trained_tokens"] for unit in repeated], len(runs)
+    rescored = [run for run in kept_runs if run.kind not in UNSCORED] if is_scored else []
+    repeated = [run for run in rescored if earlier.checkpoint(run) is None]
+    if repeated or status.new:  # each of these starts from the warm-up
+        warm = [run for run in kept_runs if run.kind == WARM]
+        repeated += [run for run in warm if earlier.checkpoint(run) is None]
+    return [earlier.training(run)["trained_tokens"] for run in repeated], len(rescored)
 
 
 def _doses(
-    earlier: Earlier,
+    earlier: EarlierResult,
     replication: Replication,
-    holding: Holding,
+    status: CategoryStatus,
     plans: Mapping[str, TrainPlan],
     taken: set[str],
     lengths: RowLengths,
 ) -> list[float]:
-    """Tokens of the dose of each new category."""
+    """The number of tokens in the dose of each new category."""
     asked = earlier.design.asked
-    trained = trained_ids(plans, holding.kept)
-    found = []
-    for name in holding.new:
+    trained = trained_ids(plans, status.kept)
+    dose_tokens = []
+    for name in status.new:
 
-        def ids(wanted: int, name: str = name) -> list[str]:
-            drawn = lengths("train", name, wanted, replication.seed)
-            # Where only the number of rows is known, none is taken.
+        def ids(num_rows: int, name: str = name) -> list[str]:
+            drawn = lengths("train", name, num_rows, replication.seed)
+            # If only the number of rows is known, assume that none is used yet.
             return drawn.ids or [""] * len(drawn.tokens)
 
-        places = undrawn(ids, asked["dose"], trained | taken)
+        places = first_unused_rows(ids, asked["dose"], trained | taken)
         dose_size(name, len(places), asked)
-        wanted = places[-1] + 1 if places else 0
-        drawn = lengths("train", name, wanted, replication.seed)
-        found.append(float(np.asarray(drawn.tokens, dtype=np.float64)[places].sum()))
-    return found
+        num_rows = places[-1] + 1 if places else 0
+        drawn = lengths("train", name, num_rows, replication.seed)
+        dose_tokens.append(float(np.asarray(drawn.tokens, dtype=np.float64)[places].sum()))
+    return dose_tokens
 
 
 def _new_heldout(
     config: RunConfig,
     corpus: Corpus,
-    holding: Holding,
+    status: CategoryStatus,
     lengths: RowLengths,
     tokenizer: Callable[[], Any],
 ) -> np.ndarray:
-    """[rows] tokens that scoring each held-out row of the new categories takes."""
-    if not holding.new:
+    """[rows] tokens to score for each held-out row of the new categories."""
+    if not status.new:
         return np.zeros(0)
     if config.influence.metric == "accuracy":
-        return question_lengths(config, corpus, tokenizer(), {}, holding.new)
-    return loss_heldout(config, holding.new, lengths)(())
+        return question_lengths(config, corpus, tokenizer(), {}, status.new)
+    return loss_heldout(config, status.new, lengths)(())

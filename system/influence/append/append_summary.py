@@ -1,4 +1,4 @@
-"""What people read of an append: what was added, what is stale, what it took."""
+"""The results of an append as `summary.json` and text: what was added, what is stale, the cost."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from system.influence.design.design import Design
 def append_summary(
     design: Design, trainings: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """`append` in `summary.json`; None where the design stands alone.
+    """The entry `append` of `summary.json`; None if the design is not an appended one.
 
     Args:
         design: of the attempt.
-        trainings: unit name -> what its training took (`units/*.json`).
+        trainings: run name -> statistics of its training (`units/*.json`).
     """
     if design.append is None:
         return None
-    own = [trainings[unit.name] for unit in design.units]
+    own = [trainings[run.name] for run in design.all_runs]
     own = [item for item in own if "taken_over" not in item]
     repeated = [item["repeated"] for item in own if "repeated" in item]
     return {
@@ -35,7 +35,7 @@ def append_summary(
 
 
 def append_lines(summary: Mapping[str, Any]) -> list[str]:
-    """The lines of a stage's result about an append; none without one."""
+    """Lines of text about an append; none if there was no append."""
     append = summary.get("append")
     if append is None:
         return []
@@ -44,8 +44,8 @@ def append_lines(summary: Mapping[str, Any]) -> list[str]:
         repeats = ""
         if append["repeated"]:
             repeats = (
-                f", {append['repeated']} of them earlier runs once more for the new rows "
-                "(influence.keep_checkpoints spares these)"
+                f", {append['repeated']} of them repeat earlier runs for the new held-out rows "
+                "(influence.keep_checkpoints avoids these)"
             )
         count = append["trainings"]
         lines.append(
@@ -53,21 +53,21 @@ def append_lines(summary: Mapping[str, Any]) -> list[str]:
             f"training{'' if count == 1 else 's'}{repeats}, {append['trained_tokens']:,} tokens"
         )
     else:
-        lines.append(f"nothing new beside influence/{append['earlier']}: its numbers are kept")
+        lines.append(f"nothing to add to influence/{append['earlier']}: its numbers are kept")
     if append["categories"]:
         lines.append(appended_text(append))
     lines += [f"stale, left out: {text}" for text in stale_texts(append)]
     if append["repeated_otherwise"]:
         lines.append(
-            f"{append['repeated_otherwise']} of {append['repeated']} repeated trainings did not go "
-            "as the first time, so this machine or its packages differ from those of the earlier "
-            "result: appended effects carry that difference as further noise"
+            f"{append['repeated_otherwise']} of {append['repeated']} repeated trainings did not "
+            "give the same result as before, so this machine or its packages differ from those of "
+            "the earlier result: the difference adds noise to appended effects"
         )
     return lines
 
 
 def appended_text(append: Mapping[str, Any]) -> str:
-    """What the flag of an entry means, in a sentence."""
+    """One sentence: the meaning of the appended flag."""
     return (
         f"appended entries ({', '.join(append['categories'])} as source or target) are measured "
         "at the earlier base, which has no rows of these categories, by adding a dose"
@@ -75,7 +75,7 @@ def appended_text(append: Mapping[str, Any]) -> str:
 
 
 def stale_texts(append: Mapping[str, Any]) -> list[str]:
-    """One text for each stale category: why, and what became of it."""
+    """One text per stale category: the reason, and whether it was measured again."""
     return [
         f"{name}: {reason}" + (", so it was measured as a new one" if name in append["new"] else "")
         for name, reason in sorted(append["stale"].items())

@@ -1,1 +1,1 @@
-"""Which runs are made: doses, schedules, held-out rows, cost."""
+"""The design of an influence stage: runs, doses, schedules, held-out rows and their cost."""

@@ -1,10 +1,10 @@
-"""Targets measured by right answers instead of losses: `influence.metric: accuracy`.
+"""Targets that are measured by accuracy instead of loss (`influence.metric: accuracy`).
 
-A run answers the held-out questions of every category whose rows have a verifiable answer; an
-example's value is 1 when the answer is right.  So P_i is the share of right answers of target i,
-differences between runs are paired per question, and their held-out errors are those of paired
-binomial counts.  All else (schedules, doses, replications, intervals) is as for losses; only the
-targets are fewer: categories without verifiable rows are sources alone.
+Every intervention run answers the held-out questions of each category whose rows have a verifiable
+answer.  The value of a question is 1 if the answer is right, else 0, so P_i is the accuracy on
+target i.  Differences between runs are paired by question, and their held-out errors are those of
+paired binomial counts.  Schedules, doses, replications and intervals work as they do for losses.
+A category without verifiable rows is a source but not a target.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from system.config import RunConfig
 from system.data.corpus import Corpus
 from system.errors import DataError
 from system.influence.design.design import Target
-from system.influence.design.heldout import LEAST_HELDOUT, in_seeded_order
+from system.influence.design.heldout import MIN_HELDOUT_ROWS, in_seeded_order
 from system.influence.design.interventions import seed_of
 from system.models.chat import encode_prompt
 from system.scoring.answers import Generated, draw_rows, end_of_turn
@@ -40,11 +40,11 @@ QUESTIONS = pa.schema(
         pa.field("stop_token_ids", pa.list_(pa.int32()), nullable=False),
     ]
 )
-"""Held-out questions, ready to be asked."""
+"""Held-out questions in the form that the engine takes."""
 
 
 def answer_tokens(config: RunConfig) -> int:
-    """Tokens of an answer: as asked, but at most half of the context."""
+    """Maximum tokens of an answer: `influence.max_new_tokens`, but at most half of the context."""
     return min(config.influence.max_new_tokens, config.model.max_length // 2)
 
 
@@ -58,19 +58,20 @@ def draw_accuracy_targets(
     tokenizer: PreTrainedTokenizerBase,
     only: Sequence[str] | None = None,
 ) -> tuple[pa.Table, tuple[Target, ...], dict[str, int]]:
-    """The held-out questions of every target, the same for all runs.
+    """Draws the held-out questions of every target; all intervention runs answer the same ones.
 
     Args:
         run_seed: seed of the run.
-        corpus: its estimate split is drawn from.
-        num_rows: questions of each target, at most.
-        max_prompt_tokens: longer prompts keep their end.
-        external: further targets, CORPUS tables by name.
+        corpus: the questions are drawn from its estimate split.
+        num_rows: largest number of questions per target.
+        max_prompt_tokens: a longer prompt keeps its last tokens.
+        external: further targets (`influence.targets`): name -> CORPUS table.
         tokenizer: with a chat template.
-        only: of these categories, which may all be without questions; of all by default.
+        only: draw for these categories alone, and accept that none of them has questions.
+            None: draw for all categories.
 
     Returns:
-        QUESTIONS rows, the targets in order (categories first), rows left out by reason.
+        QUESTIONS rows; the targets in order (categories first); counts of unused rows by reason.
 
     Raises:
         DataError: no category has enough verifiable rows, or an external target has too few.
@@ -84,11 +85,12 @@ def draw_accuracy_targets(
             rows = in_seeded_order(rows, seed).slice(0, num_rows)
         else:
             rows = draw_rows(corpus, "estimate", name, num_rows, seed)
-        if rows.num_rows < min(LEAST_HELDOUT, num_rows):
+        if rows.num_rows < min(MIN_HELDOUT_ROWS, num_rows):
+            # The user named an external target, so it must work; a category may just be a source.
             if name in external:
                 raise DataError(
                     f"influence.targets {name!r} has {rows.num_rows} rows with a verifiable "
-                    f"answer; with influence.metric accuracy it needs at least {LEAST_HELDOUT}: "
+                    f"answer; with influence.metric accuracy it needs at least {MIN_HELDOUT_ROWS}: "
                     "say where they are (`{path: ..., answer_column: ...}` or answer_pattern), or "
                     "measure losses"
                 )
@@ -108,19 +110,20 @@ def draw_accuracy_targets(
     if not targets:
         raise DataError(
             "influence.metric is accuracy, but no category has at least "
-            f"{LEAST_HELDOUT} verifiable rows in its estimate split; name the answers "
+            f"{MIN_HELDOUT_ROWS} verifiable rows in its estimate split; name the answers "
             "(sources.answer_column or sources.answer_pattern), or use influence.metric loss"
         )
     return pa.concat_tables(parts), tuple(targets), left_out
 
 
 def score_answers(generated: Generated, questions: pa.Table) -> Scored:
-    """Answers as scores: `nll` is 1 for a wrong answer and 0 for a right one, of one token each.
+    """Turns answers into scores: `nll` is 0 for a right answer and 1 for a wrong one.
 
-    A question on which the engine failed is rejected like a row that it could not score.
+    Each answer counts as one token.  A question on which the engine failed is rejected, as a row
+    is that the engine could not score.
 
     Args:
-        generated: what the model wrote, a text for each question.
+        generated: the model's output, one text per question.
         questions: QUESTIONS schema.
     """
     questions = schema.check_table(questions, QUESTIONS, "questions")
@@ -150,13 +153,13 @@ def score_answers(generated: Generated, questions: pa.Table) -> Scored:
 
 
 def check_some_vary(losses: Mapping[str, np.ndarray]) -> None:
-    """Whether any run answered any question otherwise than the others.
+    """Checks that at least one answer differs between the runs.
 
     Args:
         losses: run -> [N] 0 or 1.
 
     Raises:
-        DataError: all runs answered all questions alike, so there is nothing to measure.
+        DataError: all runs gave the same results on all questions, so no effect can be measured.
     """
     values = np.stack(list(losses.values()))
     if np.ptp(values, axis=0).any():

@@ -1,10 +1,11 @@
-"""What an influence stage is going to train and score, before anything runs.
+"""The cost of an influence stage in tokens and runs, before anything runs.
 
-The trainings are masks on schedules whose rows a seeded draw decides, so their tokens are known as
-soon as every row's length is: nothing has to be drawn, encoded or planned.  Where lengths are not
-known yet, means in their place give an estimate by the same way.
+Intervention runs are masks on schedules, and a seeded draw decides the rows of a schedule.  So the
+cost follows from the lengths of the rows: nothing has to be encoded or planned.  If the lengths are
+not known yet, mean lengths give an estimate with the same code.  `check` and the token limit of
+the stage use these numbers.
 
-A scored token counts as a third of a trained one: a backward pass costs two forward passes.
+A scored token costs a third of a trained one, because a backward pass costs two forward passes.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from system.config import InfluenceConfig
 from system.data.lengths import RowLengths
 from system.errors import ConfigError
 from system.influence.design.design import CategoryRows
-from system.influence.design.doses import with_doses
+from system.influence.design.doses import at_every_dose
 from system.influence.design.estimators import ESTIMATORS, GRADIENT, UNSCORED, WARM, Run
 from system.influence.design.interventions import (
     allocate_rows,
-    asked_rows,
     draw_patterns,
     fit_dose,
-    least_dose,
+    minimum_dose,
+    requested_rows,
     seed_of,
     switched_sources,
 )
 
 SCORED_SHARE = 1.0 / 3.0
-"""Trained tokens that a scored one is worth."""
+"""Cost of scoring one token, in trained tokens."""
 LOWERED_BY = (
     "influence.replications (influence.auto.max_replications), influence.rows_per_category, "
     "influence.directions, fewer doses in influence.dose_rows and, for scoring, "
@@ -39,44 +40,44 @@ LOWERED_BY = (
 )
 
 HeldoutLengths = Callable[[Collection[str]], np.ndarray]
-"""(ids of rows that are trained on) -> [rows] tokens that scoring each held-out row takes."""
+"""(ids of the rows that are trained on) -> [rows] tokens to score for each held-out row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleTokens:
-    """Tokens of one category's rows in one replication, by what runs do with them."""
+    """Tokens of one category's rows in one replication, by the role of the rows."""
 
     base: float
     dose: float
-    """Part of the base rows."""
+    """Included in `base`."""
     extra: float
     warm: float
     parts: Mapping[int, tuple[float, float]] = field(default_factory=dict)
-    """Several doses: rows asked -> tokens of that part of the dose and of the extra rows."""
-    held: tuple[int, int] = (0, 0)
-    """Rows that the largest dose and the extra rows came to."""
+    """With several doses: requested rows of a dose -> (tokens to remove, tokens to add)."""
+    largest_rows: tuple[int, int] = (0, 0)
+    """Actual rows of the largest dose: (to remove, to add)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InfluenceCost:
-    """The tokens and runs of a stage."""
+    """The tokens and runs of an influence stage."""
 
     runs: int
-    """Trainings, warm-ups and gradients included."""
+    """Trainings, including warm-ups and gradient passes."""
     scorings: int
     replications: int
-    """At most, where `auto` decides."""
+    """With `auto`: the largest number that it may make."""
     longest_run_tokens: int
     trained_tokens: int
-    """Forward and backward, prompts included; those of gradients too."""
+    """Forward and backward, including prompts and gradient passes."""
     heldout_rows: int
-    """Of all targets; each scoring scores all of them."""
+    """Of all targets together; each scoring scores all of them."""
     scored_tokens: int
     """Forward only, prompts included."""
 
     @property
     def token_equivalents(self) -> float:
-        """Trained tokens plus a third of the scored ones."""
+        """Trained tokens plus a third of the scored tokens."""
         return self.trained_tokens + SCORED_SHARE * self.scored_tokens
 
 
@@ -88,17 +89,17 @@ def influence_cost(
     lengths: RowLengths,
     heldout: HeldoutLengths,
 ) -> InfluenceCost:
-    """The cost of all replications; of `auto`, of as many as its limits let it make.
+    """The cost of all replications; with `auto`, of as many as its limits allow.
 
-    Where `auto` chooses a design, the others' first rounds are counted too, and of the designs the
-    one that comes to most.
+    If `auto` chooses between designs, the result is an upper bound: the most expensive choice,
+    plus the first rounds of all other designs.
 
     Args:
         config: of the stage.
         run_seed: seed of the run.
-        sources: categories, in the corpus' order.
-        lengths: exact ones (`system.data.lengths.SeededLengths`) give the exact cost.
-        heldout: of the rows that are scored (`system.influence.design.heldout_cost`).
+        sources: categories, in the order of the corpus.
+        lengths: row lengths; exact ones (`system.data.lengths.SeededLengths`) give the exact cost.
+        heldout: lengths of the held-out rows (`system.influence.design.heldout_cost`).
 
     Raises:
         DataError: a category has too few rows for a dose.
@@ -107,13 +108,13 @@ def influence_cost(
     if config.estimator != "auto" or len(config.auto.designs) == 1:
         return _design_cost(config, *inputs)
     choices = [config.with_design(name) for name in config.auto.designs]
-    firsts = [_design_cost(choice, *inputs, most=config.replications) for choice in choices]
-    found = []
+    first_rounds = [_design_cost(choice, *inputs, count=config.replications) for choice in choices]
+    totals = []
     for place, choice in enumerate(choices):
-        others = [cost for other, cost in enumerate(firsts) if other != place]
+        others = [cost for other, cost in enumerate(first_rounds) if other != place]
         spent = sum(cost.trained_tokens for cost in others)
-        found.append(_together(_design_cost(choice, *inputs, spent=spent), others))
-    return max(found, key=lambda cost: cost.token_equivalents)
+        totals.append(_sum_of_costs(_design_cost(choice, *inputs, spent=spent), others))
+    return max(totals, key=lambda cost: cost.token_equivalents)
 
 
 def _design_cost(
@@ -123,19 +124,19 @@ def _design_cost(
     lengths: RowLengths,
     heldout: HeldoutLengths,
     *,
-    most: int | None = None,
+    count: int | None = None,
     spent: int = 0,
 ) -> InfluenceCost:
-    """The cost of one design's replications, or of the first so many.
+    """The cost of the replications of one design.
 
     Args:
         config: with one design.
-        run_seed: as for `influence_cost`, and so the others.
-        sources: categories.
-        lengths: of their rows.
-        heldout: of the rows that are scored.
-        most: replications; None: as many as the configuration lets it make.
-        spent: tokens that count against `auto.max_tokens` already.
+        run_seed: as for `influence_cost`.
+        sources: as for `influence_cost`.
+        lengths: as for `influence_cost`.
+        heldout: as for `influence_cost`.
+        count: number of replications; None: as many as the configuration allows.
+        spent: tokens that already count against `auto.max_tokens`.
     """
     trained: set[str] = set()
     replications = [
@@ -143,11 +144,11 @@ def _design_cost(
         for index in range(most_replications(config))
     ]
     totals = [sum(tokens for _, tokens in runs) for runs in replications]
-    count = most or _within_budget(config, totals, spent)
+    count = count or _within_budget(config, totals, spent)
     kinds = [kind for runs in replications[:count] for kind, _ in runs]
     per_run = [tokens for runs in replications[:count] for _, tokens in runs]
     rows = heldout(trained)
-    # A gradient takes a pass forward and backward over the doses and over the held-out rows.
+    # A gradient run makes a forward and backward pass over its doses and over the held-out rows.
     differentiated = sum(kind == GRADIENT for kind in kinds)
     scorings = sum(kind not in UNSCORED for kind in kinds)
     return InfluenceCost(
@@ -161,7 +162,7 @@ def _design_cost(
     )
 
 
-def _together(own: InfluenceCost, others: Sequence[InfluenceCost]) -> InfluenceCost:
+def _sum_of_costs(own: InfluenceCost, others: Sequence[InfluenceCost]) -> InfluenceCost:
     every = [own, *others]
     return InfluenceCost(
         runs=sum(cost.runs for cost in every),
@@ -175,7 +176,7 @@ def _together(own: InfluenceCost, others: Sequence[InfluenceCost]) -> InfluenceC
 
 
 def most_replications(config: InfluenceConfig) -> int:
-    """Replications that the stage draws."""
+    """The number of replications that the stage draws: all that it may need."""
     return config.auto.max_replications if config.estimator == "auto" else config.replications
 
 
@@ -187,41 +188,41 @@ def _replication(
     lengths: RowLengths,
     trained: set[str],
 ) -> list[tuple[str, float]]:
-    """Kind and tokens of each run of a replication; adds the rows that it trains on."""
-    asked = asked_rows(config)
-    wanted = asked["base"] + asked["extra"] + asked["warm"]
+    """(kind, tokens) of each run of a replication; adds the ids of its rows to `trained`."""
+    requested = requested_rows(config)
+    num_rows = requested["base"] + requested["extra"] + requested["warm"]
     seed = seed_of(run_seed, "influence", index)
     tokens: dict[str, RoleTokens] = {}
     for category in sources:
-        drawn = lengths("train", category, wanted, seed)
+        drawn = lengths("train", category, num_rows, seed)
         share = fit_dose(
-            allocate_rows(category, len(drawn.tokens), asked),
+            allocate_rows(category, len(drawn.tokens), requested),
             drawn.response,
             config.dose_tokens,
-            least_dose(asked),
+            minimum_dose(requested),
         )
         tokens[category] = role_tokens(drawn.tokens, share, config.doses)
         trained.update(drawn.ids)
     patterns = draw_patterns(seed, config, len(sources))
-    held = [tokens[category].held for category in sources]
+    largest = [tokens[category].largest_rows for category in sources]
     return [
         (kind, run_tokens(kind, source, tokens, patterns, config.directions, dose))
-        for kind, source, dose in with_doses(
+        for kind, source, dose in at_every_dose(
             _units(config, len(sources)),
             config.doses,
-            lambda direction, source: held[source][direction == "add"],
+            lambda direction, source: largest[source][direction == "add"],
         )
     ]
 
 
 def _units(config: InfluenceConfig, num_sources: int) -> list[Run]:
-    return ESTIMATORS[config.design].units(
+    return ESTIMATORS[config.design].all_runs(
         num_sources, config.directions, config.gradient_checkpoints
     )
 
 
 def _within_budget(config: InfluenceConfig, tokens: Sequence[float], spent: int) -> int:
-    """How many replications `auto` may make; the first round is always made."""
+    """How many replications `auto` may make; it always makes the first round."""
     limit = config.auto.max_tokens if config.estimator == "auto" else None
     if limit is None:
         return len(tokens)
@@ -230,13 +231,14 @@ def _within_budget(config: InfluenceConfig, tokens: Sequence[float], spent: int)
 
 
 def role_tokens(lengths: np.ndarray, share: CategoryRows, doses: Sequence[int] = ()) -> RoleTokens:
-    """Tokens of a category's drawn rows, cut as `interventions.plan_replication` cuts them.
+    """Tokens of a category's drawn rows by role.
 
     Args:
-        lengths: [rows] tokens in the order drawn.
-        share: how the rows are shared out.
-        doses: rows asked of each dose, ascending; needed where there are several.
+        lengths: [rows] tokens, in the order in which the rows were drawn.
+        share: how many rows have which role.
+        doses: requested rows of each dose, ascending; only used with several doses.
     """
+    # Must cut the rows as `interventions.plan_replication` does, or the cost is not exact.
     split = share.base + share.extra
     extra = lengths[share.base : split]
     fresh = lengths[split : split + share.warm - share.warm_reused]
@@ -249,7 +251,7 @@ def role_tokens(lengths: np.ndarray, share: CategoryRows, doses: Sequence[int] =
             dose: (float(lengths[: min(dose, share.dose)].sum()), float(extra[:dose].sum()))
             for dose in doses
         },
-        held=(share.dose, share.extra),
+        largest_rows=(share.dose, share.extra),
     )
 
 
@@ -261,15 +263,15 @@ def run_tokens(
     directions: Sequence[str],
     dose: int = 0,
 ) -> float:
-    """Tokens that one run trains on: those of the rows that its mask leaves on.
+    """Tokens that one run trains on: those of the rows that are active in its mask.
 
     Args:
         kind: of the run.
-        source: its source or pattern.
+        source: index of its source or pattern.
         tokens: by category, in the order of the sources.
         patterns: of the replication (`random-design`).
-        directions: whose doses a gradient is taken of.
-        dose: rows asked of the dose, where there are several.
+        directions: a gradient run differentiates the doses of these directions.
+        dose: requested rows of the dose; 0 with a single dose.
     """
     if kind == WARM:
         return sum(part.warm for part in tokens.values())
@@ -290,15 +292,15 @@ def run_tokens(
 def check_token_limit(
     config: InfluenceConfig, cost: InfluenceCost, *, is_exact: bool = True
 ) -> None:
-    """Refuses a design above `influence.max_token_equivalents`.
+    """Refuses a design that costs more than `influence.max_token_equivalents`.
 
     Args:
         config: of the stage.
         cost: of its design.
-        is_exact: whether the cost follows from the lengths of all rows.
+        is_exact: False if the cost is an estimate from mean lengths.
 
     Raises:
-        ConfigError: names both numbers and what lowers the design's.
+        ConfigError: the cost is above the limit.
     """
     limit = config.max_token_equivalents
     if limit is None or cost.token_equivalents <= limit:

@@ -1,4 +1,8 @@
-"""What an influence stage is going to do: its runs, replications, rows and targets, as records."""
+"""The design of an influence stage as records: its runs, replications, rows and targets.
+
+`interventions.assemble_design` builds it, `design.json` stores it, and everything that trains,
+scores or estimates reads it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from system.errors import DataError
-from system.influence.design.doses import with_doses
+from system.influence.design.doses import at_every_dose
 from system.influence.design.estimators import APPEND, ESTIMATORS, Run
 
 FORMAT = 1
@@ -21,34 +25,34 @@ class CategoryRows:
     """Training rows of one category in one replication."""
 
     available: int
-    """Usable rows that were drawn; fewer than asked only where the category has no more."""
+    """Usable rows that were drawn; fewer than requested only if the category has no more."""
     base: int
     dose: int
-    """Of the base rows, those that `remove` masks; of several doses, those of the largest."""
+    """Base rows that `remove` masks; with several doses, those of the largest dose."""
     extra: int
-    """Rows that only `add` trains on, likewise; 0 where that direction is not asked."""
+    """Rows that only `add` trains on, of the largest dose; 0 if `add` is not measured."""
     warm: int
     """Rows of the shared warm-up (`branch`)."""
     warm_reused: int
-    """Warm-up rows that are base rows too, for want of others."""
+    """Warm-up rows that are also base rows, because the category has too few rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """One run: a training and its scoring."""
+class InterventionRun:
+    """One short training and its scoring, on the schedule of a replication."""
 
     replication: int
     kind: str
     """`warm`, `reference`, `add`, `remove`, `append`, `mix-add`, `mix-remove` or `gradient`."""
     source: int
-    """Index of the source category, of the pattern of a mix, or of the warm-up's checkpoint that a
-    gradient is taken at; -1 where the run has none."""
+    """Index of the source category; for `mix-*`, of the dose pattern; for `gradient`, of the
+    warm-up checkpoint.  -1 if the run has none."""
     dose: int = 0
-    """Rows asked of the source's dose where several are measured; 0: the only dose, or none."""
+    """Requested rows of the dose if several doses are measured, else 0."""
 
     @property
     def name(self) -> str:
-        """Name of its files."""
+        """The name of its files, without the ending."""
         suffix = f"-{self.source:03d}" if self.source >= 0 else ""
         suffix += f"-dose{self.dose}" if self.dose else ""
         return f"r{self.replication:02d}-{self.kind}{suffix}"
@@ -56,12 +60,12 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replication:
-    """One common schedule."""
+    """One common schedule and the rows in it."""
 
     index: int
     seed: int
     plan_sha256: str
-    """Of the schedule, whatever doses its rows are marked with."""
+    """Hash of the schedule; it does not depend on the dose labels of the rows."""
     warm_sha256: str | None
     num_steps: int
     rows: dict[str, CategoryRows]
@@ -70,11 +74,12 @@ class Replication:
     patterns: dict[str, list[list[bool]]] = field(default_factory=dict)
     """`random-design`: direction -> run -> source -> whether its dose is in the run."""
     smaller_tokens: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    """Several doses: direction -> source -> response tokens of all but the largest, ascending."""
+    """With several doses: direction -> source -> response tokens of all doses but the largest,
+    ascending."""
     append_sha256: str | None = None
-    """Of the schedule with the rows of appended categories."""
+    """Hash of the schedule with the rows of appended categories."""
     foreign_rows: int = 0
-    """Base rows of categories whose measurements no longer hold."""
+    """Base rows of categories whose measurements are no longer valid."""
 
     def plan_of(self, kind: str) -> str | None:
         """Hash of the schedule that a run of this kind trains on."""
@@ -83,33 +88,33 @@ class Replication:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One held-out set."""
+    """One held-out set on which effects are measured."""
 
     name: str
     num_rows: int
     num_tokens: int
     """Response tokens."""
     is_external: bool
-    """Given by `influence.targets`, owned by no source."""
+    """From `influence.targets`: it is not a category of the corpus."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Append:
-    """What was added to an earlier, finished design."""
+    """What this design adds to an earlier, finished design."""
 
     earlier: str
-    """Name of its attempt."""
+    """Attempt name of the earlier design."""
     sources: tuple[str, ...]
-    """Categories that the base has no rows of, those of earlier appends included."""
+    """All appended categories (the base has no rows of them), earlier appends included."""
     new: tuple[str, ...]
-    """Those of them that this design adds."""
+    """The appended categories that this design adds."""
     stale: dict[str, str]
-    """Categories of the earlier design whose measurements no longer hold -> why."""
+    """Category of the earlier design whose measurements are no longer valid -> reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
-    """All runs of an influence stage, and what they are measured on."""
+    """All runs of an influence stage, and the targets on which they are measured."""
 
     estimator: str
     seed: int
@@ -118,48 +123,51 @@ class Design:
     targets: tuple[Target, ...]
     replications: tuple[Replication, ...]
     asked: dict[str, int]
-    """Rows a category that the configuration asked for: base, dose, extra, warm, heldout."""
+    """Rows per category that the configuration requests: base, dose, extra, warm, heldout."""
     dropped: dict[str, int]
-    """Rows drawn that cannot be trained or scored on, by reason."""
+    """Counts of drawn rows that cannot be trained or scored on, by reason."""
     gradient_checkpoints: int = 0
     """Checkpoints of each replication's warm-up (`gradient`)."""
     doses: tuple[int, ...] = ()
-    """Rows asked of each dose, ascending, where several are measured; empty with one."""
+    """Requested rows of each dose, ascending; empty if there is only one dose."""
     append: Append | None = None
 
     @property
-    def units(self) -> tuple[Unit, ...]:
-        """All work, in the order in which it is best started: a replication at a time."""
-        runs = ESTIMATORS[self.estimator].units(
+    def all_runs(self) -> tuple[InterventionRun, ...]:
+        """All runs, warm-ups and gradients included, in starting order: replication by replication.
+
+        `design.json` lists their names under the key `units`.
+        """
+        runs = ESTIMATORS[self.estimator].all_runs(
             len(self.sources), self.directions, self.gradient_checkpoints
         )
-        return self._units(runs)
+        return self._expanded(runs)
 
     @property
-    def runs(self) -> tuple[Unit, ...]:
-        """All runs that have held-out losses: trained and scored, or (`gradient`) predicted."""
+    def runs(self) -> tuple[InterventionRun, ...]:
+        """The runs with held-out losses: trained and scored, or predicted (`gradient`)."""
         runs = ESTIMATORS[self.estimator].runs(len(self.sources), self.directions)
-        return self._units(runs)
+        return self._expanded(runs)
 
-    def _units(self, runs: Sequence[Run]) -> tuple[Unit, ...]:
-        """The given runs of every replication, at every dose that differs there.
+    def _expanded(self, runs: Sequence[Run]) -> tuple[InterventionRun, ...]:
+        """The runs of one replication, repeated for every replication and every distinct dose.
 
-        An appended category has one run, in any direction.
+        An appended category has a single run, which serves both directions.
         """
         names = () if self.append is None else self.append.sources
         places = [place for place, name in enumerate(self.sources) if name in names]
         single = [run for run in runs if run[1] not in places]
         return tuple(
-            Unit(replication=replication, kind=kind, source=source, dose=dose)
+            InterventionRun(replication=replication, kind=kind, source=source, dose=dose)
             for replication in range(len(self.replications))
             for kind, source, dose in (
-                *with_doses(single, self.doses, partial(self.held, replication)),
+                *at_every_dose(single, self.doses, partial(self.largest_dose_rows, replication)),
                 *((APPEND, place, 0) for place in places),
             )
         )
 
-    def held(self, replication: int, direction: str, source: int) -> int:
-        """Rows of a source's largest dose in a replication."""
+    def largest_dose_rows(self, replication: int, direction: str, source: int) -> int:
+        """The rows of a source's largest dose in one replication."""
         rows = self.replications[replication].rows[self.sources[source]]
         return rows.extra if direction == "add" else rows.dose
 
@@ -168,11 +176,11 @@ class Design:
         return self.append is not None and name in self.append.sources
 
     def first(self, replications: int) -> Design:
-        """The same design with its first replications only."""
+        """The same design with its first replications alone."""
         return replace(self, replications=self.replications[:replications])
 
     def dose_rows(self, direction: str) -> np.ndarray:
-        """[R, S] rows of the dose; of several, of the largest."""
+        """[R, S] rows of the dose; with several doses, of the largest."""
         name = "extra" if direction == "add" else "dose"
         return np.array(
             [[getattr(rep.rows[s], name) for s in self.sources] for rep in self.replications],
@@ -180,20 +188,21 @@ class Design:
         )
 
     def dose_tokens(self, direction: str) -> np.ndarray:
-        """[R, S] response tokens of the dose; of several, of the largest."""
+        """[R, S] response tokens of the dose; with several doses, of the largest."""
         return np.array(
             [[rep.dose_tokens[direction][s] for s in self.sources] for rep in self.replications],
             dtype=float,
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What `design.json` holds."""
+        """The content of `design.json`."""
         value = asdict(self)
-        if not self.doses:  # the file of a design with one dose says nothing of several
+        # A design with one dose has no keys about several doses.
+        if not self.doses:
             del value["doses"]
             for replication in value["replications"]:
                 del replication["smaller_tokens"]
-        return {"format": FORMAT, **value, "units": [unit.name for unit in self.units]}
+        return {"format": FORMAT, **value, "units": [run.name for run in self.all_runs]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Design:

@@ -1,8 +1,9 @@
-"""Which runs a replication of each estimator makes: what `check` counts and what the stage does.
+"""The estimators of effects, and the runs that one replication of each makes.
 
-A new estimator is one entry in `ESTIMATORS`.  What a run trains on follows from its kind
-(`system.influence.design.interventions.switched_sources`,
-`system.influence.design.cost.run_tokens`).
+`check` counts these runs and the stage makes them.  To add an estimator, add an entry to
+`ESTIMATORS`.  The kind of a run decides its training rows
+(`system.influence.design.interventions.switched_sources`) and its tokens
+(`system.influence.design.cost.run_tokens`).
 """
 
 from __future__ import annotations
@@ -13,36 +14,35 @@ from dataclasses import dataclass
 from system.influence.design.random_design import design_runs
 
 Run = tuple[str, int]
-"""Kind of a run and the index of its source or pattern, -1 where it has none (`design.Unit`)."""
+"""(kind of a run, index of its source or pattern or -1); see `design.InterventionRun`."""
 
 WARM = "warm"
-"""Kind of the runs whose checkpoints others start from and nobody scores."""
+"""Kind of the warm-up runs: other runs start from their checkpoints; they are never scored."""
 GRADIENT = "gradient"
-"""Kind of the units that differentiate doses and held-out rows at one checkpoint."""
+"""Kind of the runs that compute gradients of doses and held-out rows at one checkpoint."""
 APPEND = "append"
 """Kind of the runs that add a dose of a category to a base that has no rows of it."""
 UNSCORED = frozenset({WARM, GRADIENT})
-"""Kinds that leave no checkpoint for a scorer."""
+"""Kinds of runs that no scorer scores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimator:
-    """What `check` and the stage have to agree on."""
+    """The runs of one replication; `check` and the stage both use this record."""
 
     runs: Callable[[int, tuple[str, ...]], list[Run]]
-    """(number of sources, directions) -> runs of one replication that have held-out losses, in the
-    order to start them."""
+    """(number of sources, directions) -> the runs with held-out losses, in starting order."""
     in_words: str
-    """What a replication is, for people."""
+    """Text that says what a replication consists of."""
     is_warmed: bool = False
     """Whether a replication begins with a warm-up."""
     is_first_order: bool = False
     """Whether the runs are predicted from gradients at checkpoints of the warm-up."""
 
-    def units(
+    def all_runs(
         self, num_sources: int, directions: tuple[str, ...], num_checkpoints: int
     ) -> list[Run]:
-        """All work of one replication: the warm-up, then its runs or its gradients."""
+        """All runs of one replication: the warm-up, then the scored runs or the gradient runs."""
         warm: list[Run] = [(WARM, -1)] if self.is_warmed else []
         if self.is_first_order:
             return [*warm, *((GRADIENT, part) for part in range(num_checkpoints))]
@@ -50,7 +50,7 @@ class Estimator:
 
 
 def retrain_runs(num_sources: int, directions: tuple[str, ...]) -> list[Run]:
-    """A reference, and every source's dose on its own."""
+    """The reference run, then one run per direction and source."""
     single = [(direction, source) for direction in directions for source in range(num_sources)]
     return [("reference", -1), *single]
 
@@ -74,11 +74,11 @@ ESTIMATORS: Mapping[str, Estimator] = {
         is_first_order=True,
     ),
 }
-"""By the names that `influence.estimator` takes; `auto` chooses among some of them."""
+"""By the value of `influence.estimator`; `auto` chooses among some of them."""
 
 FIRST_ORDER = (
-    "first-order estimates are no trained-for measurements: that they agree with themselves does "
-    "not say that training agrees with them; confirm with estimator retrain, branch or "
+    "first-order estimates are predictions, not measurements: their replications may agree with "
+    "each other and still disagree with training; confirm them with estimator retrain, branch or "
     "random-design"
 )
-"""Said of estimator `gradient` wherever its effects are used."""
+"""Warning that goes with all effects of estimator `gradient`."""

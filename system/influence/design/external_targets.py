@@ -1,9 +1,9 @@
-"""Targets that no source owns: a user's benchmark, or a general-ability set as a guard.
+"""External targets (`influence.targets`): a user's benchmark, or a guard set of general ability.
 
-Their files may have any shape that sources may have; rows go through the same normal form, so ids
-tell a row that is also trained on; verifiable answers are found as a source finds them.  A share of
-the rows, chosen by the hash of the question as the corpus' splits are, is kept from the matrix for
-stage `evaluate`: a mix is not judged on the rows that chose it.
+They are not categories of the corpus.  Their files may have any format that sources may have.  The
+rows are normalised in the same way, so equal ids reveal a row that is also trained on, and
+verifiable answers are found as in a source.  A share of the rows, chosen by the hash of the prompt,
+is kept for stage `evaluate`, so that a mix is not judged on the rows that chose it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ Side = Literal["estimate", "test"]
 def read_targets(
     config: RunConfig, side: Side, exclude: Collection[str] = ()
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    """The rows of all `influence.targets`: CORPUS tables by name, and rows left out by reason.
+    """Reads all `influence.targets`: name -> CORPUS table, and counts of unused rows by reason.
 
     Args:
         config: of the run.
-        side: `estimate` rows the matrix is measured on, `test` rows judge what was trained.
-        exclude: ids of rows that are trained on.
+        side: `estimate`: rows on which the matrix is measured; `test`: rows that judge the
+            trained models.
+        exclude: ids of training rows, which must not be measured on.
 
     Raises:
         DataError: as `read_target`.
@@ -66,30 +67,31 @@ def read_target(
     side: Side = "estimate",
     test_share: float = 0.0,
 ) -> tuple[pa.Table, dict[str, int]]:
-    """One side's rows of one target's files, each once, without those that are trained on.
+    """Reads one side of one target, without duplicates and without training rows.
 
     Args:
-        source: the target's files and answers; its name is every row's category.
-        data_dir: what relative paths start from.
+        source: the target's files and answers; its name becomes the category of every row.
+        data_dir: base directory of relative paths.
         ingest: limits on rows.
-        exclude: ids of rows that are trained on.
-        side: whose rows.
-        test_share: share of the rows, by question, on the side `test`.
+        exclude: ids of training rows.
+        side: which side to read.
+        test_share: share of the prompts that belong to the side `test`.
 
     Returns:
-        CORPUS rows, counts of the rows left out by reason (`trained-on` and `duplicate` among
-        them; rows of the other side are not).
+        CORPUS rows, and counts of unused rows by reason.  Reasons include `trained-on` and
+        `duplicate`; rows of the other side are not counted.
 
     Raises:
         DataError: no file, an unknown format, or too large a share of broken rows.
     """
     name, path = source.name, source.path
     labels = Labels(source)
-    found: dict[str, _Row] = {}
+    rows_by_id: dict[str, _Row] = {}
     left_out: Counter[str] = Counter()
     num_rows = num_broken = 0
     for file in list_files([source], data_dir):
         rows = read_rows(FileRange(file=file.index, uri=file.uri, stamp=file.stamp))
+        # The format is guessed from the first rows, which must then not be lost.
         first = list(itertools.islice(rows, _HEAD_ROWS))
         shape = choose_format(
             source, [row for _, row in first if not isinstance(row, Defect)], file.uri
@@ -103,17 +105,17 @@ def read_target(
                 continue
             elif normal.conversation.id in exclude:
                 left_out["trained-on"] += 1
-            elif normal.conversation.id in found:
+            elif normal.conversation.id in rows_by_id:
                 left_out["duplicate"] += 1
             else:
-                found[normal.conversation.id] = normal
+                rows_by_id[normal.conversation.id] = normal
     if num_broken > ingest.max_rejected_share * num_rows:
         raise DataError(
             f"influence.targets {name!r} ({path}): {num_broken} of {num_rows} rows cannot be used "
             f"({dict(left_out)}), more than ingest.max_rejected_share "
             f"{ingest.max_rejected_share}. Correct the file."
         )
-    return _table(name, list(found.values())), dict(left_out)
+    return _table(name, list(rows_by_id.values())), dict(left_out)
 
 
 class _Row(NamedTuple):
@@ -137,11 +139,11 @@ def _normal(
     except RowRejected as rejected:
         left_out[rejected.reason] += 1
         return None
-    found, rejected = labels.of([dict(row)], [conversation.contents[-1].encode()])
+    label, rejected = labels.of([dict(row)], [conversation.contents[-1].encode()])
     if rejected:
         left_out[rejected[0][1].reason] += 1
         return None
-    return _Row(conversation, found.answer[0], found.answer_pattern[0])
+    return _Row(conversation, label.answer[0], label.answer_pattern[0])
 
 
 def _table(name: str, rows: list[_Row]) -> pa.Table:

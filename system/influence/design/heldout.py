@@ -1,7 +1,7 @@
-"""Which rows an intervention trains on and which it is measured on, as tokens.
+"""Draws the training rows of interventions and the held-out rows of targets, as tokens.
 
-Rows are drawn by the hash of (seed, id), so the choice depends on the corpus' content alone, and a
-larger draw begins with the smaller one.
+Rows are ordered by the hash of (seed, id).  So the choice depends only on the content of the
+corpus, and a larger draw begins with the rows of a smaller one.
 """
 
 from __future__ import annotations
@@ -20,32 +20,35 @@ from system.models.chat import encode_table
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LEAST_HELDOUT = 4
-"""Held-out rows below which a category is no target."""
+MIN_HELDOUT_ROWS = 4
+"""Minimum number of held-out rows of a target."""
 
 
 def seeded_draw(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Draw:
-    """A draw of usable rows: rows that lose their response to truncation are replaced by the next.
+    """Makes the function that draws usable rows of a category.
 
-    The draw asks for twice as many rows until it has enough or the category has no more, so the
-    first rows are the same however many were asked for.
+    A row that loses its whole response to truncation is replaced by the next one.  The draw doubles
+    the number of rows until enough are usable or the category has no more, so the first rows do not
+    depend on how many are requested.
     """
 
-    def draw(split: str, category: str, wanted: int, seed: int) -> tuple[pa.Table, dict[str, int]]:
+    def draw(
+        split: str, category: str, num_rows: int, seed: int
+    ) -> tuple[pa.Table, dict[str, int]]:
         available = corpus.num_rows(split, category)
-        asked = min(wanted, available)
+        num_sampled = min(num_rows, available)
         while True:
-            rows = corpus.sample(split, category, asked, seed)
+            rows = corpus.sample(split, category, num_sampled, seed)
             tokens, dropped = encode_table(rows, tokenizer, max_length)
-            if tokens.num_rows >= wanted or asked >= available:
-                return tokens.slice(0, wanted), dropped
-            asked = min(available, 2 * asked)
+            if tokens.num_rows >= num_rows or num_sampled >= available:
+                return tokens.slice(0, num_rows), dropped
+            num_sampled = min(available, 2 * num_sampled)
 
     return draw
 
 
 def in_seeded_order(rows: pa.Table, seed: int) -> pa.Table:
-    """The rows in the order in which `Corpus.sample` would give them."""
+    """Sorts rows into the order that `Corpus.sample` uses."""
     ids = rows.column("id").to_pylist()
     order = sorted(range(len(ids)), key=lambda row: seeded_rank(seed, ids[row]))
     return rows.take(pa.array(order, type=pa.int64()))
@@ -61,20 +64,20 @@ def draw_targets(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> tuple[pa.Table, tuple[Target, ...], dict[str, int]]:
-    """The held-out rows of every target, the same for all runs of all replications.
+    """Draws the held-out rows of every target; all runs of all replications use the same ones.
 
     Args:
         run_seed: seed of the run.
         sources: categories; each is a target, measured on its estimate split.
-        num_rows: rows of each target.
-        draw: from the corpus.
-        external: further targets, CORPUS tables by name.
+        num_rows: rows per target.
+        draw: draws rows of the corpus.
+        external: further targets (`influence.targets`): name -> CORPUS table.
         tokenizer: with a chat template.
-        max_length: tokens of a row.
+        max_length: maximum tokens of a row.
 
     Returns:
-        TOKENS rows whose category is the target's name, the targets in order (sources first),
-        dropped rows by reason.
+        TOKENS rows whose category is the name of the target; the targets in order (sources first);
+        counts of dropped rows by reason.
 
     Raises:
         DataError: a target has too few usable rows.
@@ -113,7 +116,7 @@ def encode_external(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> tuple[pa.Table, dict[str, int]]:
-    """The rows of a target that no source owns, as TOKENS, and rows left out by reason."""
+    """Encodes rows of an external target: TOKENS rows, and counts of unused rows by reason."""
     first = in_seeded_order(rows, seed).slice(0, 2 * num_rows)
     tokens, lost = encode_table(_named(first, name), tokenizer, max_length)
     return tokens.slice(0, num_rows), lost
@@ -124,11 +127,11 @@ def _named(rows: pa.Table, name: str) -> pa.Table:
     return rows.set_column(place, "category", pa.array([name] * rows.num_rows, type=pa.string()))
 
 
-def _check_enough(target: str, num_rows: int, asked: int) -> None:
-    least = min(LEAST_HELDOUT, asked)
-    if num_rows < least:
+def _check_enough(target: str, num_rows: int, requested: int) -> None:
+    minimum = min(MIN_HELDOUT_ROWS, requested)
+    if num_rows < minimum:
         raise DataError(
             f"influence: target {target!r} has {num_rows} usable held-out rows; expected "
-            f"{asked} (influence.heldout_rows), and at least {least}. Give it more data, raise "
-            "ingest.estimate_share, or merge the category into another."
+            f"{requested} (influence.heldout_rows), and at least {minimum}. Give it more data, "
+            "raise ingest.estimate_share, or merge the category into another."
         )

@@ -1,8 +1,8 @@
-"""Tokens that scoring one run takes: of all held-out rows of all targets.
+"""The tokens that the scoring of one run takes, over all held-out rows of all targets.
 
-For losses they follow from row lengths and, for targets that no source owns, from their files.  For
-answers (`influence.metric: accuracy`) the questions are drawn as the stage draws them; an answer
-counts at its longest.
+For losses they follow from row lengths and, for external targets, from their files.  For accuracy
+(`influence.metric: accuracy`) the questions are drawn as the stage draws them, and every answer
+counts with its maximum length.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from system.influence.design.interventions import seed_of
 def stage_heldout(
     config: RunConfig, corpus: Corpus, lengths: RowLengths, tokenizer: Callable[[], Any]
 ) -> HeldoutLengths:
-    """What the stage will score.
+    """The lengths of everything that one run of the stage is scored on.
 
     Args:
         config: of the run.
         corpus: of stage `tag`.
-        lengths: of its rows.
-        tokenizer: loads it; called where rows have to be encoded.
+        lengths: lengths of the rows of the corpus.
+        tokenizer: loads the tokenizer; called only if rows have to be encoded.
     """
     if config.influence.metric == "accuracy":
         return _questions(config, corpus, tokenizer())
@@ -47,13 +47,13 @@ def loss_heldout(
     lengths: RowLengths,
     external: HeldoutLengths | None = None,
 ) -> HeldoutLengths:
-    """Rows of every source's estimate split, and of further targets.
+    """Lengths of the held-out rows when losses are measured.
 
     Args:
         config: of the run.
-        sources: categories.
-        lengths: of their rows.
-        external: of the rows of `influence.targets`.
+        sources: categories; rows of their estimate splits are scored.
+        lengths: lengths of these rows.
+        external: lengths of the rows of `influence.targets`, if there are any.
     """
     seed = seed_of(config.seed, "influence", "heldout")
 
@@ -73,7 +73,7 @@ def _external(config: RunConfig, tokenizer: Any) -> HeldoutLengths:
     seed = seed_of(config.seed, "influence", "heldout")
 
     def heldout(trained: Collection[str]) -> np.ndarray:
-        found: list[int] = []
+        row_lengths: list[int] = []
         for name, rows in read_targets(config, "estimate", trained)[0].items():
             tokens, _ = encode_external(
                 rows,
@@ -83,8 +83,8 @@ def _external(config: RunConfig, tokenizer: Any) -> HeldoutLengths:
                 tokenizer,
                 config.model.max_length,
             )
-            found += _row_lengths(tokens)
-        return np.array(found, dtype=np.float64)
+            row_lengths += _row_lengths(tokens)
+        return np.array(row_lengths, dtype=np.float64)
 
     return heldout
 
@@ -104,14 +104,14 @@ def question_lengths(
     external: Mapping[str, pa.Table],
     only: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """[rows] tokens of each question with its longest answer.
+    """[rows] tokens of each question plus the maximum length of an answer.
 
     Args:
         config: of the run.
         corpus: of stage `tag`.
         tokenizer: with a chat template.
         external: further targets.
-        only: of these categories; of all by default.
+        only: these categories alone; None: all.
     """
     longest = answer_tokens(config)
     questions, _, _ = draw_accuracy_targets(

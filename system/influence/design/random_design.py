@@ -1,17 +1,17 @@
-"""Random doses for every category in every run, and the regression that takes them apart.
+"""Estimator `random-design`: random doses of all categories in every run, and the regression.
 
-Leaving one category out at a time uses every run for one effect, and compares it with one reference
-whose error it then shares with all others.  A weighing design (Hotelling 1944; Plackett & Burman
-1946) switches about half of all doses in every run, independently: every run then speaks about
-every effect.  With n runs of equal noise s^2 the variance of an effect is 4 s^2 / n, where n - 1
-interventions and a reference give 2 s^2.  For fifteen categories that is an eighth.
+If each run changes one category, it informs about one effect only, and its error shares the one
+reference run with all others.  A weighing design (Hotelling 1944; Plackett & Burman 1946) switches
+about half of all doses in every run, so every run informs about every effect.  With n runs of equal
+noise variance s^2, the variance of an effect is 4 s^2 / n; n - 1 single interventions and a
+reference give 2 s^2.  For fifteen categories that is an eighth.
 
-What is measured differs a little: the effect of a dose around a mix in which the other doses are
-half there, not around the whole base mix.
+The measured quantity differs slightly: it is the effect of a dose at a mix in which half of the
+other doses are active, not at the whole base mix.
 
-The regression is linear in the losses, so it is done per held-out example: its coefficients take
-the place of the paired differences, and everything after it (errors over replications and examples,
-gamma, shrinkage) is the same as for one-at-a-time runs.
+The regression is linear in the losses, so it is solved per held-out example.  Its coefficients
+replace the paired differences; all later steps (errors over replications and examples, gamma,
+shrinkage) are the same as for single interventions.
 
 Legend of shape suffixes: N runs of one replication, S sources.
 """
@@ -21,15 +21,15 @@ from __future__ import annotations
 import numpy as np
 
 _RIDGE = 0.1
-"""Penalty where there are fewer runs than categories, per run and unit variance of a dose."""
+"""Ridge penalty if there are fewer runs than categories, per run and unit variance of a dose."""
 
 
 def dose_patterns(seed: int, num_runs: int, num_sources: int) -> np.ndarray:
-    """[N, S] bool: whose dose is in which run.
+    """[N, S] bool: whether the dose of source S is active in run N.
 
-    Columns of a Hadamard matrix where there is one of `num_runs` and it has enough of them: every
-    dose is then in exactly half of the runs, and any two doses are uncorrelated.  Else each
-    column is a random half.
+    The columns come from a Hadamard matrix of size `num_runs` if one is known and has enough
+    columns: every dose is then active in exactly half of the runs, and any two doses are
+    uncorrelated.  Otherwise each column is a random half.
     """
     rng = np.random.default_rng(seed)
     hadamard = _hadamard(num_runs)
@@ -41,8 +41,8 @@ def dose_patterns(seed: int, num_runs: int, num_sources: int) -> np.ndarray:
     return np.stack([rng.permutation(half) for _ in range(num_sources)], axis=1)
 
 
-def enough_runs(num_sources: int) -> int:
-    """The smallest number of runs with a Hadamard matrix that fits the categories."""
+def runs_needed(num_sources: int) -> int:
+    """The smallest number of runs for which a Hadamard matrix has enough columns."""
     runs = 4 * -(-(num_sources + 1) // 4)
     while _hadamard(runs) is None:
         runs += 4
@@ -54,15 +54,15 @@ def design_runs(num_sources: int, directions: tuple[str, ...]) -> list[tuple[str
     return [
         (f"mix-{direction}", run)
         for direction in directions
-        for run in range(enough_runs(num_sources))
+        for run in range(runs_needed(num_sources))
     ]
 
 
 def effect_weights(pattern_NS: np.ndarray) -> np.ndarray:
-    """[S, N] weights W with which the runs' losses give the change of loss that a dose makes.
+    """[S, N] weights: weights @ losses of the runs = change of the loss that each dose causes.
 
-    Least squares with an intercept; ridge where there are not more runs than doses, whose
-    estimates are pulled towards zero and to be read as such.
+    Least squares with an intercept.  If the patterns do not determine all effects, ridge
+    regression, whose estimates are biased towards zero.
     """
     centred_NS = pattern_NS - pattern_NS.mean(axis=0)
     gram_SS = centred_NS.T @ centred_NS
@@ -73,9 +73,9 @@ def effect_weights(pattern_NS: np.ndarray) -> np.ndarray:
 
 
 def _hadamard(size: int) -> np.ndarray | None:
-    """A matrix of +-1 with orthogonal rows, first column all ones; None where not built here.
+    """A matrix of +-1 with orthogonal rows and a first column of ones; None if none is known here.
 
-    Sylvester's doubling and Paley's first construction (q + 1 for a prime q = 3 mod 4).
+    Sylvester's doubling and Paley's first construction (size q + 1 for a prime q = 3 mod 4).
     """
     if size in (1, 2):
         return np.array([[1]]) if size == 1 else np.array([[1, 1], [1, -1]])

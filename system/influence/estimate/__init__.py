@@ -1,1 +1,1 @@
-"""From scores to effects with errors."""
+"""Estimates effects and their errors from the scores of intervention runs."""

@@ -1,16 +1,17 @@
-"""Whether independent replications of an estimate agree, and what an agreement costs.
+"""Agreement of independent replications of an effect matrix, and of two matrices.
 
-Two questions.  Do independent halves of the replications put the *interactions* (off-diagonal
-effects) in the same order?  And do they put the *worth* of the sources in the same order, the mean
-effect of a source on all targets, its own included, weighted by their importance?  A mix moves by
-worth: interactions may drown
-in noise, and be shrunk to nothing, where worth is known well.  So worth decides about belief.
+Split-half agreement answers two questions.  Do two halves of the replications rank the
+*interactions* (off-diagonal effects) in the same order?  And do they rank the *worth* of the
+sources in the same order, that is, the mean effect of a source over all targets, its own included,
+weighted by the importance of the targets?  A mix moves by worth.  Worth may be known well even if
+every single interaction is lost in noise, so the agreement on worth decides whether a matrix is
+believed.
 
-Entries that share a target or a source are dependent, so intervals come from
-the delete-one-category jackknife for dyadic data (Snijders & Borgatti 1999): a category leaves with
-its row and its column, SE^2 = (n - 2) / (2 n) * sum (z_(k) - mean z)^2, on Fisher's z scale.  They
-speak of other categories with these replications; noise that moves the whole matrix at once is
-outside them (95 % intervals cover 83 to 95 % on simulated matrices).
+Entries that share a target or a source are dependent.  The intervals therefore come from the
+delete-one-category jackknife for dyadic data (Snijders & Borgatti 1999): each category is left out
+with its row and its column, and SE^2 = (n - 2) / (2 n) * sum (z_(k) - mean z)^2 on Fisher's z
+scale.  The intervals describe other categories with the same replications.  They do not contain
+noise that moves the whole matrix at once (95 % intervals cover 83 to 95 % on simulated matrices).
 
 Legend of shape suffixes: R replications, T targets, S sources.
 """
@@ -35,13 +36,13 @@ _MAX_GROUPS = 40
 
 
 def json_number(value: float | np.floating) -> float | None:
-    """A JSON number; None for what is not finite."""
+    """A JSON number; None if the value is not finite."""
     return float(value) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correlation:
-    """A correlation with its interval; NaN ends where it cannot be had."""
+    """A correlation with its interval; the ends are NaN if they cannot be computed."""
 
     value: float
     low: float
@@ -63,7 +64,7 @@ class Agreement:
     target_rank_median: float
     """Median over targets of the rank correlation over their other sources."""
     sign: float
-    """Share of pairs with the same sign."""
+    """Share of pairs whose effects have the same sign."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, None for NaN."""
@@ -77,22 +78,22 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitHalf:
-    """Agreement of disjoint halves of the replications, averaged over the ways to split."""
+    """Agreement between two halves of the replications, averaged over the ways to split them."""
 
     agreement: Agreement
     num_splits: int
     half_sizes: tuple[int, int]
-    worth: float
-    """Spearman correlation, over sources, of their mean effect on all targets, weighted as asked;
-    mean over the splits; NaN where all have the same."""
+    worth_agreement: float
+    """Spearman correlation of the sources' worth, mean over the splits; NaN if all sources have
+    the same worth."""
     reliability: float
-    """Spearman-Brown: expected rank correlation of two estimates from all replications each."""
+    """Spearman-Brown: expected rank correlation between two estimates of all replications."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, None for NaN."""
         return {
             **self.agreement.to_json(),
-            "worth": json_number(self.worth),
+            "worth": json_number(self.worth_agreement),
             "num_splits": self.num_splits,
             "half_sizes": list(self.half_sizes),
             "reliability": json_number(self.reliability),
@@ -101,20 +102,20 @@ class SplitHalf:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """How well the other replications predict one that was left out, off the diagonal.
+    """How well the other replications predict the one that is left out, off the diagonal.
 
-    Mean squared errors in (nats per unit)^2; all contain the noise of the replication left out, so
-    only differences between them mean something.
+    Mean squared errors in (nats per unit)^2.  All contain the noise of the replication that is left
+    out, so only the differences between them are meaningful.
     """
 
     zero: float
-    """Predicting no interaction at all."""
+    """Error of predicting no interaction at all."""
     raw: float
     shrunk: float
 
     @property
     def better(self) -> str:
-        """`shrunk` or `raw`."""
+        """Which effects predict better: `shrunk` or `raw`."""
         return "shrunk" if self.shrunk <= self.raw else "raw"
 
     def to_json(self) -> dict[str, Any]:
@@ -129,23 +130,25 @@ def split_half(
     weight_T: np.ndarray | None = None,
     confidence: float = 0.95,
 ) -> SplitHalf | None:
-    """Agreement of halves of the replications; None with a single one, or below three categories.
+    """Agreement of two halves of the replications.
 
-    With an odd number the halves differ by one replication.
+    None with a single replication or with fewer than three categories.  With an odd number of
+    replications one half has one more.
 
     Args:
         measured: paired losses of all runs.
-        split_heldout: also score the halves on different held-out examples (every other one), so
-            that nothing is shared between them; else both are scored on all examples, which says
-            how well training is replicated, not how well the category is known.  Each half is
-            scored on either part once.
-        weight_T: [T] importance of the targets in `worth`; None: all alike.
+        split_heldout: True: the two halves are also scored on different held-out examples (every
+            other one), so that they share nothing; each half uses each part once.  False: both
+            use all examples, which tells how well training replicates, not how well the category
+            is known.
+        weight_T: [T] importance of the targets for worth; None: all targets equal.
         confidence: level of the intervals.
     """
     count = measured.num_replications
     if count < 2 or len(measured.sources) < 3:
         return None
     half = count // 2
+    # With an even number each split would appear twice: keep it where replication 0 is chosen.
     splits = [
         chosen for chosen in itertools.combinations(range(count), half) if count % 2 or 0 in chosen
     ]
@@ -169,7 +172,7 @@ def split_half(
         ]
     agreement = _agreement(pairs, measured.own_T, confidence)
     rank = agreement.rank.value
-    worth = [
+    worth_ranks = [
         _spearman(
             np.average(one_TS, axis=0, weights=weight_T),
             np.average(other_TS, axis=0, weights=weight_T),
@@ -180,7 +183,7 @@ def split_half(
         agreement=agreement,
         num_splits=len(splits),
         half_sizes=(half, count - half),
-        worth=float(np.mean(worth)),
+        worth_agreement=float(np.mean(worth_ranks)),
         reliability=2.0 * rank / (1.0 + rank) if rank > -1.0 else -1.0,
     )
 
@@ -194,10 +197,10 @@ def compare(first: EffectMatrix, second: EffectMatrix, *, confidence: float = 0.
 
 
 def left_out_prediction(measured: Measurements, errors: ErrorModel) -> Prediction | None:
-    """Leave one replication out, estimate from the rest, compare; None with a single one.
+    """Leave-one-out prediction errors of raw and shrunken effects; None with one replication.
 
-    Priors are fitted without the replication left out.  The noise variances are those of all
-    replications, scaled to one fewer: with two replications the rest has no variance of its own.
+    The priors are fitted without the replication that is left out.  The noise variances come from
+    all replications, scaled to one fewer: with two replications the rest has no variance estimate.
     """
     count = measured.num_replications
     if count < 2 or errors.training is None:
@@ -209,22 +212,25 @@ def left_out_prediction(measured: Measurements, errors: ErrorModel) -> Predictio
     fewer = count / (count - 1.0)
     variance_TS = (training_TS * fewer + errors.heldout_TS) / measured.dose_S**2
     shared_TS = np.sqrt(errors.common_T * fewer)[:, None] / measured.dose_S
-    silent_T = measured.silent_T
+    unresponsive_T = measured.unresponsive_T
     losses = np.zeros(3)
     for left in range(count):
         rest_TS = np.delete(effect_RTS, left, axis=0).mean(axis=0)
-        shrunken = shrink(rest_TS, np.maximum(variance_TS, 1e-300), shared_TS, own_TS, silent_T)
-        seen_TS = effect_RTS[left]
-        for place, guess_TS in enumerate((np.zeros_like(rest_TS), rest_TS, shrunken.effect_TS)):
-            losses[place] += np.mean((guess_TS - seen_TS)[other_TS] ** 2) / count
+        shrunken = shrink(
+            rest_TS, np.maximum(variance_TS, 1e-300), shared_TS, own_TS, unresponsive_T
+        )
+        observed_TS = effect_RTS[left]
+        predictions = (np.zeros_like(rest_TS), rest_TS, shrunken.effect_TS)
+        for place, predicted_TS in enumerate(predictions):
+            losses[place] += np.mean((predicted_TS - observed_TS)[other_TS] ** 2) / count
     return Prediction(zero=float(losses[0]), raw=float(losses[1]), shrunk=float(losses[2]))
 
 
 def replications_to_halve(estimate: Estimate, num_replications: int) -> int | None:
-    """Replications, in all, that would halve the typical off-diagonal standard error.
+    """Total number of replications that would halve the typical off-diagonal standard error.
 
-    Training noise falls with replications, held-out sampling does not: None says that only more
-    held-out rows can halve the error.
+    Replications reduce training noise but not the error of held-out sampling.  None: no number of
+    replications halves the error, only more held-out rows can; or there is one replication.
     """
     errors = estimate.errors
     if errors.training is None:
@@ -237,7 +243,7 @@ def replications_to_halve(estimate: Estimate, num_replications: int) -> int | No
 
 
 def _alternating_mean(measured: Measurements, start: int) -> np.ndarray:
-    """[R, T, S] mean differences over every other held-out example."""
+    """[R, T, S] mean differences over every second held-out example, beginning with `start`."""
     return np.stack([row[:, :, start::2].mean(axis=2) for row in measured.differences], axis=1)
 
 
@@ -267,10 +273,11 @@ def _agreement(
 
 
 def _jackknifed(square, correlate, confidence: float) -> Correlation:
-    """Mean over the pairs of matrices of their off-diagonal correlation, with its interval.
+    """Mean off-diagonal correlation over pairs of matrices, with its jackknife interval.
 
-    Correlations are averaged as they are: Fisher's z of a correlation of one is infinite, and a
-    single split of few categories would decide the mean.  The mean's interval is on that scale.
+    The correlations themselves are averaged, not their Fisher z: z of a correlation of one is
+    infinite, so a single split of few categories would decide the mean.  The interval of the mean
+    is computed on the z scale.
     """
     count = square[0][0].shape[0]
 
@@ -281,6 +288,7 @@ def _jackknifed(square, correlate, confidence: float) -> Correlation:
 
     everyone = np.arange(count)
     centre = mean_correlation(everyone)
+    # With many categories, groups of them are left out together: fewer correlations to compute.
     groups = min(count, _MAX_GROUPS)
     if groups < 5 or not np.isfinite(centre):
         return Correlation(value=centre, low=np.nan, high=np.nan)

@@ -1,8 +1,8 @@
-"""Whether two influence stages tell the same story, and what each cost: `instructmix compare`.
+"""Compares two finished influence stages and their costs (`instructmix compare`).
 
-For two estimators, two sizes of the proxy model, two doses, two seeds: a cheap estimate is worth
-nothing until it is compared with an expensive one.  Entries are matched by name; only targets and
-sources that both have are compared.
+The two may differ in estimator, size of the proxy model, dose or seed.  A cheap estimate should not
+be trusted before it was compared with an expensive one.  Entries are matched by name; only targets
+and sources that both stages have are compared.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from system.influence.estimate.matrix import EffectMatrix
 from system.rundir import RunDir
 from system.stages import STAGE_FOLDERS
 
-LEAST_CATEGORIES = 3
+MIN_CATEGORIES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """An influence stage that is done."""
+    """A finished influence stage."""
 
     name: str
     summary: dict[str, Any]
     matrices: dict[str, EffectMatrix]
-    """By direction; of several doses, the largest."""
+    """By direction; with several doses, at the largest."""
 
     @property
     def token_equivalents(self) -> float:
-        """What it cost."""
+        """The cost of the stage."""
         return self.summary["cost"]["token_equivalents"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DirectionComparison:
-    """Two measurements of one direction."""
+    """Two effect matrices of one direction, and how well they agree."""
 
     direction: str
     first: EffectMatrix
     second: EffectMatrix
-    """Both cut to what they have in common, in the order of the first."""
+    """Both have only the targets and sources that they share, in the order of the first."""
     agreement: Agreement
-    worth: float
-    """Rank correlation of the categories' mean effects on all targets; NaN where all are alike."""
+    worth_agreement: float
+    """Rank correlation of the worth of the sources; NaN if all have the same worth."""
     scale: float
-    """Root mean square effect of the second per that of the first; NaN where the first has none."""
+    """Root mean square effect of the second divided by that of the first; NaN if that is 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Two influence stages beside each other."""
+    """The comparison of two influence stages."""
 
     first: Measured
     second: Measured
@@ -64,12 +64,12 @@ class Comparison:
 
     @property
     def cost_ratio(self) -> float:
-        """Token equivalents of the second per one of the first."""
+        """Cost of the second divided by the cost of the first."""
         return self.second.token_equivalents / self.first.token_equivalents
 
 
 def read_measured(run_dir_uri: str) -> Measured:
-    """The influence stage of a run directory.
+    """Reads the influence stage of a run directory.
 
     Raises:
         ConfigError: its stage `influence` is not finished.
@@ -93,7 +93,7 @@ def read_measured(run_dir_uri: str) -> Measured:
 
 
 def compare_runs(first_uri: str, second_uri: str) -> Comparison:
-    """Two influence stages, direction by direction.
+    """Compares two influence stages, direction by direction.
 
     Raises:
         ConfigError: a run has no finished influence stage, or they measured no common direction.
@@ -116,45 +116,45 @@ def compare_runs(first_uri: str, second_uri: str) -> Comparison:
 
 
 def describe_comparison(first_uri: str, second_uri: str) -> str:
-    """Agreement by direction, and the costs, as text.
+    """The comparison as text: agreement by direction, and the costs.
 
     Raises:
         ConfigError: a run has no finished influence stage, or they measured no common direction.
         DataError: they have fewer than three categories in common.
     """
-    found = compare_runs(first_uri, second_uri)
-    lines = [describe_measured(found.first), describe_measured(found.second)]
-    for part in found.directions:
+    comparison = compare_runs(first_uri, second_uri)
+    lines = [describe_measured(comparison.first), describe_measured(comparison.second)]
+    for part in comparison.directions:
         lines += [
             "",
             f"{part.direction}: {len(part.first.targets)} targets x {len(part.first.sources)} "
             "sources in common",
             *_agreement_lines(part.agreement),
-            f"  worth of the categories (mean effect on all targets): {part.worth:+.2f}",
+            f"  worth of the categories (mean effect on all targets): {part.worth_agreement:+.2f}",
             f"  size of effects, second per first: {part.scale:.2f}",
         ]
-    lines += ["", f"cost, second per first: {found.cost_ratio:.3f}"]
+    lines += ["", f"cost, second per first: {comparison.cost_ratio:.3f}"]
     return "\n".join(lines)
 
 
 def shared_part(first: EffectMatrix, second: EffectMatrix) -> tuple[EffectMatrix, EffectMatrix]:
-    """Both matrices, cut to the targets and sources of both, in the order of the first.
+    """Reduces both matrices to their common targets and sources, in the order of the first.
 
     Raises:
         DataError: fewer than three categories in common.
     """
     targets = tuple(name for name in first.targets if name in second.targets)
     sources = tuple(name for name in first.sources if name in second.sources)
-    if min(len(targets), len(sources)) < LEAST_CATEGORIES:
+    if min(len(targets), len(sources)) < MIN_CATEGORIES:
         raise DataError(
-            f"expected at least {LEAST_CATEGORIES} targets and sources that both measured, found "
+            f"expected at least {MIN_CATEGORIES} targets and sources that both measured, found "
             f"targets {list(targets)} and sources {list(sources)}; were the categories renamed?"
         )
     return first.part(targets, sources), second.part(targets, sources)
 
 
 def describe_measured(measured: Measured) -> str:
-    """Run, estimator, size and cost in a line."""
+    """One line of text: run, estimator, size and cost."""
     summary, cost = measured.summary, measured.summary["cost"]
     doses = in_words(summary.get("doses", {}).get("asked", ()))
     return (
@@ -173,17 +173,18 @@ def _compare_direction(
         first=one,
         second=other,
         agreement=compare(one, other),
-        worth=_worth(one, other),
+        worth_agreement=_worth_agreement(one, other),
         scale=_scale(one, other),
     )
 
 
-def _agreement_lines(found: Agreement) -> list[str]:
+def _agreement_lines(agreement: Agreement) -> list[str]:
+    median = agreement.target_rank_median
     return [
-        f"  rank correlation over all pairs: {_interval(found.rank)}",
-        f"  linear correlation: {_interval(found.linear)}",
-        f"  rank correlation within a target, median over targets: {found.target_rank_median:+.2f}",
-        f"  same sign: {found.sign:.0%} of pairs",
+        f"  rank correlation over all pairs: {_interval(agreement.rank)}",
+        f"  linear correlation: {_interval(agreement.linear)}",
+        f"  rank correlation within a target, median over targets: {median:+.2f}",
+        f"  same sign: {agreement.sign:.0%} of pairs",
     ]
 
 
@@ -193,7 +194,7 @@ def _interval(correlation: Correlation) -> str:
     return f"{correlation.value:+.2f} [{correlation.low:+.2f}, {correlation.high:+.2f}]"
 
 
-def _worth(first: EffectMatrix, second: EffectMatrix) -> float:
+def _worth_agreement(first: EffectMatrix, second: EffectMatrix) -> float:
     one_S, other_S = first.effect_TS.mean(axis=0), second.effect_TS.mean(axis=0)
     if np.ptp(one_S) == 0 or np.ptp(other_S) == 0:
         return float("nan")
@@ -201,6 +202,6 @@ def _worth(first: EffectMatrix, second: EffectMatrix) -> float:
 
 
 def _scale(first: EffectMatrix, second: EffectMatrix) -> float:
-    """Ratio of the root mean square effects, own ones included."""
+    """Ratio of the root mean square effects, own-category effects included."""
     size = np.sqrt(np.mean(first.effect_TS**2))
     return float(np.sqrt(np.mean(second.effect_TS**2)) / size) if size > 0 else float("nan")

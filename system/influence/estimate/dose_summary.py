@@ -1,4 +1,4 @@
-"""What people and the report read of several doses: `doses` in summary.json, and lines."""
+"""The results of several doses for the report (`doses` in summary.json) and as lines of text."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from system.influence.estimate.returns import Change, Interval, estimate_change,
 
 _VERB = {"add": "adding", "remove": "removing"}
 DIMINISH, GROW, STEADY = "diminish", "grow", "not significant"
-"""Verdicts on returns; none with one replication or one dose."""
+"""Verdicts on returns; there is none with one replication or one dose."""
 
 
 def summarise_doses(
     asked: Sequence[int], levels: Sequence[Mapping[str, Measurements]], confidence: float
 ) -> dict[str, Any]:
-    """JSON values only; effects in the summary's unit per example.
+    """The entry `doses` of summary.json; effects are in the summary's unit per example.
 
     Args:
-        asked: rows asked of each dose, ascending.
-        levels: at each of them, direction -> losses.
+        asked: requested rows of each dose, ascending.
+        levels: for each dose, direction -> paired losses.
         confidence: level of the intervals.
     """
     directions = {
@@ -46,6 +46,7 @@ def _direction(levels: list[Measurements], direction: str, confidence: float) ->
         measured = []
         for place, (item, own_S, worth_S) in enumerate(points):
             dose = float(item.dose_S[column])
+            # The category had no more rows for this dose, so it repeats the smaller one.
             if place and dose == levels[place - 1].dose_S[column]:
                 continue
             measured.append(
@@ -89,10 +90,11 @@ def _changes(
 def _verdict(
     interval: Interval, place: int | tuple[int, int], direction: str, *, is_known: bool
 ) -> dict[str, Any]:
-    found = _values(interval, place)
+    values = _values(interval, place)
+    # Removing: the first rows to go are missed least, so diminishing returns have the other sign.
     sign = int(interval.sign[place]) * (1 if direction == "add" else -1)
-    found["returns"] = {-1: DIMINISH, 0: STEADY, 1: GROW}[sign] if is_known else None
-    return found
+    values["returns"] = {-1: DIMINISH, 0: STEADY, 1: GROW}[sign] if is_known else None
+    return values
 
 
 def _entry(interval: Interval, column: int) -> dict[str, Any] | None:
@@ -118,7 +120,7 @@ def _count(sources: Mapping[str, Any], key: str) -> dict[str, int]:
 
 
 def _pairs(change: Change | None, direction: str, *, is_known: bool) -> dict[str, int]:
-    """Of all targets and sources: how many effects per example change significantly."""
+    """How many pairs of target and source have effects that change significantly with the dose."""
     if change is None or not is_known:
         return {"pairs": 0, "diminish": 0, "grow": 0}
     sign_TS = change.effect_TS.sign * (1 if direction == "add" else -1)
@@ -130,7 +132,7 @@ def _pairs(change: Change | None, direction: str, *, is_known: bool) -> dict[str
 
 
 def _own_ratio(sources: Mapping[str, Any]) -> float | None:
-    """Median over sources of the own effect per example, largest dose over smallest."""
+    """Own effect per example at the largest dose, relative to the smallest; median over sources."""
     ends = [
         (item["points"][0]["own"], item["points"][-1]["own"])
         for item in sources.values()
@@ -141,10 +143,10 @@ def _own_ratio(sources: Mapping[str, Any]) -> float | None:
 
 
 def dose_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """One plain line for each direction; none with one dose.
+    """One line of text per direction; none with one dose.
 
     Args:
-        summary: `summary.json`.
+        summary: content of `summary.json`.
     """
     doses = summary.get("doses")
     if doses is None:
@@ -160,7 +162,7 @@ def dose_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
             )
         own, total = part["own"], part["worth"]
         if summary["replications"] < 2:
-            lines.append(f"{text}one schedule only, so no change is significant")
+            lines.append(f"{text}only one replication, so no change is significant")
             continue
         lines.append(
             f"{text}returns diminish for {own['diminish']} of {own['sources']} categories on "

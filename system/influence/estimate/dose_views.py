@@ -1,8 +1,8 @@
-"""A design with several doses, and its losses, as each dose alone would have them.
+"""Splits a design with several doses, and its losses, into one view per dose.
 
-Everything after the losses (paired differences, errors, gamma, shrinkage) knows one dose; it is
-given one view after the other.  Runs that doses have in common (the reference, a category that has
-no more rows for the larger dose) are in all of them, so doses stay paired.
+All later steps (paired differences, errors, gamma, shrinkage) handle one dose, so they get one view
+after the other.  Doses share some runs: the reference, and the run of a category that has no more
+rows for the larger dose.  These runs are in every view, so the doses stay paired.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from system.influence.design.design import CategoryRows, Design, Replication
-from system.influence.design.doses import SINGLE, distinct_doses
+from system.influence.design.doses import SINGLE_SOURCE_KINDS, distinct_doses
 from system.influence.estimate.matrix import EffectMatrix, Estimate
 from system.influence.estimate.measurements import Losses
 from system.influence.estimate.summary import replicates_table
@@ -26,13 +26,13 @@ def design_at(design: Design, dose: int) -> Design:
 
     Args:
         design: with several doses.
-        dose: rows asked, one of `design.doses`.
+        dose: requested rows, one of `design.doses`.
     """
-    asked = {name: min(design.asked[name], dose) for name in ("dose", "extra")}
+    requested = {name: min(design.asked[name], dose) for name in ("dose", "extra")}
     return replace(
         design,
         doses=(),
-        asked={**design.asked, **asked},
+        asked={**design.asked, **requested},
         replications=tuple(
             _replication_at(replication, design.doses.index(dose), dose)
             for replication in design.replications
@@ -47,9 +47,9 @@ def _replication_at(replication: Replication, place: int, dose: int) -> Replicat
     tokens = {
         direction: {
             source: [*parts, replication.dose_tokens[direction][source]][place]
-            for source, parts in found.items()
+            for source, parts in by_source.items()
         }
-        for direction, found in replication.smaller_tokens.items()
+        for direction, by_source in replication.smaller_tokens.items()
     }
     return replace(
         replication,
@@ -60,27 +60,28 @@ def _replication_at(replication: Replication, place: int, dose: int) -> Replicat
 
 
 def losses_at(design: Design, losses: Losses, dose: int) -> Losses:
-    """The losses of the runs of `design_at`, by their names there.
+    """The losses of the runs of `design_at`, by the names that the runs have there.
 
     Args:
         design: with several doses.
         losses: of all its runs.
-        dose: rows asked, one of `design.doses`.
+        dose: requested rows, one of `design.doses`.
     """
     loss: dict[str, np.ndarray] = {}
     for run in design_at(design, dose).runs:
         measured = run
-        if run.kind in SINGLE:
-            held = design.held(run.replication, run.kind, run.source)
-            measured = replace(run, dose=min(dose, distinct_doses(design.doses, held)[-1]))
+        if run.kind in SINGLE_SOURCE_KINDS:
+            # A small category was not run at this dose if a smaller one already has all its rows.
+            largest = design.largest_dose_rows(run.replication, run.kind, run.source)
+            measured = replace(run, dose=min(dose, distinct_doses(design.doses, largest)[-1]))
         loss[run.name] = losses.loss[measured.name]
     return replace(losses, loss=loss)
 
 
 def levels_table(matrices: Sequence[EffectMatrix]) -> pa.Table:
-    """Schema `MATRIX_FILE`: the matrices of one direction and unit, one dose after the other.
+    """One table (schema `MATRIX_FILE`) of the matrices of all doses, for one direction and unit.
 
-    A source that got no more rows than at the dose before has one set of rows for both.
+    A source that has no more rows than at the previous dose appears once for both doses.
 
     Args:
         matrices: over the same targets and sources, by ascending dose.
@@ -94,7 +95,7 @@ def levels_table(matrices: Sequence[EffectMatrix]) -> pa.Table:
 
 
 def levels_replicates(levels: Sequence[Mapping[str, Estimate]]) -> pa.Table:
-    """Schema `summary.REPLICATES`: every dose of every source once.
+    """One table (schema `summary.REPLICATES`) with every dose of every source once.
 
     Args:
         levels: by ascending dose, direction -> estimate.
@@ -118,9 +119,9 @@ def levels_replicates(levels: Sequence[Mapping[str, Estimate]]) -> pa.Table:
 
 
 def read_levels(table: pa.Table, *, direction: str, where: str = "matrix") -> list[EffectMatrix]:
-    """The matrices per example of one direction, by ascending dose: at least one.
+    """The matrices per example of one direction, by ascending dose; at least one.
 
-    A source with fewer doses than others, for want of rows, has its largest in their place.
+    A source with too few rows for a larger dose repeats its largest.
 
     Raises:
         DataError: as `EffectMatrix.from_table`.
@@ -130,7 +131,7 @@ def read_levels(table: pa.Table, *, direction: str, where: str = "matrix") -> li
     for row in table.select(["source", "dose", "direction", "unit"]).to_pylist():
         if row["direction"] == direction and row["unit"] == largest.unit:
             doses.setdefault(row["source"], set()).add(row["dose"])
-    count = max(len(found) for found in doses.values())
+    count = max(len(of_source) for of_source in doses.values())
     smaller = [
         EffectMatrix.from_table(table, direction=direction, where=where, level=level)
         for level in range(count - 1)

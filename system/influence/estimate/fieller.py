@@ -5,8 +5,8 @@ numerator - g * denominator is compatible with zero:
 
     (x - g y)^2 <= t^2 (V_xx - 2 g V_xy + g^2 V_yy).
 
-It is an interval exactly when the denominator differs from zero (y^2 > t^2 V_yy); otherwise it is
-the outside of an interval or the whole line, and the ratio is not identifiable.
+The set is an interval exactly if the denominator differs significantly from zero (y^2 > t^2 V_yy).
+Otherwise it is the outside of an interval or the whole line, and the ratio is not identifiable.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def fieller_interval(
     covariance: np.ndarray,
     quantile: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper ends, elementwise over arrays of one shape; NaN where the set is unbounded.
+    """Lower and upper ends, elementwise over arrays of one shape; NaN if the set is unbounded.
 
     Args:
         numerator: estimates x.
         denominator: estimates y.
         numerator_variance: V_xx >= 0.
         denominator_variance: V_yy >= 0.
-        covariance: V_xy; beyond the geometric mean of the variances it is cut to it.
+        covariance: V_xy; limited to plus or minus the geometric mean of the variances.
         quantile: two-sided t quantiles, > 0.
     """
     bound = np.sqrt(numerator_variance * denominator_variance)

@@ -1,10 +1,10 @@
-"""What it would take to know gamma of a pair: replications, or something else.
+"""How many replications would make the gamma of each pair identifiable.
 
-A pair is identifiable when its target's own effect lies clearly above the floor and gamma's
-interval is narrow (`system.influence.estimate.matrix`).  With more replications the noise of
-training falls, held-out sampling does not (`system.influence.estimate.noise`), and the errors
-themselves are known better. Here every interval is computed again as it would be with more
-replications, were the effects found to be what they are now.
+Gamma of a pair is identifiable if the target's own effect lies clearly above the floor and the
+interval of gamma is narrow (`system.influence.estimate.matrix`).  More replications reduce training
+noise and make the errors themselves more certain; they do not reduce the error of held-out sampling
+(`system.influence.estimate.noise`).  This module computes every interval again for larger numbers
+of replications, under the assumption that the estimated effects stay what they are now.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from scipy import stats
 from system.influence.estimate.matrix import EffectMatrix, Estimate, gamma_intervals
 from system.influence.estimate.measurements import Measurements
 
-MOST = 64
-"""Replications beyond which nobody goes: then something else has to change."""
+MAX_REPLICATIONS = 64
+"""Largest number of replications that is suggested; beyond it something else has to change."""
 _STEPS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 
 
@@ -32,18 +32,18 @@ def replications_to_identify(
     gamma_floor: float,
     gamma_max_width: float,
 ) -> np.ndarray:
-    """[T, S] replications, in all, with which gamma of a pair would be identifiable.
+    """[T, S] total number of replications that would make gamma of each pair identifiable.
 
-    The number there is where it is already, 0 where none up to `MOST` would do: the target has no
-    own effect above the floor, or its held-out rows are too few.  All 0 with one replication, which
-    says nothing of the noise of training.
+    Pairs that are identifiable already get the present number.  0 means that no number up to
+    `MAX_REPLICATIONS` is enough: the target's own effect is not above the floor, or it has too few
+    held-out rows.  With one replication all are 0, because training noise is not known.
 
     Args:
         measured: the paired losses of all runs.
-        estimate: effects per example, of these.
-        confidence: as for `estimate_effects`, and so the others.
+        estimate: the effects per example that were estimated from them.
+        confidence: as for `estimate_effects`.
         gamma_floor: nats per response token per example.
-        gamma_max_width: of gamma's interval.
+        gamma_max_width: widest interval of an identifiable gamma.
     """
     matrix, errors = estimate.matrix, estimate.errors
     needed_TS = np.zeros(matrix.effect_TS.shape, dtype=np.int64)
@@ -55,7 +55,7 @@ def replications_to_identify(
     heldout_df_T = np.array([row_RSH.shape[2] - 1 for row_RSH in measured.differences])
     floor_T = np.full(measured.own_T.size, gamma_floor)
     now_TS = training_TS / count + errors.heldout_TS
-    for more in sorted({min(int(np.ceil(count * step)), MOST) for step in _STEPS}):
+    for more in sorted({min(int(np.ceil(count * step)), MAX_REPLICATIONS) for step in _STEPS}):
         if more <= count:
             continue
         variance_TS = training_TS / more + errors.heldout_TS
@@ -64,6 +64,7 @@ def replications_to_identify(
             errors.training.df_TS * (more - 1) / (count - 1)
         )
         df_TS = variance_TS**2 / np.maximum(inverse_TS, 1e-300)
+        # Covariances shrink with the standard errors of both entries: correlations stay.
         share_TS = np.sqrt(np.where(now_TS > 0, variance_TS / np.maximum(now_TS, 1e-300), 1.0))
         own_T = np.maximum(measured.own_T, 0)
         share_own_T = share_TS[np.arange(own_T.size), own_T]
@@ -86,24 +87,26 @@ def replications_to_identify(
 def identify_json(
     matrix: EffectMatrix, needed_TS: np.ndarray, replications: int
 ) -> dict[str, Any] | None:
-    """For `summary.json`: replications by pair, and what of the pairs they cannot reach.
+    """The entry `identify` of `summary.json`; None with one replication, which cannot tell.
 
-    Keys: `replications` ([T][S], null where none up to `most` would do), `most`, `open` (pairs of
-    different categories that are not identifiable), `half` and `all`
-    (replications that identify half of, and all, the pairs off the diagonal that some number
-    reaches and that are not known yet; null where there are none such), `never` (how many none
-    reaches), `unclear` (targets whose own effect is not clearly positive, so that no gamma of
-    theirs is known).  None with one replication, which says nothing of any of it.
+    Keys:
+        replications: [T][S]; null if no number up to `most` is enough.
+        most: `MAX_REPLICATIONS`.
+        open: number of pairs of different categories that are not identifiable yet.
+        half, all: replications that identify half, or all, of those open pairs that some number
+            can identify; null if there are no such pairs.
+        never: number of open pairs that no number can identify.
+        unclear: targets whose own effect is not clearly positive, so none of their gammas is known.
     """
     if replications < 2:
         return None
-    # A target that no source owns has no gamma at all, whatever is measured.
+    # An external target has no own effect, so it never has a gamma.
     is_owned_T1 = matrix.own_TS.any(axis=1, keepdims=True)
     open_TS = ~matrix.own_TS & ~matrix.identifiable_TS & is_owned_T1
     reachable = np.sort(needed_TS[open_TS & (needed_TS > replications)])
     return {
         "replications": [[int(n) if n else None for n in row] for row in needed_TS.tolist()],
-        "most": MOST,
+        "most": MAX_REPLICATIONS,
         "open": int(open_TS.sum()),
         "half": int(reachable[(reachable.size - 1) // 2]) if reachable.size else None,
         "all": int(reachable[-1]) if reachable.size else None,

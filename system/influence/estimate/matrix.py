@@ -31,7 +31,7 @@ from system.influence.estimate.noise import ErrorModel, fit_errors
 from system.influence.estimate.shrinkage import Shrunken, shrink
 from system.schema import MATRIX, check_table
 
-Unit = Literal["examples", "tokens"]
+DataUnit = Literal["examples", "tokens"]
 
 MATRIX_FILE = pa.schema(
     [
@@ -43,9 +43,9 @@ MATRIX_FILE = pa.schema(
         pa.field("appended", pa.bool_(), nullable=False),  # at the base of an earlier design
     ]
 )
-"""`influence/matrix.parquet`: the columns of every matrix table, then the intervals, then whether
-the entry is that of a category which the base has no rows of.  Tables without the last have none
-such."""
+"""Schema of `influence/matrix.parquet`: the columns of every matrix table, then intervals, then
+whether the entry belongs to an appended category.  A table may lack the last column; then no entry
+is appended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +54,17 @@ class EffectMatrix:
 
     estimator: str
     direction: str
-    """`add` or `remove`; positive effects help in both."""
-    unit: Unit
+    """`add` or `remove`; in both, a positive effect means that the source's data helps."""
+    unit: DataUnit
     targets: tuple[str, ...]
     sources: tuple[str, ...]
     dose_S: np.ndarray
-    """[S] dose in `unit`."""
+    """[S] dose, in `unit`."""
     effect_TS: np.ndarray
     effect_se_TS: np.ndarray
-    """[T, S] standard errors: training noise, shared reference, held-out sampling."""
+    """[T, S] standard errors: training noise, shared reference and held-out sampling."""
     effect_df_TS: np.ndarray
-    """[T, S] degrees of freedom behind them."""
+    """[T, S] degrees of freedom of the standard errors."""
     effect_low_TS: np.ndarray
     effect_high_TS: np.ndarray
     """[T, S] ends of the t intervals at the configured confidence."""
@@ -73,27 +73,27 @@ class EffectMatrix:
     shrunk_se_TS: np.ndarray
     """[T, S] posterior standard deviations."""
     gamma_TS: np.ndarray
-    """[T, S] NaN where the target's own effect is not identifiable."""
+    """[T, S] NaN if the target's own effect is not identifiable."""
     gamma_low_TS: np.ndarray
     gamma_high_TS: np.ndarray
-    """[T, S] Fieller ends; NaN where gamma is."""
+    """[T, S] ends of the Fieller intervals; NaN where gamma is NaN."""
     identifiable_TS: np.ndarray
-    """[T, S] bool: gamma may be used. Never true with one replication."""
+    """[T, S] bool: gamma may be used.  Never true with one replication."""
     appended_TS: np.ndarray
-    """[T, S] bool: of a category that was added to an earlier design, measured at its base."""
+    """[T, S] bool: the category was appended to an earlier design and measured at its base."""
     replicate_effects_RTS: np.ndarray | None = None
-    """[R, T, S] effects of the single replications; None when read from a table."""
+    """[R, T, S] effects of each replication; None if the matrix was read from a table."""
 
     @property
     def own_TS(self) -> np.ndarray:
-        """[T, S] bool: entries of a category on itself."""
+        """[T, S] bool: the effects of a category on itself."""
         return np.array([[t == s for s in self.sources] for t in self.targets])
 
     def part(self, targets: Sequence[str], sources: Sequence[str]) -> EffectMatrix:
-        """The entries of some targets and sources, in the order given.
+        """The submatrix of these targets and sources, in this order.
 
         Raises:
-            ValueError: a name that the matrix does not have.
+            ValueError: the matrix has no such target or source.
         """
         rows = [self.targets.index(name) for name in targets]
         columns = [self.sources.index(name) for name in sources]
@@ -146,22 +146,22 @@ class EffectMatrix:
         table: pa.Table,
         *,
         direction: str,
-        unit: Unit = "examples",
+        unit: DataUnit = "examples",
         where: str = "matrix",
         level: int = -1,
     ) -> EffectMatrix:
-        """The matrix of one direction and unit, at one dose.
+        """Reads the matrix of one direction and unit, at one dose.
 
         Args:
             table: schema `MATRIX_FILE`.
             direction: `add` or `remove`.
-            unit: what doses are counted in.
-            where: name of the table for errors.
-            level: which of several doses: 0 the smallest, -1 the largest, whose errors are the
-                smallest beside its effects; a source with fewer doses gives its largest.
+            unit: unit of the doses.
+            where: name of the table in error messages.
+            level: which of several doses: 0 is the smallest, -1 the largest (its effects have the
+                smallest relative errors).  A source with fewer doses gives its largest.
 
         Raises:
-            DataError: that direction or unit is not there, or an entry is missing or twice there.
+            DataError: the direction or unit is missing, or an entry is missing or duplicated.
         """
         if "appended" not in table.column_names:
             table = table.append_column("appended", pa.array([False] * table.num_rows))
@@ -197,7 +197,7 @@ class EffectMatrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A matrix and what it was made from."""
+    """An effect matrix with its error model and its priors."""
 
     matrix: EffectMatrix
     errors: ErrorModel
@@ -207,20 +207,20 @@ class Estimate:
 def estimate_effects(
     measured: Measurements,
     *,
-    unit: Unit = "examples",
+    unit: DataUnit = "examples",
     confidence: float = 0.95,
     gamma_floor: float = 1e-6,
     gamma_max_width: float = 2.0,
 ) -> Estimate:
-    """Effects, errors, gamma and shrunken effects of one direction.
+    """Estimates effects, errors, gamma and shrunken effects of one direction.
 
     Args:
         measured: paired losses of all runs.
-        unit: what a dose is counted in.
+        unit: unit of the doses.
         confidence: level of all intervals.
-        gamma_floor: nats per response token per example; an own effect whose interval does not lie
-            above it makes gamma of its row unusable.
-        gamma_max_width: widest gamma interval that is still identifiable.
+        gamma_floor: nats per response token per example.  If the interval of a target's own effect
+            does not lie above it, gamma is not usable in that row.
+        gamma_max_width: widest interval of an identifiable gamma.
 
     Raises:
         DataError: a loss is not finite.
@@ -237,16 +237,18 @@ def estimate_effects(
     se_TS = np.sqrt(variance_TS)
     floor_T = np.full(own_T.size, gamma_floor)
     if unit == "tokens":
+        # The floor is per example: convert it, so that both units have the same usable rows.
         owned = own_T >= 0
         floor_T[owned] *= (measured.dose_S / measured.dose_tokens_S)[own_T[owned]]
     gamma = gamma_intervals(effect_TS, variance_TS, errors, dose_S, own_T, quantile_TS, floor_T)
+    # With one replication training noise is unknown, so intervals are too narrow to be trusted.
     identifiable_TS = np.zeros(effect_TS.shape, dtype=bool)
     if errors.training is not None:
         width_TS = gamma[2] - gamma[1]
         identifiable_TS = np.isfinite(width_TS) & (width_TS <= gamma_max_width)
     shared_TS = np.sqrt(errors.common_T)[:, None] / dose_S
     shrunken = shrink(
-        effect_TS, np.maximum(variance_TS, 1e-300), shared_TS, own_TS, measured.silent_T
+        effect_TS, np.maximum(variance_TS, 1e-300), shared_TS, own_TS, measured.unresponsive_T
     )
     matrix = EffectMatrix(
         estimator=measured.estimator,
@@ -273,15 +275,15 @@ def estimate_effects(
 
 
 def _entries(
-    table: list[dict[str, Any]], direction: str, unit: Unit, level: int, where: str
+    table: list[dict[str, Any]], direction: str, unit: DataUnit, level: int, where: str
 ) -> tuple[tuple[str, ...], tuple[str, ...], list[dict[str, Any]]]:
-    """Targets, sources and the one row of each pair at a dose; see `EffectMatrix.from_table`."""
+    """Targets, sources and one row per pair at this dose; see `EffectMatrix.from_table`."""
     rows = [row for row in table if row["direction"] == direction and row["unit"] == unit]
     if not rows:
-        found = sorted({(row["direction"], row["unit"]) for row in table})
+        present = sorted({(row["direction"], row["unit"]) for row in table})
         raise DataError(
             f"{where}: expected rows with direction {direction!r} and unit {unit!r}, found "
-            f"{found}. Add the direction to influence.directions and run that stage again."
+            f"{present}. Add the direction to influence.directions and run that stage again."
         )
     targets = tuple(dict.fromkeys(row["target"] for row in rows))
     sources = tuple(dict.fromkeys(row["source"] for row in rows))
@@ -315,7 +317,7 @@ def gamma_intervals(
     quantile_TS: np.ndarray,
     floor_T: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gamma and its Fieller ends, [T, S] each; NaN where the own effect is not above the floor."""
+    """Gamma and its Fieller interval, [T, S] each; NaN if the own effect is not above the floor."""
     gamma_TS = np.full(effect_TS.shape, np.nan)
     low_TS, high_TS = gamma_TS.copy(), gamma_TS.copy()
     for row, own in enumerate(own_T):
@@ -325,7 +327,7 @@ def gamma_intervals(
         if own_effect - quantile_TS[row, own] * np.sqrt(own_variance) <= floor_T[row]:
             continue
         gamma_TS[row] = effect_TS[row] / own_effect
-        # The quantile of the less certain of the two variances: wider, never narrower.
+        # Of the two variances use the quantile with fewer degrees of freedom: never too narrow.
         low_TS[row], high_TS[row] = fieller_interval(
             effect_TS[row],
             np.full_like(effect_TS[row], own_effect),

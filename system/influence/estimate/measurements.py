@@ -1,4 +1,4 @@
-"""What the interventions measured, as arrays: paired differences of example losses.
+"""Paired differences of example losses between intervention runs and their reference runs.
 
 Legend of shape suffixes: R replications, T targets, S sources, H held-out examples of one target,
 N held-out examples of all targets.
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from system.errors import DataError
-from system.influence.design.design import Design, Unit
+from system.influence.design.design import Design, InterventionRun
 from system.influence.design.estimators import APPEND
 from system.influence.design.random_design import effect_weights
 from system.schema import SCORES, check_table
@@ -21,7 +21,7 @@ from system.schema import SCORES, check_table
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """Losses of every run of one direction, paired with its replication's reference run."""
+    """The losses of all runs of one direction, paired with the reference run of the replication."""
 
     targets: tuple[str, ...]
     sources: tuple[str, ...]
@@ -29,7 +29,7 @@ class Measurements:
     """`add` or `remove`."""
     estimator: str
     dose_S: np.ndarray
-    """[S] examples by which a run of the source differs from the reference (mean over R)."""
+    """[S] examples by which a run of the source differs from the reference run (mean over R)."""
     dose_tokens_S: np.ndarray
     """[S] the same dose in response tokens (mean over R)."""
     differences: tuple[np.ndarray, ...]
@@ -37,16 +37,16 @@ class Measurements:
     the dose minus loss with it.  Positive: the source's data helps.  Axis H is the same example in
     every replication and run."""
     is_binary: bool = False
-    """Losses are 0 or 1: wrong and right answers."""
+    """True if losses are 0 (right answer) or 1 (wrong answer)."""
 
     @property
     def num_replications(self) -> int:
-        """How many independent schedules were run."""
+        """The number of independent schedules."""
         return self.differences[0].shape[0]
 
     @property
     def own_T(self) -> np.ndarray:
-        """[T] int: the column of the target's own category; -1 where no source owns it."""
+        """[T] int: the column of the target's own category; -1 for an external target."""
         place = {source: column for column, source in enumerate(self.sources)}
         return np.array([place.get(target, -1) for target in self.targets])
 
@@ -56,10 +56,10 @@ class Measurements:
         return np.stack([row_RSH.mean(axis=2) for row_RSH in self.differences], axis=1)
 
     @property
-    def silent_T(self) -> np.ndarray:
-        """[T] bool: no source but its own changes any example of the target in any run.
+    def unresponsive_T(self) -> np.ndarray:
+        """[T] bool: no source but the target's own changes any example of it in any run.
 
-        Right answers do that where a model can do none of the questions, or all of them.
+        This happens with accuracy, if a model answers none of the questions right, or all of them.
         """
         return np.array(
             [
@@ -69,23 +69,23 @@ class Measurements:
         )
 
     def replications(self, chosen: list[int]) -> Measurements:
-        """The same measurements with some of the replications only."""
+        """The measurements of these replications alone."""
         rows = tuple(row_RSH[chosen] for row_RSH in self.differences)
         return replace(self, differences=rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
-    """Held-out losses of all runs on the examples that every run has."""
+    """Held-out losses of all runs, on the examples that every run was scored on."""
 
     examples: tuple[np.ndarray, ...]
-    """Per target, the columns of its examples in `loss`."""
+    """Per target, the positions of its examples in each array of `loss`."""
     num_tokens_N: np.ndarray
     """[N] response tokens."""
     loss: dict[str, np.ndarray]
-    """Unit name -> [N] float64, mean nats per response token of each example."""
+    """InterventionRun name -> [N] float64, mean nats per response token of each example."""
     num_incomplete: int
-    """Examples left out because some run has no finite loss for them."""
+    """Number of examples left out because some run has no finite loss for them."""
 
 
 def own_mask(own_T: np.ndarray, num_sources: int) -> np.ndarray:
@@ -94,17 +94,16 @@ def own_mask(own_T: np.ndarray, num_sources: int) -> np.ndarray:
 
 
 def collect_losses(design: Design, scores: Mapping[str, pa.Table]) -> Losses:
-    """The losses of all scored units, aligned by target and example.
+    """Collects the losses of all scored runs, aligned by target and example.
 
-    An example that any run could not be scored on is left out of all runs, so that differences
-    stay paired.
+    An example without a score in any run is left out of all runs, so that differences stay paired.
 
     Args:
         design: the runs and targets.
-        scores: run name -> SCORES table, of every run of the design.
+        scores: run name -> SCORES table, for every run of the design.
 
     Raises:
-        DataError: a unit or a target has no scores, or two runs saw different tokens.
+        DataError: a run or a target has no scores, or two runs were scored on different tokens.
     """
     names = [run.name for run in design.runs]
     missing = [name for name in names if name not in scores]
@@ -113,19 +112,21 @@ def collect_losses(design: Design, scores: Mapping[str, pa.Table]) -> Losses:
             f"influence: expected scores of {len(names)} runs, {len(missing)} are missing, first "
             f"{missing[0]}; run the stage again to finish them"
         )
-    by_unit = {name: _by_example(check_table(scores[name], SCORES, name)) for name in names}
-    seen = {key: tokens for found in by_unit.values() for key, (_, tokens) in found.items()}
-    keys = [key for key in seen if all(key in found for found in by_unit.values())]
+    by_run = {name: _by_example(check_table(scores[name], SCORES, name)) for name in names}
+    tokens_of = {key: tokens for of_run in by_run.values() for key, (_, tokens) in of_run.items()}
+    keys = [key for key in tokens_of if all(key in of_run for of_run in by_run.values())]
     place = {target.name: row for row, target in enumerate(design.targets)}
+    # A fixed order, whichever run is read first: sums over examples must not depend on it.
     keys.sort(key=lambda key: (place[key[0]], key[1]))
-    tokens_N = np.array([seen[key] for key in keys], dtype=np.int64)
+    tokens_N = np.array([tokens_of[key] for key in keys], dtype=np.int64)
     loss: dict[str, np.ndarray] = {}
-    for name, found in by_unit.items():
-        values = np.array([found[key] for key in keys], dtype=float).reshape(len(keys), 2)
+    for name, of_run in by_run.items():
+        values = np.array([of_run[key] for key in keys], dtype=float).reshape(len(keys), 2)
         if not np.array_equal(values[:, 1], tokens_N):
             raise DataError(
-                f"influence: run {name} was scored on other tokens than the others; the tokenizer "
-                "or the held-out rows changed: run the stage again with --redo influence"
+                f"influence: expected that all runs are scored on the same tokens, but run {name} "
+                "was scored on others; the tokenizer or the held-out rows changed: run the stage "
+                "again with --redo influence"
             )
         loss[name] = values[:, 0] / tokens_N
     owner = np.array([place[key[0]] for key in keys], dtype=int)
@@ -141,25 +142,25 @@ def collect_losses(design: Design, scores: Mapping[str, pa.Table]) -> Losses:
         examples=examples,
         num_tokens_N=tokens_N,
         loss=loss,
-        num_incomplete=len(seen) - len(keys),
+        num_incomplete=len(tokens_of) - len(keys),
     )
 
 
 def paired_differences(
     design: Design, losses: Losses, direction: str, *, is_binary: bool = False
 ) -> Measurements:
-    """Every run of a direction against the reference of its replication.
+    """Differences between each run of a direction and the reference run of its replication.
 
-    Positive when the source's data helps: reference - added, or removed - reference; of a
-    `random-design`, the regression's coefficients.  With doses that differ between replications (a
-    category at the end of its rows), a difference is scaled to the mean dose: effects are per unit
-    of data.
+    Positive if the source's data helps: reference - added, or removed - reference.  For
+    `random-design` the differences are the coefficients of the regression.  If a small category has
+    different doses in different replications, its differences are scaled to the mean dose, because
+    effects are per unit of data.
 
     Args:
         design: the runs.
-        losses: of all of them.
+        losses: of all runs.
         direction: `add` or `remove`.
-        is_binary: losses are 0 or 1, of right and wrong answers.
+        is_binary: whether losses are 0 (right answer) or 1 (wrong answer).
     """
     dose_RS = design.dose_rows(direction)
     dose_S = dose_RS.mean(axis=0)
@@ -184,24 +185,28 @@ def paired_differences(
 def _replication_differences(
     design: Design, losses: Losses, direction: str, replication: int
 ) -> np.ndarray:
-    """[S, N] loss without the dose minus loss with it."""
+    """[S, N] loss without the dose minus loss with the dose."""
     patterns = design.replications[replication].patterns
     if patterns:
-        units = [
-            Unit(replication=replication, kind=f"mix-{direction}", source=run)
+        runs = [
+            InterventionRun(replication=replication, kind=f"mix-{direction}", source=run)
             for run in range(len(patterns[direction]))
         ]
-        loss_KN = np.stack([losses.loss[unit.name] for unit in units])
+        loss_KN = np.stack([losses.loss[run.name] for run in runs])
         return -effect_weights(np.array(patterns[direction])) @ loss_KN
     sign = 1.0 if direction == "add" else -1.0
-    reference_N = losses.loss[Unit(replication=replication, kind="reference", source=-1).name]
+    reference_N = losses.loss[
+        InterventionRun(replication=replication, kind="reference", source=-1).name
+    ]
     is_appended_S = np.array([design.is_appended(name) for name in design.sources])
-    units = [
-        Unit(replication=replication, kind=APPEND if appended else direction, source=source)
+    runs = [
+        InterventionRun(
+            replication=replication, kind=APPEND if appended else direction, source=source
+        )
         for source, appended in enumerate(is_appended_S)
     ]
     sign_S = np.where(is_appended_S, 1.0, sign)  # an appended dose is always added
-    loss_SN = np.stack([losses.loss[unit.name] for unit in units])
+    loss_SN = np.stack([losses.loss[run.name] for run in runs])
     return sign_S[:, None] * (reference_N - loss_SN)
 
 

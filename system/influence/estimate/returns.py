@@ -1,21 +1,23 @@
-"""How effects per example change with the dose: whether returns diminish.
+"""Changes of effects per example with the dose: whether returns diminish.
 
-For two doses d < e of source j, measured against the same reference run and on the same held-out
-examples,
+Two doses d < e of source j are measured against the same reference run and on the same held-out
+examples.  The change
 
     change[i,j] = difference(e) / e - difference(d) / d          nats per response token per example
 
-is formed inside every replication and for every held-out example, so that what both doses share
-(the schedule, the reference's noise, the example) is taken out before errors are estimated.  The
-errors are those of any measured difference (`system.influence.estimate.noise`): training noise
-between replications, pooled over the matrix, and held-out sampling.  As `difference` is minus the
-loss that the data adds, concave returns mean that the effect falls with the dose where data is
-*added*, and rises where it is *removed*: the first rows to go are missed least.
+is computed inside every replication and for every held-out example.  So everything that both doses
+share (the schedule, the noise of the reference run, the example) cancels before errors are
+estimated.  The errors are those of any difference (`system.influence.estimate.noise`): training
+noise, pooled over the matrix, and held-out sampling.
 
-Beside single pairs, the *worth* of a source, its mean effect on all targets: what a mix moves by.
-Its noise is estimated from the replications' mean effects, since one run moves all targets at once.
+With diminishing returns the effect per example falls with the dose if data is *added*, and rises if
+data is *removed*: the first rows that go are missed least.
 
-With one replication nothing is known of training noise, and no change is called significant.
+Besides single pairs, this module estimates the *worth* of a source: its mean effect over all
+targets, by which a mix moves.  The noise of worth is estimated from the mean effects of the
+replications, because one run moves all targets at once.
+
+With one replication training noise is unknown, and no change is called significant.
 
 Legend of shape suffixes: R replications, T targets, S sources, H held-out examples of one target.
 """
@@ -33,7 +35,7 @@ from system.influence.estimate.noise import fit_errors, fit_training_noise, held
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """Estimates with the ends of their t intervals; arrays of one shape."""
+    """Estimates with their t intervals; all arrays have one shape."""
 
     value: np.ndarray
     se: np.ndarray
@@ -42,13 +44,13 @@ class Interval:
 
     @property
     def sign(self) -> np.ndarray:
-        """int: +1 or -1 where the interval leaves out zero, else 0."""
+        """int: +1 or -1 if the interval excludes zero, else 0."""
         return (self.low > 0).astype(int) - (self.high < 0).astype(int)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """From a smaller dose to a larger one, of the sources whose doses differ."""
+    """Changes from a smaller dose to a larger one, of the sources whose two doses differ."""
 
     sources: tuple[str, ...]
     effect_TS: Interval
@@ -60,11 +62,11 @@ class Change:
 def estimate_change(
     smaller: Measurements, larger: Measurements, *, confidence: float = 0.95
 ) -> Change | None:
-    """The change of effects between two doses; None where no source has both.
+    """Estimates the change of effects between two doses; None if no source has two doses.
 
     Args:
-        smaller: losses at the smaller dose, of the same runs' design and direction as `larger`.
-        larger: at the larger dose.
+        smaller: losses at the smaller dose, of the same design and direction as `larger`.
+        larger: losses at the larger dose.
         confidence: level of the intervals.
     """
     columns = np.flatnonzero(larger.dose_S > smaller.dose_S)
@@ -76,7 +78,7 @@ def estimate_change(
         sources=tuple(larger.sources[column] for column in columns),
         dose_S=larger.dose_S[columns],
         dose_tokens_S=larger.dose_tokens_S[columns],
-        # In nats of the larger dose: what it brought beyond the smaller one's slope.
+        # In nats of the larger dose: its difference beyond the slope of the smaller dose.
         differences=tuple(
             many_RSH[:, columns] - scale_S[None, :, None] * few_RSH[:, columns]
             for many_RSH, few_RSH in zip(larger.differences, smaller.differences, strict=True)
@@ -93,7 +95,7 @@ def estimate_change(
 
 
 def own_effects(measured: Measurements, *, confidence: float = 0.95) -> Interval:
-    """[S] effect of each source on its own category, per example; NaN where it is no target."""
+    """[S] effect of each source on its own category, per example; NaN if it is not a target."""
     errors = fit_errors(measured)
     every = _interval(
         measured.mean_RTS.mean(axis=0), errors.variance_TS, errors.df_TS, measured, confidence
@@ -110,7 +112,7 @@ def own_effects(measured: Measurements, *, confidence: float = 0.95) -> Interval
 
 
 def worth(measured: Measurements, *, confidence: float = 0.95) -> Interval:
-    """[S] mean effect of each source on all targets, per example."""
+    """[S] worth of each source: its mean effect over all targets, per example."""
     replications = measured.num_replications
     mean_RS = measured.mean_RTS.mean(axis=1)
     share = 1.0 / len(measured.targets)
@@ -144,7 +146,7 @@ def _interval(
     measured: Measurements,
     confidence: float,
 ) -> Interval:
-    """Per example; the last axis of all arrays is S."""
+    """Divides by the dose and adds t intervals; the last axis of all arrays is S."""
     se = np.sqrt(variance) / measured.dose_S
     reach = stats.t.ppf(0.5 + confidence / 2.0, np.maximum(df, 1.0)) * se
     value = mean / measured.dose_S

@@ -1,4 +1,8 @@
-"""What people and later stages read of an influence stage, besides the matrix itself."""
+"""The summary of an influence stage for people, the report and later stages.
+
+`summarise` makes `summary.json`, `result_lines` the lines of text in the log.  The matrix itself is
+in `system.influence.estimate.matrix`.
+"""
 
 from __future__ import annotations
 
@@ -35,21 +39,21 @@ REPLICATES = pa.schema(
         pa.field("effect", pa.float64(), nullable=False),  # nats/response token per example
     ]
 )
-"""`influence/replicates.parquet`: the effects of the single replications."""
+"""Schema of `influence/replicates.parquet`: the effects of each replication."""
 
 
 METRIC_UNITS = {"loss": NATS, "accuracy": ANSWERS}
-"""What effects are in, by `influence.metric`."""
+"""The unit of effects, by `influence.metric`."""
 
 
 def short_unit(unit: str) -> str:
-    """The unit after a number in a sentence."""
+    """The unit as it follows a number in a sentence."""
     return "nats" if unit == NATS else "of right answers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What the interventions took."""
+    """The actual cost of the intervention runs."""
 
     runs: int
     trained_tokens: int
@@ -57,20 +61,20 @@ class Cost:
     scored_tokens: int
     """Forward only, prompts included."""
     gradient_tokens: int = 0
-    """Forward and backward without a step (`gradient`), prompts included."""
+    """Forward and backward without an optimiser step (`gradient`), prompts included."""
     train_seconds: float
-    """Summed over tuners, gradients included."""
+    """Sum over tuners, gradients included."""
     score_seconds: float
-    """Summed over scorers, as the driver saw it."""
+    """Sum over scorers, measured by the driver."""
 
     @property
     def token_equivalents(self) -> float:
-        """Forward + backward tokens; a scored one is a third: backward costs two forward."""
+        """Trained tokens plus a third of the scored ones: backward costs two forward passes."""
         return self.trained_tokens + self.gradient_tokens + self.scored_tokens / 3.0
 
 
 def replicates_table(estimates: Mapping[str, Estimate]) -> pa.Table:
-    """Effects of the single replications of all directions, schema `REPLICATES`."""
+    """The effects of each replication, for all directions; schema `REPLICATES`."""
     parts = []
     for direction, estimate in estimates.items():
         matrix = estimate.matrix
@@ -104,24 +108,25 @@ def summarise(
     rejected: Mapping[str, str],
     weight_T: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """`summary.json`: agreement, noise, cost and what they mean, JSON values only.
+    """The content of `summary.json`: agreement, noise, cost and the verdicts on them.
 
     Args:
         design: the runs.
-        config: limits and levels.
+        config: limits and confidence levels.
         measured: direction -> paired losses.
         estimates: direction -> effects per example.
         losses: of all runs.
-        cost: what they took.
-        rejected: held-out rows that a run could not be scored on, and why.
-        weight_T: [T] importance of the targets, by which a mix weighs them; None: all alike.
+        cost: of all runs.
+        rejected: id of a held-out row that some run could not score -> reason.
+        weight_T: [T] importance of the targets in the mix; None: all targets equal.
     """
     directions = {
         direction: _summarise_direction(measured[direction], estimate, config, cost, weight_T)
         for direction, estimate in estimates.items()
     }
     worth = worth_agreement(directions)
-    # What cannot be compared (two categories) is not doubted for it, and `is_checked` says so.
+    # With two categories agreement cannot be computed.  That alone is no reason for doubt;
+    # `is_checked` tells the reader.
     believed = len(design.replications) > 1 and (worth is None or worth >= config.min_agreement)
     return {
         "estimator": design.estimator,
@@ -165,24 +170,24 @@ def summarise(
 
 
 def worth_agreement(directions: Mapping[str, Any]) -> float | None:
-    """How well halves of the replications agree on the worth of the categories: it decides belief.
+    """Split-half agreement on the worth of the categories; it decides whether a matrix is believed.
 
-    The least of the directions.  The halves are scored on different held-out rows, since what a
-    dose does to the very same examples replicates whether or not it says anything of a category.
-    None: nothing could be compared (one replication, two categories, all worth the same).
+    The minimum over directions.  The halves are scored on different held-out rows: on the same rows
+    the effect of a dose replicates even if it is not typical of the category.  None if nothing can
+    be compared (one replication, two categories, or all categories have the same worth).
 
     Args:
         directions: `directions` of a summary.
     """
-    found = [halves_worth(part) for part in directions.values()]
-    return min((worth for worth in found if worth is not None), default=None)
+    agreements = [direction_worth_agreement(part) for part in directions.values()]
+    return min((value for value in agreements if value is not None), default=None)
 
 
-def halves_worth(part: Mapping[str, Any]) -> float | None:
+def direction_worth_agreement(part: Mapping[str, Any]) -> float | None:
     """The same for one direction.
 
     Args:
-        part: the direction's in `directions`.
+        part: the entry of the direction in `directions`.
     """
     halves = part["agreement_heldout_split"]
     return None if halves is None else halves["worth"]
@@ -257,14 +262,14 @@ def _summarise_direction(
 def _strongest(matrix: EffectMatrix) -> dict[str, Any]:
     """The pairs with the largest and smallest shrunken effect off the diagonal."""
     shrunk_TS = np.where(matrix.own_TS, np.nan, matrix.shrunk_TS)
-    found: dict[str, Any] = {}
+    strongest: dict[str, Any] = {}
     for name, flat in (
         ("synergy", np.nanargmax(shrunk_TS)),
         ("antagonism", np.nanargmin(shrunk_TS)),
     ):
         row, column = np.unravel_index(int(flat), shrunk_TS.shape)
         dose = float(matrix.dose_S[column])
-        found[name] = {
+        strongest[name] = {
             "target": matrix.targets[row],
             "source": matrix.sources[column],
             "dose": dose,
@@ -273,11 +278,11 @@ def _strongest(matrix: EffectMatrix) -> dict[str, Any]:
             "high": json_number(matrix.effect_high_TS[row, column] * dose),
             "shrunk": json_number(matrix.shrunk_TS[row, column] * dose),
         }
-    return found
+    return strongest
 
 
 def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """Three to eight plain lines for a person."""
+    """Three to eight lines of text about the results."""
     lines = []
     short = short_unit(summary["unit"])
     verb = {"add": "adding", "remove": "removing"}
@@ -289,7 +294,7 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
         )
         halves = part["agreement"]
         if summary["replications"] < 2:
-            lines.append(f"{text}; one schedule only, so these are held-out errors")
+            lines.append(f"{text}; only one replication, so these are held-out errors alone")
         elif halves is None:
             lines.append(f"{text}; two categories are too few to compare halves")
         else:
@@ -297,7 +302,8 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
             lines.append(
                 f"{text}; halves of the replications agree on the order of the interactions by "
                 f"{_interval(rank['value'], rank['low'], rank['high'], 2)}, on the worth of the "
-                f"categories, scored on different rows, by {_signed(halves_worth(part))}"
+                "categories, scored on different rows, by "
+                f"{_signed(direction_worth_agreement(part))}"
             )
         lines.append(
             f"{part['significant_pairs']} of {pairs} pairs differ from zero; gamma is "
@@ -315,7 +321,7 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
     lines += append_lines(summary)
     if summary["adapted"]:
         names = ", ".join(sorted(summary["adapted"]))
-        lines.append(f"smaller doses than asked, for want of rows: {names}")
+        lines.append(f"smaller doses than requested, because there are too few rows: {names}")
     if summary["estimator"] == "gradient":
         lines.append(FIRST_ORDER)
     if summary["replications"] > 1 and not summary["is_believed"]:
@@ -339,7 +345,7 @@ def result_lines(summary: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _signed(value: float | None) -> str:
-    return "nothing (all are worth the same)" if value is None else f"{value:+.2f}"
+    return "nothing (all have the same worth)" if value is None else f"{value:+.2f}"
 
 
 def _interval(value: float | None, low: float | None, high: float | None, digits: int) -> str:
@@ -351,7 +357,7 @@ def _interval(value: float | None, low: float | None, high: float | None, digits
 
 
 def _reference_loss(design: Design, losses: Losses, row: int) -> float:
-    """Mean held-out loss of the base mix; of all runs where the design has no such run."""
+    """Mean held-out loss of the reference runs; of all runs if the design has none."""
     columns = losses.examples[row]
     references = [run.name for run in design.runs if run.kind == "reference"]
     names = references or list(losses.loss)
@@ -359,18 +365,19 @@ def _reference_loss(design: Design, losses: Losses, row: int) -> float:
 
 
 def _adapted(design: Design) -> dict[str, Any]:
-    """Categories that had fewer rows than asked, with what they got in each replication."""
-    found: dict[str, Any] = {}
+    """Categories with fewer rows than requested, and their actual rows in each replication."""
+    adapted: dict[str, Any] = {}
     for replication in design.replications:
         for name, rows in replication.rows.items():
-            got = {"base": rows.base, "dose": rows.dose, "extra": rows.extra, "warm": rows.warm}
-            kinds = ("dose",) if design.is_appended(name) else tuple(got)
-            if "dose_tokens" in design.asked:  # doses have as many rows as their lengths allow
+            actual = {"base": rows.base, "dose": rows.dose, "extra": rows.extra, "warm": rows.warm}
+            kinds = ("dose",) if design.is_appended(name) else tuple(actual)
+            # With a token limit, shorter doses are intended and not a lack of rows.
+            if "dose_tokens" in design.asked:
                 kinds = ("base", "warm")
-            got = {kind: got[kind] for kind in kinds}
-            asked = {kind: design.asked[kind] for kind in kinds}
-            if got != asked or rows.warm_reused:
-                found.setdefault(name, []).append(
-                    {"replication": replication.index, **asdict(rows), "asked": asked}
+            actual = {kind: actual[kind] for kind in kinds}
+            requested = {kind: design.asked[kind] for kind in kinds}
+            if actual != requested or rows.warm_reused:
+                adapted.setdefault(name, []).append(
+                    {"replication": replication.index, **asdict(rows), "asked": requested}
                 )
-    return found
+    return adapted

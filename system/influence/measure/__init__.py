@@ -1,1 +1,1 @@
-"""How one run is made and scored: ledger, proxy, gradients."""
+"""Trains and scores the intervention runs: ledger, proxy model, gradients."""

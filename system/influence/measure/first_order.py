@@ -1,9 +1,9 @@
-"""From derivatives at checkpoints to the losses that the interventions would have had.
+"""Predicts the losses of intervention runs from gradients (estimator `gradient`).
 
-`gradient` measures, for every held-out row h and source j, by how much a row of j lowers h's loss
-(`system.influence.measure.gradient`).  Summed over a replication's checkpoints and times the dose
-that is the predicted loss of the run `add j` or `remove j`; written as such, everything after it
-(paired differences, errors over replications and examples, gamma, shrinkage) is that of real runs.
+For every held-out row h and source j, `system.influence.measure.gradient` computes by how much one
+row of j lowers the loss of h.  The sum over the checkpoints of a replication, times the dose, is
+the predicted change of loss in the run `add j` or `remove j`.  The predictions have the form of
+real scores, so all later steps (paired differences, errors, gamma, shrinkage) are the same.
 
 Legend of shape suffixes: H held-out rows, D directions (in the order of `dose_rows`).
 """
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from system.influence.design.design import Design, Unit
+from system.influence.design.design import Design, InterventionRun
 from system.influence.design.interventions import DOSE, EXTRA, seed_of
 from system.influence.measure.gradient import Derivatives, GradientTask
 from system.schema import SCORES, check_table
@@ -24,24 +24,26 @@ from system.training.plan import TrainPlan
 GRADIENTS = pa.schema(
     [
         *SCORES,
-        # nats per response token that a row of each dose takes off; doses as `dose_rows` has them
+        # nats per response token by which a row of each dose lowers the loss; order of `dose_rows`
         pa.field("decrease", pa.list_(pa.float64()), nullable=False),
     ]
 )
-"""`influence/scores/*.parquet` of `gradient`: one checkpoint's part of the sum."""
+"""Schema of `influence/scores/*.parquet` for `gradient`: the share of one checkpoint in the sum."""
 
 NOT_FINITE = "loss or gradient is not finite"
 
 
-def gradient_task(plan: TrainPlan, design: Design, unit: Unit, dimension: int) -> GradientTask:
-    """What a unit of kind `gradient` differentiates; `dimension` is `influence.projection_dim`."""
-    seed = design.replications[unit.replication].seed
+def gradient_task(
+    plan: TrainPlan, design: Design, run: InterventionRun, dimension: int
+) -> GradientTask:
+    """The task of a run of kind `gradient`; `dimension` is `influence.projection_dim`."""
+    seed = design.replications[run.replication].seed
     return GradientTask(
         doses=tuple(dose_rows(plan, design)),
-        part=unit.source,
+        part=run.source,
         num_parts=design.gradient_checkpoints,
         dimension=dimension,
-        seed=seed_of(seed, "projection", unit.source),
+        seed=seed_of(seed, "projection", run.source),
     )
 
 
@@ -57,7 +59,7 @@ def dose_rows(plan: TrainPlan, design: Design) -> list[np.ndarray]:
 
 
 def gradients_table(heldout: pa.Table, found: Derivatives) -> tuple[pa.Table, dict[str, str]]:
-    """GRADIENTS of the rows that can be used; reason by id of those that cannot."""
+    """GRADIENTS table of the usable rows, and id -> reason of the unusable ones."""
     usable_H = np.isfinite(found.nll_H) & np.isfinite(found.decrease_HD).all(axis=1)
     masks = heldout.column("response_mask").to_pylist()
     table = pa.table(
@@ -76,19 +78,19 @@ def gradients_table(heldout: pa.Table, found: Derivatives) -> tuple[pa.Table, di
 
 
 def predicted_scores(design: Design, gradients: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
-    """SCORES of every run of the design, as first order predicts them.
+    """Predicts the SCORES of every run of the design to first order.
 
-    A row that some checkpoint could not use is in none of its replication's tables.  The reference
-    has the loss of the last checkpoint.
+    A row that is unusable at any checkpoint is left out of all tables of the replication.  The
+    reference run has the loss of the last checkpoint.
 
     Args:
         design: of the estimator `gradient`.
-        gradients: unit name -> GRADIENTS table.
+        gradients: run name -> GRADIENTS table.
     """
     scores: dict[str, pa.Table] = {}
     for replication in range(len(design.replications)):
         names = [
-            Unit(replication=replication, kind="gradient", source=part).name
+            InterventionRun(replication=replication, kind="gradient", source=part).name
             for part in range(design.gradient_checkpoints)
         ]
         parts = [check_table(gradients[name], GRADIENTS, name) for name in names]
@@ -114,7 +116,7 @@ def predicted_scores(design: Design, gradients: Mapping[str, pa.Table]) -> dict[
 
 
 def _summed(parts: list[pa.Table]) -> tuple[pa.Table, np.ndarray]:
-    """The last checkpoint's rows that all have, and the [H, D] sum of all their decreases."""
+    """Rows that all checkpoints have (of the last one), and the [H, D] sum of their decreases."""
     rows = [
         {
             key: row
@@ -124,9 +126,9 @@ def _summed(parts: list[pa.Table]) -> tuple[pa.Table, np.ndarray]:
         }
         for part in parts
     ]
-    keys = [key for key in rows[-1] if all(key in found for found in rows)]
+    keys = [key for key in rows[-1] if all(key in row_of for row_of in rows)]
     total_HD = np.zeros(())
-    for part, found in zip(parts, rows, strict=True):
+    for part, row_of in zip(parts, rows, strict=True):
         decrease_HD = np.array(part["decrease"].to_pylist(), dtype=float)
-        total_HD = total_HD + decrease_HD[[found[key] for key in keys]]
+        total_HD = total_HD + decrease_HD[[row_of[key] for key in keys]]
     return parts[-1].take(pa.array([rows[-1][key] for key in keys], type=pa.int64())), total_HD

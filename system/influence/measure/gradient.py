@@ -1,7 +1,7 @@
-"""First-order effects: what a row of a source does to a held-out loss, without training on it.
+"""First-order effects: how one row of a source changes a held-out loss, without training on it.
 
-In the training of `system.training.train` a row z of the schedule adds grad nll(z) / denominator to
-one step's gradient.  With Adam's second moments v held fixed, its momentum spends the whole of it
+In `system.training.train` a row z of the schedule adds grad nll(z) / denominator to the gradient of
+one step.  If Adam's second moments v are fixed, its momentum applies the whole of this gradient
 over the following steps, so the row moves the weights by
 
     - rate * clip / denominator * grad nll(z) / (sqrt(v) + epsilon)
@@ -21,22 +21,26 @@ in nats per response token of h, per row of j: the unit of `retrain`'s effects.
     v_k           second moments of the warm-up at its checkpoint, bias corrected
     denominator   mean response tokens of a step of the schedule
 
-The checkpoints lie in the second half of the warm-up, the last one at its end.  Early in a training
-all categories teach the same (format, common words): there all effects look alike and large, and
-what an early row changes in those directions later rows would have changed anyway.  Near the end
-of the base mix what is left is what the base mix does not teach, which is what a dose is worth.
-(Measured: `tests/benchmarks/influence.md`.)
+The checkpoints lie in the second half of the warm-up, the last one at its end.  Early in training
+all categories teach the same things (format, common words).  There all effects look similar and
+large, and later rows would make the same changes anyway.  Near the end of the warm-up the gradients
+show what the base mix does not teach, which is what a dose adds.  (Measured in
+`tests/benchmarks/influence.md`.)
 
 Source: LESS (Xia et al. 2024, arXiv 2402.04333, section 2 and definition 3.1), which is TracIn
-(Pruthi et al. 2020, arXiv 2002.08484) with Adam's step on the train side and the plain gradient on
-the validation side.  Differences, each because effects are asked for and not a ranking of rows: no
-normalisation to cosines, so that units stay nats; the row's own share of the step only (LESS' Adam
-step carries the momentum, which is the same for all rows); equal weights of late checkpoints in
-place of each one's learning rate, which is zero at the end of an annealed warm-up; rows are
-averaged before the product, so that exact inner products cost less than projecting every row.
+(Pruthi et al. 2020, arXiv 2002.08484) with Adam's step for the training row and the plain gradient
+for the validation row.  This module differs, because it needs effects and not a ranking of rows:
 
-What first order leaves out: what later steps do to the change (curvature, forgetting), and that
-returns diminish within a dose, so large effects are overstated; their order is what to trust.
+- no normalisation to cosines, so that the unit stays nats;
+- the share of the row itself in the step, without the momentum in LESS' Adam step, which is the
+  same for all rows;
+- equal weights of late checkpoints instead of their learning rates, which reach zero at the end of
+  an annealed warm-up;
+- rows are averaged before the product: exact inner products then cost less than projections of all
+  rows.
+
+First order ignores how later steps change the effect (curvature, forgetting) and that returns
+diminish within a dose.  So large effects are overstated; trust their order, not their size.
 
 Legend of shape suffixes: D directions (a source's dose rows in one direction of change), H held-out
 rows, P trainable parameters, K dimension of the inner products.
@@ -68,40 +72,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS_IN_MEMORY = 1 << 24
-"""Numbers of held-out gradients that wait for one matrix product."""
+"""Largest count of gradient values that are kept in memory for one matrix product."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientTask:
-    """One checkpoint's share of a replication."""
+    """The gradients to compute at one checkpoint of a replication."""
 
     doses: tuple[np.ndarray, ...]
     """[D] plan rows of each dose."""
     part: int
     num_parts: int
-    """K: which of how many checkpoints."""
+    """K: `part` is the index among this many checkpoints."""
     dimension: int
-    """At most so many numbers enter an inner product; longer vectors are projected."""
+    """Largest dimension of the inner products; longer vectors are projected."""
     seed: int
-    """Of the projection."""
+    """Seed of the projection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Derivatives:
-    """Held-out rows at one checkpoint.  Not finite where the row cannot be used."""
+    """Losses and derivatives of held-out rows at one checkpoint; not finite for unusable rows."""
 
     nll_H: np.ndarray
     """[H] float64, nats summed over response tokens."""
     decrease_HD: np.ndarray
-    """[H, D] float64, nats per response token per row of the direction's dose; this checkpoint's
-    part of the sum."""
+    """[H, D] float64, nats per response token per row of the dose; the share of this checkpoint
+    in the sum."""
     num_tokens: int
     """Tokens of forward and backward passes, prompts included."""
     seconds: float
 
 
 def checkpoint_steps(num_steps: int, num_checkpoints: int) -> list[int]:
-    """Steps made at each checkpoint: the ends of equal parts of a schedule's second half.
+    """Number of steps before each checkpoint: the ends of equal parts of the second half.
 
     Raises:
         DataError: more checkpoints than steps in that half.
@@ -116,7 +120,7 @@ def checkpoint_steps(num_steps: int, num_checkpoints: int) -> list[int]:
 
 
 def mean_rate(plan: TrainPlan, settings: TrainSettings) -> float:
-    """Mean learning rate of a schedule: a dose's rows may lie anywhere in it."""
+    """Mean learning rate of a schedule; the mean, because dose rows may lie anywhere in it."""
     rates = [learning_rate(step, plan.num_steps, settings) for step in range(plan.num_steps)]
     return sum(rates) / plan.num_steps
 
@@ -133,7 +137,7 @@ def warm_up(
     num_checkpoints: int,
     folder: Path,
 ) -> TuneStats:
-    """Trains and writes the checkpoints: trainable weights and second moments.
+    """Trains the warm-up and writes its checkpoints: trainable weights and second moments.
 
     Args:
         model: with the base weights; changed in place.
@@ -161,6 +165,7 @@ def warm_up(
             tokens += stats.num_tokens
             labels += stats.num_labels
             if step + 1 in stops:
+                # The formula needs weights and second moments, but not the first moments.
                 state = {
                     name: value.contiguous()
                     for name, value in training.state().items()
@@ -188,23 +193,23 @@ def differentiate(
     settings: TrainSettings,
     checkpoint: Path,
 ) -> Derivatives:
-    """The derivatives of all held-out losses along all dose directions at one checkpoint.
+    """Computes the derivatives of all held-out losses in all dose directions at one checkpoint.
 
     Args:
         model: with the base weights; changed in place.
-        plan: the schedule of the replication, which the dose rows are in.
-        task: which rows, which checkpoint.
-        heldout: TOKENS, the rows measured on.
+        plan: the schedule of the replication, which contains the dose rows.
+        task: which rows and which checkpoint.
+        heldout: TOKENS of the held-out rows.
         settings: of the schedule.
-        checkpoint: file that `warm_up` wrote for the task's part.
+        checkpoint: file that `warm_up` wrote for this part.
 
     Raises:
-        ModelError: the checkpoint is not of this model, or a dose has no finite gradient.
+        ModelError: the checkpoint is not of this model, or the gradient of a dose is not finite.
     """
     start = time.perf_counter()
     with Training(model, plan, settings) as training:
         scale_P = _load_steps(training, settings, checkpoint)
-        model.eval()  # dropout would be noise here
+        model.eval()  # dropout would add noise to the derivatives
         scale_P *= mean_rate(plan, settings) / task.num_parts / float(plan.denominators.mean())
         project = Projection(scale_P.numel(), task.dimension, task.seed, scale_P.device)
         directions_DK = torch.stack(
@@ -230,17 +235,18 @@ def differentiate(
 
 
 def _load_steps(training: Training, settings: TrainSettings, checkpoint: Path) -> Tensor:
-    """Puts a checkpoint's weights in; [P] clip / (sqrt(v) + epsilon), parameters in order."""
+    """Loads the weights of a checkpoint; returns [P] clip / (sqrt(v) + epsilon)."""
     from safetensors.torch import load_file
 
     loaded = load_file(checkpoint, device=str(training.device))
     own = training.state()
-    wanted = {name for name in own if not name.startswith("exp_avg.")}
-    found = set(loaded) - {"steps_made", "clip"}
-    if wanted != found:
+    expected_names = {name for name in own if not name.startswith("exp_avg.")}
+    loaded_names = set(loaded) - {"steps_made", "clip"}
+    if expected_names != loaded_names:
         raise ModelError(
             f"{checkpoint}: expected weights and moments of this model, found others (first "
-            f"{sorted(wanted ^ found)[0]}). Run the stage again with --redo influence."
+            f"{sorted(expected_names ^ loaded_names)[0]}). Run the stage again with --redo "
+            "influence."
         )
     correction = 1.0 - settings.beta2 ** float(loaded["steps_made"])
     scales = []
@@ -257,13 +263,13 @@ def _trained_names(training: Training) -> list[str]:
 
 
 def _gradient(training: Training) -> Tensor:
-    """[P] the gradient that has been accumulated, a copy."""
+    """[P] a copy of the accumulated gradient."""
     trained = [value for value in training.model.parameters() if value.requires_grad]
     return torch.cat([value.grad.flatten() for value in trained])  # pyright: ignore
 
 
 def _dose_gradient(training: Training, rows: np.ndarray) -> Tensor:
-    """[P] mean over plan rows of the gradient of a row's summed token losses."""
+    """[P] mean over plan rows of the gradient of the row's summed token losses."""
     training.parallel.zero_gradient()
     groups = group_by_tokens(
         training.plan.lengths(rows),
@@ -279,10 +285,9 @@ def _dose_gradient(training: Training, rows: np.ndarray) -> Tensor:
 def _heldout(
     training: Training, heldout: pa.Table, project: Projection, directions_DK: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[H] summed token losses; [H, D] inner products of each row's mean-loss gradient.
+    """[H] summed token losses, and [H, D] inner products of the gradient of each row's mean loss.
 
-    One row at a time: rows are the units of held-out sampling, so their products must be apart,
-    and of one row nothing but its gradient is kept.
+    Held-out errors need one value per row, so each row has a backward pass of its own.
     """
     longest = max(len(row) for row in heldout.column("input_ids").to_pylist())
     plan = build_plan(
@@ -291,9 +296,9 @@ def _heldout(
     count = plan.table.num_rows
     nll_H = np.full(count, np.nan)
     decrease_HD = np.full((count, directions_DK.shape[0]), np.nan)
-    waiting = max(1, min(32, _ROWS_IN_MEMORY // project.dimension))
-    for first in range(0, count, waiting):
-        rows = range(first, min(first + waiting, count))
+    group_size = max(1, min(32, _ROWS_IN_MEMORY // project.dimension))
+    for first in range(0, count, group_size):
+        rows = range(first, min(first + group_size, count))
         gradients = []
         for row in rows:
             training.parallel.zero_gradient()

@@ -1,11 +1,12 @@
-"""Which unit comes next: train, score, or wait.  Pure bookkeeping, no clock and no cluster.
+"""Decides which run is trained or scored next.  Pure bookkeeping, without clock or cluster.
 
     to train ── next_to_train ──> training ── trained ──> waiting ── next_to_score ──> scoring ─┐
                      ^                                                                          │
                      └──────── at most `max_checkpoints` in between ─────────────── scored <────┘
 
-A checkpoint is as big as the model, so training stops getting ahead of scoring at the bound.  Runs
-that start from a warm-up wait for it; warm-ups are never scored.
+A checkpoint is as large as the model, so the number of checkpoints that wait for scoring is
+limited: at the limit training pauses.  Runs that start from a warm-up wait for it.  Warm-ups are
+never scored.
 """
 
 from __future__ import annotations
@@ -13,52 +14,54 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable
 
-from system.influence.design.design import Unit
+from system.influence.design.design import InterventionRun
 
 
 def open_checkpoints(num_tuners: int, num_scorers: int) -> int:
-    """Checkpoints that may exist at once: one in every tuner's hands, two for every scorer."""
+    """Largest number of checkpoints at one time: one per tuner and two per scorer."""
     return num_tuners + 2 * num_scorers
 
 
 class Ledger:
-    """The state of all units of a stage.
+    """The state of all runs of a stage.
 
     Args:
-        units: in the order in which they are best started.
-        trained: names of units whose checkpoint is there.
-        scored: names of units whose scores are there.
-        max_checkpoints: units that may be between the start of training and the end of scoring.
+        runs: in starting order.
+        trained: names of the runs that have a checkpoint.
+        scored: names of the runs that have scores.
+        max_checkpoints: largest number of runs between the start of training and the end of
+            scoring.
     """
 
     def __init__(
         self,
-        units: Iterable[Unit],
+        runs: Iterable[InterventionRun],
         *,
         trained: Collection[str],
         scored: Collection[str],
         max_checkpoints: int,
     ) -> None:
         self._max_checkpoints = max_checkpoints
-        units = tuple(units)
-        left = [unit for unit in units if unit.kind != "warm" and unit.name not in scored]
-        needed = {unit.replication for unit in left}
-        warm = [unit for unit in units if unit.kind == "warm" and unit.replication in needed]
-        self._cold = {unit.replication for unit in warm if unit.name not in trained}
-        self._unscored = {unit.name for unit in left}
-        self._to_score = deque(unit for unit in left if unit.name in trained)
-        wanted = {unit.name for unit in [*left, *warm] if unit.name not in trained}
-        self._to_train = [unit for unit in units if unit.name in wanted]
+        runs = tuple(runs)
+        left = [run for run in runs if run.kind != "warm" and run.name not in scored]
+        needed = {run.replication for run in left}
+        # The warm-up of a replication that is scored already need not be trained again.
+        warm = [run for run in runs if run.kind == "warm" and run.replication in needed]
+        self._cold = {run.replication for run in warm if run.name not in trained}
+        self._unscored = {run.name for run in left}
+        self._to_score = deque(run for run in left if run.name in trained)
+        untrained = {run.name for run in [*left, *warm] if run.name not in trained}
+        self._to_train = [run for run in runs if run.name in untrained]
         self._open = len(self._to_score)
 
     @property
     def is_done(self) -> bool:
-        """Whether every unit is scored."""
+        """Whether all runs are scored."""
         return not self._unscored
 
     @property
     def num_to_train(self) -> int:
-        """Trainings not handed out yet."""
+        """Number of trainings that have not started."""
         return len(self._to_train)
 
     @property
@@ -67,35 +70,35 @@ class Ledger:
         return len(self._unscored)
 
     def num_scored_replications(self, total: int) -> int:
-        """How many of the first `total` replications are scored whole, without a gap."""
+        """Length of the longest prefix of replications that are scored completely."""
         open_ones = {name.partition("-")[0] for name in self._unscored}
         for replication in range(total):
             if f"r{replication:02d}" in open_ones:
                 return replication
         return total
 
-    def next_to_train(self) -> Unit | None:
-        """The next training to start, or None where none may start now."""
-        for place, unit in enumerate(self._to_train):
-            if unit.kind == "warm":
+    def next_to_train(self) -> InterventionRun | None:
+        """The next run to train, or None if no training may start now."""
+        for place, run in enumerate(self._to_train):
+            if run.kind == "warm":
                 return self._to_train.pop(place)
-            if self._open < self._max_checkpoints and unit.replication not in self._cold:
+            if self._open < self._max_checkpoints and run.replication not in self._cold:
                 self._open += 1
                 return self._to_train.pop(place)
         return None
 
-    def next_to_score(self) -> Unit | None:
-        """The next checkpoint to score, or None where none waits."""
+    def next_to_score(self) -> InterventionRun | None:
+        """The next run to score, or None if no checkpoint waits."""
         return self._to_score.popleft() if self._to_score else None
 
-    def trained(self, unit: Unit) -> None:
-        """A training is done."""
-        if unit.kind == "warm":
-            self._cold.discard(unit.replication)
+    def trained(self, run: InterventionRun) -> None:
+        """Records that a training has finished."""
+        if run.kind == "warm":
+            self._cold.discard(run.replication)
         else:
-            self._to_score.append(unit)
+            self._to_score.append(run)
 
-    def scored(self, unit: Unit) -> None:
-        """A scoring is done."""
-        self._unscored.discard(unit.name)
+    def scored(self, run: InterventionRun) -> None:
+        """Records that a scoring has finished."""
+        self._unscored.discard(run.name)
         self._open -= 1

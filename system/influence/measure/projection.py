@@ -1,12 +1,12 @@
-"""Seeded random projection that keeps inner products on average, in time linear in the input.
+"""Seeded random projection whose inner products are unbiased, in time linear in the input.
 
-    (S x)[b] = sum over the places p with bucket(p) = b of sign(p) x[p]
+    (S x)[b] = sum over the positions p with bucket(p) = b of sign(p) x[p]
 
-Every place falls into a random one of K buckets with a random sign (count sketch: Charikar, Chen &
-Farach-Colton 2002; for inner products Weinberger et al. 2009, arXiv 0902.2206, section 2).
+Every position falls into a random one of K buckets, with a random sign (count sketch: Charikar,
+Chen & Farach-Colton 2002; for inner products Weinberger et al. 2009, arXiv 0902.2206, section 2).
 E <Sx, Sy> = <x, y>, with variance at most (|x|^2 |y|^2 + <x, y>^2) / K, as for a dense Rademacher
-matrix.  A dense one costs P K multiplications a vector, more than the gradient itself; this one
-costs P additions whatever K is, so K can be large.  Memory: 5 bytes a place.
+matrix.  A dense matrix costs P K multiplications per vector, more than the gradient itself.  This
+projection costs P additions for any K, so K can be large.  Memory: 5 bytes per position.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 _BLOCK = 1 << 22
-"""Places that are projected at once: bounds the memory of the signed copy."""
+"""Positions that are projected at once; limits the memory of the signed copy."""
 
 
 class Projection:
-    """A projection of vectors with `size` places to `dimension`; the vector itself where it fits.
+    """Projects vectors of length `size` to `dimension`; shorter vectors stay as they are.
 
     Args:
-        size: P, places of a vector.
+        size: P, length of a vector.
         dimension: K, at least 1.
-        seed: decides buckets and signs, on every device alike.
-        device: where the vectors are.
+        seed: of buckets and signs; they do not depend on the device.
+        device: device of the vectors.
     """
 
     def __init__(self, size: int, dimension: int, seed: int, device: torch.device) -> None:

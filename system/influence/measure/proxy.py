@@ -1,4 +1,4 @@
-"""The proxy model that interventions train: loaded once, restored from memory for every run."""
+"""The proxy model that intervention runs train: loaded once, restored from memory for each run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneStats:
-    """What one run cost and where its training loss went."""
+    """Cost and training loss of one run."""
 
     trained_tokens: int
     """Forward and backward, prompts included."""
     trained_labels: int
-    """Response tokens with a loss."""
+    """Number of response tokens with a loss."""
     seconds: float
     first_loss: float
     last_loss: float
@@ -37,7 +37,7 @@ class TuneStats:
 
 
 class ProxyModel:
-    """A model whose weights can be put back to the base (or other start) without a file.
+    """A model whose weights can be restored to the base, or to another start, from memory.
 
     Args:
         model_dir: local Hugging Face directory.
@@ -61,7 +61,7 @@ class ProxyModel:
     ) -> TuneStats:
         """Trains from the base weights, or from those saved at `start_uri`.
 
-        Changes the model's weights; what they were before does not matter.
+        Changes the weights of the model; the result does not depend on the weights before.
 
         Args:
             plan: the replication's common schedule.
@@ -81,12 +81,12 @@ class ProxyModel:
         )
 
     def restored(self) -> PreTrainedModel:
-        """The model with its base weights again; the caller may change them."""
+        """Restores the base weights and returns the model; the caller may change it."""
         self._restore(self._base)
         return self._model
 
     def save(self, uri: str) -> None:
-        """Writes the weights as a Hugging Face directory, replacing what is there."""
+        """Writes the weights as a Hugging Face directory; replaces an existing one."""
         storage.delete(uri)
         with tempfile.TemporaryDirectory(prefix="instructmix-tuned-") as folder:
             local = storage.local_path(uri)
@@ -104,7 +104,7 @@ class ProxyModel:
             self._model.load_state_dict(weights)
 
     def _start(self, uri: str) -> dict[str, Tensor]:
-        """Weights saved at the URI; only the last ones asked for are kept in memory."""
+        """The weights saved at the URI.  Only the last loaded ones are kept in memory."""
         if uri not in self._starts:
             self._starts.clear()
             self._starts[uri] = self._read(uri)
@@ -120,14 +120,14 @@ class ProxyModel:
                 raise ModelError(f"{uri}: expected the weights of a warm-up run, found none there")
             loaded = {name: value for file in files for name, value in load_file(file).items()}
         self._restore(self._base)
-        found = self._model.load_state_dict(loaded, strict=False)
+        outcome = self._model.load_state_dict(loaded, strict=False)
         # Tied weights are saved under one of their names; loading that one sets the others.
         own = self._model.state_dict()
         filled = {own[name].data_ptr() for name in loaded if name in own}
-        absent = [name for name in found.missing_keys if own[name].data_ptr() not in filled]
-        if absent or found.unexpected_keys:
+        absent = [name for name in outcome.missing_keys if own[name].data_ptr() not in filled]
+        if absent or outcome.unexpected_keys:
             raise ModelError(
                 f"{uri}: expected the weights of this model; missing {absent[:3]}, unknown "
-                f"{list(found.unexpected_keys)[:3]}. Run the stage again with --redo influence."
+                f"{list(outcome.unexpected_keys)[:3]}. Run the stage again with --redo influence."
             )
         return self._snapshot()

@@ -1,11 +1,11 @@
-"""Finished runs that still hold: scores kept by what decided them, for all attempts of the stage.
+"""Reuse of finished runs by later attempts of the stage.
 
-    attempt A ── scores of a run ──> influence/shared/<key>.parquet ──> attempt B, untrained
+    attempt A ── scores of a run ──> influence/shared/<key>.parquet ──> attempt B, no training
 
-A run's scores depend on its schedule, its mask, the training settings, the model and the held-out
-rows, and on nothing else; `run_key` hashes exactly these.  So a change of the analysis (confidence,
-thresholds of gamma) or one more replication measures again only what is new, whichever field of the
-configuration changed, and a change that matters finds nothing.  Warm-ups leave their costs alone.
+The scores of a run depend on its schedule, its mask, the training settings, the model and the
+held-out rows, and on nothing else.  `run_key` hashes exactly these.  So after a change of the
+analysis (confidence, thresholds of gamma), or with one more replication, only new runs are
+measured.  A change that affects scores changes the key.  A warm-up leaves only its cost.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 import pyarrow as pa
 
 from system import storage
-from system.influence.design.design import Design, Unit
+from system.influence.design.design import Design, InterventionRun
 from system.training.settings import TrainSettings
 
 FORMAT = 1
-"""Raised whenever the code changes what a training or a scoring gives."""
+"""Increase it whenever a change of the code changes the result of a training or a scoring."""
 
 
 def heldout_digest(heldout: pa.Table) -> str:
-    """SHA-256 over the content of the held-out rows, not over a file's bytes."""
+    """SHA-256 over the content of the held-out rows (not over the bytes of their file)."""
     digest = hashlib.sha256(f"heldout {heldout.num_rows}\n".encode())
     for name in sorted(heldout.column_names):
         text = json.dumps(heldout.column(name).to_pylist(), separators=(",", ":"))
@@ -37,7 +37,7 @@ def heldout_digest(heldout: pa.Table) -> str:
 
 def run_key(
     design: Design,
-    unit: Unit,
+    run: InterventionRun,
     active: np.ndarray,
     settings: TrainSettings,
     *,
@@ -45,22 +45,22 @@ def run_key(
     model: Mapping[str, Any],
     heldout: str,
 ) -> str:
-    """32 hex digits of a hash over everything that decides a run's scores.
+    """Hash (32 hex digits) over everything that decides the scores of a run.
 
     Args:
-        design: the design that the run belongs to.
-        unit: the run.
+        design: the design of the run.
+        run: the run.
         active: [plan rows] bool, its mask.
-        settings: its training.
-        how: what is made of it: the metric, an estimator's own settings.
-        model: what the model's weights and the scorer's precision come from.
+        settings: of its training.
+        how: further settings: the metric, settings of the estimator.
+        model: identity of the model's weights and of the scorer's precision.
         heldout: digest of the held-out rows.
     """
-    replication = design.replications[unit.replication]
+    replication = design.replications[run.replication]
     value = {
         "format": FORMAT,
-        "kind": unit.kind,
-        "plan": replication.plan_of(unit.kind),
+        "kind": run.kind,
+        "plan": replication.plan_of(run.kind),
         "start": replication.warm_sha256,
         "active": hashlib.sha256(np.packbits(active).tobytes()).hexdigest(),
         "settings": settings.sha256(),
@@ -80,7 +80,7 @@ class SharedRuns:
         self._known = set(storage.list_names(uri))
 
     def find(self, key: str) -> tuple[pa.Table | None, dict[str, Any]] | None:
-        """(scores, what the training took) of a finished run; a warm-up has no scores."""
+        """(scores, training statistics) of a finished run, or None; a warm-up has no scores."""
         if f"{key}.json" not in self._known:
             return None
         stats = storage.read_json(storage.join(self._uri, f"{key}.json"))
@@ -89,7 +89,7 @@ class SharedRuns:
         return table, stats["training"]
 
     def keep(self, key: str, scores: pa.Table | None, training: Mapping[str, Any]) -> None:
-        """Keeps a finished run; the JSON file, written last, commits it."""
+        """Stores a finished run.  The JSON file is written last and commits it."""
         if scores is not None:
             storage.write_table(storage.join(self._uri, f"{key}.parquet"), scores)
         value = {"is_scored": scores is not None, "training": dict(training)}

@@ -1,8 +1,8 @@
-"""The scoring of one checkpoint in parts, so that several scorers can share it.
+"""Divides the scoring of one checkpoint into parts, so that several scorers can share it.
 
-A part is a span of the held-out rows: whole categories together while they fit, a larger category
-alone or cut.  Parts depend on the rows alone, so a checkpoint is scored in the same batches
-whatever the number of scorers; with few rows there is one part, all of them.
+A part is a range of held-out rows: several whole categories if they fit, or one large category or a
+piece of it.  Parts depend only on the rows, so the batches are the same for any number of scorers.
+With few rows there is a single part.
 """
 
 from __future__ import annotations
@@ -14,34 +14,36 @@ from itertools import groupby, pairwise
 import pyarrow as pa
 
 from system import schema
-from system.influence.design.design import Unit
+from system.influence.design.design import InterventionRun
 from system.scoring.score import Scored
 
 PART_ROWS = 4096
-"""Most held-out rows of a part: minutes of a small engine, seconds of a large one."""
+"""Largest number of held-out rows in a part: minutes of a small engine, seconds of a large one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorePart:
-    """One span of held-out rows under one checkpoint."""
+    """A range of held-out rows to be scored with the checkpoint of one run."""
 
-    unit: Unit
+    run: InterventionRun
     index: int
     rows: range
 
     @property
     def name(self) -> str:
-        """Of its file, below the unit's folder; names sort in the order of the rows."""
+        """Name of its file in the folder of the run; names sort in the order of the rows."""
         return f"{self.index:05d}.parquet"
 
 
-def score_parts(unit: Unit, categories: Sequence[str], most: int | None = None) -> list[ScorePart]:
-    """The parts of a unit, in the order of the rows.
+def score_parts(
+    run: InterventionRun, categories: Sequence[str], most: int | None = None
+) -> list[ScorePart]:
+    """The parts of a run, in the order of the rows.
 
     Args:
-        unit: whose checkpoint is scored.
-        categories: of the held-out rows, in their order.
-        most: rows of a part; None: `PART_ROWS`.
+        run: the run whose checkpoint is scored.
+        categories: of the held-out rows, in order.
+        most: largest number of rows in a part; None: `PART_ROWS`.
     """
     most = PART_ROWS if most is None else most
     ends: list[int] = [0]
@@ -56,11 +58,11 @@ def score_parts(unit: Unit, categories: Sequence[str], most: int | None = None) 
     bounds = [*ends, place]
     spans = [range(*pair) for pair in pairwise(bounds)]
     spans = [span for span in spans if span] or [range(0)]
-    return [ScorePart(unit=unit, index=k, rows=span) for k, span in enumerate(spans)]
+    return [ScorePart(run=run, index=k, rows=span) for k, span in enumerate(spans)]
 
 
 def join_parts(parts: Sequence[Scored]) -> Scored:
-    """The scores of all rows from those of the parts, in their order."""
+    """Joins the scores of the parts, in order, to the scores of all rows."""
     rejected: dict[str, str] = {}
     for part in parts:
         rejected |= part.rejected
