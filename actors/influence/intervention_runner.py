@@ -296,7 +296,7 @@ class InterventionRunner:
         }  # fmt: skip
         storage.write_json(self._file("units", unit, ".json"), cost)
         table, rejected = gradients_table(self.heldout, found)
-        table = _with_facts(Scored(table=table, rejected=rejected), 0.0)
+        table = _with_metadata(Scored(table=table, rejected=rejected), 0.0)
         self.shared.keep(self._key(unit), table, cost)
         storage.write_table(self._file("scores", unit, ".parquet"), table)
 
@@ -308,18 +308,18 @@ class InterventionRunner:
             self._keep_scores(part.unit, scored, seconds)
             return True
         folder = self._file("parts", part.unit)
-        storage.write_table(storage.join(folder, part.name), _with_facts(scored, seconds))
+        storage.write_table(storage.join(folder, part.name), _with_metadata(scored, seconds))
         if {other.name for other in parts} - set(storage.list_names(folder)):
             return False
         tables = [storage.read_table(storage.join(folder, other.name)) for other in parts]
-        found, seconds = zip(*map(_facts, tables), strict=True)
+        found, seconds = zip(*map(_from_metadata, tables), strict=True)
         self._keep_scores(part.unit, join_parts(found), sum(seconds))
         storage.delete(folder)
         return True
 
     def _keep_scores(self, unit: Unit, scored: Scored, seconds: float) -> None:
         """Commits the scores, then frees the checkpoint they came from."""
-        table = _with_facts(scored, seconds)
+        table = _with_metadata(scored, seconds)
         training = storage.read_json(self._file("units", unit, ".json"))
         self.shared.keep(self._key(unit), table, training)
         uri = self._file("scores", unit, ".parquet")
@@ -357,8 +357,8 @@ class InterventionRunner:
         return storage.join(self.context.attempt, folder, unit.name + ending)
 
 
-def _with_facts(scored: Scored, seconds: float) -> pa.Table:
-    """The table with the time it took and the rejected rows in its metadata."""
+def _with_metadata(scored: Scored, seconds: float) -> pa.Table:
+    """The scores as a table whose metadata holds the rejected rows and the seconds of scoring."""
     metadata = {
         "instructmix.seconds": f"{seconds:.3f}",
         "instructmix.rejected": json.dumps(scored.rejected),
@@ -366,8 +366,8 @@ def _with_facts(scored: Scored, seconds: float) -> pa.Table:
     return scored.table.replace_schema_metadata(metadata)
 
 
-def _facts(table: pa.Table) -> tuple[Scored, float]:
-    """What `_with_facts` put together."""
+def _from_metadata(table: pa.Table) -> tuple[Scored, float]:
+    """The scores and the seconds of scoring from a table of `_with_metadata`."""
     metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
     rejected = json.loads(metadata["instructmix.rejected"])
     scored = Scored(table=table.replace_schema_metadata(None), rejected=rejected)

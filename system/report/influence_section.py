@@ -83,7 +83,7 @@ def influence_section(view: RunView) -> Section:
         Bullets(items=_reliability(influence)),
     ]
     for direction, matrix in influence.matrices.items():
-        identify = influence.summary["directions"][direction].get("identify")
+        identify = influence.summary["directions"][direction]["identify"]
         needed = None if identify is None else identify["replications"]
         grid = entry_grid(matrix, targets, sources, dose, needed)
         blocks += [
@@ -207,7 +207,7 @@ def _agreement(direction: str, part: dict[str, Any], confidence: float) -> list[
 
 def _identify(direction: str, part: dict[str, Any]) -> list[str]:
     """How many replications would make the remaining gammas identifiable."""
-    identify = part.get("identify")
+    identify = part["identify"]
     if identify is None or not identify["open"]:
         return []
     unknown = identify["open"]

@@ -83,9 +83,7 @@ def _edge_table(taxonomy: Taxonomy) -> Table:
         )  # fmt: skip
 
     edges = sorted(taxonomy.edges, key=lambda edge: -edge.weight)
-    rows = [
-        row(edge, "drawn" if edge.is_reduced else "not drawn: implied by a path") for edge in edges
-    ]
+    rows = [row(edge, "yes" if edge.is_reduced else "no: implied by a path") for edge in edges]
     rows += [row(edge, "no: closes a cycle") for edge in taxonomy.dropped]
     return Table(
         caption="All dependencies",

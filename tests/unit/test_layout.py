@@ -167,7 +167,7 @@ def test_memory_that_runs_out_in_the_flat_layout_is_not_taken_for_an_answer(monk
 
 
 def test_layout_and_the_reason_for_a_slow_one_are_part_of_every_step(caplog):
-    layout_module._tell_once.cache_clear()
+    layout_module._log_once.cache_clear()
     with Training(build_model(), build_small_plan(), build_settings()) as training:
         stats = training.step(0)
     assert stats.layout == "flat rows, SDPA over buckets, head in blocks" and not caplog.text

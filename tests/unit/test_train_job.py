@@ -147,7 +147,10 @@ def test_checkpoint_of_another_training_is_refused_and_only_the_difference_named
         write_plan(job.plan_uri, build_small_plan(build_tokens(48, seed=1), batch_size=8))
     else:
         job = dataclasses.replace(job, settings=build_settings(learning_rate=2e-2))
-    with pytest.raises(DataError, match=rf"another training.*\({changed}: [^;]* there, .* here\)"):
+    with pytest.raises(
+        DataError,
+        match=rf"another training.*\({changed}: [^;]* in the checkpoint, .* in this training\)",
+    ):
         run_job(dataclasses.replace(job, model_dir=str(other)), Ranks(), CPU)
 
 
