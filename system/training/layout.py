@@ -274,9 +274,9 @@ def _probe(objective: Objective, layout: Layout, *, with_backward: bool = False)
     losses_M = torch.cat(parts)
     if not bool(torch.isfinite(losses_M).all()):
         raise ModelError(
-            "expected finite losses for a probe of random tokens, found losses that are not finite: "
-            "the weights of the model are damaged, or overflow the precision in which they were "
-            "stored; use another copy of the model"
+            "expected finite losses for a probe of random tokens, found losses that are not "
+            "finite: the weights of the model are damaged, or overflow the precision in which "
+            "they were stored; use another copy of the model"
         )
     return losses_M
 

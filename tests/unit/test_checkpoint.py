@@ -160,9 +160,7 @@ def test_checkpoint_with_other_tensors_is_refused_and_stays(tmp_path):
         match=r"the first is 'exp_avg\..*\(200, 32\) in the checkpoint, \(200, 64\) in this",
     ):
         load_into(build_model(hidden_size=64), newest)
-    with pytest.raises(
-        DataError, match=r"'exp_avg\.lm_head\.weight': shape none in the checkpoint"
-    ):
+    with pytest.raises(DataError, match=r"'exp_avg\.lm_head\.weight': shape none in the"):
         load_into(build_model(tied=False), newest)
     assert find_checkpoints(str(tmp_path), IDENTITY)[0] == newest
 
