@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _SAMPLE_BYTES = 2**20
 _SAMPLES = 16
-"""Samples of one mebibyte that are hashed per file, evenly spread.  They are enough, because training
-changes weights everywhere; hashing a whole large model takes minutes on every worker."""
+"""Samples of one mebibyte that are hashed per file, evenly spread.  They are enough, because
+training changes weights everywhere; hashing a whole large model takes minutes on every worker."""
 _MODEL_FILES = ("config.json", "generation_config.json")
 
 
