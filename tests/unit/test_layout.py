@@ -233,7 +233,7 @@ def test_every_rank_hears_that_the_first_one_failed(monkeypatch):
             pass
     sent[:] = [None]
     with (
-        pytest.raises(RuntimeError, match="the first rank failed"),
+        pytest.raises(RuntimeError, match="rank 0 failed while it probed"),
         training_layout(Objective(build_model(), torch.float32), group),
     ):
         pass

@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load as load_bytes
-from train_jobs import CPU, build_job, metrics, run_killed, weights, without_times
+from train_jobs import (
+    CPU,
+    base,  # noqa: F401  (a fixture)
+    build_job,
+    metrics,
+    run_killed,
+    weights,
+    without_times,
+)
 from training_builders import (
     CHATML,
     build_model,
@@ -38,7 +46,7 @@ from system.training.trackers import Trackers, check_trackers
 
 
 @pytest.mark.parametrize("damage", ["none", "truncated", "garbage", "metrics ahead"])
-def test_killed_job_ends_as_if_nothing_had_happened(tmp_path, base, damage):
+def test_killed_job_ends_as_if_nothing_had_happened(tmp_path, base, damage):  # noqa: F811
     whole, broken = (build_job(tmp_path / name, base) for name in ("whole", "broken"))
     expected = run_job(whole, Ranks(), CPU)
     run_killed(broken, at_step=4)
@@ -59,7 +67,7 @@ def test_killed_job_ends_as_if_nothing_had_happened(tmp_path, base, damage):
 
 
 @pytest.mark.parametrize("damage", ["none", "truncated", "uncommitted"])
-def test_killed_job_on_an_object_store_ends_as_if_nothing_had_happened(tmp_path, base, damage):
+def test_killed_job_on_an_object_store_ends_as_if_nothing_had_happened(tmp_path, base, damage):  # noqa: F811
     """Checkpoints, metrics and export go straight to an fsspec file system, here one in memory."""
     whole = build_job(tmp_path, base)
     run_job(whole, Ranks(), CPU)
@@ -82,7 +90,7 @@ def test_killed_job_on_an_object_store_ends_as_if_nothing_had_happened(tmp_path,
     assert without_times(steps) == without_times(metrics(whole))
 
 
-def test_an_attempt_that_was_taken_over_delivers_nothing(tmp_path, base):
+def test_an_attempt_that_was_taken_over_delivers_nothing(tmp_path, base):  # noqa: F811
     """Workers that outlive their driver within the last interval of the training."""
     job = build_job(tmp_path, base)
     attempt = Path(job.output_uri) / "checkpoints" / "attempt.json"
@@ -97,7 +105,7 @@ def test_an_attempt_that_was_taken_over_delivers_nothing(tmp_path, base):
     assert not (Path(job.output_uri) / "done.json").exists()
 
 
-def test_finished_job_is_not_trained_again(tmp_path, base):
+def test_finished_job_is_not_trained_again(tmp_path, base):  # noqa: F811
     job = build_job(tmp_path, base)
     first = run_job(job, Ranks(), CPU)
     marker = Path(job.output_uri) / "model" / "model.safetensors"
@@ -106,7 +114,7 @@ def test_finished_job_is_not_trained_again(tmp_path, base):
     assert marker.stat().st_mtime_ns == before
 
 
-def test_directory_of_another_job_is_refused(tmp_path, base):
+def test_directory_of_another_job_is_refused(tmp_path, base):  # noqa: F811
     job = build_job(tmp_path, base)
     run_job(job, Ranks(), CPU)
     other = dataclasses.replace(job, settings=build_settings(learning_rate=2e-2))
@@ -114,7 +122,7 @@ def test_directory_of_another_job_is_refused(tmp_path, base):
         run_job(other, Ranks(), CPU)
 
 
-def test_a_training_goes_on_with_another_layout_of_the_work(tmp_path, base):
+def test_a_training_goes_on_with_another_layout_of_the_work(tmp_path, base):  # noqa: F811
     """As after it ran out of memory: smaller passes, activations computed again."""
     whole = build_job(tmp_path / "whole", base)
     run_job(whole, Ranks(), CPU)
@@ -132,7 +140,9 @@ def test_a_training_goes_on_with_another_layout_of_the_work(tmp_path, base):
 
 @pytest.mark.parametrize("changed", ["model", "tokenizer", "plan", "settings"])
 def test_checkpoint_of_another_training_is_refused_and_only_the_difference_named(
-    tmp_path, base, changed
+    tmp_path,
+    base,
+    changed,  # noqa: F811
 ):
     job = build_job(tmp_path, base)
     run_killed(job, at_step=2)
@@ -156,7 +166,7 @@ def test_checkpoint_of_another_training_is_refused_and_only_the_difference_named
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["full", "lora"])
-def test_export_is_a_complete_model_directory(tmp_path, base, lora, dtype):
+def test_export_is_a_complete_model_directory(tmp_path, base, lora, dtype):  # noqa: F811
     job = build_job(
         tmp_path, base, settings=build_settings(lora=lora), export_dtype=dtype, keep_checkpoints=0,
         base_model="tiny", hashes={"select": "abc"},
@@ -200,7 +210,7 @@ def tensorboard_scalars(folder: Path) -> dict[str, list[int]]:
     return scalars
 
 
-def test_tensorboard_gets_every_step(tmp_path, base):
+def test_tensorboard_gets_every_step(tmp_path, base):  # noqa: F811
     job = build_job(tmp_path, base, log_to=("tensorboard",))
     run_job(job, Ranks(), CPU)
     scalars = tensorboard_scalars(Path(job.output_uri) / "tensorboard")
@@ -226,7 +236,7 @@ class Run:
 
 
 @pytest.mark.parametrize("gone_at", [-1, 3])
-def test_a_tracker_that_goes_away_ends_no_training(tmp_path, base, monkeypatch, gone_at):
+def test_a_tracker_that_goes_away_ends_no_training(tmp_path, base, monkeypatch, gone_at):  # noqa: F811
     run = Run(gone_at)
     wandb = SimpleNamespace(init=lambda **settings: run)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -294,7 +304,7 @@ def test_tracker_that_cannot_be_used_is_refused_before_training(tmp_path):
         check_trackers(["tensorboard"], "s3://bucket/run")
 
 
-def test_damaged_plan_is_refused(tmp_path, base):
+def test_damaged_plan_is_refused(tmp_path, base):  # noqa: F811
     job = build_job(tmp_path, base)
     other = build_small_plan(build_tokens(48, seed=3), batch_size=8)
     table = other.table.replace_schema_metadata(
@@ -317,7 +327,7 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("place", ["checkpoint", "model"])
-def test_full_disk_is_told_and_a_rerun_ends_in_the_same_bits(tmp_path, base, place):
+def test_full_disk_is_told_and_a_rerun_ends_in_the_same_bits(tmp_path, base, place):  # noqa: F811
     every = 2 if place == "checkpoint" else 100
     whole, broken = (
         build_job(tmp_path / name, base, checkpoint_every=every) for name in ("whole", "broken")
