@@ -141,8 +141,8 @@ def test_a_training_goes_on_with_another_layout_of_the_work(tmp_path, base):  # 
 @pytest.mark.parametrize("changed", ["model", "tokenizer", "plan", "settings"])
 def test_checkpoint_of_another_training_is_refused_and_only_the_difference_named(
     tmp_path,
-    base,
-    changed,  # noqa: F811
+    base,  # noqa: F811
+    changed,
 ):
     job = build_job(tmp_path, base)
     run_killed(job, at_step=2)
