@@ -1,12 +1,14 @@
-"""Stage `evaluate`: the delivered model and honest controls on rows that nothing was fitted to.
+"""Stage `evaluate`: trains control arms and compares them with the delivered model.
 
-    plans of all arms x seeds ──> trainer.fit (one group of workers) ──> arms/<arm>-<seed>/
+All models are scored on test rows that no training and no measurement used.
+
+    plans of all arms x seeds ──> actors.fit (one group of workers) ──> arms/<arm>-<seed>/
     base, delivered, arms ──> Scorer.score, Scorer.generate ──> scores/*, answers/*   one by one
-                                     │ all there
+                                     │ when all are written
                    losses.parquet, accuracy.parquet, outputs.jsonl, summary.json
 
-A model is deleted once both its files are written.  A driver that starts again trains, scores and
-asks only what has left no file.
+A model is deleted when both its files (scores and answers) are written.  A driver that starts again
+repeats only the trainings, scores, and answers whose files are missing.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ _REJECTED = "instructmix.rejected"
 
 
 def run(context: StageContext) -> StageResult:
-    """Trains the arms, scores everything on `test`, writes the comparison."""
+    """Trains the arms, scores all models on test rows, and writes the comparison."""
     stage = _Evaluation(context)
     stage.train_arms()
     stage.measure()
@@ -57,14 +59,14 @@ def run(context: StageContext) -> StageResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Model:
-    """One set of weights to measure."""
+    """One model to evaluate."""
 
     arm: str
     seed: int
     weights_uri: str | None
     """None: the base model."""
     is_ours: bool
-    """Trained here, to be deleted once measured."""
+    """Whether this stage trained it, and deletes it after it was scored."""
 
     @property
     def name(self) -> str:
@@ -72,7 +74,7 @@ class _Model:
 
 
 class _Evaluation:
-    """The work of one attempt; its files are its only state."""
+    """The work of one attempt; all of its state is in files, so it can resume."""
 
     def __init__(self, context: StageContext) -> None:
         config = context.config
@@ -120,9 +122,10 @@ class _Evaluation:
         ]
 
     def train_arms(self) -> None:
-        """Trains every arm and seed whose measurements are not all there."""
+        """Trains every arm and seed whose scores or answers are missing."""
         ours = [model for model in self.models if model.is_ours]
-        for model in ours:  # all, before the first question: no test row is in any of them
+        # All plans come first: the test rows exclude the training rows of every model.
+        for model in ours:
             self._write_plan(self.plans[model.arm, model.seed], model)
         jobs = [
             make_job(
@@ -140,7 +143,7 @@ class _Evaluation:
             fit(jobs, self.context)
 
     def measure(self) -> None:
-        """Losses and answers of every model; each is kept as soon as it is there."""
+        """Scores every model and generates its answers; each result is written at once."""
         rows, left_out = self.external
         tokens, dropped = draw_test_rows(self.context.config, self.corpus, self.tokenizer, rows)
         storage.write_json(self._uri("dropped.json"), dropped | left_out)
@@ -150,6 +153,7 @@ class _Evaluation:
         pool = scorer_pool(self.context)
         models = {model.name: model for model in self.models}
         with self.context.progress.bar("evaluate", total=len(pending)) as bar:
+            # The pool bounds the units in flight; the next one is submitted when it has room.
             waiting = iter(pending)
             unit = next(waiting, None)
             while unit is not None or pool.num_pending:
@@ -162,19 +166,22 @@ class _Evaluation:
                     bar.advance()
 
     def conclude(self) -> StageResult:
-        """Brings the models' files together and compares the arms."""
+        """Combines the files of all models, compares the arms, and writes the outputs."""
         config = self.context.config
         losses = pa.concat_tables(
             _labelled(self._read("scores", model), model, LOSSES) for model in self.models
         )
         rejected = self._rejected("scores", self.models)
-        rejected_answers = self._rejected("answers", self._asked())
-        answers = {model.name: self._read("answers", model) for model in self._asked()}
+        rejected_answers = self._rejected("answers", self._answering_models())
+        answers = {model.name: self._read("answers", model) for model in self._answering_models()}
         self._write_outputs(answers)
         outcomes = pa.concat_tables(
             [
                 OUTCOMES.empty_table(),
-                *(_labelled(answers[model.name], model, OUTCOMES) for model in self._asked()),
+                *(
+                    _labelled(answers[model.name], model, OUTCOMES)
+                    for model in self._answering_models()
+                ),
             ]
         )
         summary = summarise(
@@ -212,7 +219,7 @@ class _Evaluation:
         )
 
     def _forecast(self) -> ArmForecast:
-        """What the matrix says of the arms: in its own unit, also where gamma decided the mix."""
+        """The predictions for the arms, in the unit of the effects, even if the mix used gamma."""
         summary = storage.read_json(self.context.input("influence", "summary"))
         solve = self.context.config.solve.model_copy(update={"matrix": "effect"})
         solve, _ = choose_shrinkage(solve, summary)
@@ -231,7 +238,7 @@ class _Evaluation:
 
     @cached_property
     def external(self) -> tuple[dict[str, pa.Table], dict[str, int]]:
-        """Test rows of further targets, without those of any model's plan."""
+        """Test rows of further targets, without the training rows of any model."""
         plans = [
             self._uri("arms", model.name, "plan.arrow") for model in self.models if model.is_ours
         ]
@@ -241,7 +248,7 @@ class _Evaluation:
 
     @cached_property
     def questions(self) -> Questions:
-        """Asked of every model."""
+        """The questions that every model answers."""
         rows, _ = self.external
         return draw_test_questions(self.context.config, self.corpus, self.tokenizer, rows)
 
@@ -249,7 +256,7 @@ class _Evaluation:
         return seed_of(self.context.config.seed, "evaluate", model.seed)
 
     def _write_plan(self, arm: ArmPlan, model: _Model) -> None:
-        """The arm's frozen schedule, and its numbers for the summary (written after it)."""
+        """Writes the plan of an arm and then `arm.json` with its numbers, unless both exist."""
         uri = self._uri("arms", model.name, "plan.arrow")
         info_uri = self._uri("arms", model.name, "arm.json")
         if storage.exists(info_uri) and storage.exists(uri):
@@ -279,8 +286,8 @@ class _Evaluation:
             if not self._has("scores", model):
                 yield (model.name, "scores"), "score", (model.weights_uri, tokens)
             if self._lacks_answers(model):
-                asked = (model.weights_uri, self.questions.prompts, limit, stops)
-                yield (model.name, "answers"), "generate", asked
+                arguments = (model.weights_uri, self.questions.prompts, limit, stops)
+                yield (model.name, "answers"), "generate", arguments
 
     def _keep(self, done: Done, models: Mapping[str, _Model]) -> None:
         name, kind = done.key  # pyright: ignore[reportGeneralTypeIssues]
@@ -296,17 +303,17 @@ class _Evaluation:
             storage.delete(self._uri("arms", name, "model"))
 
     def _rejected(self, kind: str, models: Sequence[_Model]) -> dict[str, dict[str, str]]:
-        """Model -> row -> why the engine could not score it, or not answer it."""
-        found = {}
+        """Model -> row -> reason why the engine could not score or answer it."""
+        rejected = {}
         for model in models:
             metadata = self._read(kind, model).schema.metadata or {}
-            if lost := json.loads(metadata.get(_REJECTED.encode(), b"{}")):
-                found[model.name] = lost
-        return found
+            if rows := json.loads(metadata.get(_REJECTED.encode(), b"{}")):
+                rejected[model.name] = rows
+        return rejected
 
     def _write_outputs(self, answers: Mapping[str, pa.Table]) -> None:
         with storage.atomic_output(self._uri("outputs.jsonl")) as file:
-            for model in self._asked():
+            for model in self._answering_models():
                 for row in answers[model.name].select(ANSWERS.names).to_pylist():
                     line = {
                         "id": row["id"], "category": row["category"], "arm": model.arm,
@@ -319,7 +326,7 @@ class _Evaluation:
         seeds = self.context.config.evaluate.seeds
         infos = []
         for name, plans in self._plans_by_arm().items():
-            found = [
+            facts = [
                 storage.read_json(self._uri("arms", f"{name}-{seed:02d}", "arm.json"))
                 for seed in range(seeds)
             ]
@@ -329,9 +336,9 @@ class _Evaluation:
                     mix=plans[0].mix,
                     order=plans[0].order,
                     seeds=seeds,
-                    examples=found[0]["examples"],
-                    response_tokens=sum(info["response_tokens"] for info in found) // seeds,
-                    steps=found[0]["steps"],
+                    examples=facts[0]["examples"],
+                    response_tokens=sum(info["response_tokens"] for info in facts) // seeds,
+                    steps=facts[0]["steps"],
                     counts={
                         category: sum(plan.counts[category] for plan in plans) / seeds
                         for category in plans[0].counts
@@ -355,14 +362,14 @@ class _Evaluation:
         return infos
 
     def _plans_by_arm(self) -> dict[str, list[ArmPlan]]:
-        """The plans of each arm, one a seed."""
+        """The plans of each arm, one per seed."""
         by_arm: dict[str, list[ArmPlan]] = {}
         for (arm, _), plan in self.plans.items():
             by_arm.setdefault(arm, []).append(plan)
         return by_arm
 
     def _importance(self) -> dict[str, float]:
-        """Weight of each target, as the solver had it."""
+        """Weight of each target, as in the solver."""
         importance = self.context.config.solve.importance
         if isinstance(importance, dict):
             return importance
@@ -371,7 +378,7 @@ class _Evaluation:
             return dict.fromkeys([*counts, *(t.target for t in self.mix.targets)], 1.0)
         return {name: float(count) for name, count in counts.items()}
 
-    def _asked(self) -> list[_Model]:
+    def _answering_models(self) -> list[_Model]:
         return self.models if self.questions.rows.num_rows else []
 
     def _lacks_answers(self, model: _Model) -> bool:
@@ -388,7 +395,7 @@ class _Evaluation:
 
 
 def _labelled(table: pa.Table, model: _Model, schema: pa.Schema) -> pa.Table:
-    """The table with arm and seed in front, in the schema's columns."""
+    """The table with the columns of the schema; arm and seed are added."""
     size = table.num_rows
     columns = {
         "arm": pa.array([model.arm] * size, pa.string()),

@@ -1,14 +1,14 @@
-"""The one way to train models on the cluster: `fit`.
+"""Trains models on the cluster: `fit`.  The stages `train` and `evaluate` call it.
 
     driver ── fit(jobs) ──> TorchTrainer ──> controller ──> workers (actors.train_worker)
        │                                                       │
        └── reads progress.json ◄── checkpoints/, metrics/, model/ ── storage
 
-Ray Train launches the workers and starts them again after a failure; that is all it is used for.
-The driver starts the controller again.  What to resume from is read from our own commit markers:
-Ray Train learns of a checkpoint only when its controller polls, keeps its list in a file that a
-crash can tear, and then refuses the run's name.  So every controller has a name of its own and
-workers report metrics, not checkpoints.
+Ray Train is used only to start the workers and to restart them after a failure.  The driver
+restarts a controller that died.  Workers find the checkpoint to resume from by our own commit
+files, not by Ray Train: it learns of a checkpoint only when its controller polls, and keeps the
+list in a file that a crash can damage; then it refuses the name of the run.  So every controller
+has a new name, and workers report metrics, but no checkpoints.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ from system.training.records import TrainedModel, TrainJob
 from system.training.trackers import check_trackers
 
 START_TIMEOUT_SECONDS = 60
-"""How long a worker group may wait for its resources before the run gives up."""
+"""How long a worker group may wait for its resources before the attempt fails."""
 ELASTIC_START_SECONDS = 20
-"""The same for an elastic group.  It asks only for what it believes to be there, so what does not
-come is on a node that was just lost, and the next attempt asks for less."""
+"""The same for an elastic group.  It requests only resources that it believes to exist.  If they do
+not arrive, a node was just lost, and the next attempt requests less."""
 START_TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-"""Where Ray Train reads it; what is set there already is left alone."""
+"""Environment variable from which Ray Train reads the timeout; an existing value is kept."""
 _STARTS_THAT_MAY_FAIL = 2
 _POLL_SECONDS = 2.0
 
 
 def fit(jobs: Sequence[TrainJob], context: StageContext) -> list[TrainedModel]:
-    """Trains the jobs one after the other with one group of workers; finished ones are kept.
+    """Trains the jobs one after the other with one group of workers; skips finished jobs.
 
     Args:
-        jobs: each with an output directory of its own.
-        context: of the calling stage; all actor pools are closed to make room.
+        jobs: each with its own name and output directory.
+        context: of the calling stage; all actor pools are closed to free their resources.
 
     Returns:
         The models, in the order of the jobs.
@@ -74,7 +74,7 @@ def fit(jobs: Sequence[TrainJob], context: StageContext) -> list[TrainedModel]:
         check_trackers(job.log_to, job.output_uri)
     finished = {job.name: read_finished(job) for job in jobs}
     if len(finished) != len(jobs):
-        raise ConfigError(f"jobs need names of their own, found {[job.name for job in jobs]}")
+        raise ConfigError(f"expected jobs with different names, found {[job.name for job in jobs]}")
     waiting = [job for job in jobs if finished[job.name] is None]
     if waiting:
         finished |= {model.name: model for model in _fit(waiting, context)}
@@ -82,7 +82,7 @@ def fit(jobs: Sequence[TrainJob], context: StageContext) -> list[TrainedModel]:
 
 
 def _fit(jobs: Sequence[TrainJob], context: StageContext) -> Sequence[TrainedModel]:
-    context.cluster.close_pools()
+    context.cluster.close_pools()  # idle actors would hold the CPUs and GPUs of the workers
     context.cluster.connect()
     _check_room(context)
     for variable, value in _train_environment(context).items():
@@ -90,12 +90,12 @@ def _fit(jobs: Sequence[TrainJob], context: StageContext) -> Sequence[TrainedMod
     scratch = storage.join(context.attempt, "ray-train")
     try:
         with _shown_progress(jobs, context.progress):
-            outcome = _outlive_controllers(jobs, context, scratch)
+            outcome = _run_with_restarts(jobs, context, scratch)
     except ControllerError as error:
         raise ClusterError(
             f"{_request(context)} could not be started in several attempts of up to "
             f"{os.environ[START_TIMEOUT_VARIABLE]} s: {error.controller_failure}. Free resources "
-            "or ask for less (train.num_workers, cluster.actor_cpus, cluster.train_gpus); run "
+            "or request less (train.num_workers, cluster.actor_cpus, cluster.train_gpus); run "
             "again to continue from the newest checkpoint."
         ) from error
     except (TrainingFailedError, ray.exceptions.RayActorError) as error:
@@ -107,17 +107,18 @@ def _fit(jobs: Sequence[TrainJob], context: StageContext) -> Sequence[TrainedMod
     finally:
         storage.delete(scratch)
     if not isinstance(outcome, Outcome):
-        raise StageError("the training workers ended without an answer; run again to continue")
+        raise StageError("the training workers ended without a result; run again to continue")
     if outcome.error is not None:
         raise outcome.error
     return outcome.models
 
 
-def _outlive_controllers(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> Any:
-    """What the workers answer.  Ray Train starts dead workers again, but nobody its controller.
+def _run_with_restarts(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> Any:
+    """Runs the training and restarts its controller if that dies; returns what the workers return.
 
-    A controller takes its workers with it: Ray ends actors whose owner is gone.  One that lives on
-    for a moment finds in `attempt.json` that it was replaced, and commits nothing more.
+    Ray Train restarts dead workers, but nothing restarts its controller.  When a controller dies,
+    Ray ends its workers, because their owner is gone.  A worker that lives on for a moment finds
+    the name of another attempt in `attempt.json` and commits nothing more.
     """
     for deaths in itertools.count(1):
         trainer = _trainer(jobs, context, scratch)
@@ -126,41 +127,41 @@ def _outlive_controllers(jobs: Sequence[TrainJob], context: StageContext, scratc
         except ray.exceptions.RayActorError:
             if deaths > context.config.train.max_failures:
                 raise
-            context.progress.say("train: the controller died; starting it again")
+            context.progress.say("train: the controller of Ray Train died; starting it again")
             _free_reservations()
 
 
 def _free_reservations() -> None:
-    """Gives back what a dead controller had reserved for its workers.
+    """Removes the placement groups that a dead controller had reserved for its workers.
 
-    Ray itself does so only when the whole job ends, and Ray Train's own cleaner asks the dashboard,
-    which a local Ray does not have.  All actor pools are closed here, so what is reserved under
-    this job's number (the end of a placement group's) was the controller's.
+    Ray removes them only when the whole job ends, and the cleaner of Ray Train needs the dashboard,
+    which a local Ray does not have.  The id of a placement group ends in the id of its Ray job.
+    All actor pools are closed here, so every group of this job belonged to the controller.
     """
     job = ray.get_runtime_context().get_job_id()
-    for number, group in placement_group_table().items():
-        if number.endswith(job) and group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
+    for group_id, group in placement_group_table().items():
+        if group_id.endswith(job) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
 
 
 def _train_environment(context: StageContext) -> dict[str, str]:
-    """Settings of Ray Train that are environment variables."""
+    """Settings of Ray Train that it reads from environment variables."""
     start_seconds = ELASTIC_START_SECONDS if _is_elastic(context) else START_TIMEOUT_SECONDS
     values = {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         START_TIMEOUT_VARIABLE: str(start_seconds),
     }
-    if context.cluster.is_own:  # one machine is never preempted in part: two processes less
+    if context.cluster.is_own:  # saves two processes; a single machine needs no preemption watcher
         values |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
     return values
 
 
 class _Trainer(TorchTrainer):
-    """Leaves Ctrl-C to the command.
+    """A TorchTrainer without its handler of Ctrl-C; the command line handles Ctrl-C itself.
 
-    Ray Train's own handler would end the process with exit code 0 in the middle of a training, and
-    would stay when that is over, to call a controller that is gone.  Workers and controller end
-    with the driver, whose actors they are.
+    The handler of Ray Train would end the process with exit code 0 in the middle of a training.  It
+    would also stay after the training and call a controller that is gone.  Workers and controller
+    need no handler: they are actors of the driver and end with it.
     """
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -172,7 +173,7 @@ def _trainer(jobs: Sequence[TrainJob], context: StageContext, scratch: str) -> T
     cluster = config.cluster
     use_gpu = cluster.train_gpus > 0
     failed_starts = _STARTS_THAT_MAY_FAIL
-    if _is_elastic(context):  # every lost node may cost one
+    if _is_elastic(context):  # every lost node may cause one failed start
         failed_starts += config.train.max_failures
     resources = {"CPU": cluster.actor_cpus}
     if use_gpu:
@@ -207,8 +208,8 @@ def _is_elastic(context: StageContext) -> bool:
 
 
 def _fewest_workers(context: StageContext) -> int:
-    wanted = context.config.train.num_workers
-    return wanted if isinstance(wanted, int) else wanted[0]
+    num_workers = context.config.train.num_workers
+    return num_workers if isinstance(num_workers, int) else num_workers[0]
 
 
 def _request(context: StageContext) -> str:
@@ -220,22 +221,22 @@ def _request(context: StageContext) -> str:
 
 
 def _resources() -> str:
-    have: Mapping[str, float] = ray.cluster_resources()
-    return f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
+    total: Mapping[str, float] = ray.cluster_resources()
+    return f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
 
 
 def _check_room(context: StageContext) -> None:
-    """A cluster that was joined may grow; a local one never will, so waiting is no use."""
+    """Refuses workers that do not fit into a local Ray; another cluster may still grow."""
     config = context.config.cluster
     if not context.cluster.is_own:
         return
-    have: Mapping[str, float] = ray.cluster_resources()
+    total: Mapping[str, float] = ray.cluster_resources()
     num_workers = _fewest_workers(context)
     cpus, gpus = num_workers * config.actor_cpus, num_workers * config.train_gpus
-    if cpus > have.get("CPU", 0) or gpus > have.get("GPU", 0):
+    if cpus > total.get("CPU", 0) or gpus > total.get("GPU", 0):
         raise ClusterError(
             f"{_request(context)} do not fit into this local Ray. Lower train.num_workers (to "
-            f"{max(1, math.floor(have.get('CPU', 1) / config.actor_cpus))}) or "
+            f"{max(1, math.floor(total.get('CPU', 1) / config.actor_cpus))}) or "
             "cluster.actor_cpus, raise cluster.num_cpus, or use a larger machine."
         )
 
@@ -247,7 +248,7 @@ def _last_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _shown_progress(jobs: Sequence[TrainJob], progress: Progress) -> Iterator[None]:
-    """Shows how far the jobs are while the block runs, from the files that they leave."""
+    """Shows a progress bar of the jobs within the block, from the files that workers write."""
     stop = threading.Event()
     label = "train" if len(jobs) == 1 else f"train {len(jobs)} models"
 
@@ -278,7 +279,7 @@ def _done_share(job: TrainJob) -> float:
     uri = storage.join(job.output_uri, "progress.json")
     if not storage.exists(uri):
         return 0.0
-    with contextlib.suppress(FileNotFoundError):  # the worker removes it when it is done
+    with contextlib.suppress(FileNotFoundError):  # the worker deletes it at the end
         state = storage.read_json(uri)
         return state["step"] / state["of"]
     return 0.0

@@ -1,4 +1,4 @@
-"""Stage `report`: the page and its numbers, written in the driver."""
+"""Stage `report`: writes the report page and report.json.  It runs in the driver."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from system.report import report_files
 
 
 def run(context: StageContext) -> StageResult:
-    """Writes report.html and report.json, in the attempt and at the top of the run directory."""
+    """Writes report.html and report.json to the attempt and to the top of the run directory."""
     page, numbers = report_files(context.run_dir.uri)
     for name, content in (("report.html", page), ("report.json", numbers)):
         storage.write_bytes(storage.join(context.attempt, name), content)

@@ -1,11 +1,12 @@
-"""What Ray Train runs on every worker: one job after the other, in one process group.
+"""The training function that Ray Train runs on every worker: all jobs, one after the other.
 
     driver (trainer.fit) ── jobs ──> controller ──> worker 0 .. n-1   gloo or NCCL between them
            <── models | error ──────────────────── worker 0
 
-An error that is the input's, or that a repetition would meet again (a diverged loss, a full disk),
-is the answer: raising it would only make Ray Train start the workers over.  Everything else (a lost
-node, memory) is raised, and the restarted workers go on from the newest checkpoint.
+Errors that a restart cannot solve (bad input, a diverged loss, a full disk) are returned as
+`Outcome.error`; if they were raised, Ray Train would restart the workers for nothing.  All other
+errors (a lost node, out of memory) are raised; the restarted workers resume from the newest
+checkpoint.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from system.training.records import TrainedModel, TrainJob
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the workers leave."""
+    """The result of all jobs."""
 
     models: tuple[TrainedModel, ...]
     error: InstructMixError | None = None
-    """Why the next job could not be done."""
+    """The error of the job after `models`; None if all jobs are done."""
 
 
 def train_jobs(config: dict[str, Any]) -> Outcome:

@@ -1,6 +1,6 @@
-"""Stage `train`: the selection becomes a frozen plan, the plan a trained model.
+"""Stage `train`: writes a plan of the selected examples and trains the model on it.
 
-Training itself is `actors.fit`, for this stage and for the arms of the evaluation alike.
+The training itself is `actors.fit`, which the stage `evaluate` also uses for its arms.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from system.training.records import TrainJob
 from system.training.settings import TrainSettings
 
 _HELD_OUT_BATCH = 64
-"""Rows of a step of the held-out plan: only how it is cut up."""
+"""Rows per step of the held-out plan; the number does not change the loss."""
 _SOURCES = {
     "data, SHA-256 of manifest.json": ("tag", "manifest"),
     "mix, SHA-256 of mix.json": ("solve", "mix"),
     "curriculum, SHA-256 of curriculum.json": ("curriculum", "curriculum"),
 }
-"""Files that the model card names by their content: line -> stage and output."""
+"""Files whose hashes the model card lists: line of the card -> stage and output."""
 
 
 def run(context: StageContext) -> StageResult:
-    """Stage `train`: encodes the selection, freezes the plan, trains, exports."""
+    """Stage `train`: encodes the selection, writes the plan, trains, and exports the model."""
     config = context.config
     manifest = storage.read_json(context.input("select", "manifest"))
     folder = context.input("select", "selection")
@@ -84,7 +84,7 @@ def run(context: StageContext) -> StageResult:
     ]
     if model.heldout_loss is not None:
         lines.append(
-            f"the model is that after step {model.exported_step:,}; held-out loss "
+            f"exported the weights after step {model.exported_step:,}; held-out loss "
             f"{model.heldout_loss:.3f} nats per response token"
         )
     if dropped:
@@ -92,7 +92,7 @@ def run(context: StageContext) -> StageResult:
         lines.append(f"left out: {reasons}")
     if config.train.log_to:
         lines += [
-            f"{name} was given up {why}; metrics.jsonl has every step"
+            f"tracker {name} failed {why}; metrics.jsonl has every step"
             for name, why in lost_trackers(model.metrics_uri).items()
         ]
     outputs = {
@@ -107,7 +107,7 @@ def run(context: StageContext) -> StageResult:
 def plan_selection(
     tables: Iterator[pa.Table] | Sequence[pa.Table], model_dir: str, context: StageContext
 ) -> tuple[TrainPlan, dict[str, int]]:
-    """The frozen plan of SELECTION tables in training order, and what had to be left out."""
+    """The plan of SELECTION tables in training order, and the number of left-out rows by reason."""
     config = context.config
     tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
     parts, stages = [], []
@@ -119,7 +119,7 @@ def plan_selection(
             parts.append(tokens)
             stages += [stage] * tokens.num_rows
     if not parts:
-        raise DataError("the selection holds no file: run the select stage again")
+        raise DataError("the selection has no files: run the select stage again")
     plan = build_plan(
         pa.concat_tables(parts),
         stages,
@@ -131,10 +131,10 @@ def plan_selection(
 
 
 def plan_held_out(model_dir: str, context: StageContext) -> TrainPlan:
-    """Rows of every trained category's `estimate` split, drawn by the hash of their ids.
+    """The plan of held-out rows: of the `estimate` split, drawn by the hash of their ids.
 
     Raises:
-        DataError: no category has any.
+        DataError: the `estimate` split is empty.
     """
     config = context.config
     corpus = Corpus.open(context.input("tag", "manifest"))
@@ -148,7 +148,7 @@ def plan_held_out(model_dir: str, context: StageContext) -> TrainPlan:
     tokens = pa.concat_tables(parts)
     if tokens.num_rows == 0:
         raise DataError(
-            "train.keep_best measures the loss on the estimate split, and that split is empty: "
+            "train.keep_best measures the loss on the estimate split, but this split is empty: "
             "raise ingest.estimate_share, or set `train.keep_best: false`"
         )
     return build_plan(
@@ -163,12 +163,12 @@ def plan_held_out(model_dir: str, context: StageContext) -> TrainPlan:
 def make_job(
     name: str, plan_uri: str, output_uri: str, context: StageContext, *, seed: int, **changes: Any
 ) -> TrainJob:
-    """A job with the configuration's settings.
+    """A training job with the settings of the configuration.
 
     Args:
-        name: how progress and trackers call it.
-        plan_uri: a written plan.
-        output_uri: directory of its own.
+        name: name of the job in progress lines and trackers.
+        plan_uri: a plan that was written.
+        output_uri: directory of this job alone.
         context: of the calling stage.
         seed: of adapters and dropout.
         changes: other fields of TrainJob, for instance `keep_checkpoints=0`.
@@ -202,7 +202,7 @@ def make_job(
 
 
 def _by_stage(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    """Stretches of rows of one stage, in order."""
+    """Splits the table into runs of rows of the same curriculum stage, in order."""
     names = table.column("stage").to_pylist()
     start = 0
     for row in range(1, len(names) + 1):

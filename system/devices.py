@@ -1,6 +1,6 @@
-"""Where GPUs are and the configuration leaves them idle.
+"""Finds GPUs that a configuration does not use.
 
-By default everything runs on the CPU: a configuration says how many GPUs each kind of actor takes.
+By default everything runs on the CPU; the section `cluster` sets the GPUs of each kind of actor.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ _KINDS = {
     "scorer_gpus": "scoring",
     "train_gpus": "training",
 }
-"""Field of `cluster` -> what runs on these GPUs."""
+"""Field of `cluster` -> the work that runs on these GPUs."""
 
 
 def visible_gpus() -> int:
-    """How many GPUs this process sees."""
+    """Number of GPUs that this process can use."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def idle_gpus_remark(cluster: ClusterConfig, num_gpus: int, where: str) -> str | None:
-    """What to tell a user whose GPUs do not get all kinds of work; None: nothing.
+    """A remark for users if some kind of work will not use the existing GPUs; None: no remark.
 
     Args:
-        cluster: how many GPUs each kind of actor takes.
-        num_gpus: how many there are.
-        where: who has them, such as `this machine`.
+        cluster: number of GPUs of each kind of actor.
+        num_gpus: number of existing GPUs.
+        where: the place of the GPUs, such as `this machine`.
     """
     fields = [field for field in _KINDS if getattr(cluster, field) == 0]
     if num_gpus == 0 or not fields:

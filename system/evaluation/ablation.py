@@ -1,8 +1,8 @@
-"""`instructmix ablate`: two mixes in three orders over seeds, and what made the difference.
+"""`instructmix ablate`: trains two mixes in three orders and shows what made the difference.
 
-Mixes natural and solved, orders shuffled, curriculum and reversed, all at equal budget and on the
-same examples and seeds.  The table holds paired differences of held-out loss, category by category,
-in nats per response token, positive for better.
+The mixes are natural and solved; the orders are shuffled, curriculum, and reversed.  All have the
+same budget, seeds, and test examples.  The table has paired differences of held-out loss by
+category, in nats per response token; positive is better.
 """
 
 from __future__ import annotations
@@ -28,32 +28,35 @@ ARMS = (
 
 
 def ablation_config(config: RunConfig, seeds: int | None) -> RunConfig:
-    """The configuration with all arms of the ablation, and as many seeds as asked.
+    """The configuration with all arms of the ablation, and with this number of seeds.
 
     Raises:
-        ConfigError: fewer than two seeds, which cannot tell a difference from chance.
+        ConfigError: fewer than two seeds, with which a difference cannot be told from chance.
     """
-    wanted = config.evaluate.seeds if seeds is None else seeds
-    if wanted < 2:
+    num_seeds = config.evaluate.seeds if seeds is None else seeds
+    if num_seeds < 2:
         raise ConfigError(
-            "an ablation needs two seeds or more to tell a difference from chance, found "
-            f"{wanted}; raise --seeds or evaluate.seeds"
+            "an ablation needs at least two seeds to tell a difference from chance, found "
+            f"{num_seeds}; raise --seeds or evaluate.seeds"
         )
-    values = config.evaluate.model_dump() | {"arms": ARMS, "seeds": wanted}
+    values = config.evaluate.model_dump() | {"arms": ARMS, "seeds": num_seeds}
     evaluate = EvaluateConfig.model_validate(values)
     return config.model_copy(update={"evaluate": evaluate})
 
 
 def describe_ablation(run_dir_uri: str) -> str:
-    """The tables of paired differences, and the factors behind them.
+    """The text that the command prints: paired differences, and the factors behind them.
 
     Raises:
-        ConfigError: the run holds no evaluation.
+        ConfigError: the run has no evaluation.
     """
     run_dir = RunDir(run_dir_uri)
     record = run_dir.read_record(STAGE_FOLDERS["evaluate"])
     if record is None:
-        raise ConfigError(f"{run_dir_uri}: expected a run whose stage `evaluate` is finished")
+        raise ConfigError(
+            f"{run_dir_uri}: expected a run whose stage `evaluate` is finished, found none; finish "
+            "it with `instructmix ablate CONFIG`"
+        )
     return ablation_tables(storage.read_json(run_dir.output_uri(record, "summary")))
 
 
@@ -63,10 +66,10 @@ def ablation_tables(summary: Mapping[str, Any]) -> str:
     against_natural = [arm for arm in trained if arm != NATURAL]
     orders = [arm for arm in trained if arm.startswith(f"{SOLVED}-")]
     note = [summary["importance_note"]] if summary["importance_note"] else []
-    lines = ["Difference to the natural mix, shuffled", *note, ""]
+    lines = ["Gain over the natural mix, shuffled", *note, ""]
     lines += _table(summary, against_natural, NATURAL)
     if orders and SOLVED in trained:
-        lines += ["", "Order alone: difference to the solved mix, shuffled", ""]
+        lines += ["", "Order alone: gain over the solved mix, shuffled", ""]
         lines += _table(summary, orders, SOLVED)
     lines += ["", "What made it (importance-weighted over categories)", ""]
     for row in summary["factors"]:
@@ -83,18 +86,18 @@ def ablation_tables(summary: Mapping[str, Any]) -> str:
 
 
 def _table(summary: Mapping[str, Any], arms: Sequence[str], reference: str) -> list[str]:
-    found: dict[tuple[str, str], Mapping[str, Any]] = {}
+    cells: dict[tuple[str, str], Mapping[str, Any]] = {}
     for row in summary["comparisons"]:
         if row["metric"] != "loss" or row["reference"] != reference:
             continue
         if row["category"] is not None or row["weighting"] == "importance":
-            found[row["arm"], row["category"] or "all, by importance"] = row
-    names = list(dict.fromkeys(name for _, name in found))
+            cells[row["arm"], row["category"] or "all, by importance"] = row
+    names = list(dict.fromkeys(name for _, name in cells))
     names.sort(key=lambda name: (name == "all, by importance", name))
     width = max(len(name) for name in names)
     header = f"  {'category':<{width}}  " + "  ".join(f"{arm:<28}" for arm in arms)
     rows = [
-        f"  {name:<{width}}  " + "  ".join(f"{_cell(found[arm, name]):<28}" for arm in arms)
+        f"  {name:<{width}}  " + "  ".join(f"{_cell(cells[arm, name]):<28}" for arm in arms)
         for name in names
     ]
     return [header.rstrip(), *(row.rstrip() for row in rows)]

@@ -1,11 +1,14 @@
-"""The arms of an evaluation: which examples, in which order, at equal budget.
+"""The arms of an evaluation: the counts and the order that each is trained on.
 
-An arm's name says both: the mix (`natural`, `uniform`, `random`, `solved`) and the order (shuffled
-unless the name ends in `-curriculum` or `-reversed`).  All arms take as many passes as the
-curriculum and, per pass, the budget of the solved mix: `natural` has the shares of the train split,
-`uniform` is as equal as supply allows, `random` moves as much as `solved` from the base mix, in a
-random direction, another one for every seed, so that its interval holds for other directions too.
-The reversed order is the curriculum's stages, last first.
+The name of an arm has its mix and its order.  The order is shuffled unless the name ends in
+`-curriculum` or `-reversed` (the stages of the curriculum, last first).  All arms have the budget
+of the solved mix per pass, and as many passes as the curriculum.  The mixes are
+
+    solved     the solved mix
+    natural    the shares of the train split
+    uniform    as equal as the supply allows
+    random     moves as many examples from the base mix as `solved`, in a random direction, which
+               differs for every seed, so that the interval includes other directions
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ ORDERS = ("curriculum", "reversed")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmPlan:
-    """What an arm trains on."""
+    """Counts and order of one arm."""
 
     name: str
     mix: str
@@ -35,7 +38,7 @@ class ArmPlan:
     counts: dict[str, int]
     """Examples of each category over all passes."""
     curriculum: dict[str, Any] | None
-    """Content of a curriculum.json whose stages add up to `counts`; None where shuffled."""
+    """Content of a curriculum.json whose stages add up to `counts`; None if shuffled."""
 
 
 def plan_arms(
@@ -50,18 +53,18 @@ def plan_arms(
     max_epochs: float,
     seed: int,
 ) -> list[ArmPlan]:
-    """Mix and order of every arm in one of its trainings.
+    """Counts and order of every arm for one training seed.
 
     Args:
         names: arms, as in `evaluate.arms`.
         mix: the solved mix.
-        curriculum: the order that goes with it; its totals are the mix times its epochs.
-        settings: for the curriculum of other mixes.
-        natural: counts of one pass, see `system.mix.question.control_counts`.
-        uniform: likewise.
+        curriculum: of the solved mix; its totals are the mix times its epochs.
+        settings: for the curricula of other mixes.
+        natural: counts per pass, see `system.mix.question.control_counts`.
+        uniform: same as `natural`.
         supply: train rows of each category.
         max_epochs: how often an example may be used within a pass.
-        seed: of the random move, see `move_seed`; other mixes are the same for all seeds.
+        seed: of the random move, see `move_seed`; the other mixes do not depend on it.
     """
     solved = dict(zip(curriculum.levels, curriculum.counts_TS.sum(axis=0).tolist(), strict=True))
     base = {item.category: item.base for item in mix.categories}
@@ -87,10 +90,10 @@ def move_seed(run_seed: int, training: int) -> int:
 def random_move(
     counts: Mapping[str, int], limits: Mapping[str, int], moved: int, seed: int
 ) -> dict[str, int]:
-    """The counts with `moved` examples taken from some categories and given to the others.
+    """The counts after a random move: some categories give `moved` examples to the others.
 
-    A coin decides each category's side; what it gives or gets is random, in proportion to its size.
-    Less is moved only where the sides cannot hold so much.
+    A random half of the categories receives.  How much a category gives or receives is random, in
+    proportion to its size.  Fewer examples move only if the limits do not allow more.
 
     Args:
         counts: category -> examples.
@@ -103,28 +106,28 @@ def random_move(
     count_C = np.array([counts[name] for name in names])
     room_C = np.maximum(np.array([limits[name] for name in names]) - count_C, 0)
     order = rng.permutation(len(names))
-    gets_C = np.zeros(len(names), dtype=bool)
-    gets_C[order[: max(len(names) // 2, 1)]] = True
+    receives_C = np.zeros(len(names), dtype=bool)
+    receives_C[order[: max(len(names) // 2, 1)]] = True
     weights_C = rng.uniform(0.2, 1.0, len(names)) * np.maximum(count_C, 1)
-    most_C = np.where(gets_C, room_C, count_C)
-    moved = min(moved, int(most_C[gets_C].sum()), int(most_C[~gets_C].sum()))
+    limit_C = np.where(receives_C, room_C, count_C)
+    moved = min(moved, int(limit_C[receives_C].sum()), int(limit_C[~receives_C].sum()))
     change_C = np.zeros(len(names), dtype=np.int64)
-    for side_C, sign in ((gets_C, 1), (~gets_C, -1)):
-        change_C[side_C] = sign * _shared_out(moved, weights_C[side_C], most_C[side_C])
+    for side_C, sign in ((receives_C, 1), (~receives_C, -1)):
+        change_C[side_C] = sign * _distribute(moved, weights_C[side_C], limit_C[side_C])
     return {name: int(count_C[c] + change_C[c]) for c, name in enumerate(names)}
 
 
-def _shared_out(total: int, weights_K: np.ndarray, most_K: np.ndarray) -> np.ndarray:
-    """[K] whole numbers in proportion to weights, none above its most, that sum to the total."""
-    given_K = np.zeros(len(weights_K), dtype=np.int64)
-    while (left := total - int(given_K.sum())) > 0:
-        open_K = given_K < most_K
+def _distribute(total: int, weights_K: np.ndarray, limit_K: np.ndarray) -> np.ndarray:
+    """[K] whole numbers that sum to the total, in proportion to the weights, within the limits."""
+    amount_K = np.zeros(len(weights_K), dtype=np.int64)
+    while (left := total - int(amount_K.sum())) > 0:
+        open_K = amount_K < limit_K
         share_K = np.where(open_K, weights_K, 0.0)
         step_K = np.floor(left * share_K / share_K.sum()).astype(np.int64)
-        if not step_K.any():  # the last few, one each to the largest
+        if not step_K.any():  # fewer are left than categories: one each, by size
             step_K[np.argsort(-share_K, kind="stable")[: min(left, int(open_K.sum()))]] = 1
-        given_K = np.minimum(given_K + step_K, most_K)
-    return given_K
+        amount_K = np.minimum(amount_K + step_K, limit_K)
+    return amount_K
 
 
 def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Differences between arms, with errors that hold for other trainings and other examples.
+"""Differences between arms, with errors that include the variation of trainings and examples.
 
 Performance y[k, s, i] of arm k, training seed s, held-out example i (minus a loss, or 1 / 0 for a
 right answer), the same seeds and examples for all arms.  A contrast is d[s, i] = sum_k a_k y[k, s,
@@ -7,18 +7,20 @@ i].  Both seeds and examples are samples, crossed with each other:
     d[s, i] = mu + seed[s] + example[i] + rest[s, i]
     Var(mean d) = (MS_seed + MS_example - MS_rest) / (S n)        (two-way random effects, crossed)
 
-The last term takes out what the first two both contain.  Over categories c with weights w_c the
-seeds are common and the examples are not, so the seed part is the variance of the weighted means of
-the seeds, with S - 1 degrees of freedom, and the example parts add up as w_c^2.  The seed part is
-that of the contrast alone.  Pooling it over all arms would give more degrees of freedom, and did,
-but arms are not equally noisy against each other: two shuffled arms share most of their order, so
-their trainings differ less by chance than either differs from a curriculum, and pooled intervals
-called mere orders better or worse.
+The last term removes what the first two both contain.  Several categories c with weights w_c share
+their seeds, but not their examples.  So the seed part is the variance of the weighted means of the
+seeds, with S - 1 degrees of freedom, and the example parts are added with factors w_c^2.
 
-The interval adds the squares of the two parts' own Student intervals, that of the examples with
-Satterthwaite's degrees of freedom; it covers at least what it says whatever the two variances are
-(Banerjee 1960, Sankhya 22), where one Welch-Satterthwaite interval for the sum covers too little
-with so few seeds.  With one seed only the examples' part can be had; it says so.
+The seed part is estimated from this contrast alone.  Pooling it over all arms would give more
+degrees of freedom, but arms are not equally noisy: two shuffled arms share most of their order, so
+the chance difference between them is smaller than that to a curriculum.  Pooled intervals declared
+mere differences of order as better or worse.
+
+The squared half-width of the interval is the sum of the squared half-widths of the Student
+intervals of both parts; the example part uses Satterthwaite's degrees of freedom.  Its coverage is
+at least the nominal one for any two variances (Banerjee 1960, Sankhya 22).  A single
+Welch-Satterthwaite interval for the sum would cover too little with so few seeds.  With one seed,
+only the example part is known, and `se_seeds` is None.
 
 S = seeds, n = examples of a category.
 """
@@ -35,11 +37,11 @@ from scipy import stats
 
 Verdict = Literal["better", "worse", "tie"]
 Performance = Mapping[str, Mapping[str, np.ndarray]]
-"""Arm -> category -> [S, n] float64, larger is better; arms trained once have S = 1."""
+"""Arm -> category -> [S, n] float64, larger is better; arms that were trained once have S = 1."""
 
 
 _ROUNDING = 1e-12
-"""Differences this much smaller than the values themselves are rounding."""
+"""A difference that is smaller than this share of the values is rounding error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +51,13 @@ class Contrast:
     value: float
     se: float
     se_seeds: float | None
-    """Part of `se` that further seeds would make smaller; None: one seed, not measured."""
+    """Part of `se` that comes from training; more seeds make it smaller.  None: one seed."""
     se_heldout: float
-    """Part of `se` that further held-out examples would make smaller."""
+    """Part of `se` that comes from the held-out examples; more examples make it smaller."""
     low: float
     high: float
     verdict: Verdict
-    """`tie` where the interval holds zero."""
+    """`tie` if the interval contains zero."""
     seeds: int
     rows: int
     """Held-out examples."""
@@ -88,12 +90,12 @@ def contrast(
     Args:
         performance: all arms.
         coefficients: arm -> a_k.
-        weights: category -> w_c; categories left out do not count.
+        weights: category -> w_c; categories without a weight do not count.
         confidence: level of the interval.
-        is_binary: values are 0 or 1.  A few answers that all agree then still have an error: each
-            category's variance is that of a table of paired answers with half a case added to
-            every cell when none differ, 1 / (n + 2)^2.  Source: Agresti and Min 2005, Statistics
-            in Medicine 24 (5).
+        is_binary: whether values are 0 or 1.  Then a few answers that all agree still have an
+            error: the variance of a category without differences is that of a table of paired
+            answers with half a case added to every cell, 1 / (n + 2)^2.  Source: Agresti and Min
+            2005, Statistics in Medicine 24 (5).
 
     Raises:
         ValueError: trained arms differ in their number of seeds.
@@ -146,8 +148,8 @@ def _heldout_parts(
 ) -> list[tuple[float, float]]:
     """Signed variance parts of the examples with their degrees of freedom.
 
-    Where the examples differ less than the noise of single examples lets expect, the unbiased
-    estimate is near zero or below it by chance; the noise itself is then the least that counts.
+    If examples differ less than expected from the noise of single examples, the unbiased estimate
+    can be near zero or negative by chance.  Then the noise itself is used as a lower bound.
     """
     parts = []
     for category, w in weights.items():

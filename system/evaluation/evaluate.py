@@ -1,10 +1,13 @@
-"""What the trained models are worth on held-out data: losses, answers, honest comparisons.
+"""Compares the trained arms on held-out data: losses, correct answers, and predicted gains.
 
-Gain is in nats per response token: the mean over examples of the mean token loss, reference minus
-arm, so that more is better; for accuracy it is the difference of shares.  Every comparison is made
-on the same examples and the same training seeds (`system.evaluation.contrast` has the error
-model), and one whose interval holds zero is called a tie.  Verdicts are each at their own
-confidence level: of twenty ties one in twenty looks like more at 95 %.
+The stage `evaluate` calls `summarise` and writes the result as `summary.json`.
+
+A gain is in nats per response token: the loss of the reference minus the loss of the arm, so that
+positive is better.  The loss is the mean over examples of their mean token loss.  For accuracy the
+gain is the difference of the shares of correct answers.  All comparisons use the same examples and
+the same training seeds (error model: `system.evaluation.contrast`).  If the interval contains zero,
+the verdict is a tie.  Verdicts are not corrected for their number: at 95 % confidence, about one of
+twenty true ties is reported as better or worse.
 
 `summary.json`:
     arms          [{name, mix, order, seeds, examples, response_tokens, steps, counts}]
@@ -15,12 +18,12 @@ confidence level: of twenty ties one in twenty looks like more at 95 %.
     factors       [{factor, formula, weighting, <contrast>}]         factor `mix` | `order` |
                   `reversed order` | `interaction`
     accuracy      [{arm, category, rows, seeds, value, low, high}]
-    importance    weights of the categories; importance_note says what of `solve.importance` they
-                  lack, empty: nothing
+    importance    weights of the categories; importance_note names targets of `solve.importance`
+                  that are missing from them, empty: none
     left_out, answers_left_out   category -> rows that some model could not score, or not answer
     predictions   [{arm, reference, targets: [<outcome>], overall: <outcome>, slope,
                   rank_correlation}], see `system.evaluation.prediction`
-    prediction    that of the solved mix against the natural one; null: not both were trained
+    prediction    that of the solved mix against the natural mix; null: not both were trained
     prediction_unit  unit of all of these; null: nothing was predicted
 with <contrast> = value, se, se_seeds, se_heldout, low, high, verdict, seeds, rows and <outcome> =
 target, predicted, predicted_se, realised, se, low, high, verdict.
@@ -80,12 +83,12 @@ FACTORS: dict[str, tuple[tuple[str, dict[str, float]], ...]] = {
         ),
     ),
 }
-"""Factor -> formulas, best first: the first whose arms were all trained is used."""
+"""Factor -> formulas, the most precise first; the first whose arms were all trained is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmInfo:
-    """What an arm was trained on."""
+    """Facts about the training data of an arm."""
 
     name: str
     mix: str
@@ -115,9 +118,9 @@ def summarise(
     Args:
         losses: LOSSES of all arms and seeds; arm `base` is the untrained model.
         outcomes: OUTCOMES, possibly empty.
-        arms: what was trained, in the order in which people should read it.
-        importance: weight of each target; normalised here over the categories that were scored.
-        forecast: what the measured effects promise for the arms; None: no prediction.
+        arms: the trained arms, in the order in which the report lists them.
+        importance: weight of each target; it is normalised over the categories that were scored.
+        forecast: predictions of the measured effects for the arms; None: no prediction.
         confidence: level of all intervals.
 
     Raises:
@@ -127,8 +130,8 @@ def summarise(
     categories = list(next(iter(performance.values())))
     if not categories:
         raise DataError(
-            "evaluation: no category has two test rows that every model could score; "
-            f"left out: {left_out}. Raise evaluate.test_rows, or give the categories more data."
+            "evaluation: expected at least two test rows of some category that every model could "
+            f"score, found none; left out: {left_out}. Raise evaluate.test_rows, or add data."
         )
     weightings = _weightings(categories, importance)
     trained = [arm.name for arm in arms if arm.name != BASE]
@@ -154,13 +157,13 @@ def summarise(
             performance, forecast, weightings["importance"], confidence
         )
     if outcomes.num_rows:
-        promised = forecast if predicts_answers else None
-        _add_answers(summary, outcomes, trained, importance, promised)
+        forecast_of_answers = forecast if predicts_answers else None
+        _add_answers(summary, outcomes, trained, importance, forecast_of_answers)
     summary["prediction"] = next(
         (
-            found
-            for found in summary["predictions"]
-            if (found["arm"], found["reference"]) == (SOLVED, NATURAL)
+            prediction
+            for prediction in summary["predictions"]
+            if (prediction["arm"], prediction["reference"]) == (SOLVED, NATURAL)
         ),
         None,
     )
@@ -174,7 +177,7 @@ def _add_answers(
     importance: Mapping[str, float],
     forecast: ArmForecast | None,
 ) -> None:
-    """Shares of right answers, their comparisons, and what was promised of them."""
+    """Adds shares of correct answers, their comparisons, and predictions to the summary."""
     confidence = summary["confidence"]
     answers, summary["answers_left_out"] = performance_of(outcomes, "correct")
     checked = _weightings(list(next(iter(answers.values()))), importance)
@@ -189,7 +192,7 @@ def _add_answers(
 
 
 def headline(summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """The comparisons that people ask for first, a line each."""
+    """The most important comparisons, one line each, for the log of the stage."""
     lines = [summary["importance_note"]] if summary["importance_note"] else []
     for row in summary["comparisons"]:
         is_overall = row["category"] is None and row["weighting"] == "importance"
@@ -205,10 +208,10 @@ def headline(summary: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def importance_note(categories: Sequence[str], importance: Mapping[str, float]) -> str:
-    """What the weights of the categories lack of those of the targets; empty: nothing.
+    """A sentence on targets of `solve.importance` that have no test rows; empty if all have some.
 
-    A further target (`influence.targets`) has none where its `test_share` is 0, or where what was
-    trained on leaves too few of its rows.
+    A further target (`influence.targets`) has no test rows if its `test_share` is 0, or if too few
+    of its rows remain after those in the training data are left out.
     """
     lost = {name: w for name, w in importance.items() if w > 0 and name not in categories}
     if not lost:
@@ -216,11 +219,11 @@ def importance_note(categories: Sequence[str], importance: Mapping[str, float]) 
     share = sum(lost.values()) / sum(importance.values())
     names = ", ".join(sorted(lost))
     rest = (
-        "the others weigh as they do beside it"
+        "the other targets keep their relative weights"
         if any(importance.get(name, 0.0) > 0 for name in categories)
-        else "`by importance` here means all of them equally"
+        else "`by importance` here weights all categories equally"
     )
-    return f"targets without test rows ({names}) hold {share:.0%} of solve.importance: {rest}"
+    return f"targets without test rows ({names}) have {share:.0%} of solve.importance: {rest}"
 
 
 def _weightings(
@@ -239,7 +242,7 @@ def _weightings(
 def _scopes(
     weightings: Mapping[str, Mapping[str, float]],
 ) -> Iterator[tuple[str | None, str, Mapping[str, float]]]:
-    """Overall by each weighting, then each category alone: (category, weighting, weights)."""
+    """All categories with each weighting, then single ones: (category, weighting, weights)."""
     for weighting, weights in weightings.items():
         yield None, weighting, weights
     for category in weightings["uniform"]:
@@ -277,17 +280,17 @@ def _comparisons(
             if arm == reference or (reference != BASE and arm in _UNTRAINED_OR_ONCE):
                 continue
             if reference == SOLVED and not arm.startswith(f"{SOLVED}-"):
-                continue  # against the solved mix only its own orders
+                continue  # other orders of the solved mix are compared with it, other mixes are not
             if reference in (UNIFORM, RANDOM) and arm != SOLVED:
-                continue  # the other mixes, shuffled like it, are there to judge the solved one
+                continue  # uniform and random are controls for the solved mix only
             for category, weighting, weights in _scopes(weightings):
-                found = contrast(
+                difference = contrast(
                     performance, {arm: 1.0, reference: -1.0}, weights, confidence,
                     is_binary=metric == "accuracy",
                 )  # fmt: skip
                 yield {
                     "metric": metric, "arm": arm, "reference": reference, "category": category,
-                    "weighting": weighting, **found.to_json(),
+                    "weighting": weighting, **difference.to_json(),
                 }  # fmt: skip
 
 
@@ -298,10 +301,10 @@ def _factors(
         usable = [item for item in formulas if set(item[1]) <= set(performance)]
         for formula, coefficients in usable[:1]:
             for weighting, weights in weightings.items():
-                found = contrast(performance, coefficients, weights, confidence)
+                difference = contrast(performance, coefficients, weights, confidence)
                 yield {
                     "factor": factor, "formula": formula, "weighting": weighting,
-                    **found.to_json(),
+                    **difference.to_json(),
                 }  # fmt: skip
 
 

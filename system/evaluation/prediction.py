@@ -1,9 +1,10 @@
-"""What the effects promised for each arm beside what training on it brought.
+"""Predicted and realised gains of the arms.
 
-A mix is chosen by predictions; other mixes, which nothing was chosen for, show whether the
-predictions hold away from it.  Predicted is what the measured effects say of the counts that an arm
-was trained on, realised the paired difference on the test split; both positive for better.  Effects
-know categories and no order, so the arms of one mix are promised the same.
+The predicted gain comes from the measured effects and the counts that an arm was trained on.  The
+realised gain is the paired difference on the test split.  Both are positive if the arm is better.
+The solved mix was chosen because of its prediction; other mixes were not, so they show whether
+predictions hold elsewhere.  Effects do not depend on the order of examples, so all arms with the
+same mix have the same prediction.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ NATURAL, UNIFORM, RANDOM, SOLVED = "natural", "uniform", "random", "solved"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmForecast:
-    """What is needed to predict the arms of an evaluation."""
+    """The inputs that predictions for arms need."""
 
     predictor: MixPredictor
     counts: Mapping[str, Sequence[Mapping[str, float]]]
-    """Arm -> category -> examples of one pass, for every training.  The promise for an arm whose
-    trainings differ, like `random`, is the mean of theirs."""
+    """Arm -> for each training, category -> examples per pass.  If the trainings of an arm differ,
+    as those of `random` do, the prediction is the mean over them."""
     unit: str
-    """Of the effects: nats per response token, or share of right answers."""
+    """Unit of the effects: nats per response token, or share of correct answers."""
 
 
 def predicted_and_realised(
@@ -41,44 +42,48 @@ def predicted_and_realised(
     *,
     is_binary: bool = False,
 ) -> list[dict[str, Any]]:
-    """Every arm against the natural mix; the solved mix against the uniform and the random one.
+    """Gains of every arm over the natural mix, and of the solved mix over uniform and random.
 
     Args:
-        performance: of the metric that effects are in.
-        forecast: counts of the arms that were trained, and what they promise.
-        importance: weights of the overall gain; its names are the targets looked at, as far as
-            effects were measured on them.
+        performance: in the same metric as the effects.
+        forecast: counts of the trained arms, and the predictor.
+        importance: weights of the overall gain.  Its names are the compared targets, except those
+            without measured effects.
         confidence: level of the intervals.
         is_binary: see `contrast`.
 
     Returns:
-        Objects {arm, reference, targets, overall, slope, rank_correlation}; `slope` is what was
-        realised per unit of predicted, over targets.
+        Objects {arm, reference, targets, overall, slope, rank_correlation}; `slope` is the realised
+        gain per unit of predicted gain, over targets.
     """
     weights = {t: importance[t] for t in forecast.predictor.targets if t in importance}
     if not weights:
         return []
-    found = []
+    comparisons = []
     for arm, reference in _pairs(forecast.counts):
         mixes = forecast.counts[arm], forecast.counts[reference]
         rows = []
-        for target, of in [*((name, {name: 1.0}) for name in weights), (None, weights)]:
-            promise = forecast.predictor.gain(*mixes, of)
-            outcome = contrast(
-                performance, {arm: 1.0, reference: -1.0}, of, confidence, is_binary=is_binary
+        for target, target_weights in [*((name, {name: 1.0}) for name in weights), (None, weights)]:
+            predicted = forecast.predictor.gain(*mixes, target_weights)
+            realised = contrast(
+                performance,
+                {arm: 1.0, reference: -1.0},
+                target_weights,
+                confidence,
+                is_binary=is_binary,
             )
-            rows.append(_beside(target, promise, outcome))
+            rows.append(_row(target, predicted, realised))
         *targets, overall = rows
-        found.append(
+        comparisons.append(
             {
                 "arm": arm,
                 "reference": reference,
                 "targets": targets,
                 "overall": overall,
-                **_kept(targets),
+                **_agreement(targets),
             }
         )
-    return found
+    return comparisons
 
 
 def _pairs(arms: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -88,23 +93,23 @@ def _pairs(arms: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from ((SOLVED, other) for other in (UNIFORM, RANDOM) if other in arms)
 
 
-def _kept(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """How the outcomes of the targets follow their promises."""
-    promised = np.array([row["predicted"] for row in rows])
-    brought = np.array([row["realised"] for row in rows])
-    varies = len(rows) > 2 and promised.std() > 0 and brought.std() > 0
-    size = float(promised @ promised)
+def _agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """How well the realised gains of the targets follow the predicted ones."""
+    predicted = np.array([row["predicted"] for row in rows])
+    realised = np.array([row["realised"] for row in rows])
+    varies = len(rows) > 2 and predicted.std() > 0 and realised.std() > 0
+    size = float(predicted @ predicted)
     return {
-        "slope": float(promised @ brought) / size if size > 0 else None,
-        "rank_correlation": float(np.asarray(stats.spearmanr(promised, brought))[0])
+        "slope": float(predicted @ realised) / size if size > 0 else None,
+        "rank_correlation": float(np.asarray(stats.spearmanr(predicted, realised))[0])
         if varies
         else None,
     }
 
 
-def _beside(target: str | None, promise: Promise, outcome: Contrast) -> dict[str, Any]:
+def _row(target: str | None, predicted: Promise, realised: Contrast) -> dict[str, Any]:
     return {
-        "target": target, "predicted": promise.value, "predicted_se": promise.se,
-        "realised": outcome.value, "se": outcome.se, "low": outcome.low, "high": outcome.high,
-        "verdict": outcome.verdict,
+        "target": target, "predicted": predicted.value, "predicted_se": predicted.se,
+        "realised": realised.value, "se": realised.se, "low": realised.low, "high": realised.high,
+        "verdict": realised.verdict,
     }  # fmt: skip

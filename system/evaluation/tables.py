@@ -1,4 +1,4 @@
-"""What models did on single test rows, as tables, and those tables as arrays."""
+"""Tables of losses and answers on single test rows, and their conversion to arrays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOSSES = pa.schema(
         pa.field("num_tokens", pa.int32(), nullable=False),
     ]
 )
-"""One held-out example under one model."""
+"""Loss of one held-out example with one model."""
 
 OUTCOMES = pa.schema(
     [
@@ -28,7 +28,7 @@ OUTCOMES = pa.schema(
         pa.field("correct", pa.bool_(), nullable=False),
     ]
 )
-"""One generated answer, checked."""
+"""Whether one generated answer is correct."""
 
 ACCURACY = pa.schema(
     [
@@ -42,7 +42,7 @@ ACCURACY = pa.schema(
         pa.field("high", pa.float64(), nullable=False),
     ]
 )
-"""Answers of one model by category."""
+"""Share of correct answers of one model in one category."""
 
 
 def performance_of(
@@ -56,8 +56,8 @@ def performance_of(
         column: `loss` or `correct`.
 
     Returns:
-        Arm -> category -> [S, n], examples in the order of their ids, only those that every arm
-        and seed has; and category -> examples left out because some model has none.
+        Arm -> category -> [S, n], with the examples that every arm and seed has, in the order of
+        their ids; and category -> number of examples that some model lacks.
     """
     if column == "loss":
         nll = table.column("nll").to_numpy()
@@ -75,23 +75,23 @@ def performance_of(
     )
     for arm, seed, category, row_id, value in names:
         models.setdefault((arm, seed), {}).setdefault(category, {})[row_id] = value
-    found: dict[str, dict[str, np.ndarray]] = {arm: {} for arm, _ in models}
+    performance: dict[str, dict[str, np.ndarray]] = {arm: {} for arm, _ in models}
     left_out: dict[str, int] = {}
     for category in sorted({name for of in models.values() for name in of}):
         of_models = [of.get(category, {}) for of in models.values()]
         common = sorted(set.intersection(*(set(rows) for rows in of_models)))
         left_out[category] = len(set.union(*(set(rows) for rows in of_models))) - len(common)
-        if len(common) < 2:
+        if len(common) < 2:  # one example has no error estimate
             left_out[category] += len(common)
             continue
-        for arm in found:
+        for arm in performance:
             rows = [models[key].get(category, {}) for key in sorted(models) if key[0] == arm]
-            found[arm][category] = np.array([[of[i] for i in common] for of in rows])
-    return found, {category: count for category, count in left_out.items() if count}
+            performance[arm][category] = np.array([[of[i] for i in common] for of in rows])
+    return performance, {category: count for category, count in left_out.items() if count}
 
 
 def accuracy_table(outcomes: pa.Table, confidence: float) -> pa.Table:
-    """ACCURACY: share of right answers of every model by category, with Wilson intervals."""
+    """ACCURACY table: share of correct answers by model and category, with Wilson intervals."""
     cells: dict[tuple[str, int, str], list[bool]] = {}
     for row in outcomes.to_pylist():
         cells.setdefault((row["arm"], row["seed"], row["category"]), []).append(row["correct"])

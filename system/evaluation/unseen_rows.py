@@ -1,8 +1,8 @@
-"""What trained models are judged on: test rows of the categories and of further targets.
+"""The rows on which the stage `evaluate` scores all models: test rows and questions.
 
-Rows are drawn by the hash of (seed, id), the same for every model.  Further targets
-(`influence.targets`) give the share of their rows that the matrix never saw, less the rows that
-any of the models was trained on.
+They come from the categories and from further targets (`influence.targets`).  They are drawn by the
+hash of (seed, id), so they are the same for every model.  Of a further target, only rows are used
+that the effect matrix did not use and that no model was trained on.
 """
 
 # (pyarrow.compute makes its functions at import, where no type checker sees them)
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 def untrained_rows(
     config: RunConfig, trained: Iterable[pa.ChunkedArray]
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
-    """Test rows of the further targets: CORPUS tables by name, and rows left out by reason.
+    """Test rows of the further targets: CORPUS tables by name, and left-out rows by reason.
 
     Args:
         config: of the run.
-        trained: ids of the rows that each model was trained on; read only where there are targets.
+        trained: ids of the training rows of each model; read only if there are further targets.
 
     Raises:
-        DataError: a target's files cannot be read.
+        DataError: the files of a target cannot be read.
     """
     if not config.influence.targets:
         return {}, {}
@@ -58,13 +58,13 @@ def draw_test_rows(
     tokenizer: PreTrainedTokenizerBase,
     external: Mapping[str, pa.Table],
 ) -> tuple[pa.Table, dict[str, int]]:
-    """TOKENS rows whose category is the category's or the target's name; dropped rows by reason.
+    """Draws test rows: TOKENS (category: name of category or target), and drops by reason.
 
     Args:
-        config: of the run; `evaluate.test_rows` of each, at most.
+        config: of the run; at most `evaluate.test_rows` rows are drawn for each name.
         corpus: its test split is drawn from.
         tokenizer: with a chat template.
-        external: of `untrained_rows`.
+        external: tables of `untrained_rows`.
     """
     draw = seeded_draw(corpus, tokenizer, config.model.max_length)
     num_rows, seed = config.evaluate.test_rows, seed_of(config.seed, "evaluate-test")
@@ -86,13 +86,13 @@ def draw_test_questions(
     tokenizer: PreTrainedTokenizerBase,
     external: Mapping[str, pa.Table],
 ) -> Questions:
-    """Test rows with a verifiable answer, `evaluate.accuracy_rows` of each at most.
+    """Draws test rows with a verifiable answer, at most `evaluate.accuracy_rows` for each name.
 
     Args:
         config: of the run.
         corpus: its test split is drawn from.
         tokenizer: with a chat template.
-        external: of `untrained_rows`.
+        external: tables of `untrained_rows`.
     """
     longest = config.model.max_length
     room = min(config.evaluate.max_new_tokens, longest // 2)

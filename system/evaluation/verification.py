@@ -1,9 +1,8 @@
 """`instructmix verify`: predicted against realised, arm by arm and target by target.
 
-A mix is chosen by what the effect matrix predicts; these tables show what the arms were worth that
-were trained on the solved mix and on others.  Predicted is what the matrix says of an arm's counts,
-realised the paired difference on the test split, both in the unit of the effects, positive for
-better.
+The tables show, for the solved mix and for other mixes, the gain that the effect matrix predicted
+and the gain that training realised on the test split (`system.evaluation.prediction`).  Both are in
+the unit of the effects; positive is better.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from system.stages import STAGE_FOLDERS
 
 
 def describe_prediction(run_dir_uri: str) -> str:
-    """The tables and a plain sentence about them.
+    """The text that the command prints: tables of predicted and realised gains.
 
     Raises:
-        ConfigError: the run is not evaluated, or its arms allow no comparison.
+        ConfigError: the run is not evaluated, or no two of its arms can be compared.
     """
     run_dir = RunDir(run_dir_uri)
     record = run_dir.read_record(STAGE_FOLDERS["evaluate"])
@@ -34,25 +33,27 @@ def describe_prediction(run_dir_uri: str) -> str:
         )
     summary = storage.read_json(run_dir.output_uri(record, "summary"))
     if not summary["predictions"]:
-        raise ConfigError(f"{run_dir_uri}: {_why_nothing_was_predicted(summary)}")
+        raise ConfigError(f"{run_dir_uri}: {_why_no_prediction(summary)}")
     return prediction_tables(summary)
 
 
 def prediction_tables(summary: Mapping[str, Any]) -> str:
     """The tables of a `summary.json` that has predictions."""
     rows = [
-        {**found["overall"], "target": f"{found['arm']} - {found['reference']}"}
-        for found in summary["predictions"]
+        {**item["overall"], "target": f"{item['arm']} - {item['reference']}"}
+        for item in summary["predictions"]
     ]
     level, unit = f"{summary['confidence']:.0%} interval", summary["prediction_unit"]
     lines = [f"All targets by importance, {unit}, positive for better"]
     lines += [summary["importance_note"], ""] if summary["importance_note"] else [""]
     lines += _table("arms", rows, level)
     trained = {item["name"]: item["seeds"] for item in summary["arms"]}
-    seeds = [trained[found["arm"]] for found in summary["predictions"]]
+    seeds = [trained[item["arm"]] for item in summary["predictions"]]
     lines += ["", f"trainings per arm: {max(seeds)}", *_reference(summary)]
     if max(seeds) == 1:
-        lines.append("one training tells nothing of others: intervals hold for other examples only")
+        lines.append(
+            "one training per arm: intervals do not include the variation between trainings"
+        )
     solved = summary["prediction"]
     if solved is not None:
         lines += ["", "Target by target, solved - natural", ""]
@@ -65,15 +66,16 @@ def prediction_tables(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _why_nothing_was_predicted(summary: Mapping[str, Any]) -> str:
+def _why_no_prediction(summary: Mapping[str, Any]) -> str:
     if summary["prediction_unit"] == ANSWERS and not summary["accuracy"]:
         return (
-            "the effects are in shares of right answers, and the evaluation asked for none or no "
-            "test row has an answer that can be checked; raise evaluate.accuracy_rows and run again"
+            "the effects are in shares of correct answers, but the evaluation generated no "
+            "answers, or no test row has an answer that can be checked; raise "
+            "evaluate.accuracy_rows and run again"
         )
     return (
-        "predicted and realised can be compared only when evaluate.arms has `natural` or `solved` "
-        "and another mix beside it; add one and run again"
+        "predicted and realised gains can be compared only if evaluate.arms has `natural` or "
+        "`solved`, and another mix; add one and run again"
     )
 
 

@@ -1,1 +1,1 @@
-"""What the package brings along to try it: quick start, tiny model, planted worlds."""
+"""Examples to try the package: quick start, tiny model, and corpora with known interactions."""

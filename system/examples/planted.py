@@ -1,6 +1,8 @@
 """Instruction corpora whose interactions are known by construction.
 
-Nine small tasks over made-up words, each a table of facts asked for in words of its own:
+The command `instructmix planted` writes them, to check estimators of effects against known truth.
+There are nine small tasks over made-up words.  Each task is a table of facts (key -> answer) with
+its own wording of the question:
 
     colour             "colour of K ?"            -> C          16 keys, 8 answers
     colour-reworded    the same table, other words              duplicates: each helps the other
@@ -14,11 +16,12 @@ Nine small tasks over made-up words, each a table of facts asked for in words of
     weather            answers drawn at random                  noise: nothing helps it, and its own
                                                                 effect is not identifiable
 
-A prompt carries words without meaning, so that held-out prompts are new while their keys are not:
-what a task is worth to another shows as held-out loss.  `warm.jsonl` speaks the same language
-(every word, every wording, the same relations between tasks) about other keys: a model warmed up on
-it knows how such questions are answered and not what the answers are, so that facts are learnt
-fast and effects are not hidden by competition for capacity.
+A prompt also has filler words without meaning.  So held-out prompts are new, but their keys are
+not, and the effect of one task on another shows in its held-out loss.
+
+`warm.jsonl` has the same words, the same wordings, and the same relations between tasks, but other
+keys.  A model that is warmed up on it knows how such questions are answered, but not the answers.
+So it learns facts fast, and effects are not hidden by competition for capacity.
 """
 
 from __future__ import annotations
@@ -38,34 +41,34 @@ _SYLLABLES = ("ba", "de", "fi", "go", "hu", "ka", "lo", "mi", "nu", "pe", "ra", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One category: its wording and its table of facts."""
+    """One category: the wording of its questions and its table of facts."""
 
     name: str
     wording: str
-    """Prompt with the fields `key`, `a`, `b` (words without meaning)."""
+    """Prompt with the fields `key` and `a`, `b` (filler words)."""
     facts: Mapping[str, str] | None
-    """Key -> response, warm keys included; None draws the response at random from `answers`."""
+    """Key -> response, with warm keys; None: the response is drawn at random from `answers`."""
     keys: tuple[str, ...]
     warm_keys: tuple[str, ...]
-    """Keys that only the warm-up asks for; none where another task has the same wording."""
+    """Keys of the warm-up only; empty if another task has the same wording."""
     answers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlantedWorld:
-    """The tasks, the language's words, and what is known about the interactions."""
+    """The tasks, the filler words, and the known interactions."""
 
     tasks: tuple[Task, ...]
     fillers: tuple[str, ...]
     seed: int
 
     def rows(self, task: Task, num_rows: int) -> Iterator[dict[str, str]]:
-        """Alpaca rows of a task, all different, keys in even shares."""
+        """Alpaca rows of a task: all different, each key about equally often."""
         rng = np.random.default_rng([self.seed, 1, _number(task.name)])
         return self._draw(task, num_rows, rng)
 
     def warm_rows(self, num_rows: int) -> Iterator[dict[str, str]]:
-        """The language without the facts: all wordings about the warm keys, and repetition."""
+        """Rows of the warm-up: all wordings with warm keys, and prompts to repeat words."""
         rng = np.random.default_rng([self.seed, 2])
         words = sorted(self._words())
         tasks = [task for task in self.tasks if task.warm_keys]
@@ -79,7 +82,7 @@ class PlantedWorld:
             yield _row(self._prompt(task.wording, key, rng), _answer(task, key, rng))
 
     def truth(self) -> dict[str, Any]:
-        """What `truth.json` holds: signs, and gammas where the construction fixes them."""
+        """The content of `truth.json`: signs of effects, and gammas that the construction fixes."""
         names = [task.name for task in self.tasks]
         return {
             "categories": names,
@@ -118,7 +121,7 @@ class PlantedWorld:
 
 
 def planted_world(seed: int = 0) -> PlantedWorld:
-    """The world of a seed: other words, other facts, the same interactions."""
+    """The world of a seed; another seed gives other words and facts, but the same interactions."""
     rng = np.random.default_rng([seed, 0])
     words = _made_up_words(rng)
 
@@ -143,7 +146,7 @@ def planted_world(seed: int = 0) -> PlantedWorld:
     things, starts, middles, sized, placed = keys(), keys(), keys(), keys(), keys()
     colours, ends = take(NUM_ANSWERS), take(NUM_ANSWERS)
     colour_of = _table(things, colours, rng)
-    # Every key gets another colour than in `colour`: the shift is never zero.
+    # Every key has another colour than in `colour`, because the shift is never a multiple of 8.
     other = {
         thing: colours[(colours.index(colour) + 3) % NUM_ANSWERS]
         for thing, colour in colour_of.items()
@@ -172,9 +175,9 @@ def planted_world(seed: int = 0) -> PlantedWorld:
 
 
 def _relation(target: str, source: str) -> dict[str, Any]:
-    """Sign of the effect of source on target; null where the construction says nothing.
+    """Sign of the effect of source on target; None if the construction does not fix it.
 
-    `gamma` bounds gamma where the two share everything (1) or nothing (0).
+    `gamma` is 1 if the two tasks share all facts, 0 if they share none, and None otherwise.
     """
     pair = {target, source}
     if target == source:
@@ -201,7 +204,7 @@ def _answer(task: Task, key: str, rng: np.random.Generator) -> str:
 def _steps(
     starts: tuple[str, ...], middles: tuple[str, ...], rng: np.random.Generator
 ) -> dict[str, str]:
-    """One to one, planted keys to planted keys and warm ones to warm ones."""
+    """A one-to-one table; keys of the data and keys of the warm-up stay apart."""
     steps = {}
     for part in (slice(0, NUM_KEYS), slice(NUM_KEYS, None)):
         steps |= dict(zip(starts[part], rng.permutation(middles[part]).tolist(), strict=True))
@@ -211,7 +214,7 @@ def _steps(
 def _table(
     keys: tuple[str, ...], answers: tuple[str, ...], rng: np.random.Generator
 ) -> dict[str, str]:
-    """Every answer for as many keys as any other."""
+    """A random table in which all answers have the same number of keys."""
     even = np.arange(len(keys)) % len(answers)
     return {key: answers[int(k)] for key, k in zip(keys, rng.permutation(even), strict=True)}
 

@@ -1,4 +1,4 @@
-"""`instructmix planted`: a corpus whose interactions are known, ready to run."""
+"""`instructmix planted`: writes a corpus with known interactions and a configuration for it."""
 
 from __future__ import annotations
 
@@ -29,35 +29,38 @@ TINY = {
     "batch_tokens": 1024,
     "learning_rate": 2e-3,
 }
-"""The base model: `builtin:tiny` with a vocabulary of the made-up words."""
+"""Settings of the base model: `builtin:tiny` with a vocabulary of the made-up words."""
 WARM_BATCH_SIZE = 16
 WARM_LEARNING_RATE = 2e-3
-"""Supervised warm-up after it: only losses of answers teach the way from a key to its answer."""
+"""Supervised warm-up after that of `builtin:tiny`.  Only the losses of answers count in it; they
+teach the model to find the answer of a key."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--out", required=True, help="directory to write; must not exist yet")
+    parser.add_argument("--out", required=True, help="directory to write; it must not exist")
     parser.add_argument("--rows", type=int, default=1000, help="rows of each category (1000)")
-    parser.add_argument("--seed", type=int, default=0, help="other words and facts (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of words and facts (0)")
     parser.add_argument(
-        "--no-model", action="store_true", help="leave out the warm base model (a minute)"
+        "--no-model", action="store_true", help="do not build the base model (saves a minute)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes data, truth, configuration and model; prints where.
+    """Writes data, truth, configuration, and model; prints the directory.
 
     Raises:
         ConfigError: the directory exists, or there are too few rows.
     """
     out = Path(arguments.out).absolute()
     if out.exists():
-        raise ConfigError(f"--out {out}: expected a new directory, found one; choose another name")
+        raise ConfigError(
+            f"--out {out}: expected a new directory, but it exists; choose another name"
+        )
     if arguments.rows < 200:
         raise ConfigError(
-            f"--rows {arguments.rows}: expected at least 200, or a category's held-out rows are "
-            "too few to measure anything"
+            f"--rows {arguments.rows}: expected at least 200; with fewer, the held-out rows of a "
+            "category are too few to measure effects"
         )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -72,8 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     partial.rename(out)
     print(
         f"planted corpus in {out}: {len(list((out / 'data').glob('*.jsonl')))} categories of "
-        f"{arguments.rows} rows, what is true of them in truth.json\n"
-        f"measure it: instructmix run {out / 'config.yaml'} --until influence"
+        f"{arguments.rows} rows; the true interactions are in truth.json\n"
+        f"measure them: instructmix run {out / 'config.yaml'} --until influence"
     )
     return 0
 
@@ -90,12 +93,12 @@ def write_planted(
     """Writes `data/CATEGORY.jsonl`, `warm.jsonl`, `truth.json`, `config.yaml` and `model/`.
 
     Args:
-        out: directory, made here.
+        out: directory, which is created.
         world: what to write.
         num_rows: rows of each category.
         seed: of the base model.
-        with_model: also warm up the base model on `warm.jsonl`.
-        home: where the directory will lie, for the paths in `config.yaml`; None: where it is made.
+        with_model: whether to build a base model and warm it up on `warm.jsonl`.
+        home: final place of the directory, for the paths in `config.yaml`; None: `out`.
     """
     (out / "data").mkdir(parents=True)
     for task in world.tasks:
@@ -114,7 +117,7 @@ def _write_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def _config(world: PlantedWorld, seed: int, home: Path) -> dict:
-    """A run that recovers the truth on two cores in a few minutes."""
+    """The configuration of a run that finds the truth in a few minutes on two cores."""
     return {
         "run_dir": str(home / "run"),
         "data_dir": str(home / "data"),
@@ -138,7 +141,7 @@ def _config(world: PlantedWorld, seed: int, home: Path) -> dict:
 
 
 def _build_model(out: Path, seed: int) -> None:
-    """Trains tokenizer and model on the warm-up rows alone: as text, then as questions."""
+    """Trains tokenizer and model on the warm-up rows only: first as text, then on the answers."""
     from system.config import (
         IngestConfig,
         ModelConfig,

@@ -1,7 +1,7 @@
-"""The embedded default job: instructions generated here, a tiny model built here.
+"""`instructmix quickstart`: the default job, with generated instructions and a tiny model.
 
-The instructions come from the `reasoning-gym` package: procedural task families with verifiable
-answers, grouped into categories that share skills (arithmetic helps equations) or do not.
+The package `reasoning-gym` generates the instructions: task families with verifiable answers.  They
+are grouped into categories, some of which share skills (for example arithmetic and equations).
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ FAMILIES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "sequences": (("number_sequence", {}),),
     "family relations": (("family_relationships", {}),),
 }
-"""Category -> task families of reasoning-gym with their settings."""
+"""Category -> task families of reasoning-gym, with their settings."""
 
 ROWS_PER_CATEGORY = 900
 RECIPE = 1
-"""Raised when the same settings would give other rows."""
+"""Version of the recipe; increase it if the same settings generate other rows."""
 
 
 def prepare_quickstart(run_dir: str, overrides: Sequence[str]) -> RunConfig:
-    """Generates the instructions, once, and returns the configuration of the job.
+    """Generates the instructions (once) and returns the configuration of the job.
 
     Raises:
-        ConfigError: the package `reasoning-gym` is not installed, or an override is bad.
+        ConfigError: the package `reasoning-gym` is not installed, or an override is not valid.
     """
     example = importlib.resources.files("system.configs").joinpath("quickstart.yaml")
     value = yaml.safe_load(example.read_text("utf-8"))
@@ -67,7 +67,7 @@ def prepare_quickstart(run_dir: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def generate_instructions(rows_per_category: int, seed: int) -> list[dict[str, str]]:
-    """Rows `question, answer, category, task`; the same for the same arguments.
+    """Rows `question, answer, category, task`; the same arguments give the same rows.
 
     Raises:
         ConfigError: the package `reasoning-gym` is not installed.
@@ -78,8 +78,8 @@ def generate_instructions(rows_per_category: int, seed: int) -> list[dict[str, s
             import reasoning_gym
     except ImportError as error:
         raise ConfigError(
-            "quickstart generates its instructions with the package reasoning-gym, which is not "
-            "installed: pip install 'instructmix[quickstart]'"
+            "quickstart needs the package reasoning-gym to generate instructions, but it is not "
+            "installed: run pip install 'instructmix[quickstart]'"
         ) from error
     rows = []
     for category, families in FAMILIES.items():

@@ -1,8 +1,8 @@
-"""`model.path: builtin:tiny`: a small Llama with its own tokenizer, warmed up on the corpus.
+"""The model `builtin:tiny`: a small Llama with its own tokenizer, warmed up on the corpus.
 
-It exists so that everything runs end to end on a laptop.  The warm-up is plain language modelling
-on train rows (prompts included), because effects between categories measured on random weights
-show little but competition for capacity.
+With it, all stages run on a laptop.  The warm-up is language modelling on the train split, with
+prompts.  It is needed because with random weights, effects between categories show little more than
+competition for capacity.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from system.training.train import StepStats, train_on_plan
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TOKENIZER_ROWS = 20_000
 SAMPLE_CHARS_PER_TOKEN = 2
-"""Fewer characters than a token ever has on average: samples are drawn a little too large."""
+"""A lower bound of the mean length of a token, so that a sample has enough tokens."""
 
 
 def build_tiny_model(corpus: Corpus, config: ModelConfig, seed: int, target: Path) -> dict:
-    """Trains tokenizer and model on the train split and writes a Hugging Face directory.
+    """Trains tokenizer and model on the train split; writes a Hugging Face directory.
 
     Returns:
-        Numbers for the stage's record: parameters, tokens, first and last loss of the warm-up.
+        Numbers for the record of the stage: parameters, tokens, first and last loss of the warm-up.
     """
     rows = _sample(corpus, TOKENIZER_ROWS, seed)
     tokenizer = train_tokenizer(_texts(rows), config.tiny.vocab_size, config.max_length)
@@ -77,7 +77,7 @@ def train_tokenizer(
 
 
 def new_model(tiny: TinyModelConfig, vocab_size: int, max_length: int) -> LlamaForCausalLM:
-    """A Llama with random weights, from torch's global generator."""
+    """A Llama with random weights from the global generator of torch."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size,
@@ -133,7 +133,7 @@ def _warm_up(
 
 
 def _sample(corpus: Corpus, num_rows: int, seed: int) -> pa.Table:
-    """Train rows of all categories in their natural shares."""
+    """Rows of the train split, with all categories in their natural shares."""
     counts = corpus.counts("train")
     total = sum(counts.values())
     tables = [
@@ -160,7 +160,7 @@ def _first_tokens(tokens: pa.Table, budget: int) -> pa.Table:
 
 
 def _all_tokens_count(tokens: pa.Table) -> pa.Table:
-    """The same rows with a loss on every token: language modelling instead of responses only."""
+    """The same rows with a loss on every token (language modelling), not on responses only."""
     ids = tokens.column("input_ids").combine_chunks()
     mask = pa.ListArray.from_arrays(ids.offsets, pa.array(np.ones(len(ids.values), dtype=bool)))
     return tokens.set_column(

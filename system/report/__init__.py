@@ -18,12 +18,12 @@ def report_files(run_dir_uri: str, compare: Sequence[str] = ()) -> tuple[bytes, 
 
     Args:
         run_dir_uri: the run.
-        compare: run directories whose effects are set beside its own.
+        compare: run directories whose effects are compared with those of this run.
 
     Raises:
-        ConfigError: there is no run directory, or one that is compared measured nothing.
-        DataError: an output that a stage's record names cannot be read, or runs that are compared
-            have too few categories in common.
+        ConfigError: there is no run directory, or a compared run has no measured effects.
+        DataError: an output that the record of a stage names cannot be read, or compared runs have
+            too few categories in common.
     """
     view = RunView.open(run_dir_uri, compare)
     numbers = json.dumps(report_json(view), indent=1, ensure_ascii=False, allow_nan=False)

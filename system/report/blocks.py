@@ -1,4 +1,7 @@
-"""What a page is made of: sections of blocks, filled with text that the template escapes."""
+"""The parts of the report page: sections that consist of blocks.
+
+All texts are plain; the template `report.html` escapes them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Tone = Literal["", "good", "bad", "quiet"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """A table cell that needs more than its text."""
+    """A table cell with a tone or a tooltip; cells without are plain strings."""
 
     text: str
     tone: Tone = ""
@@ -27,18 +30,18 @@ class Column:
     label: str
     numeric: bool = True
     title: str = ""
-    """What the number means, where the label cannot say it."""
+    """Tooltip that explains the column."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows with a row header in the first column; scrolls sideways inside its own box."""
+    """A table whose first column holds the row headers; a wide table scrolls within its box."""
 
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[str | Cell]]
     folded: bool = False
-    """Shown after a click on its caption."""
+    """The table is hidden until the reader clicks on its caption."""
     note: str = ""
     kind: Literal["table"] = "table"
 
@@ -70,18 +73,18 @@ class Heading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """One Plotly figure with a caption, or several."""
+    """One or several Plotly figures, each with a caption."""
 
     figures: Sequence[Figure]
     captions: Sequence[str]
     are_beside: bool = False
-    """Next to each other where the page is wide enough."""
+    """The figures are next to each other if the page is wide enough."""
     kind: Literal["picture"] = "picture"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """Inline SVG that this package made, with all names in it escaped."""
+    """Inline SVG made by this package; all names in it are escaped."""
 
     svg: str
     caption: str
@@ -90,7 +93,7 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Code:
-    """Commands or JSON, word for word."""
+    """Commands or JSON, shown unchanged."""
 
     text: str
     caption: str = ""
@@ -103,23 +106,23 @@ Block = Table | Prose | Bullets | Heading | Picture | Drawing | Code
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A numbered part of the page."""
+    """A section of the page."""
 
     name: str
-    """Anchor."""
+    """Anchor of the section, unique on the page."""
     title: str
     blocks: Sequence[Block]
     short: str
-    """Its name in the navigation."""
+    """Name in the navigation."""
     waits_for: str = ""
-    """Stage that must run before there is anything to show; empty where it has."""
+    """Stage that must run before the section has content; empty if it has run."""
 
 
 def waiting(name: str, title: str, short: str, stage: str) -> Section:
-    """A section that has nothing to show yet."""
+    """A section without content, because its stage has not run."""
     return Section(name=name, title=title, short=short, blocks=(), waits_for=stage)
 
 
 def text_column(label: str, title: str = "") -> Column:
-    """A column of words."""
+    """A column of text."""
     return Column(label=label, numeric=False, title=title)

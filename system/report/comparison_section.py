@@ -1,4 +1,4 @@
-"""Other measurements of the same effects beside this one: `report RUN_DIR --compare RUN_DIR`."""
+"""Blocks that compare the effects of this run with those of other runs (`report --compare`)."""
 
 from __future__ import annotations
 
@@ -25,74 +25,78 @@ _VERB = {"add": "adding", "remove": "removing"}
 
 
 def comparison_blocks(comparisons: Sequence[Comparison], unit: str) -> list[Block]:
-    """Blocks of the effects section; none where nothing is compared.
+    """Blocks of the effects section; an empty list if no run is compared.
 
     Args:
-        comparisons: this run first in each.
-        unit: of the effects, short.
+        comparisons: of this run (`first`) with another run (`second`).
+        unit: short name of the unit of effects.
     """
     if not comparisons:
         return []
     blocks: list[Block] = [
-        Heading(text="Beside other measurements"),
+        Heading(text="Comparison with other measurements"),
         Prose(
-            text="The same effects, measured by other runs: another estimator, another size of the "
-            "proxy model, other doses. Correlations are over pairs of different categories; a "
-            "cheap measurement may take the place of a dear one where they agree about as well as "
-            "the dear one agrees with itself (the halves above)."
+            text="The same effects, measured by other runs: for example with another estimator, a "
+            "proxy model of another size, or other doses. Correlations are over pairs of different "
+            "categories. A cheap measurement can replace an expensive one if the two agree about "
+            "as well as two halves of the expensive one (see above)."
         ),
         _table(comparisons),
     ]
-    for number, found in enumerate(comparisons, start=1):
+    for number, comparison in enumerate(comparisons, start=1):
         blocks.append(
             Picture(
                 are_beside=True,
-                figures=[_figure(part, number, unit) for part in found.directions],
+                figures=[_figure(part, number, unit) for part in comparison.directions],
                 captions=[
-                    f"{_short(found.second)}, measured by {_VERB[part.direction]}: each dot is a "
-                    "pair of different categories, effects of a dose; on the line both agree."
-                    for part in found.directions
+                    f"{_short_name(comparison.second)}, measured by {_VERB[part.direction]}: each "
+                    "dot is the effect of a dose for a pair of different categories; on the line, "
+                    "both runs agree."
+                    for part in comparison.directions
                 ],
             )
         )
     return blocks
 
 
-def _short(measured: Measured) -> str:
+def _short_name(measured: Measured) -> str:
     return measured.name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _table(comparisons: Sequence[Comparison]) -> Table:
     first = comparisons[0].first
     return Table(
-        caption="Agreement with other measurements, and what they cost",
+        caption="Agreement with other measurements, and their cost",
         columns=[
             text_column("run"),
             text_column("estimator"),
-            text_column("by"),
-            Column(label="cost", title="million token equivalents: trained, and a third of scored"),
-            Column(label="times this run's"),
-            Column(label="order of the pairs", title="rank correlation, with its interval"),
-            Column(label="within a target", title="its median over targets"),
+            text_column("direction"),
+            Column(label="cost", title="million token equivalents: trained + scored / 3"),
+            Column(label="cost ratio", title="cost divided by the cost of this run"),
+            Column(label="rank correlation", title="of the effects of pairs, with its interval"),
+            Column(label="within a target", title="median over targets of the rank correlation"),
             Column(label="same sign"),
-            Column(label="worth", title="rank correlation of the mean effects on all targets"),
-            Column(label="size", title="root mean square effect per that of this run"),
+            Column(
+                label="worth",
+                title="rank correlation of the worth of the sources",
+            ),
+            Column(label="size", title="root mean square effect divided by that of this run"),
         ],
         rows=[
             [
-                Cell(text=_short(found.second), title=found.second.name),
-                _estimator(found.second),
+                Cell(text=_short_name(other.second), title=other.second.name),
+                _estimator(other.second),
                 _VERB[part.direction],
-                fixed(found.second.token_equivalents / 1e6, 2),
-                fixed(found.cost_ratio, 3),
+                fixed(other.second.token_equivalents / 1e6, 2),
+                fixed(other.cost_ratio, 3),
                 _correlation(part.agreement.rank),
                 signed(part.agreement.target_rank_median, 2),
                 percent(part.agreement.sign, 0),
                 signed(part.worth_agreement, 2),
                 fixed(part.scale, 2),
             ]
-            for found in comparisons
-            for part in found.directions
+            for other in comparisons
+            for part in other.directions
         ],
         note=f"This run: {_estimator(first)}, {fixed(first.token_equivalents / 1e6, 2)} million "
         "token equivalents.",
@@ -105,11 +109,15 @@ def _estimator(measured: Measured) -> str:
     )
 
 
-def _correlation(found: Correlation) -> str:
-    if not np.isfinite(found.value):
+def _correlation(correlation: Correlation) -> str:
+    if not np.isfinite(correlation.value):
         return NOTHING
-    text = signed(found.value, 2)
-    return text if not np.isfinite(found.low) else f"{text} {interval(found.low, found.high, 2)}"
+    text = signed(correlation.value, 2)
+    return (
+        text
+        if not np.isfinite(correlation.low)
+        else f"{text} {interval(correlation.low, correlation.high, 2)}"
+    )
 
 
 def _figure(part: DirectionComparison, number: int, unit: str) -> Figure:
@@ -125,14 +133,14 @@ def _figure(part: DirectionComparison, number: int, unit: str) -> Figure:
     ]
     low = float(min(one.min(), two.min()))
     high = float(max(one.max(), two.max()))
-    room = 0.06 * (high - low or 1.0)
-    reach = [low - room, high + room]
+    margin = 0.06 * (high - low or 1.0)
+    ends = [low - margin, high + margin]
     return Figure(
         name=f"compare-{number}-{part.direction}",
         label="Dots: effect of each pair in this run and in the other one.",
         data=[
             {
-                "type": "scatter", "mode": "lines", "x": reach, "y": reach, "hoverinfo": "skip",
+                "type": "scatter", "mode": "lines", "x": ends, "y": ends, "hoverinfo": "skip",
                 "line": {"color": MUTED, "width": 1, "dash": "dot"},
             },
             {
@@ -147,8 +155,8 @@ def _figure(part: DirectionComparison, number: int, unit: str) -> Figure:
             },
         ],
         layout=layout(
-            xaxis=axis(f"this run, {unit}", zeroline=True, range=reach),
-            yaxis=axis(f"other run, {unit}", zeroline=True, range=reach),
+            xaxis=axis(f"this run, {unit}", zeroline=True, range=ends),
+            yaxis=axis(f"other run, {unit}", zeroline=True, range=ends),
             showlegend=False,
         ),
         height=340,

@@ -1,4 +1,7 @@
-"""Several doses on the page: what an example is worth at each, and whether returns diminish."""
+"""Blocks of the effects section for runs that measured several doses.
+
+They show the effect per example at each dose, and whether returns diminish as the dose grows.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,16 @@ from system.report.blocks import Block, Cell, Column, Heading, Prose, Table, Ton
 from system.report.formatting import NOTHING, count, decimals, interval, percent, plural, signed
 
 _EXAMPLES = 100
-"""Effects per example are too small to read; they are shown for so many."""
+"""Effects are shown for this number of examples: for one example they are too small to read."""
 _VERB = {"add": "adding", "remove": "removing"}
 _KINDS = {
     "own": ("on itself", "the effect of a category on its own held-out examples"),
-    "worth": ("on all targets", "its mean effect on all targets, which is what a mix moves by"),
+    "worth": ("on all targets", "the mean effect of a category on all targets (its worth)"),
 }
 
 
 def dose_blocks(summary: dict[str, Any], sources: Sequence[str]) -> list[Block]:
-    """Blocks of the effects section; none where one dose was measured.
+    """The blocks; an empty list if only one dose was measured.
 
     Args:
         summary: `influence/summary.json`.
@@ -33,12 +36,12 @@ def dose_blocks(summary: dict[str, Any], sources: Sequence[str]) -> list[Block]:
     blocks: list[Block] = [
         Heading(text="How returns change with the dose"),
         Prose(
-            text=f"Every category was measured at several doses, the smaller inside the larger. "
-            f"Effects are {unit} for {_EXAMPLES} examples: where they are the same at every dose, "
-            "twice the data does twice as much. The change from the smallest dose to the largest "
-            f"is paired inside each replication; it is called significant at {level} confidence. "
-            "Returns diminish where an added example brings less at the larger dose, and where a "
-            "removed example is missed more.",
+            text=f"Every category was measured at several doses; each larger dose contains the "
+            f"smaller ones. Effects are in {unit} for {_EXAMPLES} examples. If they are equal at "
+            "every dose, twice the data has twice the effect. The change from the smallest to the "
+            f"largest dose is paired within each replication and tested at {level} confidence. "
+            "Returns diminish if an added example brings less at the larger dose, or if a removed "
+            "example costs more at the larger dose.",
         ),
     ]
     for direction, part in doses["directions"].items():
@@ -48,18 +51,18 @@ def dose_blocks(summary: dict[str, Any], sources: Sequence[str]) -> list[Block]:
                     part["sources"],
                     sources,
                     kind,
-                    asked=doses["asked"],
+                    doses=doses["asked"],
                     caption=f"Effect {where} by dose, measured by {_VERB[direction]}",
-                    note=f"{meaning[:1].upper()}{meaning[1:]}. {_counts(part[kind])}",
+                    note=f"{meaning[:1].upper()}{meaning[1:]}. {_count_returns(part[kind])}",
                 )
             )
     return blocks
 
 
-def _counts(found: dict[str, int]) -> str:
+def _count_returns(counts: dict[str, int]) -> str:
     return (
-        f"Returns diminish significantly for {found['diminish']} of "
-        f"{plural(found['sources'], 'category', 'categories')} and grow for {found['grow']}."
+        f"Returns diminish significantly for {counts['diminish']} of "
+        f"{plural(counts['sources'], 'category', 'categories')} and grow for {counts['grow']}."
     )
 
 
@@ -68,7 +71,7 @@ def _table(
     sources: Sequence[str],
     kind: str,
     *,
-    asked: Sequence[int],
+    doses: Sequence[int],
     caption: str,
     note: str,
 ) -> Table:
@@ -84,14 +87,14 @@ def _table(
         caption=caption,
         columns=[
             text_column("category"),
-            *[Column(label=f"{count(dose)} rows") for dose in asked],
+            *[Column(label=f"{count(dose)} rows") for dose in doses],
             Column(label="change", title="from the smallest dose to the largest"),
             text_column("returns"),
         ],
         rows=[
             [
                 name,
-                *[_point(row["points"], place, kind, digits) for place in range(len(asked))],
+                *[_point(row["points"], place, kind, digits) for place in range(len(doses))],
                 *_change(row[f"{kind}_change"], digits),
             ]
             for name, row in zip(sources, rows, strict=True)
@@ -102,25 +105,25 @@ def _table(
 
 
 def _point(points: list[dict[str, Any]], place: int, kind: str, digits: int) -> str | Cell:
-    """One dose of one category; a dash where it has no more rows than at the dose before."""
+    """One dose of one category; a dash if the category has no more rows than at the last dose."""
     if place >= len(points) or points[place][kind] is None:
         return NOTHING
-    found = points[place][kind]
+    effect = points[place][kind]
     return Cell(
-        text=f"{signed(_EXAMPLES * found['value'], digits)} "
-        f"{interval(_EXAMPLES * found['low'], _EXAMPLES * found['high'], digits)}",
+        text=f"{signed(_EXAMPLES * effect['value'], digits)} "
+        f"{interval(_EXAMPLES * effect['low'], _EXAMPLES * effect['high'], digits)}",
         title=f"{count(points[place]['dose'])} examples, "
         f"{count(points[place]['dose_tokens'])} response tokens",
     )
 
 
-def _change(found: dict[str, Any] | None, digits: int) -> list[str | Cell]:
-    if found is None:
+def _change(change: dict[str, Any] | None, digits: int) -> list[str | Cell]:
+    if change is None:
         return [NOTHING, NOTHING]
     text = (
-        f"{signed(_EXAMPLES * found['value'], digits)} "
-        f"{interval(_EXAMPLES * found['low'], _EXAMPLES * found['high'], digits)}"
+        f"{signed(_EXAMPLES * change['value'], digits)} "
+        f"{interval(_EXAMPLES * change['low'], _EXAMPLES * change['high'], digits)}"
     )
-    returns = found["returns"]
+    returns = change["returns"]
     tone: Tone = "" if returns in (DIMINISH, GROW) else "quiet"
     return [text, Cell(text=returns or "one replication", tone=tone)]

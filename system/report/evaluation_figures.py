@@ -1,4 +1,4 @@
-"""Pictures of the evaluation: differences with intervals, losses, promise against outcome."""
+"""Figures of the evaluation section: differences, losses, predicted against realised gain."""
 
 from __future__ import annotations
 
@@ -80,21 +80,22 @@ def level_figure(
 
 
 def prediction_figure(rows: Sequence[dict[str, Any]], unit: str) -> Figure:
-    """What was promised for each target against what came."""
+    """Scatter plot: predicted against realised change of each target."""
     ends = [value for row in rows for value in (row["predicted"], row["low"], row["high"])]
     low, high = min(0.0, *ends), max(0.0, *ends)
-    promised = [row["predicted"] for row in rows]
-    reach = [min(0.0, *promised), max(0.0, *promised)]
+    predicted = [row["predicted"] for row in rows]
+    diagonal = [min(0.0, *predicted), max(0.0, *predicted)]
     return Figure(
         name="prediction",
         label="Dots: predicted change against realised change of every target.",
         data=[
             {
-                "type": "scatter", "mode": "lines", "x": reach, "y": reach, "hoverinfo": "skip",
-                "line": {"color": MUTED, "width": 1, "dash": "dot"}, "name": "as promised",
+                "type": "scatter", "mode": "lines", "x": diagonal, "y": diagonal,
+                "hoverinfo": "skip",
+                "line": {"color": MUTED, "width": 1, "dash": "dot"}, "name": "realised = predicted",
             },
             {
-                "type": "scatter", "mode": "markers", "name": "targets", "x": promised,
+                "type": "scatter", "mode": "markers", "name": "targets", "x": predicted,
                 "y": [row["realised"] for row in rows], "marker": {"size": 8, "color": MAIN},
                 "error_y": {
                     "type": "data", "symmetric": False, "thickness": 1.2, "width": 0,
@@ -102,7 +103,7 @@ def prediction_figure(rows: Sequence[dict[str, Any]], unit: str) -> Figure:
                     "arrayminus": [row["realised"] - row["low"] for row in rows],
                 },
                 "customdata": [figure_text(row["target"]) for row in rows],
-                "hovertemplate": "<b>%{customdata}</b><br>promised %{x:+.4f}"
+                "hovertemplate": "<b>%{customdata}</b><br>predicted %{x:+.4f}"
                 "<br>realised %{y:+.4f}<extra></extra>",
             },
         ],
@@ -125,22 +126,22 @@ def _points(
 ) -> dict[str, Any]:
     style = arm_style(arm)
     by_scope = {row["category"]: row for row in rows}
-    found = [(place, by_scope[scope]) for place, scope in enumerate(scopes) if scope in by_scope]
+    points = [(place, by_scope[scope]) for place, scope in enumerate(scopes) if scope in by_scope]
     return {
         "type": "scatter", "mode": "markers", "name": figure_text(arm),
-        "x": [row["value"] for _, row in found], "y": [place + offset for place, _ in found],
+        "x": [row["value"] for _, row in points], "y": [place + offset for place, _ in points],
         "marker": style,
         "error_x": {
             "type": "data", "symmetric": False, "thickness": 1.4, "width": 0,
-            "color": style["color"], "array": [row["high"] - row["value"] for _, row in found],
-            "arrayminus": [row["value"] - row["low"] for _, row in found],
+            "color": style["color"], "array": [row["high"] - row["value"] for _, row in points],
+            "arrayminus": [row["value"] - row["low"] for _, row in points],
         },
         "customdata": [
             [
                 figure_text(row["category"] or "all categories"), figure_text(arm),
                 signed(row["low"], 4), signed(row["high"], 4), row.get("verdict", ""),
             ]
-            for _, row in found
+            for _, row in points
         ],
         "hovertemplate": "<b>%{customdata[0]}</b><br>%{customdata[1]}: %{x:.4f} "
         "[%{customdata[2]}, %{customdata[3]}]<br>%{customdata[4]}<extra></extra>",
@@ -155,7 +156,7 @@ def _scope_labels(scopes: Sequence[str | None], width: int) -> list[str]:
 
 
 def _stripes(scopes: Sequence[str | None]) -> list[dict[str, Any]]:
-    """Every other row shaded, so that the eye keeps to its line."""
+    """Every second row is shaded, so that a reader does not lose the line."""
     return [
         {
             "type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": place - 0.5,

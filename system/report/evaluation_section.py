@@ -1,4 +1,8 @@
-"""The evaluation on the page: what the mix and its order are worth on held-out data."""
+"""The section "Evaluation on held-out data" of the report page.
+
+It compares the trained arms: gains over the natural mix and over other mixes, mix and order judged
+separately, predicted and realised gains, losses, and accuracy.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +34,17 @@ from system.report.formatting import (
     sentence,
     signed,
 )
-from system.report.promise_blocks import VERDICT_TONES, promise_blocks
+from system.report.prediction_blocks import VERDICT_TONES, prediction_blocks
 from system.report.view import Evaluation, RunView
 
 TITLE = "Evaluation on held-out data"
 NATURAL = "natural"
 OTHER_MIXES = ("uniform", "random")
-_SCOPES = {"importance": "all, by importance", "uniform": "all, equally"}
+_SCOPES = {"importance": "all, by importance", "uniform": "all, equally weighted"}
 
 
 def evaluation_section(view: RunView) -> Section:
-    """Differences, losses, accuracy, the two by two, promise against outcome."""
+    """Differences between arms, factors, predictions, losses, and accuracy."""
     evaluation = view.evaluation
     if evaluation is None:
         return waiting("evaluation", TITLE, "Evaluation", "evaluate")
@@ -52,14 +56,14 @@ def evaluation_section(view: RunView) -> Section:
     against = comparisons(evaluation, "loss", NATURAL)
     if against:
         blocks += [
-            Heading(text="Against the natural mix"),
+            Heading(text="Gain over the natural mix"),
             *_differences(against),
         ]
     blocks += _other_mixes(evaluation)
     blocks += [
         *_factors(summary),
-        *promise_blocks(summary),
-        Heading(text="Losses themselves"),
+        *prediction_blocks(summary),
+        Heading(text="Held-out losses"),
         *_levels(evaluation),
         *_accuracy(evaluation),
     ]
@@ -67,7 +71,7 @@ def evaluation_section(view: RunView) -> Section:
 
 
 def comparisons(evaluation: Evaluation, metric: str, reference: str) -> list[dict[str, Any]]:
-    """Comparisons of one metric with one reference, in the file's order."""
+    """Comparisons of one metric with one reference arm, in the order of `summary.json`."""
     return [
         row
         for row in evaluation.summary["comparisons"]
@@ -76,7 +80,7 @@ def comparisons(evaluation: Evaluation, metric: str, reference: str) -> list[dic
 
 
 def overall(rows: list[dict[str, Any]], arm: str, weighting: str) -> dict[str, Any] | None:
-    """The comparison of an arm over all categories."""
+    """The comparison of an arm over all categories; None if there is none."""
     for row in rows:
         if row["arm"] == arm and row["category"] is None and row["weighting"] == weighting:
             return row
@@ -86,23 +90,25 @@ def overall(rows: list[dict[str, Any]], arm: str, weighting: str) -> dict[str, A
 def _lead(summary: dict[str, Any]) -> str:
     rows = sum(summary["test_rows"].values())
     text = (
-        "Gains are in nats per response token, reference minus arm: positive favours the arm. All "
-        f"models are scored on the same {rows:,} test examples, which no training and no matrix "
-        f"has seen. Intervals hold for other examples and other trainings at "
-        f"{percent(summary['confidence'], 0)} confidence; where one holds zero, it is a tie. Each "
-        "verdict stands alone: of twenty ties about one looks like more."
+        "A gain is the loss of the reference minus the loss of the arm, in nats per response "
+        "token: positive favours the arm. All models are scored on the same "
+        f"{rows:,} test examples, which were used neither for training nor for the effect matrix. "
+        f"Intervals have {percent(summary['confidence'], 0)} confidence and include the variation "
+        "of examples and of trainings. If an interval contains zero, the verdict is a tie. The "
+        "verdicts are not corrected for their number: of twenty true ties at 95 % confidence, "
+        "about one is reported as better or worse."
     )
     if summary["left_out"]:
         text += (
             f" {plural(sum(summary['left_out'].values()), 'example was', 'examples were')} left "
-            "out because some model could not score them."
+            "out because at least one model could not score them."
         )
     return text
 
 
 def _arm_table(summary: dict[str, Any]) -> Table:
     return Table(
-        caption="What was trained",
+        caption="The arms that were trained",
         columns=(
             text_column("arm"),
             text_column("mix"),
@@ -123,7 +129,7 @@ def _arm_table(summary: dict[str, Any]) -> Table:
 
 
 def _scope_order(rows: list[dict[str, Any]]) -> list[str | None]:
-    """All first, then categories from the largest gain of the last arm to the smallest."""
+    """None (all categories) first, then categories by the gain of the last arm, descending."""
     arm = rows[-1]["arm"]
     own = [row for row in rows if row["arm"] == arm and row["category"] is not None]
     own.sort(key=lambda row: (-row["value"], row["category"]))
@@ -135,7 +141,7 @@ def _differences(rows: list[dict[str, Any]]) -> list[Block]:
     return [
         Picture(
             figures=[difference_figure(shown, _scope_order(shown))],
-            captions=["Right of zero: better than the natural mix of equal budget."],
+            captions=["Right of zero: better than a natural mix of the same budget."],
         ),
         Table(
             caption="Gains over the natural mix",
@@ -161,7 +167,7 @@ def _differences(rows: list[dict[str, Any]]) -> list[Block]:
 
 
 def _other_mixes(evaluation: Evaluation) -> list[Block]:
-    """The solved mix against mixes that no effect speaks for."""
+    """The solved mix against the uniform and the random mix, which use no measured effects."""
     rows = [row for other in OTHER_MIXES for row in comparisons(evaluation, "loss", other)]
     if not rows:
         return []
@@ -182,7 +188,7 @@ def _other_mixes(evaluation: Evaluation) -> list[Block]:
         table(
             title,
             [row for row in rows if row["category"] is None],
-            note="Paired: the same examples and seeds, equal budget, all shuffled.",
+            note="Paired differences: the same examples and seeds, the same budget, all shuffled.",
         ),
         table(
             f"{title} by category",
@@ -204,7 +210,7 @@ def _tally(rows: list[dict[str, Any]]) -> str:
 
 
 def tally(rows: list[dict[str, Any]], arm: str) -> Counter[str]:
-    """How many categories an arm is better, tied or worse on."""
+    """Number of categories in which an arm is better, tied, or worse."""
     return Counter(
         row["verdict"] for row in rows if row["arm"] == arm and row["category"] is not None
     )
@@ -225,8 +231,8 @@ def _contrast_columns(first: str) -> tuple[Column, ...]:
         Column(label="gain"),
         Column(label="interval"),
         text_column("verdict"),
-        Column(label="error from trainings", title="falls with more seeds"),
-        Column(label="from examples", title="falls with more held-out examples"),
+        Column(label="error from trainings", title="smaller with more seeds"),
+        Column(label="from examples", title="smaller with more held-out examples"),
         Column(label="trainings"),
         Column(label="examples"),
     )
@@ -249,11 +255,11 @@ def _factors(summary: dict[str, Any]) -> list[Block]:
     if not rows:
         return []
     return [
-        Heading(text="Mix and order, judged apart"),
+        Heading(text="Mix and order, judged separately"),
         _two_by_two(summary),
         Table(
-            caption="What the mix and the order each bring",
-            columns=(*_contrast_columns("factor")[:5], text_column("computed from")),
+            caption="Gain from the mix and gain from the order",
+            columns=(*_contrast_columns("factor")[:5], text_column("formula")),
             rows=[
                 (
                     row["factor"], _SCOPES[row["weighting"]],
@@ -302,8 +308,8 @@ def _levels(evaluation: Evaluation) -> list[Block]:
         Picture(
             figures=[level_figure(rows, scopes, order)],
             captions=[
-                "Held-out loss of every model, lower is better. Intervals of single models are "
-                "wide because examples differ; the comparisons above pair them."
+                "Held-out loss of every model; lower is better. The intervals of single models "
+                "are wide because examples differ; the comparisons above use paired examples."
             ],
         ),
         Table(
@@ -315,7 +321,7 @@ def _levels(evaluation: Evaluation) -> list[Block]:
                     *[
                         Cell(
                             text=fixed(cells[arm, scope]["value"], 4),
-                            title=_level_ends(cells[arm, scope]),
+                            title=_loss_interval(cells[arm, scope]),
                         )
                         if (arm, scope) in cells
                         else NOTHING
@@ -329,24 +335,27 @@ def _levels(evaluation: Evaluation) -> list[Block]:
     ]
 
 
-def _level_ends(row: dict[str, Any]) -> str:
+def _loss_interval(row: dict[str, Any]) -> str:
     return f"{fixed(row['low'], 4)} to {fixed(row['high'], 4)}"
 
 
 def _accuracy(evaluation: Evaluation) -> list[Block]:
     summary = evaluation.summary
     rows = summary["accuracy"]
-    blocks: list[Block] = [Heading(text="Right answers")]
+    blocks: list[Block] = [Heading(text="Correct answers")]
     if not rows:
         return [
             *blocks,
-            Prose(text="No test example has an answer that can be checked, or none was asked for."),
+            Prose(
+                text="Not measured: no test example has an answer that can be checked, or "
+                "`evaluate.accuracy_rows` is 0."
+            ),
         ]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     cells = {(row["arm"], row["category"]): row for row in rows}
     blocks.append(
         Table(
-            caption="Share of right answers, by exact match",
+            caption="Share of correct answers (exact match)",
             columns=(
                 text_column("category"),
                 Column(label="examples"),
@@ -360,8 +369,8 @@ def _accuracy(evaluation: Evaluation) -> list[Block]:
                 ]
                 for category in dict.fromkeys(row["category"] for row in rows)
             ],
-            note="Mean over trainings, with Wilson intervals of the examples in brackets."
-            + _unanswered(summary),
+            note="Mean over trainings; Wilson intervals over the examples in brackets."
+            + _unanswered_note(summary),
         )
     )
     against = [
@@ -373,18 +382,18 @@ def _accuracy(evaluation: Evaluation) -> list[Block]:
                 caption="Accuracy against the natural mix",
                 columns=_contrast_columns("arm"),
                 rows=[(row["arm"], _scope(row), *_contrast_cells(row, 3)) for row in against],
-                note="Differences of shares of right answers.",
+                note="Differences of the shares of correct answers.",
             )
         )
     return blocks
 
 
-def _unanswered(summary: dict[str, Any]) -> str:
+def _unanswered_note(summary: dict[str, Any]) -> str:
     lost = sum(summary["answers_left_out"].values())
     if not lost:
         return ""
     were = plural(lost, "question was", "questions were")
-    return f" {were} left out because the engine failed on some model's answer."
+    return f" {were} left out because the engine failed to answer with at least one model."
 
 
 def _share_cell(row: dict[str, Any]) -> str:

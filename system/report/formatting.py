@@ -1,4 +1,4 @@
-"""Numbers and names as a person reads them: real minus signs, honest digits, escaped text."""
+"""Formats numbers and names for the report: minus signs, useful digits, escaped text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NOTHING = "–"
 
 
 def fixed(value: float | None, digits: int) -> str:
-    """A number with a fixed count of decimals; a dash for none."""
+    """The number with this many decimals; a dash for None, infinity, and NaN."""
     if value is None or not math.isfinite(value):
         return NOTHING
     text = f"{value:,.{digits}f}"
@@ -22,7 +22,7 @@ def fixed(value: float | None, digits: int) -> str:
 
 
 def signed(value: float | None, digits: int) -> str:
-    """As `fixed`, with a plus sign before what is above zero after rounding."""
+    """As `fixed`, with a plus sign if the number is positive after rounding."""
     text = fixed(value, digits)
     if value is not None and value > 0 and any(digit in text for digit in "123456789"):
         return f"+{text}"
@@ -30,7 +30,7 @@ def signed(value: float | None, digits: int) -> str:
 
 
 def interval(low: float | None, high: float | None, digits: int, *, with_sign: bool = True) -> str:
-    """`[low, high]`, signed if asked; a dash where an end is missing."""
+    """`[low, high]`, with signs by default; a dash if an end is missing."""
     if low is None or high is None:
         return NOTHING
     write = signed if with_sign else fixed
@@ -38,12 +38,12 @@ def interval(low: float | None, high: float | None, digits: int, *, with_sign: b
 
 
 def span(low: float | None, high: float | None, digits: int) -> str:
-    """`−0.01 to +0.03`: an interval inside a sentence."""
+    """An interval inside a sentence: `−0.01 to +0.03`."""
     return f"{signed(low, digits)} to {signed(high, digits)}"
 
 
 def decimals(values: Iterable[float | None], *, significant: int = 2, least: int = 2) -> int:
-    """Decimals that show the typical (median) size of the values with so many digits, up to 9."""
+    """Number of decimals (at most 9) that shows the median size with `significant` digits."""
     sizes = sorted(abs(v) for v in values if v is not None and math.isfinite(v) and v != 0)
     if not sizes:
         return least
@@ -52,7 +52,7 @@ def decimals(values: Iterable[float | None], *, significant: int = 2, least: int
 
 
 def count(value: float | None) -> str:
-    """Examples, tokens, rows: whole where it is whole, else one decimal."""
+    """A count of examples, tokens, or rows: without decimals if it is whole, else with one."""
     if value is None:
         return NOTHING
     return fixed(value, 0 if abs(value - round(value)) < 1e-6 else 1)
@@ -81,7 +81,7 @@ def sentence(text: str) -> str:
 
 
 def names(items: Iterable[str], *, most: int = 6) -> str:
-    """`a, b and c`; beyond `most` names, how many more there are."""
+    """`a, b and c`; at most `most` names, then the number of the others."""
     listed = [quote(item) for item in items]
     if not listed:
         return "none"
@@ -93,7 +93,7 @@ def names(items: Iterable[str], *, most: int = 6) -> str:
 
 
 def quote(name: str) -> str:
-    """A name inside a sentence, so that one sees where it begins and ends."""
+    """The name in quotation marks, for use inside a sentence."""
     return f"“{name}”"
 
 
@@ -103,21 +103,21 @@ def plural(number: int, noun: str, many: str | None = None) -> str:
 
 
 def wrapped(name: str, width: int, *, lines: int = 2) -> list[str]:
-    """The name in at most so many lines of the width; the last one ends in … where it is cut.
+    """The name in at most `lines` lines of `width` characters; … marks a cut.
 
-    Lines break at spaces, then behind `_`, `-` and `/`, and inside a word only where it must be.
+    Lines break at spaces and behind `_`, `-` and `/`; a longer part is broken inside.
     """
     clean = " ".join(name.split()) or "(empty)"
     parts, line = [], ""
-    for piece in re.findall(r"[^\s_/-]*[_/-]+|[^\s_/-]+|\s", clean):
-        if len((line + piece).rstrip()) > width:
+    for token in re.findall(r"[^\s_/-]*[_/-]+|[^\s_/-]+|\s", clean):
+        if len((line + token).rstrip()) > width:
             parts += [line.rstrip()] if line.strip() else []
-            line = piece.lstrip()
+            line = token.lstrip()
             while len(line) > width:
                 parts.append(line[:width])
                 line = line[width:]
         else:
-            line += piece
+            line += token
     parts.append(line.rstrip())
     if len(parts) <= lines:
         return parts
@@ -127,7 +127,7 @@ def wrapped(name: str, width: int, *, lines: int = 2) -> list[str]:
 
 
 def shortened(name: str, width: int) -> str:
-    """The name on one line, ending in … where it is cut."""
+    """The name on one line; … marks a cut."""
     clean = " ".join(name.split()) or "(empty)"
     return clean if len(clean) <= width else clean[: width - 1].rstrip() + "…"
 
@@ -138,9 +138,10 @@ def moment(iso: str) -> str:
 
 
 def figure_text(text: str) -> str:
-    """Text for Plotly, which reads some HTML: nothing in a name may become markup.
+    """Text for Plotly, with HTML escaped, because Plotly interprets some tags.
 
-    Quotes stay: Plotly knows no entity for them, and without angle brackets they end nothing.
+    Quotes are not escaped: Plotly knows no entity for them, and without angle brackets they are
+    harmless.
     """
     return html.escape(text, quote=False)
 

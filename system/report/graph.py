@@ -1,7 +1,8 @@
-"""The dependency graph as inline SVG: base categories left, dependent ones right.
+"""The dependency graph as inline SVG: base categories on the left, dependent ones on the right.
 
-A layered drawing (Sugiyama et al. 1981): a category's column is its level, long edges get waypoints
-in the columns between, and sweeps by median position undo most crossings.
+A layered drawing (Sugiyama et al. 1981): the column of a category is its level.  Edges over several
+levels get a waypoint in each column between, and sweeps that sort each column by the mean place of
+the neighbours remove most crossings.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ Vertex = tuple[str, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """Where everything goes, in pixels."""
+    """Positions of all parts of the drawing, in pixels."""
 
     points: dict[Vertex, tuple[float, float]]
     """Centre of each vertex."""
     routes: list[tuple[Edge, list[Vertex]]]
-    """Each edge with what it runs through, base end first."""
+    """Each edge with the vertices on its way, the base end first."""
     num_levels: int
     width: float
     height: float
 
 
 def draw(taxonomy: Taxonomy) -> Drawing:
-    """Places the categories that have a dependency, and routes the reduced edges."""
+    """Positions of the categories with dependencies, and routes of the reduced edges."""
     level = taxonomy.level_by_category
     isolated = set(taxonomy.isolated)
     columns: dict[int, list[Vertex]] = {k: [] for k in range(max(taxonomy.levels, default=0) + 1)}
@@ -56,7 +57,7 @@ def draw(taxonomy: Taxonomy) -> Drawing:
 
 
 def _untangle(columns: dict[int, list[Vertex]], links: list[tuple[Vertex, Vertex]]) -> None:
-    """Orders every column by the mean place of its neighbours, to and fro."""
+    """Sorts every column by the mean place of its neighbours, in sweeps to the right and left."""
     for sweep in range(_SWEEPS):
         forward = sweep % 2 == 0
         levels = sorted(columns) if forward else sorted(columns, reverse=True)

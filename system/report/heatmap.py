@@ -1,4 +1,4 @@
-"""The effect matrix as heat maps, related categories side by side.
+"""The effect matrix as heat maps; categories with similar effects are next to each other.
 
 Legend of shape suffixes: T target (measured on), S source (trained on).
 """
@@ -18,17 +18,17 @@ from system.report.theme import DIVERGING, INK, MUTED, PAPER, UNKNOWN, Figure, a
 
 _WIDE_LABEL, _NARROW_LABEL, _TOP_LABEL = 20, 13, 24
 WIDEST_BESIDE = 15
-"""Sources up to which two heat maps fit next to each other."""
+"""Largest number of sources with which two heat maps fit next to each other."""
 _LARGEST_GAMMA = 2.0
-"""Colours beyond it would hide everything else."""
+"""End of the colour scale of gamma: a larger one would make all other cells look the same."""
 
 
 def clustered_order(matrices: list[EffectMatrix]) -> tuple[list[str], list[str]]:
     """Targets and sources in dendrogram order; both axes share the order of the categories.
 
-    A category's profile is what it does to others and what others do to it (shrunken effects of a
-    dose), over all directions.  Average linkage with optimal leaf order (Bar-Joseph et al. 2001).
-    Targets that no source owns come last, in their given order.
+    The profile of a category has its effects on the others and their effects on it (shrunk effects
+    of a dose, all directions).  Clustering: average linkage with optimal leaf order (Bar-Joseph et
+    al. 2001).  Targets without a source of the same name come last, in the order of the matrix.
     """
     sources, targets = list(matrices[0].sources), list(matrices[0].targets)
     own = [name for name in sources if name in targets]
@@ -63,7 +63,7 @@ def effect_figure(grid: list[list[Entry]], direction: str, unit: str) -> Figure:
 
 
 def gamma_figure(grid: list[list[Entry]], direction: str) -> Figure:
-    """Gamma: how many of the target's own examples one example of the source is worth."""
+    """Gamma of each pair: one example of the source is worth so many of the target's own."""
     return _figure(
         grid,
         [[entry.gamma for entry in row] for row in grid],
@@ -76,7 +76,7 @@ def gamma_figure(grid: list[list[Entry]], direction: str) -> Figure:
 
 
 def _limit(grid: list[list[Entry]], values: list[list[float | None]], largest: float) -> float:
-    """End of the colour scale: nearly the largest value between different categories."""
+    """End of the colour scale: the 98 % quantile of the sizes between different categories."""
     other = [
         abs(value)
         for row, line in zip(grid, values, strict=True)
@@ -105,7 +105,7 @@ def _figure(
         _dots(grid, has_sign),
     ]
     heading = [len(_cut(source)) for source in sources]
-    # Slanted labels of the last columns reach beyond them.
+    # The slanted labels of the last columns extend to the right of the map.
     beyond = max(12, *(4.2 * n - 22 * (len(heading) - 1 - k) for k, n in enumerate(heading)))
     longest = max(len(line) for target in targets for line in wrapped(target, _WIDE_LABEL))
     ticks: dict[str, Any] = {
@@ -200,7 +200,7 @@ def _hatching(grid: list[list[Entry]]) -> dict[str, Any]:
 
 
 def _dots(grid: list[list[Entry]], has_sign: list[list[bool]]) -> dict[str, Any]:
-    """A dot where the interval of a value between different categories leaves out zero."""
+    """A dot in each cell between different categories whose interval excludes zero."""
     places = [
         (column, row)
         for row, entries in enumerate(grid)
@@ -209,13 +209,13 @@ def _dots(grid: list[list[Entry]], has_sign: list[list[bool]]) -> dict[str, Any]
     ]
     return {
         "type": "scatter", "mode": "markers", "x": [x for x, _ in places],
-        "y": [y for _, y in places], "hoverinfo": "skip", "name": "interval without zero",
+        "y": [y for _, y in places], "hoverinfo": "skip", "name": "interval excludes zero",
         "marker": {"size": 5, "color": PAPER, "line": {"color": INK, "width": 1}},
     }  # fmt: skip
 
 
 def _outlines(targets: list[str], sources: list[str]) -> list[dict[str, Any]]:
-    """Frames around the entries of a category on itself."""
+    """Frames around the cells of a category on itself."""
     place = {source: column for column, source in enumerate(sources)}
     return [
         {

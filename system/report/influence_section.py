@@ -1,4 +1,7 @@
-"""The effect matrix on the page: heat maps, strongest pairs, how far to believe it."""
+"""The section "How categories help and harm each other" of the report page.
+
+It shows the effect matrix: heat maps, the strongest pairs, and how reliable the measurement is.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +51,13 @@ from system.report.view import Influence, RunView
 TITLE = "How categories help and harm each other"
 _STRONGEST = 12
 _LARGEST_TABLE = 60
-"""Sources beyond which the whole matrix is left to report.json."""
+"""With more sources than this, the page leaves out the table of all effects."""
 _NAMED = 6
-"""Targets that a sentence names."""
+"""Largest number of targets that a sentence lists by name."""
 _VERB = {"add": "adding", "remove": "removing"}
 _MEANING = {
-    "add": "training with a dose of the source added, against training without it",
-    "remove": "training with the source's dose, against training with it removed",
+    "add": "training with an added dose of the source, compared with training without it",
+    "remove": "training with the dose of the source, compared with training without it",
 }
 
 
@@ -68,18 +71,19 @@ def influence_section(view: RunView) -> Section:
     dose = reference_dose(influence)
     blocks: list[Block] = [
         Prose(
-            text=f"Each cell answers: by how much does a dose of {count(dose)} examples of the "
-            "source (column) lower the held-out loss of the target (row)? Blue helps, orange "
-            "harms. A dot marks an interval without zero: elsewhere the colour may be noise. "
-            "Framed cells are a category's effect on itself; hatched cells are not identifiable: "
-            "their error is too large for a ratio. Related categories stand side by side. Colours "
-            "are scaled to the effects between different categories.",
+            text=f"Each cell shows how much a dose of {count(dose)} examples of the source "
+            "category (column) improves the target category (row) on held-out data. Blue: the "
+            "source helps. Orange: it harms. A dot means that the interval excludes zero; without "
+            "a dot the colour may be noise. Framed cells: the effect of a category on itself. "
+            "Hatched cells: gamma is not identifiable, because the errors are too large for a "
+            "ratio. Categories with similar effects are next to each other. The colour scale is "
+            "set by the effects between different categories.",
             tone="lead",
         ),
-        Bullets(items=_belief(influence)),
+        Bullets(items=_reliability(influence)),
     ]
     for direction, matrix in influence.matrices.items():
-        identify = influence.summary["directions"][direction].get("identify")  # none of old runs
+        identify = influence.summary["directions"][direction]["identify"]
         needed = None if identify is None else identify["replications"]
         grid = entry_grid(matrix, targets, sources, dose, needed)
         blocks += [
@@ -92,8 +96,8 @@ def influence_section(view: RunView) -> Section:
                 ],
                 captions=[
                     f"Effect ({influence.summary['unit']}): {_MEANING[direction]}.",
-                    "Gamma: how many of the target's own examples one example of the source is "
-                    "worth. Grey: unknown.",
+                    "Gamma: one example of the source is worth so many of the target's own "
+                    "examples. Grey: unknown.",
                 ],
             ),
             _strongest_table(grid, direction, dose, influence.summary["confidence"]),
@@ -106,62 +110,64 @@ def influence_section(view: RunView) -> Section:
 
 
 def reference_dose(influence: Influence) -> float:
-    """Examples by which all effects are shown: the median dose of the sources."""
+    """The dose, in examples, for which effects are shown: the median dose of all sources."""
     doses = np.concatenate([matrix.dose_S for matrix in influence.matrices.values()])
     return float(np.median(doses))
 
 
-def _belief(influence: Influence) -> list[str]:
+def _reliability(influence: Influence) -> list[str]:
     summary = influence.summary
     cost = summary["cost"]
     gradients = cost.get("gradient_tokens", 0)
     items = [
         f"{plural(summary['replications'], 'independent replication')}, estimator "
-        f"{summary['estimator']}: {cost['runs']} trainings, {cost['trained_tokens']:,} tokens "
-        f"trained{f', {gradients:,} differentiated' if gradients else ''}."
+        f"{summary['estimator']}: {cost['runs']} trainings on {cost['trained_tokens']:,} tokens"
+        f"{f', and gradients of {gradients:,} tokens' if gradients else ''}."
     ]
     if gradients:
         items.append(
-            f"{sentence(FIRST_ORDER)} Sizes are overstated, own effects three to six times where "
-            "it was measured."
+            f"{sentence(FIRST_ORDER)} They overstate the size of effects; in our measurements the "
+            "effects of categories on themselves were three to six times too large."
         )
     if "trial" in summary:
         trials = [Trial(**trial) for trial in summary["trial"]]
         text = describe_choice(trials, short_unit(summary["unit"]))
-        items.append(f"After a first round of each, {text}; its rounds follow.")
+        items.append(
+            f"Several designs were tried for one round: {text}. This report shows the chosen one."
+        )
     if "doses" in summary:
         items.append(
-            f"Measured at {in_words(summary['doses']['asked'])}: maps and tables show the largest; "
-            "how returns change with the dose is below them."
+            f"Measured at {in_words(summary['doses']['asked'])}: maps and tables show the largest. "
+            "See below how returns change with the dose."
         )
     for direction, part in summary["directions"].items():
         noise = part["noise"]
         items.append(
             f"{_VERB[direction].capitalize()}: {part['significant_pairs']:,} of {part['pairs']:,} "
-            f"pairs differ from zero at {percent(summary['confidence'], 0)} confidence, gamma is "
-            f"identifiable for {part['identifiable_off_diagonal']:,}. The typical standard error "
-            f"of a dose's effect is {fixed(noise['dose_se_median'], 4)} "
-            f"{short_unit(summary['unit'])}; the true effects are estimated to vary by "
-            f"{fixed(noise['signal_sd'], 4)}."
+            f"pairs have an effect that differs from zero at {percent(summary['confidence'], 0)} "
+            f"confidence; gamma is identifiable for {part['identifiable_off_diagonal']:,}. The "
+            f"median standard error of the effect of a dose is {fixed(noise['dose_se_median'], 4)} "
+            f"{short_unit(summary['unit'])}; the estimated standard deviation of the true effects "
+            f"is {fixed(noise['signal_sd'], 4)}."
         )
         items += _agreement(direction, part, summary["confidence"])
         items += _identify(direction, part)
     items += _append(summary)
     if summary["errors"] == "held-out only":
         items.append(
-            "There was one replication only, so the errors do not contain the noise of training: "
-            "nothing here counts as identifiable."
+            "With one replication, the errors do not include the noise of training, so no gamma "
+            "counts as identifiable."
         )
     if summary["adapted"]:
         items.append(
             f"{plural(len(summary['adapted']), 'category', 'categories')} had fewer rows than "
-            "asked and got a smaller dose."
+            "the configured dose and got a smaller one."
         )
     return items
 
 
 def _append(summary: dict[str, Any]) -> list[str]:
-    """What was added to an earlier measurement; nothing where all is of one."""
+    """Sentences on categories that were appended to an earlier measurement; empty if none."""
     append = summary.get("append")
     if append is None:
         return []
@@ -179,54 +185,54 @@ def _agreement(direction: str, part: dict[str, Any], confidence: float) -> list[
         return []
     rank = halves["rank"]
     text = (
-        f"Halves of the replications ({_VERB[direction]}) put the pairs in the same order with a "
-        f"rank correlation of {fixed(rank['value'], 2)} "
-        f"({percent(confidence, 0)} {interval(rank['low'], rank['high'], 2, with_sign=False)}) "
-        "and agree on the "
-        f"sign of {percent(halves['sign'], 0)} of them."
+        f"Reproducibility ({_VERB[direction]}): between two halves of the replications, the rank "
+        f"correlation of the effects of pairs is {fixed(rank['value'], 2)} "
+        f"({percent(confidence, 0)} interval "
+        f"{interval(rank['low'], rank['high'], 2, with_sign=False)}), and "
+        f"{percent(halves['sign'], 0)} of the effects have the same sign."
     )
     halving = part["halving"]
     if halving["replications"] is None:
         text += (
-            " More replications cannot halve the standard errors: they come from the held-out rows "
-            "(raise `influence.heldout_rows`)."
+            " More replications cannot halve the standard errors, because these come from the "
+            "held-out rows: raise `influence.heldout_rows`."
         )
     else:
         text += (
-            f" About {halving['replications']} replications in all would halve the standard "
-            f"errors: {halving['trained_tokens']:,} trained tokens more."
+            f" About {halving['replications']} replications in total would halve the standard "
+            f"errors; this costs {halving['trained_tokens']:,} more trained tokens."
         )
     return [text]
 
 
 def _identify(direction: str, part: dict[str, Any]) -> list[str]:
-    """What it would take to know the gammas that are not known."""
-    identify = part.get("identify")
+    """How many replications would make the remaining gammas identifiable."""
+    identify = part["identify"]
     if identify is None or not identify["open"]:
         return []
     unknown = identify["open"]
     text = (
-        f"What the {plural(unknown, 'pair')} without an identifiable gamma would take "
-        f"({_VERB[direction]}), were the effects what they are found to be now: "
+        f"Gamma is not identifiable for {plural(unknown, 'pair')} ({_VERB[direction]}). Estimate "
+        "of what is needed, if the effects are as measured now: "
     )
     parts = []
     if identify["half"] is not None:
         parts.append(
-            f"{identify['half']} replications in all for half of the "
-            f"{count(unknown - identify['never'])} that replications can reach, {identify['all']} "
-            "for all of them"
+            f"{identify['half']} replications in total for half of the "
+            f"{count(unknown - identify['never'])} pairs that more replications can resolve, "
+            f"{identify['all']} for all of these"
         )
     if identify["never"]:
         parts.append(
-            f"for {count(identify['never'])} not even {identify['most']}: more held-out rows or "
-            "larger doses"
+            f"for {count(identify['never'])} pairs even {identify['most']} replications are not "
+            "enough; use more held-out rows or larger doses"
         )
     text += "; ".join(parts) + "."
     if unclear := identify["unclear"]:
         names = ", ".join(unclear[:_NAMED]) + (" and others" if len(unclear) > _NAMED else "")
         text += (
-            f" A dose of their own data does not clearly help {names}, so nothing can be compared "
-            "with it."
+            f" A dose of their own data does not clearly help {names}, so gamma, which is relative "
+            "to it, is undefined for these targets."
         )
     return [text]
 
@@ -243,9 +249,9 @@ def _strongest_table(
         columns=(
             text_column("source"),
             text_column("target"),
-            Column(label="effect", title="for the dose"),
+            Column(label="effect", title="of the dose (see the note)"),
             Column(label=f"{percent(confidence, 0)} interval"),
-            Column(label="shrunken", title="empirical-Bayes estimate that the solver uses"),
+            Column(label="shrunk effect", title="empirical-Bayes estimate, which the solver uses"),
             Column(label="gamma"),
             Column(label="gamma interval"),
             text_column("identifiable"),
@@ -258,12 +264,12 @@ def _strongest_table(
                     tone="good" if entry.effect > 0 else "bad",
                 ),
                 interval(entry.low, entry.high, digits), signed(entry.shrunk, digits),
-                entry.gamma_text, entry.gamma_interval, entry.known,
+                entry.gamma_text, entry.gamma_interval, entry.identifiable_text,
             )
             for entry in chosen
         ],
-        note=f"Chosen by the size of the shrunken effect of {count(dose)} examples; raw extremes "
-        "are partly luck, the shrunken number allows for that.",
+        note=f"Effects of {count(dose)} examples, selected by the size of the shrunk effect. "
+        "Extreme raw effects are partly noise; shrinkage corrects for this.",
     )  # fmt: skip
 
 
@@ -277,7 +283,7 @@ def _whole_table(grid: list[list[Entry]], direction: str) -> Table:
                     text=f"{signed(entry.effect, digits)} ± {fixed(entry.se, digits)}{entry.mark}",
                     tone="" if entry.is_identifiable else "quiet",
                     title=f"gamma {entry.gamma_text} {entry.gamma_interval}, "
-                    f"identifiable: {entry.known}",
+                    f"identifiable: {entry.identifiable_text}",
                 )
                 for entry in row
             ],
@@ -289,5 +295,5 @@ def _whole_table(grid: list[list[Entry]], direction: str) -> Table:
         columns=[text_column("target ╲ source"), *[Column(label=e.source) for e in grid[0]]],
         rows=rows,
         folded=True,
-        note="Grey: gamma of the pair is not identifiable.",
+        note="Grey: gamma of this pair is not identifiable.",
     )

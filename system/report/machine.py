@@ -1,4 +1,4 @@
-"""report.json: the numbers of the page for programs, as the stages left them."""
+"""report.json: the numbers of the report page in a form for programs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FORMAT = 1
 
 
 def report_json(view: RunView) -> dict[str, Any]:
-    """Everything the page shows, JSON values only; null where a stage has not run.
+    """Everything that the page shows, as JSON values; null if a stage has not run.
 
     Keys: `format`, `run_dir`, `seconds`, `verdict`, `mix`, `sweep`, `influence` (matrices as rows
-    of targets, effects in nats per response token per example, null where not known), `taxonomy`,
-    `comparisons` (agreement with other runs, by direction), `curriculum`, `training` (one record a
-    step), `evaluation`, `corpus`, `tagging`, `stages`, `config`.
+    of targets, effects in nats per response token per example, null if unknown), `taxonomy`,
+    `comparisons` (agreement with other runs, by direction), `curriculum`, `training` (one record
+    per step), `evaluation`, `corpus`, `tagging`, `stages`, `config`.
     """
     return {
         "format": FORMAT,
@@ -35,7 +35,7 @@ def report_json(view: RunView) -> dict[str, Any]:
         "mix": None if view.mix is None else asdict(view.mix),
         "sweep": view.sweep,
         "influence": None if view.influence is None else _influence(view.influence),
-        "comparisons": [_comparison(found) for found in view.comparisons],
+        "comparisons": [_comparison(comparison) for comparison in view.comparisons],
         "taxonomy": None if view.taxonomy is None else view.taxonomy.to_json(),
         "curriculum": None if view.curriculum is None else view.curriculum.to_json(),
         "training": view.training,
@@ -65,18 +65,18 @@ def _influence(influence: Influence) -> dict[str, Any]:
     }
 
 
-def _comparison(found: Comparison) -> dict[str, Any]:
+def _comparison(comparison: Comparison) -> dict[str, Any]:
     return {
-        "run_dir": found.second.name,
-        "estimator": found.second.summary["estimator"],
-        "cost_ratio": found.cost_ratio,
+        "run_dir": comparison.second.name,
+        "estimator": comparison.second.summary["estimator"],
+        "cost_ratio": comparison.cost_ratio,
         "directions": {
             part.direction: {
                 **part.agreement.to_json(),
                 "worth": json_number(part.worth_agreement),
                 "scale": json_number(part.scale),
             }
-            for part in found.directions
+            for part in comparison.directions
         },
     }
 

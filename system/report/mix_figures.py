@@ -1,4 +1,4 @@
-"""Pictures of the mix: what moved, what each limit costs, and what moving more would bring."""
+"""Figures of the section "The mix": counts, prices of the limits, and the sweep of the move."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from system.report.theme import BASE, GAIN, HARM, INK, MAIN, Figure, axis, categ
 from system.solve.mix import CategoryMix, Mix
 
 PER = 100
-"""Prices are shown per so many examples."""
+"""Prices are shown for this number of examples: for one example they are too small to read."""
 
 
 def by_change(mix: Mix) -> list[CategoryMix]:
-    """Categories from what gained most examples to what lost most."""
+    """Categories sorted by change: the largest increase first."""
     return sorted(mix.categories, key=lambda c: (-(c.count - c.base), c.category))
 
 
 def mix_figure(mix: Mix) -> Figure:
-    """Bars per category: examples in the base mix and in the solved one."""
+    """Bars for each category: examples in the base mix and in the solved mix."""
     rows = by_change(mix)
     places = list(range(len(rows)))
     changes = [row.count - row.base for row in rows]
@@ -59,7 +59,7 @@ def mix_figure(mix: Mix) -> Figure:
             barmode="group",
             bargap=0.32,
             bargroupgap=0.08,
-            xaxis=axis("examples of one pass", rangemode="tozero", range=[0, largest * 1.14]),
+            xaxis=axis("examples per pass", rangemode="tozero", range=[0, largest * 1.14]),
             yaxis=category_axis([figure_label(row.category, 30) for row in rows]),
             legend=layout()["legend"] | {"traceorder": "normal"},
         ),
@@ -69,19 +69,19 @@ def mix_figure(mix: Mix) -> Figure:
 
 
 def price_figures(mix: Mix) -> list[Figure]:
-    """Bars of what loosening each limit would bring: those counted in examples, then guards.
+    """Bars of what relaxing each limit would bring: limits in examples, then guards of targets.
 
-    None for a mix without prices, and for one that no limit holds.
+    The list is empty for a mix without prices, and for a mix that no limit binds.
     """
     prices, relaxed = mix.relaxation or mix, mix.relaxation
-    held = {row.category: row.limit_price for row in mix.categories}
+    limit_prices = {row.category: row.limit_price for row in mix.categories}
     guards = {row.target: row.guard_price for row in mix.targets}
     if relaxed is not None:
-        held, guards = dict(relaxed.limit_prices), dict(relaxed.guard_prices)
-    places = {
+        limit_prices, guards = dict(relaxed.limit_prices), dict(relaxed.guard_prices)
+    labels = {
         row.category: f" ({row.at})" * (row.at not in ("free", "base")) for row in mix.categories
     }
-    value = {name + places[name]: price for name, price in held.items() if price}
+    value = {name + labels[name]: price for name, price in limit_prices.items() if price}
     value |= {f"group {row.group}": row.price for row in mix.groups if row.price}
     value = dict(sorted(value.items(), key=lambda item: (-item[1], item[0])))
     for name, price in (("trust region", prices.move_price), ("budget", prices.budget_price)):
@@ -93,19 +93,19 @@ def price_figures(mix: Mix) -> list[Figure]:
         figures.append(
             _price_bars(
                 "prices",
-                "Bars per limit: what loosening it by a hundred examples would bring.",
+                "Bars per limit: the gain if it is relaxed by a hundred examples.",
                 {name: price * PER for name, price in value.items()},
                 f"{short} for {PER} more",
             )
         )
-    paid = {name: price for name, price in guards.items() if price}
-    if paid:
+    guard_prices = {name: price for name, price in guards.items() if price}
+    if guard_prices:
         figures.append(
             _price_bars(
                 "guard-prices",
-                "Bars per guarded target: gain for each unit more that it may lose.",
-                dict(sorted(paid.items(), key=lambda item: (-item[1], item[0]))),
-                "gain for each unit that the target may lose more",
+                "Bars per guarded target: gain for each additional unit that it may lose.",
+                dict(sorted(guard_prices.items(), key=lambda item: (-item[1], item[0]))),
+                "gain for each additional unit that the target may lose",
             )
         )
     return figures
@@ -143,7 +143,7 @@ def _price_bars(name: str, label: str, value: dict[str, float], unit: str) -> Fi
 
 
 def sweep_figure(sweep: Sequence[dict[str, Any]], move: float) -> Figure:
-    """Predicted gain against the share of the budget that may move, with its band."""
+    """Predicted gain against the share of the budget that may move, with its error band."""
     shares = [row["move"] for row in sweep]
     low, high = [row["gain_low"] for row in sweep], [row["gain_high"] for row in sweep]
     line: dict[str, Any] = {

@@ -1,4 +1,8 @@
-"""The mix on the page: what changed, what holds it, which data to collect next."""
+"""The section "The mix" of the report page.
+
+It shows how the solved mix differs from the base mix, which limits bind, what they cost (shadow
+prices), which data to collect next, and what a larger move would bring.
+"""
 
 from __future__ import annotations
 
@@ -35,24 +39,24 @@ from system.report.view import RunView
 from system.solve.mix import Mix
 
 TITLE = "The mix"
-_HELD_BY = {
+_BINDING_LIMITS = {
     "lower": "lower limit",
     "upper": "upper limit",
     "supply": "supply",
-    "cap": "cap on one category's move",
-    "free": "no limit, it balances the rest",
-    "base": "stays at the base",
+    "cap": "limit on the move of one category",
+    "free": "no limit (free)",
+    "base": "none, it stays at the base count",
 }
 _OBJECTIVES = {
     "linear": "the importance-weighted effect on all targets",
-    "max-min": "the change of the worst-off target",
+    "max-min": "the smallest change among the targets",
     "concave": "the importance-weighted effect, with separate slopes for adding and removing",
-    "robust": "the importance-weighted effect after paying for its uncertainty",
+    "robust": "the importance-weighted effect minus a penalty for its uncertainty",
 }
 
 
 def mix_section(view: RunView) -> Section:
-    """Before and after, prices, the sweep of the trust region."""
+    """The mix before and after, limits, prices, and the sweep of the trust region."""
     mix = view.mix
     if mix is None or view.sweep is None:
         return waiting("mix", TITLE, "Mix", "solve")
@@ -62,17 +66,17 @@ def mix_section(view: RunView) -> Section:
         Picture(
             figures=[mix_figure(mix)],
             captions=[
-                "Examples of one pass in the base mix and in the solved mix, sorted by change. "
-                "The number is the change in examples."
+                "Examples per pass in the base mix and in the solved mix, sorted by change. The "
+                "number beside a bar is the change in examples."
             ],
         ),
         _mix_table(mix),
-        Heading(text="What holds it where it is"),
+        Heading(text="Which limits bind"),
         Bullets(items=_limits(mix)),
         *_prices(mix),
         Heading(text="Which data to collect next"),
         *_collect(mix),
-        Heading(text="What moving more would bring"),
+        Heading(text="What a larger or smaller move would bring"),
         *_sweep(view.sweep, mix),
         _target_table(mix),
     ]
@@ -82,8 +86,8 @@ def mix_section(view: RunView) -> Section:
 def _lead(mix: Mix) -> str:
     if mix.moved == 0:
         return (
-            f"The mix is the base mix: of a budget of {count(mix.budget)} {mix.unit}, at most "
-            f"{percent(mix.move)} might have moved, and nothing did."
+            f"The solved mix equals the base mix: at most {percent(mix.move)} of the budget of "
+            f"{count(mix.budget)} {mix.unit} was allowed to move, and nothing moved."
         )
     gain = signed(mix.expected_gain, decimals([mix.expected_gain], least=4))
     if mix.expected_gain_se is not None:
@@ -93,20 +97,22 @@ def _lead(mix: Mix) -> str:
     if mix.expected_regret is not None:
         value = fixed(mix.expected_regret, decimals([mix.expected_regret], least=4))
         regret = (
-            f" Knowing the effects exactly would add {value} {short_unit(mix.effect_unit)} on "
-            "average (expected regret): more measuring cannot be worth more."
+            f" If the effects were known exactly, the best mix would gain {value} "
+            f"{short_unit(mix.effect_unit)} more on average (expected regret). This is the most "
+            "that further measurements can bring."
         )
     proven = "proven optimal"
     if mix.status != "optimal":
         gap = fixed(mix.solver.gap, decimals([mix.solver.gap], least=4))
         share = "" if mix.gap_share is None else f", {percent(mix.gap_share, 2)} of its gain"
         proven = (
-            f"the best found, within {gap} {short_unit(mix.effect_unit)} of the proven bound{share}"
+            f"the best mix found, within {gap} {short_unit(mix.effect_unit)} of the proven "
+            f"bound{share}"
         )
     return (
         f"The solved mix moves {percent(mix.moved)} of a budget of {count(mix.budget)} {mix.unit} "
-        f"(at most {percent(mix.move)} may move). It maximises {_OBJECTIVES[mix.kind]} and is "
-        f"{proven}. Predicted gain over the base mix: {gain} {mix.effect_unit}.{regret}"
+        f"(at most {percent(mix.move)} may move). It maximises {_OBJECTIVES[mix.kind]}; the result "
+        f"is {proven}. Predicted gain over the base mix: {gain} {mix.effect_unit}.{regret}"
     )
 
 
@@ -127,7 +133,7 @@ def _mix_table(mix: Mix) -> Table:
         cells = [
             row.category, count(round(row.base)), count(row.count),
             Cell(text=signed(change, 0), tone=tone), percent(row.base / total),
-            percent(row.share), _HELD_BY[row.at], _price(row.score, score_digits),
+            percent(row.share), _BINDING_LIMITS[row.at], _price(row.score, score_digits),
         ]  # fmt: skip
         if relaxed is not None:
             cells.append(_price(relaxed.limit_prices[row.category], price_digits))
@@ -141,29 +147,30 @@ def _mix_table(mix: Mix) -> Table:
         Column(label="change"),
         Column(label="base share"),
         Column(label="share"),
-        text_column("held by"),
-        Column(label="value", title="importance-weighted value of more of it, before any limit"),
+        text_column("binding limit"),
+        Column(label="value", title="importance-weighted value of more examples, without limits"),
     ]
-    note = f"Value: {mix.effect_unit} for {PER} more examples, before any limit."
+    note = f"Value: {mix.effect_unit} for {PER} more examples, without any limit."
     if relaxed is not None:
         columns.append(
-            Column(label="price of its limit", title="gain if the limit is loosened, >= 0")
+            Column(label="price of its limit", title="gain if the limit is relaxed, >= 0")
         )
         note += (
-            f" Prices: {short} for {PER} examples, of the same mix in fractions of examples, whose "
-            f"gain is {signed(relaxed.gain, 6)} against {signed(mix.gain, 6)} in whole ones."
+            f" Prices: {short} for {PER} examples. They belong to the same problem solved with "
+            f"fractional counts; its gain is {signed(relaxed.gain, 6)}, that of the mix in whole "
+            f"examples is {signed(mix.gain, 6)}."
         )
     elif prices:
         columns += [
-            Column(label="price of that limit", title="gain if the limit is loosened, >= 0"),
-            Column(label="reduced cost", title="change of the objective if the count is raised"),
+            Column(label="price of that limit", title="gain if the limit is relaxed, >= 0"),
+            Column(label="reduced cost", title="change of the objective for more examples"),
         ]
         note += (
-            f" Prices and reduced costs: {short} for {PER} examples, of the first solve, before "
-            "ties are broken and counts are made whole."
+            f" Prices and reduced costs: {short} for {PER} examples. They belong to the first "
+            "solve, before ties are broken and counts are rounded."
         )
     else:
-        note += " This kind of solution has no shadow prices."
+        note += " This kind of problem has no shadow prices."
     return Table(caption="The mix, category by category", columns=columns, rows=body, note=note)
 
 
@@ -173,33 +180,33 @@ def _price(value: float | None, digits: int) -> str:
 
 def _limits(mix: Mix) -> list[str]:
     items = []
-    for at, words in _HELD_BY.items():
-        held = [row.category for row in by_change(mix) if row.at == at]
-        if held:
+    for limit, words in _BINDING_LIMITS.items():
+        bound = [row.category for row in by_change(mix) if row.at == limit]
+        if bound:
             items.append(
-                f"{words[0].upper()}{words[1:]}: {plural(len(held), 'category', 'categories')} "
-                f"({names(held, most=8)})."
+                f"{words[0].upper()}{words[1:]}: {plural(len(bound), 'category', 'categories')} "
+                f"({names(bound, most=8)})."
             )
     prices = mix.relaxation or mix
     if prices.move_price is not None:
         value = prices.move_price * mix.budget / 100
         items.append(
-            "Trust region: letting one more percent of the budget move is worth "
+            "Trust region: one more percent of the budget to move is worth "
             f"{signed(value, decimals([value], least=4))} {short_unit(mix.effect_unit)}."
             if prices.move_price > 0
-            else "Trust region: does not bind, something else stops the mix first."
+            else "Trust region: does not bind; other limits stop the mix first."
         )
     if prices.budget_price is not None:
         value = prices.budget_price * PER
         items.append(
-            f"Budget: {PER} more {mix.unit}, everything else as it is, are worth "
+            f"Budget: {PER} more {mix.unit}, with all other limits unchanged, are worth "
             f"{signed(value, decimals([value], least=4))} {short_unit(mix.effect_unit)}."
         )
     guarded = [target for target in mix.targets if target.guard is not None]
-    paid = {target.target: target.guard_price or 0.0 for target in guarded}
+    guard_prices = {target.target: target.guard_price or 0.0 for target in guarded}
     if mix.relaxation is not None:
-        paid = mix.relaxation.guard_prices
-    binding = [target.target for target in guarded if paid[target.target] > 0]
+        guard_prices = mix.relaxation.guard_prices
+    binding = [target.target for target in guarded if guard_prices[target.target] > 0]
     if guarded:
         items.append(
             f"Guards: {len(binding)} of {len(guarded)} bind ({names(binding)})."
@@ -214,10 +221,11 @@ def _limits(mix: Mix) -> list[str]:
 
 def _prices(mix: Mix) -> list[Block]:
     captions = {
-        "prices": f"What each limit costs: the gain if it is loosened by {PER} {_of(mix)}. A "
-        "budget below zero means that more of it harms. Limits without a price are left out.",
-        "guard-prices": "What the guards that bind cost: the gain for each unit more that the "
-        "target may lose.",
+        "prices": f"What each limit costs: the gain if it is relaxed by {PER} {_price_unit(mix)}. "
+        "A negative price of the budget means that a larger budget harms. Limits without a price "
+        "are left out.",
+        "guard-prices": "What each binding guard costs: the gain for each additional unit that "
+        "the target may lose.",
     }
     figures = price_figures(mix)
     if not figures:
@@ -225,7 +233,7 @@ def _prices(mix: Mix) -> list[Block]:
     return [Picture(figures=figures, captions=[captions[figure.name] for figure in figures])]
 
 
-def _of(mix: Mix) -> str:
+def _price_unit(mix: Mix) -> str:
     if mix.unit == "examples":
         return mix.unit
     return f"examples (trust region and budget: {mix.unit})"
@@ -240,33 +248,33 @@ def _collect(mix: Mix) -> list[Block]:
     value = {name: price for name, price in priced.items() if price is not None and price > 0}
     rows = {row.category: row for row in mix.categories}
     if not value:
-        known = any(price is not None for price in priced.values())
+        has_prices = any(price is not None for price in priced.values())
         text = (
-            "No category is held back by its supply: more of the same data would not change this "
-            "mix."
-            if known
+            "No category is limited by its supply: more data of the same categories would not "
+            "change this mix."
+            if has_prices
             else _without_prices(mix)
         )
         return [Prose(text=text)]
-    wanted = sorted(value, key=lambda name: (-value[name], name))
+    ranked = sorted(value, key=lambda name: (-value[name], name))
     digits = decimals([price * PER for price in value.values()], least=4)
     columns = [
         text_column("category"),
         Column(label="supply used"),
-        Column(label=f"worth of {PER} more", title=mix.effect_unit),
+        Column(label=f"value of {PER} more", title=mix.effect_unit),
     ]
-    body = [[name, count(rows[name].count), _price(value[name], digits)] for name in wanted]
+    body = [[name, count(rows[name].count), _price(value[name], digits)] for name in ranked]
     note = "The price holds for small changes of the supply."
     if relaxed is None:
         columns += [Column(label="holds from"), Column(label="to")]
-        for line, name in zip(body, wanted, strict=True):
+        for line, name in zip(body, ranked, strict=True):
             line += [count(rows[name].supply_low), count(rows[name].supply_high)]
-        note = "The price holds while the supply stays in the range given."
+        note = "The price holds while the supply stays within the range in the last two columns."
     return [
         Prose(
-            text=f"These categories are used up. {PER} more examples of the first, "
-            f"{names([wanted[0]])}, would be worth "
-            f"{_price(value[wanted[0]], digits)} {mix.effect_unit}."
+            text="The mix uses all available examples of these categories. "
+            f"{PER} more examples of the first, {names([ranked[0]])}, would be worth "
+            f"{_price(value[ranked[0]], digits)} {mix.effect_unit}."
         ),
         Table(caption="Shadow prices of supply", columns=tuple(columns), rows=body, note=note),
     ]
@@ -277,36 +285,36 @@ def _without_prices(mix: Mix) -> str:
     digits = decimals([row.score * PER for row in best], least=4)
     listed = ", ".join(f"{quote(row.category)} ({_price(row.score, digits)})" for row in best)
     return (
-        "This kind of solution has no shadow prices. Before any limit, more of these is worth "
-        f"most, in {short_unit(mix.effect_unit)} for {PER} examples: {listed}."
+        "This kind of problem has no shadow prices. Without any limit, more examples of these "
+        f"categories are worth most ({short_unit(mix.effect_unit)} for {PER} examples): {listed}."
     )
 
 
 def _sweep(sweep: list[dict[str, Any]], mix: Mix) -> list[Block]:
     if not sweep:
-        return [Prose(text="No fractional mix within the limits was found at any of the shares.")]
+        return [Prose(text="At none of the shares, a fractional mix within the limits was found.")]
     digits = decimals([row["gain"] for row in sweep], least=4)
     best = max(sweep, key=lambda row: row["gain"])
     table = _sweep_table(sweep, digits)
     if best["gain"] <= 0:
-        return [Prose(text="At no share of the budget is any move predicted to pay."), table]
+        return [Prose(text="At no share of the budget is a move predicted to bring a gain."), table]
     text = (
-        f"The prediction is highest with {percent(best['move'], 0)} of the budget free to move "
+        f"The predicted gain is highest if {percent(best['move'], 0)} of the budget may move "
         f"({signed(best['gain'], digits)} {short_unit(mix.effect_unit)})"
     )
     if all(row["gain_low"] is not None for row in sweep):
-        sure = max(sweep, key=lambda row: row["gain_low"])
-        text += f"; the lower end of its band is highest at {percent(sure['move'], 0)}"
+        safest = max(sweep, key=lambda row: row["gain_low"])
+        text += f"; the lower end of its error band is highest at {percent(safest['move'], 0)}"
     return [
         Prose(
-            text=f"{text}. Predictions promise more than trainings keep, the more so the farther "
-            "a mix moves: compare promise and outcome in the evaluation."
+            text=f"{text}. Predictions are usually larger than the realised gain, and more so for "
+            "larger moves: compare predicted and realised gain in the evaluation."
         ),
         Picture(
             figures=[sweep_figure(sweep, mix.move)],
             captions=[
-                "Predicted gain over the base mix with its band (1.96 standard errors), the mix "
-                "solved anew at each share."
+                "Predicted gain over the base mix with its error band (1.96 standard errors). The "
+                "mix is solved again at each share."
             ],
         ),
         table,
@@ -320,8 +328,8 @@ def _sweep_table(sweep: list[dict[str, Any]], digits: int) -> Table:
             text_column("share that may move"),
             Column(label="moved"),
             Column(label="predicted gain"),
-            Column(label="band"),
-            Column(label="worst target", title="change of the target that does worst"),
+            Column(label="error band"),
+            Column(label="worst target", title="smallest change among the targets"),
         ),
         rows=[
             (

@@ -1,4 +1,4 @@
-"""The page: sections and figures in one HTML file that loads nothing from anywhere."""
+"""Renders the report page: one HTML file with all sections and figures, which works offline."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ SECTIONS = (
 def render_report(view: RunView) -> str:
     """The report as one HTML page.
 
-    It opens offline: style, script and the plotting library are inside, and a content security
-    policy forbids every request.  Only the two scripts that this package ships may run (by their
-    hashes), so a name in the data can never become a program.
+    The page works offline: style, script, and plotting library are in the file, and a content
+    security policy forbids every request.  The policy allows the two scripts of this package by
+    their hashes and no others, so text from the data can never run as a script.
     """
     from plotly.offline import get_plotlyjs
 
@@ -91,7 +91,7 @@ def _figures(sections: list[Section]) -> dict[str, Any]:
 
 
 def _script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot close the script element that contains it."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

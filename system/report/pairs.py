@@ -1,4 +1,4 @@
-"""One entry of the effect matrix as plain numbers, at a dose that people can picture."""
+"""Entries of the effect matrix as plain numbers, scaled to a dose of examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from system.report.formatting import interval, signed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What a dose of `source` does to `target`; effects in nats per response token."""
+    """The effect of a dose of `source` on `target`, in nats per response token."""
 
     target: str
     source: str
@@ -26,19 +26,19 @@ class Entry:
     gamma_high: float | None
     is_identifiable: bool
     needed: int | None
-    """Replications, in all, that would identify gamma; None: not known, or none would."""
+    """Total replications that would make gamma identifiable; None: unknown, or no number would."""
     is_own: bool
     is_appended: bool
-    """Measured at an earlier base, without rows of the source or the target."""
+    """Appended to an earlier measurement, whose base had no rows of the source or the target."""
 
     @property
     def mark(self) -> str:
-        """What stands behind a number that is appended."""
+        """The mark behind a number that was appended; empty for others."""
         return " †" if self.is_appended else ""
 
     @property
     def has_sign(self) -> bool:
-        """Whether gamma's interval leaves out zero."""
+        """Whether the interval of gamma excludes zero."""
         if self.gamma_low is None or self.gamma_high is None:
             return False
         return self.gamma_low > 0 or self.gamma_high < 0
@@ -50,15 +50,15 @@ class Entry:
 
     @property
     def gamma_interval(self) -> str:
-        """Its interval, or a dash."""
+        """The interval of gamma, or a dash."""
         return interval(self.gamma_low, self.gamma_high, 2)
 
     @property
-    def known(self) -> str:
-        """`yes` or `no`: whether gamma may be used, and if not, what it would take."""
+    def identifiable_text(self) -> str:
+        """`yes`, `no`, or how many replications are needed to make gamma identifiable."""
         if self.is_identifiable:
             return "yes"
-        return "no" if self.needed is None else f"no, by {self.needed} replications"
+        return "no" if self.needed is None else f"no; with {self.needed} replications"
 
 
 def entry_grid(

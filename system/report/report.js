@@ -37,7 +37,7 @@
     clearTimeout(waiting);
     waiting = setTimeout(() => elements.forEach(draw), 120);
   });
-  /* Paper shows what a click would unfold. */
+  /* A printed page shows the folded tables. */
   window.addEventListener("beforeprint", () =>
     document.querySelectorAll("details").forEach((part) => part.setAttribute("open", "")));
 })();

@@ -1,4 +1,4 @@
-"""The corpus, the cost, and what it takes to make this run again, on the page."""
+"""The sections on the corpus, and on cost, versions, and reproduction, of the report page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CORPUS, COST = "The corpus", "Cost, versions, and how to reproduce"
 
 
 def corpus_section(view: RunView) -> Section:
-    """Where every row went."""
+    """Rows read, kept, and rejected; rows by category and source; accuracy of tagging."""
     manifest = view.corpus
     if manifest is None:
         return waiting("corpus", CORPUS, "Corpus", "ingest")
@@ -38,9 +38,10 @@ def corpus_section(view: RunView) -> Section:
         Prose(
             text=f"{manifest.read:,} rows read: {manifest.kept:,} kept, "
             f"{manifest.duplicates_in_words}, {rejected:,} rejected. "
-            f"{plural(len(manifest.categories), 'category', 'categories')}; splits by content "
-            "hash: the matrix is measured on the estimate split, everything is judged on the test "
-            "split." + (f" {untagged:,} rows have no category yet." if untagged else ""),
+            f"{plural(len(manifest.categories), 'category', 'categories')}. Rows are assigned to "
+            "splits by a hash of their content: models are trained on the train split, the effect "
+            "matrix is measured on the estimate split, and the evaluation uses the test split."
+            + (f" {untagged:,} rows have no category yet." if untagged else ""),
             tone="lead",
         ),
         _category_table(manifest),
@@ -129,11 +130,11 @@ def _tagging(view: RunView) -> list[Block]:
     share = accuracy["accuracy"]
     blocks.append(
         Prose(
-            text=f"On {accuracy['rows']:,} rows with known categories, drawn in equal numbers, the "
-            f"model's choice is right for {percent(share['value'])} ({percent(share['low'])} to "
-            f"{percent(share['high'])}); naming one category for every row would be right for "
-            f"{percent(accuracy['chance'])}. Weighted as in the corpus: "
-            f"{percent(accuracy['corpus_weighted_accuracy'])}."
+            text=f"Accuracy on {accuracy['rows']:,} rows with known categories, the same number of "
+            f"each: {percent(share['value'])} ({percent(share['low'])} to "
+            f"{percent(share['high'])}). One constant category for all rows would reach "
+            f"{percent(accuracy['chance'])}. With the categories weighted as in the corpus, the "
+            f"accuracy is {percent(accuracy['corpus_weighted_accuracy'])}."
         )
     )
     blocks.append(
@@ -141,16 +142,16 @@ def _tagging(view: RunView) -> list[Block]:
             caption="Tagging by category",
             columns=(
                 text_column("category"),
-                Column(label="chosen rightly"),
+                Column(label="recall"),
                 Column(label="interval"),
-                text_column("taken for, most often"),
+                text_column("most frequent mistake"),
             ),
             rows=[
                 (
                     name,
                     percent(value["value"], 0),
                     f"{percent(value['low'], 0)} to {percent(value['high'], 0)}",
-                    _mistaken(accuracy["confusion"][name], name),
+                    _most_frequent_mistake(accuracy["confusion"][name], name),
                 )
                 for name, value in accuracy["recall"].items()
             ],
@@ -160,7 +161,7 @@ def _tagging(view: RunView) -> list[Block]:
     return blocks
 
 
-def _mistaken(chosen: dict[str, int], name: str) -> str:
+def _most_frequent_mistake(chosen: dict[str, int], name: str) -> str:
     wrong = {other: number for other, number in chosen.items() if other != name}
     if not wrong:
         return NOTHING
@@ -169,18 +170,18 @@ def _mistaken(chosen: dict[str, int], name: str) -> str:
 
 
 def cost_section(view: RunView) -> Section:
-    """Seconds, fingerprints, versions, configuration, commands."""
+    """Time and fingerprint of each stage, configuration, versions, and commands."""
     blocks: list[Block] = [
         _cost_table(view),
-        *_what_stages_said(view),
-        Heading(text="How to make it again"),
+        *_stage_summaries(view),
+        Heading(text="How to reproduce this run"),
         Prose(
-            text="The resolved configuration below is all that the run depends on, with the files "
-            "that its sources name. A finished stage is taken over as long as its fingerprint "
-            "fits."
+            text="A run depends on the resolved configuration below and on the files that its "
+            "sources name, on nothing else. A finished stage is not repeated if its fingerprint "
+            "is unchanged."
         ),
         Code(
-            text="# save the configuration below as config.json, then\n"
+            text="# save the configuration below as config.json, then run\n"
             "instructmix check config.json\n"
             "instructmix run config.json --set run_dir=runs/again"
         ),
@@ -195,7 +196,7 @@ def cost_section(view: RunView) -> Section:
 
 
 def total_seconds(view: RunView) -> float:
-    """Seconds of all finished stages."""
+    """Total time of all finished stages, in seconds."""
     return sum(record.seconds for record in view.records.values())
 
 
@@ -226,12 +227,12 @@ def _cost_table(view: RunView) -> Table:
             text_column("folder"),
         ),
         rows=rows,
-        note="Wall time of all sessions that worked on a stage. The fingerprint is the hash of "
-        "everything the stage's result depends on.",
+        note="Wall-clock time of all sessions that worked on a stage. The fingerprint is a hash of "
+        "everything that the result of the stage depends on.",
     )
 
 
-def _what_stages_said(view: RunView) -> list[Block]:
+def _stage_summaries(view: RunView) -> list[Block]:
     rows: list[tuple[str | Cell, ...]] = [
         (stage, "; ".join(record.lines) or NOTHING, _flat(record.counts))
         for stage, record in view.records.items()
@@ -240,8 +241,8 @@ def _what_stages_said(view: RunView) -> list[Block]:
         return []
     return [
         Table(
-            caption="What each stage said and counted",
-            columns=(text_column("stage"), text_column("said"), text_column("counted")),
+            caption="Summary and counts of each stage",
+            columns=(text_column("stage"), text_column("summary"), text_column("counts")),
             rows=rows,
             folded=True,
         )
@@ -249,7 +250,7 @@ def _what_stages_said(view: RunView) -> list[Block]:
 
 
 def _flat(value: Any) -> str:
-    """`train_rows 12,000; dropped (too long 3)`: counts of any depth on one line."""
+    """Nested counts on one line, such as `train_rows 12,000; dropped (too long 3)`."""
     if isinstance(value, dict):
         parts = []
         for key, inner in value.items():
@@ -274,10 +275,10 @@ def _version_table(view: RunView) -> Table:
         columns=(text_column("package"), text_column("version")),
         rows=[(name, _versions(name, list(view.records.values()))) for name in packages],
         folded=True,
-        note="Several versions: stages ran with different ones.",
+        note="Several versions in one row: the stages ran with different versions.",
     )
 
 
 def _versions(name: str, records: list[StageRecord]) -> str:
-    found = dict.fromkeys(r.versions[name] for r in records if name in r.versions)
-    return ", ".join(found)
+    versions = dict.fromkeys(r.versions[name] for r in records if name in r.versions)
+    return ", ".join(versions)

@@ -1,4 +1,7 @@
-"""Colours and the frame that all figures share.  Colour-blind safe (after Okabe and Ito 2008)."""
+"""Colours, axes, and layout that all figures share.
+
+The colours are safe for colour-blind readers (after Okabe and Ito 2008).
+"""
 
 from __future__ import annotations
 
@@ -20,33 +23,33 @@ DIVERGING = (
     (0.0, "#7f2a04"), (0.15, "#b8480c"), (0.32, "#e89a68"), (0.45, "#f8e3d5"), (0.5, "#fbfbfa"),
     (0.55, "#d9e7f3"), (0.68, "#7fb2da"), (0.85, "#0b5c9e"), (1.0, "#06315a"),
 )  # fmt: skip
-"""Harm (orange) through nothing (paper) to help (blue)."""
+"""From harm (orange) over no effect (near white) to help (blue)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One picture: Plotly data and layout, and what a reader without the picture is told."""
+    """One figure: Plotly data and layout, and a description for readers who cannot see it."""
 
     name: str
-    """Unique on the page."""
+    """Name of the figure, unique on the page."""
     label: str
-    """What it shows, for screen readers."""
+    """Description for screen readers."""
     data: list[dict[str, Any]]
     layout: dict[str, Any]
     height: int
     """Pixels."""
     min_width: int = 0
-    """Pixels; a narrower page scrolls the picture inside its own box."""
+    """Pixels; on a narrower page the figure scrolls within its box."""
     narrow: dict[str, Any] = field(default_factory=dict)
-    """Dotted layout attributes that differ below 560 pixels, such as shorter labels."""
+    """Layout attributes (dotted names) for pages below 560 pixels, such as shorter labels."""
 
     def to_json(self) -> dict[str, Any]:
-        """What the page's script reads."""
+        """The JSON that the script of the page reads."""
         return {"data": self.data, "layout": self.layout, "narrow": self.narrow}
 
 
 def axis(title: str = "", **more: Any) -> dict[str, Any]:
-    """A quiet axis: thin grid, no zoom (a finger that scrolls the page must not get stuck)."""
+    """An axis with a thin grid and without zoom, which would block scrolling on touch screens."""
     return {
         "title": {"text": title, "font": {"size": 12, "color": MUTED}, "standoff": 10},
         "gridcolor": RULE,
@@ -76,7 +79,7 @@ def category_axis(ticks: Sequence[str], **more: Any) -> dict[str, Any]:
 
 
 def layout(**more: Any) -> dict[str, Any]:
-    """The frame that all figures share."""
+    """The layout that all figures share."""
     return {
         "font": {"family": "ui-sans-serif, system-ui, sans-serif", "size": 12, "color": INK},
         "paper_bgcolor": "rgba(0,0,0,0)",

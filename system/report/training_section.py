@@ -1,4 +1,4 @@
-"""Dependencies, curriculum and the training itself on the page."""
+"""The sections on dependencies, curriculum, and training of the report page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from system.taxonomy.records import Edge, Taxonomy
 
 GRAPH, CURRICULUM, TRAINING = "What depends on what", "The curriculum", "The training"
 _LEVELS = ("#08306b", "#2171b5", "#6baed6", "#c6dbef", "#fdd0a2", "#fd8d3c", "#c23e00")
-"""From base levels to dependent ones; levels in between are mixed."""
+"""Colours from the base level to the most dependent level; levels between them are mixed."""
 _UNPLACED = "#c9ced4"
 
 
@@ -51,20 +51,23 @@ def graph_section(view: RunView) -> Section:
         stability = (
             ""
             if taxonomy.num_bootstrap == 0
-            else f" Paler lines were found in fewer of {taxonomy.num_bootstrap} bootstrap draws."
+            else f" Paler arrows occur in fewer of the {taxonomy.num_bootstrap} bootstrap draws."
         )
         blocks += [
             Drawing(
                 svg=graph_svg(taxonomy),
-                caption="An arrow runs from a category to one that depends on it: its data helps "
-                "the other, and not as much the other way round. Wider lines are stronger."
-                f"{stability} Arrows that a longer path implies are left out of the picture.",
+                caption="An arrow points from a category to one that depends on it: data of the "
+                "first helps the second more than the reverse. Wider arrows are stronger."
+                f"{stability} Arrows that a longer path implies are not drawn.",
             ),
             _edge_table(taxonomy),
         ]
     if taxonomy.isolated and taxonomy.edges:
         blocks.append(
-            Prose(text=f"Without a dependency: {names(taxonomy.isolated, most=40)}.", tone="note")
+            Prose(
+                text=f"Categories without dependencies: {names(taxonomy.isolated, most=40)}.",
+                tone="note",
+            )
         )
     return Section(name="dependencies", title=GRAPH, short="Dependencies", blocks=blocks)
 
@@ -80,29 +83,32 @@ def _edge_table(taxonomy: Taxonomy) -> Table:
         )  # fmt: skip
 
     edges = sorted(taxonomy.edges, key=lambda edge: -edge.weight)
-    rows = [row(edge, "drawn" if edge.is_reduced else "implied by a path") for edge in edges]
-    rows += [row(edge, "left out: closes a cycle") for edge in taxonomy.dropped]
+    rows = [row(edge, "yes" if edge.is_reduced else "no: implied by a path") for edge in edges]
+    rows += [row(edge, "no: closes a cycle") for edge in taxonomy.dropped]
     return Table(
         caption="All dependencies",
         columns=(
             text_column("category"),
             text_column("depends on"),
-            Column(label=f"weight ({taxonomy.asymmetry_unit})", title="shrunken asymmetry"),
+            Column(
+                label=f"weight ({taxonomy.asymmetry_unit})",
+                title="shrunk asymmetry",
+            ),
             Column(label="z"),
             Column(label="p"),
             Column(label="stability", title="share of bootstrap draws with this edge"),
             Column(label="level"),
-            text_column("in the picture"),
+            text_column("in the drawing"),
         ),
         rows=rows,
         folded=len(rows) > 12,
-        note=f"Tested at a false discovery rate of {percent(taxonomy.false_discovery_rate, 0)}; "
-        f"cycles broken by {taxonomy.method}.",
+        note=f"Edges are tested at a false discovery rate of "
+        f"{percent(taxonomy.false_discovery_rate, 0)}; cycles are broken by {taxonomy.method}.",
     )
 
 
 def curriculum_section(view: RunView) -> Section:
-    """Stages, stacked by level."""
+    """The stages of the curriculum and their categories, by dependency level."""
     curriculum = view.curriculum
     if curriculum is None:
         return waiting("curriculum", CURRICULUM, "Curriculum", "curriculum")
@@ -110,9 +116,9 @@ def curriculum_section(view: RunView) -> Section:
     blocks: list[Block] = [
         Prose(
             text=f"Preset {curriculum.preset}: {plural(len(curriculum.stages), 'stage')}, "
-            f"{count(total)} examples in all, {plural(curriculum.epochs, 'pass', 'passes')} over "
+            f"{count(total)} examples in total, {plural(curriculum.epochs, 'pass', 'passes')} over "
             f"the mix, tilt {curriculum.tilt:g}, rehearsal {percent(curriculum.rehearsal, 0)}. "
-            "Categories without a place in the dependency graph keep their share in every stage.",
+            "Categories without dependencies keep their share in every stage.",
             tone="lead",
         )
     ]
@@ -129,7 +135,7 @@ def curriculum_section(view: RunView) -> Section:
 
 
 def _by_level(curriculum: Curriculum) -> list[str]:
-    """Categories by level, those without a place last."""
+    """Categories by level; those without a level come last."""
     return sorted(
         curriculum.levels,
         key=lambda name: (
@@ -141,7 +147,7 @@ def _by_level(curriculum: Curriculum) -> list[str]:
 
 
 def _level_name(level: int | None) -> str:
-    return "no place" if level is None else "base" if level == 0 else f"level {level}"
+    return "no level" if level is None else "base" if level == 0 else f"level {level}"
 
 
 def _level_color(level: int | None, top: int) -> str:
@@ -224,7 +230,7 @@ def _curriculum_table(curriculum: Curriculum) -> Table:
 
 
 def training_section(view: RunView) -> Section:
-    """Loss against steps."""
+    """The loss over the steps, and a table of the stages."""
     steps = view.training
     if steps is None:
         return waiting("training", TRAINING, "Training", "train")
@@ -238,19 +244,20 @@ def training_section(view: RunView) -> Section:
         blocks=[
             Prose(
                 text=f"{plural(len(steps), 'optimiser step')} on {tokens:,} tokens "
-                f"({sum(step['response_tokens'] for step in steps):,} of them trained on as "
-                f"responses) with {plural(steps[-1]['world_size'], 'worker')}: "
-                f"{duration(seconds)} of stepping, {tokens / seconds:,.0f} tokens per second, "
-                f"at most {steps[-1]['memory_bytes'] / 2**30:.1f} GiB a worker"
+                f"({sum(step['response_tokens'] for step in steps):,} of them response tokens, "
+                f"which the loss uses) with {plural(steps[-1]['world_size'], 'worker')}: "
+                f"{duration(seconds)} in steps, {tokens / seconds:,.0f} tokens per second, "
+                f"at most {steps[-1]['memory_bytes'] / 2**30:.1f} GiB of memory per worker"
                 f"{_utilisation(steps)}.",
                 tone="lead",
             ),
             Picture(
                 figures=[_loss_figure(steps, stages)],
                 captions=[
-                    "Training loss, nats per response token: each step (dots) and a running mean "
-                    "weighted by tokens (line). Bands are the stages of the curriculum; a jump "
-                    "between them shows another mixture, not another model."
+                    "Training loss in nats per response token: single steps (dots) and a running "
+                    "mean weighted by tokens (line). Shaded bands are the stages of the "
+                    "curriculum. A jump between stages comes from the change of the mix, not from "
+                    "the model."
                 ],
             ),
             _stage_table(steps, stages),
@@ -270,7 +277,7 @@ def stage_spans(steps: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
 
 
 def running_mean(values: np.ndarray, weights: np.ndarray, reach: int) -> np.ndarray:
-    """Weighted mean over up to `reach` steps to either side; shorter at the ends."""
+    """Weighted mean over `reach` steps on both sides; over fewer steps at the ends."""
     total = np.concatenate([[0.0], np.cumsum(values * weights)])
     weight = np.concatenate([[0.0], np.cumsum(weights)])
     index = np.arange(len(values))
@@ -361,7 +368,9 @@ def _stage_table(steps: list[dict[str, Any]], stages: list[tuple[str, int, int]]
 
 
 def _utilisation(steps: list[dict[str, Any]]) -> str:
-    known = [step["mfu"] for step in steps if step.get("mfu") is not None]
-    if not known:
+    shares = [step["mfu"] for step in steps if step.get("mfu") is not None]
+    if not shares:
         return ""
-    return f"; {percent(median(known), 0)} of the devices' matrix-multiply peak (median step)"
+    return (
+        f"; {percent(median(shares), 0)} of the peak matrix-multiply rate of the devices (median)"
+    )

@@ -1,4 +1,8 @@
-"""The top of the page: whether to trust the mix, in plain sentences made from the numbers."""
+"""The verdict: the first section of the report page, in plain sentences made from the numbers.
+
+It answers six questions: what was gained, whether the effect matrix is reproducible, whether the
+prediction was right, what the mix changes, whether the order matters, and what the run cost.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +34,22 @@ from system.report.view import Evaluation, RunView
 from system.solve.mix import CategoryMix, Mix
 
 PREFERRED_ARMS = ("solved-curriculum", "solved")
-"""Whose gain the headline tells: the first that was trained."""
+"""The headline shows the gain of the first of these arms that was trained."""
 AGREES_WELL, AGREES_PARTLY = 0.6, 0.3
-"""Rank correlations of split halves; where the line is drawn is a judgement, the number is not."""
-_CALLED = {
+"""Smallest rank correlations of split halves that are called good and partial agreement.
+
+These thresholds are a judgement; the page always shows the correlation itself."""
+_ARM_NAMES = {
     "solved-curriculum": "the solved mix with its curriculum",
     "solved": "the solved mix",
 }
 
-_ORDER_OVER = {True: "mean over the natural and the solved mix", False: "on the solved mix"}
+_ORDER_SCOPES = {True: "mean over the natural and the solved mix", False: "on the solved mix"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """A number to see first."""
+    """A key number at the top of the page."""
 
     label: str
     value: str
@@ -52,16 +58,16 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A sentence or two on one question."""
+    """A question and its short answer."""
 
     question: str
     answer: tuple[str, ...]
-    """Lines."""
+    """Paragraphs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the run shows, before all details."""
+    """The conclusions of a run: headline, key numbers, and answers to the usual questions."""
 
     headline: str
     outcome: Literal["better", "worse", "tie", "open"]
@@ -70,12 +76,12 @@ class Verdict:
 
 
 def give_verdict(view: RunView) -> Verdict:
-    """Reads the verdict off the numbers; says what is missing where stages have not run."""
+    """The verdict on a run; where a stage has not run, the answer names the missing stage."""
     headline, outcome = _headline(view)
     points = [
         Point(question="What was gained?", answer=_gain(view)),
-        Point(question="Does the matrix agree with itself?", answer=_agreement(view)),
-        Point(question="Was the promise kept?", answer=(_promise(view),)),
+        Point(question="Is the effect matrix reproducible?", answer=_agreement(view)),
+        Point(question="Was the prediction right?", answer=(_prediction(view),)),
         Point(question="What does the mix change?", answer=_changes(view)),
         Point(question="Does the order matter?", answer=(_order(view),)),
         Point(question="What did it cost?", answer=(_cost(view),)),
@@ -84,47 +90,52 @@ def give_verdict(view: RunView) -> Verdict:
 
 
 def headline_comparison(evaluation: Evaluation) -> dict[str, Any] | None:
-    """The preferred arm against the natural mix on losses, over all categories by importance."""
+    """The comparison of losses that the headline shows; None if there is none.
+
+    It compares the first trained arm of `PREFERRED_ARMS` with the natural mix, over all categories
+    weighted by importance.
+    """
     rows = comparisons(evaluation, "loss", NATURAL)
     for arm in PREFERRED_ARMS:
-        found = overall(rows, arm, "importance")
-        if found is not None:
-            return found
+        row = overall(rows, arm, "importance")
+        if row is not None:
+            return row
     return None
 
 
 def _headline(view: RunView) -> tuple[str, Literal["better", "worse", "tie", "open"]]:
     if view.evaluation is None:
         return (
-            "Nothing has been judged on held-out data yet, so nothing here shows that the mix is "
-            "better than the natural one.",
+            "No model has been evaluated on held-out data yet, so it is not known whether the "
+            "solved mix is better than the natural mix.",
             "open",
         )
     row = headline_comparison(view.evaluation)
     if row is None:
         return (
-            "The evaluation trained no solved mix beside a natural one, so it cannot say what the "
-            "mix is worth.",
+            "The evaluation did not train both a solved and a natural mix, so the "
+            "gain of the solved mix is not known.",
             "open",
         )
-    arm = _CALLED[row["arm"]]
+    arm = _ARM_NAMES[row["arm"]]
     arm = arm[0].upper() + arm[1:]
     size, ends = fixed(abs(row["value"]), 4), span(row["low"], row["high"], 4)
     level = percent(view.evaluation.summary["confidence"], 0)
     if row["verdict"] == "better":
         text = (
             f"{arm} beats the natural mix on held-out data by {size} nats per token "
-            f"({level} interval {ends})."
+            f"({level} interval of the gain: {ends})."
         )
     elif row["verdict"] == "worse":
         text = (
             f"{arm} is worse than the natural mix on held-out data by {size} nats per token "
-            f"({level} interval of the gain {ends})."
+            f"({level} interval of the gain: {ends})."
         )
     else:
         text = (
-            f"{arm} and the natural mix are tied on held-out data: "
-            f"{signed(row['value'], 4)} nats per token, and the {level} interval {ends} holds zero."
+            f"{arm} and the natural mix are tied on held-out data: the gain is "
+            f"{signed(row['value'], 4)} nats per token, and its {level} interval ({ends}) contains "
+            "zero."
         )
     return text, row["verdict"]
 
@@ -135,7 +146,10 @@ def _gain(view: RunView) -> tuple[str, ...]:
     rows = comparisons(view.evaluation, "loss", NATURAL)
     if not rows:
         return ("No arm was compared with the natural mix.",)
-    first = "Nats per response token against a natural mix of equal budget; more is better."
+    first = (
+        "Gains are in nats per response token, compared with a natural mix of the same budget; "
+        "positive is better."
+    )
     natural = next(
         (
             row["value"]
@@ -145,7 +159,7 @@ def _gain(view: RunView) -> tuple[str, ...]:
         None,
     )
     if natural is not None:
-        first += f" That mix's held-out loss is {fixed(natural, 4)}."
+        first += f" The held-out loss of the natural mix is {fixed(natural, 4)}."
     lines = [first]
     if note := view.evaluation.summary["importance_note"]:
         lines.append(sentence(note))
@@ -160,7 +174,8 @@ def _gain(view: RunView) -> tuple[str, ...]:
         )
     if any(row["se_seeds"] is None for row in rows):
         lines.append(
-            "One training per arm: how trainings differ by chance is not in these intervals."
+            "Each arm was trained once (one seed), so these intervals do not include the random "
+            "variation between trainings."
         )
     return tuple(lines)
 
@@ -174,92 +189,95 @@ def _agreement(view: RunView) -> tuple[str, ...]:
         halves = part["agreement"]
         if halves is None:
             parts.append(
-                "Unknown: there is one replication (or fewer than three categories), so the matrix "
-                "cannot be compared with itself."
+                "Unknown: this check needs at least two replications and three categories."
             )
             break
         rank = halves["rank"]
         parts.append(
-            f"{_belief(rank)} Measured by {_verb(direction)}, halves of "
-            f"{summary['replications']} replications order the interactions of pairs with a rank "
-            f"correlation of {fixed(rank['value'], 2)} ({percent(summary['confidence'], 0)} "
-            f"{interval(rank['low'], rank['high'], 2, with_sign=False)}), the worth of the "
-            "categories, scored on different held-out rows, with "
-            f"{_worth(direction_worth_agreement(part))}; "
-            f"{part['significant_pairs']:,} of "
-            f"{part['pairs']:,} pairs differ from zero."
+            f"{_belief(rank)} Effects measured by {_verb(direction)}: the "
+            f"{summary['replications']} replications were split into halves and compared. The rank "
+            f"correlation of the effects of pairs is {fixed(rank['value'], 2)} "
+            f"({percent(summary['confidence'], 0)} interval "
+            f"{interval(rank['low'], rank['high'], 2, with_sign=False)}). The rank correlation of "
+            "the worth of categories (the mean effect on all targets), each half scored on "
+            f"different held-out rows, is {_worth(direction_worth_agreement(part))}. "
+            f"{part['significant_pairs']:,} of {part['pairs']:,} pairs have an effect that differs "
+            "significantly from zero."
         )
     if summary["estimator"] == "gradient":
         parts.append(sentence(FIRST_ORDER))
     if worth_agreement(summary["directions"]) is None:
         parts.append(
-            "Whether the worth of the categories would come out the same again could not be "
-            "checked: nothing here is evidence that it would."
+            "It could not be checked whether a new measurement would give the same worth of the "
+            "categories."
         )
     if not summary["is_believed"]:
         parts.append(
-            "Agreement on worth is below influence.min_agreement "
-            f"({summary['min_agreement']:g}): the mix stays at the base."
+            "The agreement on worth is below influence.min_agreement "
+            f"({summary['min_agreement']:g}), so the solver keeps the base mix."
         )
     return tuple(parts)
 
 
 def _worth(value: float | None) -> str:
-    return "one that cannot be said" if value is None else fixed(value, 2)
+    return "unknown" if value is None else fixed(value, 2)
 
 
 def _belief(rank: dict[str, float | None]) -> str:
     value, low = rank["value"], rank["low"]
     if value is None:
-        return "It cannot be said."
+        return "Unknown."
     if low is not None and low <= 0:
-        return "Pair by pair not beyond doubt: agreement cannot be told from chance."
+        return "Not shown for single pairs: the agreement may be chance."
     if value >= AGREES_WELL:
-        return "Largely."
+        return "Mostly yes."
     if value >= AGREES_PARTLY:
-        return "In part; single entries are uncertain."
-    return "Pair by pair hardly."
+        return "Partly: single entries are uncertain."
+    return "Hardly for single pairs."
 
 
-def _promise(view: RunView) -> str:
+def _prediction(view: RunView) -> str:
     if view.mix is None:
         return _not_yet("solve")
     mix = view.mix
     digits = decimals([mix.expected_gain], least=4)
-    promised = signed(mix.expected_gain, digits)
+    predicted = signed(mix.expected_gain, digits)
     if mix.expected_gain_se is not None:
-        promised += f" ± {fixed(mix.expected_gain_se, digits)}"
+        predicted += f" ± {fixed(mix.expected_gain_se, digits)}"
     if view.evaluation is None or view.evaluation.summary["prediction"] is None:
         return (
-            f"The solver promises {promised} ({mix.effect_unit}). What it brings is not measured "
-            "yet."
+            f"The solver predicts a gain of {predicted} ({mix.effect_unit}). The realised gain is "
+            "not measured yet."
         )
     prediction = view.evaluation.summary["prediction"]
     total = prediction["overall"]
     text = (
-        f"The solver promised {signed(total['predicted'], 4)} ({mix.effect_unit}); training on "
-        "the solved mix (shuffled, against the natural mix) brought "
+        f"The solver predicted a gain of {signed(total['predicted'], 4)} ({mix.effect_unit}). "
+        "Training on the solved mix (shuffled, compared with the natural mix) realised "
         f"{signed(total['realised'], 4)} {interval(total['low'], total['high'], 4)}."
     )
     if total["low"] <= total["predicted"] <= total["high"]:
-        text += " The promise lies inside the interval of the outcome."
-    elif abs(total["predicted"] - total["realised"]) <= _allowed(total, view):
-        text += " They differ by no more than the errors of both allow."
+        text += " The prediction lies inside the interval of the realised gain."
+    elif abs(total["predicted"] - total["realised"]) <= _error_margin(total, view):
+        text += " The difference is within the errors of both numbers."
     elif total["realised"] < total["predicted"]:
-        text += " It promised too much."
+        text += " The prediction was too high."
     else:
-        text += " It promised too little."
+        text += " The prediction was too low."
     if prediction["slope"] is not None:
-        text += f" Per target, {fixed(prediction['slope'], 2)} came for each one promised."
+        text += (
+            f" Over the targets, {fixed(prediction['slope'], 2)} was realised per unit of "
+            "predicted gain."
+        )
     return text
 
 
-def _allowed(total: dict[str, Any], view: RunView) -> float:
-    """How far promise and outcome may lie apart by the errors of both."""
+def _error_margin(total: dict[str, Any], view: RunView) -> float:
+    """Largest difference of predicted and realised gain that the errors of both explain."""
     assert view.evaluation is not None
-    outcome = (total["high"] - total["low"]) / 2
+    realised = (total["high"] - total["low"]) / 2
     quantile = NormalDist().inv_cdf(0.5 + view.evaluation.summary["confidence"] / 2)
-    return hypot(outcome, quantile * (total["predicted_se"] or 0.0))
+    return hypot(realised, quantile * (total["predicted_se"] or 0.0))
 
 
 def _changes(view: RunView) -> tuple[str, ...]:
@@ -271,7 +289,7 @@ def _changes(view: RunView) -> tuple[str, ...]:
     ranked = sorted(mix.categories, key=lambda c: (c.count - c.base, c.category))
     up = [c for c in reversed(ranked) if c.count - c.base >= 0.5]
     down = [c for c in ranked if c.base - c.count >= 0.5]
-    lines = [f"It moves {percent(mix.moved)} of {count(mix.budget)} {mix.unit}."]
+    lines = [f"The solved mix moves {percent(mix.moved)} of {count(mix.budget)} {mix.unit}."]
     for word, moved in (("More", up), ("Less", down)):
         if moved:
             rest = f"; and {plural(len(moved) - 3, 'other')}" if len(moved) > 3 else ""
@@ -293,13 +311,13 @@ def _order(view: RunView) -> str:
         return _not_yet("evaluate")
     for row in view.evaluation.summary["factors"]:
         if row["factor"] == "order" and row["weighting"] == "importance":
-            called = {"better": "It helps", "worse": "It harms", "tie": "A tie"}[row["verdict"]]
+            answer = {"better": "It helps", "worse": "It harms", "tie": "A tie"}[row["verdict"]]
             return (
-                f"{called}: curriculum order instead of shuffling is worth "
+                f"{answer}: curriculum order instead of shuffling changes performance by "
                 f"{signed(row['value'], 4)} nats {interval(row['low'], row['high'], 4)}, "
-                f"{_ORDER_OVER['natural-curriculum' in row['formula']]}."
+                f"{_ORDER_SCOPES['natural-curriculum' in row['formula']]}."
             )
-    return "Not measured: no arm was trained both shuffled and in curriculum order."
+    return "Not measured: no mix was trained both shuffled and in curriculum order."
 
 
 def _cost(view: RunView) -> str:
@@ -307,14 +325,14 @@ def _cost(view: RunView) -> str:
         return "Nothing has run yet."
     ranked = sorted(view.records.values(), key=lambda record: -record.seconds)[:3]
     text = (
-        f"{duration(total_seconds(view))} in all; most of it in "
+        f"{duration(total_seconds(view))} in total; the longest stages: "
         + ", ".join(f"{record.stage} ({duration(record.seconds)})" for record in ranked)
         + "."
     )
     if view.influence is not None:
         cost = view.influence.summary["cost"]
         text += (
-            f" The matrix took {plural(cost['runs'], 'training')} on "
+            f" The effect matrix took {plural(cost['runs'], 'training')} on "
             f"{cost['trained_tokens']:,} tokens."
         )
     return text
@@ -335,16 +353,16 @@ def _tiles(view: RunView) -> tuple[Tile, ...]:
             else f"{interval(gain['low'], gain['high'], 4)} nats per token: {gain['verdict']}",
         ),
         Tile(
-            label="the matrix agrees with itself",
+            label="reproducibility of the matrix",
             value=NOTHING if worth is None else fixed(worth, 2),
-            note="not known"
+            note="not measured"
             if worth is None
-            else "rank correlation of split halves on what categories are worth, on different "
-            "held-out rows",
+            else "rank correlation of the worth of categories between split halves, scored on "
+            "different held-out rows",
         ),
         Tile(
-            label="promised, and realised",
-            value=_promise_tile(view.mix, prediction),
+            label="predicted → realised gain",
+            value=_prediction_tile(view.mix, prediction),
             note="solved mix, nats per token",
         ),
         Tile(
@@ -355,7 +373,7 @@ def _tiles(view: RunView) -> tuple[Tile, ...]:
     )
 
 
-def _promise_tile(mix: Mix | None, prediction: dict[str, Any] | None) -> str:
+def _prediction_tile(mix: Mix | None, prediction: dict[str, Any] | None) -> str:
     if prediction is not None:
         total = prediction["overall"]
         return f"{signed(total['predicted'], 3)} → {signed(total['realised'], 3)}"
@@ -367,4 +385,4 @@ def _verb(direction: str) -> str:
 
 
 def _not_yet(stage: str) -> str:
-    return f"Not known yet: the stage {stage} has not run."
+    return f"Not known yet: stage `{stage}` has not run."

@@ -1,4 +1,7 @@
-"""What a run left, read once through its stage records; stages that have not run are None."""
+"""The input of the report: all outputs of a run, read once.
+
+Outputs are found through the records of the stages; those of stages that have not run are None.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class Influence:
     """Results of the influence stage."""
 
     matrices: dict[str, EffectMatrix]
-    """Direction (`add`, `remove`) -> effects per example; of several doses, of the largest."""
+    """Direction (`add`, `remove`) -> effects per example, measured at the largest dose."""
     summary: dict[str, Any]
 
 
@@ -39,28 +42,28 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunView:
-    """Everything that a report is made of.  Nothing here is computed."""
+    """Everything that the report shows, as the stages wrote it."""
 
     run_dir: str
     config: dict[str, Any]
     """The resolved configuration of the last `run`."""
     records: dict[str, StageRecord]
-    """Finished stages, in the order of the pipeline, without the report itself."""
+    """Finished stages in the order of the pipeline, without the stage `report`."""
     corpus: Manifest | None
-    """After tagging where that has run, else as ingested: what everything downstream reads."""
+    """The corpus after tagging, or after ingest if tagging has not run."""
     tagging: dict[str, Any] | None
-    """Accuracy of tagging; None where it was not measured."""
+    """Accuracy of tagging; None if it was not measured."""
     influence: Influence | None
     mix: Mix | None
     sweep: list[dict[str, Any]] | None
-    """Points of the curve of predicted gain: `system.solve.solve.MovePoint` as JSON."""
+    """Predicted gain at several shares that may move: `system.solve.solve.MovePoint` as JSON."""
     taxonomy: Taxonomy | None
     curriculum: Curriculum | None
     training: list[dict[str, Any]] | None
     """One record per optimiser step, in order."""
     evaluation: Evaluation | None
     comparisons: tuple[Comparison, ...] = ()
-    """Other runs that measured the same effects, if it was asked for."""
+    """Comparisons with other runs that measured the same effects (`--compare`)."""
 
     @classmethod
     def open(cls, run_dir_uri: str, compare: Sequence[str] = ()) -> RunView:
@@ -68,26 +71,26 @@ class RunView:
 
         Args:
             run_dir_uri: the run.
-            compare: run directories whose effects are set beside its own.
+            compare: run directories whose effects are compared with those of this run.
 
         Raises:
-            ConfigError: there is no run directory, or one that is compared measured nothing.
-            DataError: an output that a record names cannot be read, or too few categories are
-                common to runs that are compared.
+            ConfigError: there is no run directory, or a compared run has no measured effects.
+            DataError: an output that a record names cannot be read, or compared runs have too few
+                categories in common.
         """
         run_dir = RunDir(run_dir_uri)
         config_uri = storage.join(run_dir.uri, "config.json")
         if not storage.exists(config_uri):
             raise ConfigError(
-                f"{run_dir_uri}: expected a run directory, found no config.json in it; "
-                "`instructmix run CONFIG` makes one"
+                f"{run_dir_uri}: expected a run directory, found no config.json in it; check the "
+                "path, or create a run with `instructmix run CONFIG`"
             )
-        found = {
+        by_stage = {
             stage: run_dir.read_record(folder)
             for stage, folder in STAGE_FOLDERS.items()
             if stage != "report"
         }
-        records = {stage: record for stage, record in found.items() if record is not None}
+        records = {stage: record for stage, record in by_stage.items() if record is not None}
         outputs = _Outputs(run_dir, records)
         return cls(
             run_dir=run_dir.uri,
@@ -107,14 +110,14 @@ class RunView:
 
 
 class _Outputs:
-    """Reads outputs by stage and name; None where the stage has not run."""
+    """Reads outputs by stage and name; the result is None if the stage has not run."""
 
     def __init__(self, run_dir: RunDir, records: dict[str, StageRecord]) -> None:
         self.run_dir = run_dir
         self.records = records
 
     def uri(self, stage: str, output: str) -> str | None:
-        """Where an output lies."""
+        """URI of an output."""
         record = self.records.get(stage)
         return None if record is None else self.run_dir.output_uri(record, output)
 
@@ -124,7 +127,7 @@ class _Outputs:
         return None if uri is None else storage.read_json(uri)
 
     def json_lines(self, stage: str, output: str) -> list[dict[str, Any]] | None:
-        """An output with one JSON value a line."""
+        """An output with one JSON value per line."""
         uri = self.uri(stage, output)
         if uri is None:
             return None

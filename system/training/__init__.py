@@ -1,1 +1,1 @@
-"""The trainer: a frozen plan, the loop, checkpoints, the exported model."""
+"""Training of one model: plan, training loop, checkpoints, and export."""

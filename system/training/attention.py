@@ -1,14 +1,16 @@
-"""Attention inside rows that lie end to end: block-diagonal, exact, without a mask of its size.
+"""Attention for rows that are concatenated without padding ("flat" layout).
 
-A forward pass holds its rows one behind the other, [1, N], with no padding; every layer but
-attention is blind to that.  Attention runs row by row: in half precision on CUDA with torch's
-variable-length FlashAttention, elsewhere with SDPA over buckets of rows of similar length.  Rows in
-a bucket are padded at their end, which a causal query never sees, so the result is as unpacked.
+A forward pass holds its rows one after the other, [1, N].  Only attention must know where a row
+ends; all other layers work on single tokens.  The result is the same as with a block-diagonal mask,
+but without the memory of such a mask.  In half precision on CUDA, torch's variable-length
+FlashAttention is used; elsewhere SDPA over buckets of rows of similar length.  Rows in a bucket are
+padded at the end, where a causal query never looks, so the result is the same as without packing.
 
-Sliding windows are honoured: a query sees its own key and the window - 1 before it.  What else a
-layer asks for (sinks, caps, chunks, biases) is not known here and refused, never ignored.
+Sliding windows are supported: a query sees its own key and the window - 1 keys before it.  Other
+features of a layer (sinks, caps, chunks, biases) raise an error; they are never ignored.
 
-Registered with transformers under `NAME`; the layout travels in the keyword `segments`.
+The function is registered with transformers under `NAME`; the positions of the rows are in the
+keyword argument `segments`.
 
 N = tokens of a pass, H = heads, D = head dimension.
 """
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 NAME = "instructmix_segments"
 _MIN_FILL = 0.8
-"""A row joins a bucket when it is at least this share of the bucket's longest."""
+"""Smallest length of a row in a bucket, as a share of the longest row in it."""
 _HARMLESS = frozenset(
     {
         "position_ids",
@@ -45,55 +47,56 @@ _HARMLESS = frozenset(
         "is_causal",
     }
 )
-"""Keywords of layers that say nothing about what attention computes in a causal training pass."""
+"""Keyword arguments that do not change what attention computes in a causal training pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Neighbouring rows of similar length."""
+    """Consecutive rows of similar length."""
 
     start: int
-    """First token of the bucket in the pass."""
+    """First token of the bucket, as a position in the pass."""
     stop: int
     num_rows: int
     width: int
     gather: torch.Tensor | None
-    """[num_rows * width] int64, token (from `start`) under each padded place; None: no padding."""
+    """[num_rows * width] int64, token (counted from `start`) at each padded position; None: no
+    padding."""
     scatter: torch.Tensor | None
-    """[stop - start] int64, padded place of each token."""
+    """[stop - start] int64, padded position of each token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Where the rows of a pass lie."""
+    """Positions of the rows of a pass."""
 
     starts: torch.Tensor
     """[rows + 1] int32, first token of each row and N."""
     max_length: int
     buckets: tuple[Bucket, ...]
-    """Empty: FlashAttention needs none."""
+    """Empty if FlashAttention is used, which needs no buckets."""
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The values on a device; nobody waits for what the device has to do before."""
+    """The values on a device, copied without waiting for earlier work of the device."""
     tensor = torch.from_numpy(values)
     if device.type == "cuda":
-        tensor = tensor.pin_memory()  # a copy from other memory waits for the GPU
+        tensor = tensor.pin_memory()  # a copy from memory that is not pinned waits for the GPU
     return tensor.to(device, non_blocking=True)
 
 
 def may_use_flash(device: torch.device, compute_dtype: torch.dtype) -> bool:
-    """Whether FlashAttention can be tried: it knows CUDA and the two half precisions."""
+    """Whether FlashAttention can be tried: it supports CUDA and the two half precisions."""
     return device.type == "cuda" and compute_dtype in (torch.bfloat16, torch.float16)
 
 
 def build_segments(lengths: np.ndarray, device: torch.device, *, has_flash: bool) -> Segments:
-    """The layout of rows that lie end to end; rows should come longest first.
+    """The positions of concatenated rows; rows should be sorted by length, longest first.
 
     Args:
         lengths: [rows] int64.
         device: where the tensors go.
-        has_flash: attention is FlashAttention, which needs no buckets.
+        has_flash: whether attention uses FlashAttention, which needs no buckets.
     """
     starts = np.concatenate([[0], np.cumsum(lengths)])
     return Segments(
@@ -104,26 +107,27 @@ def build_segments(lengths: np.ndarray, device: torch.device, *, has_flash: bool
 
 
 def declared_windows(config: PretrainedConfig) -> list[int | None]:
-    """What each layer of a decoder may look back to, as its configuration says; None: everything.
+    """The sliding window of each layer of a decoder in its configuration; None: no window.
 
     Raises:
-        NotImplementedError: a layer attends in another way.
+        NotImplementedError: a layer uses another kind of attention.
     """
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if kinds is None:
         if getattr(config, "attention_chunk_size", None) is not None:
-            raise NotImplementedError("its layers attend within chunks")
+            raise NotImplementedError("its layers use chunked attention")
         if getattr(config, "use_sliding_window", True) is False:
             window = None
         return [window] * config.num_hidden_layers
     others = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if others:
-        raise NotImplementedError(f"it has layers of the kind {', '.join(others)}")
+        raise NotImplementedError(f"it has layers of type {', '.join(others)}")
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _buckets(lengths: np.ndarray, starts: np.ndarray, device: torch.device) -> list[Bucket]:
+    # A bucket grows until the next row would differ too much in length.
     buckets = []
     first = 0
     for row in range(1, len(lengths) + 1):
@@ -159,38 +163,38 @@ def segment_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment, in transformers' attention interface.
+    """Causal attention within each row; the signature is transformers' attention interface.
 
     Args:
         module: the attention layer.
         query: [1, H, N, D].
         key: [1, H or fewer, N, D].
         value: as key.
-        attention_mask: ignored; the layout is in `segments`.
-        segments: where the rows lie.
+        attention_mask: ignored; the positions of the rows are in `segments`.
+        segments: positions of the rows.
         scaling: factor of the scores.
         dropout: probability with which attention weights are dropped.
-        sliding_window: keys that a query sees, its own included; null: all before it.
-        kwargs: what other implementations need.
+        sliding_window: keys that a query sees, its own included; None: all keys before it.
+        kwargs: arguments of other implementations.
 
     Returns:
-        [1, N, H, D] and no weights.
+        [1, N, H, D], and None instead of attention weights.
 
     Raises:
-        ModelError: dropout where FlashAttention is used, which has none.
-        NotImplementedError: the layer asks for more than causal attention in a window.
+        ModelError: attention dropout is set, but FlashAttention does not support it.
+        NotImplementedError: the layer needs more than causal attention in a window.
     """
     unknown = [name for name in kwargs.keys() - _HARMLESS if kwargs[name] is not None]
     if unknown:
-        raise NotImplementedError(f"its attention takes {', '.join(sorted(unknown))}")
+        raise NotImplementedError(f"its attention uses {', '.join(sorted(unknown))}")
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise NotImplementedError("its attention is not causal")
     if not segments.buckets:
         if dropout:
             raise ModelError(
                 f"the model's configuration asks for attention dropout ({dropout:g}), which "
-                "variable-length FlashAttention does not have: set attention_dropout to 0 in its "
-                "config.json, or train in float32 (model.dtype)"
+                "variable-length FlashAttention does not support: set attention_dropout to 0 in "
+                "its config.json, or train in float32 (model.dtype)"
             )
         return _varlen(query, key, value, segments, scaling, sliding_window), None
     parts = [
@@ -214,7 +218,7 @@ def _bucket(
     mask = None
     if window is not None and window < bucket.width:
         mask = _band(bucket.width, window, query.device)
-        if is_shared:  # no fast kernel of a GPU takes a mask and shared heads together
+        if is_shared:  # no fast GPU kernel supports a mask together with shared heads
             key, value = (
                 s.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for s in (key, value)
             )
@@ -241,7 +245,7 @@ def _bucket(
 
 
 def _band(width: int, window: int, device: torch.device) -> torch.Tensor:
-    """[width, width] bool, the keys that each query sees."""
+    """[width, width] bool: whether a query (row) sees a key (column)."""
     place = torch.arange(width, device=device)
     distance = place[:, None] - place[None, :]
     return (distance >= 0) & (distance < window)
@@ -257,8 +261,8 @@ def _varlen(
 ) -> torch.Tensor:
     from torch.nn.attention import varlen
 
-    # Rotary embedding gives float32 where the hidden states are float32, and no autocast rule
-    # lowers the inputs of this operator as one does for SDPA.
+    # Rotary embedding returns float32 if the hidden states are float32, and autocast has no rule
+    # for this operator (it has one for SDPA), so the inputs are converted here.
     device = value.device.type
     lowers = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if lowers else value.dtype
@@ -277,15 +281,15 @@ def _varlen(
     )
     assert isinstance(out, torch.Tensor)
     if out.grad_fn is not None and torch.is_deterministic_algorithms_warn_only_enabled():
-        _add_in_order(out.grad_fn)
+        _force_deterministic(out.grad_fn)
     return out[None]
 
 
-def _add_in_order(node: torch.autograd.graph.Node) -> None:
-    """Lets FlashAttention's backward pass add in a fixed order, at some cost in speed.
+def _force_deterministic(node: torch.autograd.graph.Node) -> None:
+    """Makes the backward pass of FlashAttention deterministic (fixed order of sums, but slower).
 
-    Where torch may only warn about operators without one, it would not even take this one: the
-    order is fixed where it must be.  So torch is strict for the length of this operator.
+    Torch chooses the deterministic version of this operator only in strict mode, not if
+    nondeterministic operators give a warning.  So strict mode is on while this operator runs.
     """
 
     def before(_: object) -> None:
@@ -299,7 +303,7 @@ def _add_in_order(node: torch.autograd.graph.Node) -> None:
 
 
 def register(implementation: Callable[..., Any] | None = None) -> None:
-    """Makes the implementation (by default `segment_attention`) known to transformers."""
+    """Registers the implementation (default: `segment_attention`) with transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, implementation or segment_attention)

@@ -1,9 +1,9 @@
-"""How much arithmetic a step needs, and how much the machine can do: model FLOPs utilisation.
+"""Model FLOPs utilisation (MFU): operations that a step needs over those the devices could do.
 
-MFU (Chowdhery et al. 2022, PaLM, appendix B) is the arithmetic that the rows need at least, over
-the arithmetic that the devices could have done in the same time.  Padding, recomputation and the
-optimiser do not count as needed.  What the devices can do is measured: the fastest of some large
-matrix products in the precision of the training, so the figure means the same on every machine.
+Source: Chowdhery et al. 2022, PaLM, appendix B.  The numerator is the minimum for the rows, without
+padding, recomputation, and optimiser.  The denominator is measured: the rate of the fastest of some
+large matrix products in the precision of the training.  So the number has the same meaning on every
+machine.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from transformers import PretrainedConfig
 from system.training.plan import TrainPlan
 
 _PRODUCTS = 8
-_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_REQUIRED_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def step_flops(
     plan: TrainPlan, config: PretrainedConfig, *, is_lora: bool = False
 ) -> np.ndarray | None:
-    """[S] operations that each step's rows need at least, over all ranks.
+    """[S] operations that the rows of each step need at least, over all ranks.
 
-    Six per weight of the layers and token (four where the weights are frozen and only activations
-    have gradients), the head at response tokens only, attention over each row's causal triangle.
+    Six operations per weight and token (four if the weights are frozen and only activations have
+    gradients); the head only at response tokens; attention over the causal triangle of each row.
 
     Args:
-        plan: its rows, S steps.
-        config: of a decoder with gated feed-forward layers (Llama, Qwen, Mistral and their like);
-            for others (experts, GPT-2) no figure is given: None.
-        is_lora: adapters are trained, the weights are frozen; the adapters themselves are left out.
+        plan: the rows; S steps.
+        config: of a decoder with gated feed-forward layers (Llama, Qwen, Mistral, and similar); the
+            result is None for other models (mixtures of experts, GPT-2).
+        is_lora: whether the weights are frozen and adapters are trained; the adapters themselves
+            are not counted.
     """
-    if any(getattr(config, name, None) is None for name in _NEEDED) or any(
+    if any(getattr(config, name, None) is None for name in _REQUIRED_FIELDS) or any(
         getattr(config, name, None) for name in _EXPERTS
     ):
         return None
@@ -56,9 +57,9 @@ def step_flops(
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of the fastest matrix product seen on the device.
+    """Operations per second of the fastest of some matrix products on the device.
 
-    Uses the threads that torch uses now, and no random numbers.
+    It uses the current number of torch threads, and no random numbers.
     """
     size = 8192 if device.type == "cuda" else 1024
     left = torch.linspace(-1, 1, size * size, device=device).reshape(size, size).to(dtype)

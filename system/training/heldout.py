@@ -1,7 +1,7 @@
-"""The held-out loss that a training measures on itself, at its checkpoints.
+"""The held-out loss of a training, measured at its checkpoints.
 
-It decides which checkpoint is the best one, and nothing else: no gradient, no dropout, no random
-number is taken, so a training ends in the same bits with it and without it.
+It decides only which checkpoint is the best.  It uses no gradient, no dropout, and no random
+numbers, so the trained weights are the same bits with and without it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from system.training.train import Training
 
 
 def held_out_loss(training: Training, plan: TrainPlan) -> float:
-    """Mean nats per response token of a plan's rows under the weights of now; all ranks call it.
+    """Mean nats per response token of held-out rows with the current weights.
+
+    All ranks must call it.
 
     Args:
         training: entered.
-        plan: rows that it does not train on; its steps are only a way to cut them up.
+        plan: the held-out rows; its steps only divide them into batches.
 
     Returns:
-        The same number on all ranks; equal bits at equal world size.
+        The same number on all ranks; the same bits at the same world size.
 
     Raises:
         StageError: the loss is not finite.
@@ -40,8 +42,8 @@ def held_out_loss(training: Training, plan: TrainPlan) -> float:
                         totals += float(total), len(nll_M)
     finally:
         training.model.train()
-        # Without a backward pass nothing shards the outermost parameters again, and whoever saves
-        # next would find whole ones that the optimiser does not know.
+        # FSDP reshards the outermost parameters in the backward pass.  Without it, the next
+        # checkpoint would find unsharded parameters, which the optimiser does not know.
         for module in training.objective.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -52,8 +54,8 @@ def held_out_loss(training: Training, plan: TrainPlan) -> float:
     nll, labels = summed.tolist()
     if not np.isfinite(nll):
         raise StageError(
-            f"the held-out loss of the weights so far is not finite ({nll} over {labels:.0f} "
-            "tokens): the training diverged. Lower train.learning_rate; the weights of the newest "
-            "checkpoint are whole."
+            f"the held-out loss of the current weights is not finite ({nll} over {labels:.0f} "
+            "tokens): the training diverged. Lower train.learning_rate; the newest checkpoint has "
+            "finite weights."
         )
     return nll / labels

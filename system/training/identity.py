@@ -1,4 +1,7 @@
-"""What a training was made from, as hashes: a checkpoint goes on only where all of them agree."""
+"""The identity of a training: hashes of its inputs.
+
+A training resumes from a checkpoint only if all hashes are equal.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ if TYPE_CHECKING:
 
 _SAMPLE_BYTES = 2**20
 _SAMPLES = 16
-"""Mebibytes of a file that are looked at, evenly spread: weights that were trained further differ
-everywhere, and hashing all of a large model takes minutes on every worker."""
+"""Samples of one mebibyte that are hashed per file, evenly spread.  They are enough, because
+training changes weights everywhere; hashing a whole large model takes minutes on every worker."""
 _MODEL_FILES = ("config.json", "generation_config.json")
 
 
@@ -36,10 +39,10 @@ def training_identity(
     model: PreTrainedModel,
     device: torch.device,
 ) -> dict[str, str]:
-    """What a checkpoint must have been made from to be resumed.
+    """Hashes that a checkpoint must have for this training to resume from it.
 
     Raises:
-        ConfigError: the kernels that are wanted cannot be had on this worker.
+        ConfigError: the requested kernels cannot be used on this worker.
     """
     identity = {
         "plan": plan.sha256,
@@ -54,12 +57,12 @@ def training_identity(
 
 
 def file_hash(uri: str) -> str:
-    """SHA-256 of a file, as `sha256sum` gives it."""
+    """SHA-256 of a file, as printed by `sha256sum`."""
     return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Hash of a model's weights and configuration; see `_files_hash`."""
+    """Hash of the weights and the configuration of a model; see `_files_hash`."""
     return _files_hash(
         path
         for path in folder.iterdir()
@@ -68,7 +71,7 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """Hash of the tokenizer's files, the chat template included; see `_files_hash`."""
+    """Hash of the files of a tokenizer, with the chat template; see `_files_hash`."""
     return _files_hash(
         path
         for path in folder.iterdir()
@@ -79,8 +82,9 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 def _files_hash(paths: Iterable[Path]) -> str:
-    """Hash of files: names, sizes, and sixteen mebibytes of each, the first and the last included;
-    small files whole.
+    """Hash of names, sizes, and sixteen mebibytes of each file, with the first and the last one.
+
+    Smaller files are hashed completely.
     """
     digest = hashlib.sha256()
     for path in sorted(paths):
@@ -96,9 +100,11 @@ def _files_hash(paths: Iterable[Path]) -> str:
 
 
 def local_model(uri: str) -> Path:
-    """The model directory on this machine; a remote one is copied once per machine."""
+    """The model directory on this machine; a remote one is downloaded once per machine."""
     key = hashlib.sha256(uri.encode()).hexdigest()[:16]
     folder = storage.download_directory(uri, Path(tempfile.gettempdir()) / f"instructmix-{key}")
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{uri}: expected a model directory, found no config.json in it")
+        raise ModelError(
+            f"{uri}: expected a model directory, found no config.json in it; check model.path"
+        )
     return folder

@@ -1,15 +1,15 @@
-"""One training from plan to exported model, as every rank runs it.
+"""A training job from plan to exported model.  Every rank runs `run_job`.
 
     OUTPUT/
-      checkpoints/   metrics/part-*.jsonl   progress.json      while it runs
+      checkpoints/   metrics/part-*.jsonl   progress.json      while the job runs
       model/         Hugging Face directory
-      adapter/       the adapters alone, where they were trained
+      adapter/       adapters, if these were trained
       metrics.jsonl
-      done.json      written last: identity and summary; a job with it is finished
+      done.json      written last: hashes and summary; the job is finished if it exists
 
-Killed at any moment and started again with any number of ranks it goes on from the newest whole
-checkpoint.  Errors that are the input's are raised by all ranks together, so that none waits for
-another that has given up.
+A job that is killed at any moment and started again, with any number of ranks, continues from the
+newest complete checkpoint.  Errors of the input are raised by all ranks together; otherwise the
+others would wait for the rank that stopped.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from system.errors import DataError, InstructMixError, StageError
 from system.models.base import load_model
 from system.training.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
     find_checkpoints,
     load_checkpoint,
     resumable,
 )
-from system.training.checkpoint_writer import CheckpointWriter
-from system.training.deliver import deliver
-from system.training.export import whole_state
+from system.training.export import export_job, whole_state
 from system.training.flops import peak_flops, step_flops
 from system.training.heldout import held_out_loss
 from system.training.identity import local_model, training_identity
@@ -48,9 +47,9 @@ class Ranks:
     """The processes that train together."""
 
     group: dist.ProcessGroup | None = None
-    """Sums gradients; none: this process alone."""
+    """Sums gradients; None: a single process."""
     cpu_group: dist.ProcessGroup | None = None
-    """Checkpoints and agreement, over gloo, apart from `group`."""
+    """A gloo group for checkpoints and for exchanging errors; not the same as `group`."""
 
     @property
     def is_first(self) -> bool:
@@ -58,7 +57,7 @@ class Ranks:
         return self.group is None or dist.get_rank(self.group) == 0
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """The value of rank 0, on every rank."""
         if self.cpu_group is None:
             return value
         box = [value]
@@ -69,47 +68,47 @@ class Ranks:
 
     @contextlib.contextmanager
     def agreeing(self) -> Iterator[None]:
-        """A block whose input errors are raised by every rank as soon as one has met one."""
+        """If any rank raises an input error within the block, every rank raises it at its end."""
         error: InstructMixError | None = None
         try:
             yield
-        except InstructMixError as met:
-            error = met
+        except InstructMixError as raised:
+            error = raised
         errors: list[Any] = [error]
         if self.cpu_group is not None:
             errors = [None] * dist.get_world_size(self.cpu_group)
             dist.all_gather_object(errors, error, group=self.cpu_group)
-        for met in errors:
-            if met is not None:
-                raise met
+        for other in errors:
+            if other is not None:
+                raise other
 
 
 def read_finished(job: TrainJob) -> TrainedModel | None:
-    """The result of a job that is done already.
+    """The result of a finished job; None if it is not finished.
 
     Raises:
-        DataError: another job was finished in this directory.
+        DataError: the directory holds the result of another job.
     """
     uri = storage.join(job.output_uri, "done.json")
     if not storage.exists(uri):
         return None
     done = storage.read_json(uri)
-    wanted = _promise(job, read_plan(job.plan_uri))
-    differing = sorted(name for name, value in wanted.items() if done.get(name) != value)
+    inputs = _input_hashes(job, read_plan(job.plan_uri))
+    differing = sorted(name for name, value in inputs.items() if done.get(name) != value)
     if differing:
         raise DataError(
             f"{job.output_uri} holds the finished model of another training "
-            f"({', '.join(differing)} differ); train into another directory, or delete it"
+            f"({', '.join(differing)} differ); use another output directory, or delete this one"
         )
     return TrainedModel(**done["summary"])
 
 
-def _promise(job: TrainJob, plan: TrainPlan) -> dict[str, str]:
-    """What a finished job must have been made from."""
-    promise = {"plan": plan.sha256, "settings": job.settings.sha256(), "export": job.export}
+def _input_hashes(job: TrainJob, plan: TrainPlan) -> dict[str, str]:
+    """What decides the result of a job; `done.json` records it."""
+    hashes = {"plan": plan.sha256, "settings": job.settings.sha256(), "export": job.export}
     if job.heldout_uri is not None:
-        promise["heldout"] = read_plan(job.heldout_uri).sha256
-    return promise
+        hashes["heldout"] = read_plan(job.heldout_uri).sha256
+    return hashes
 
 
 def run_job(
@@ -118,13 +117,13 @@ def run_job(
     device: torch.device,
     on_checkpoint: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainedModel:
-    """Trains and exports, or gives back what was finished before.
+    """Trains and exports a model, or returns the result of an earlier run of the same job.
 
     Args:
         job: the job, the same on all ranks.
-        ranks: who trains.
+        ranks: the processes that train together.
         device: of this rank.
-        on_checkpoint: told the metrics of the last step at every checkpoint, on all ranks.
+        on_checkpoint: called on all ranks at every checkpoint, with metrics of the last step.
 
     Raises:
         StageError: a loss or gradient is not finite.
@@ -133,14 +132,14 @@ def run_job(
     with ranks.agreeing():
         finished = read_finished(job)
     finished = ranks.from_first(finished)
-    while finished is None:
-        with contextlib.suppress(_UnreadableError):
+    while finished is None:  # a damaged checkpoint is removed, then the next older one is tried
+        with contextlib.suppress(_UnreadableCheckpointError):
             finished = _train(job, ranks, device, on_checkpoint)
     return finished
 
 
-class _UnreadableError(Exception):
-    """The newest checkpoint turned out damaged and was taken away: start over with the next."""
+class _UnreadableCheckpointError(Exception):
+    """The checkpoint is damaged and was removed; the caller tries the next older one."""
 
 
 def _train(
@@ -156,8 +155,9 @@ def _train(
         base_dir = local_model(job.model_dir)
         model = load_model(base_dir, device=str(device), trust_remote_code=job.trust_remote_code)
         identity = training_identity(job, plan, heldout, base_dir, model, device)
-        found = resumable(find_checkpoints(checkpoints_uri, identity))
-    newest: Checkpoint | None = ranks.from_first(found[0] if found else None)
+        checkpoints = resumable(find_checkpoints(checkpoints_uri, identity))
+    # Ranks may list the storage at different times: all use what rank 0 found.
+    newest: Checkpoint | None = ranks.from_first(checkpoints[0] if checkpoints else None)
     with contextlib.ExitStack() as stack:
         with ranks.agreeing():
             training = Training(model, plan, job.settings, group=ranks.group)
@@ -182,20 +182,21 @@ def _train(
         try:
             _make_steps(job, training, steps, heldout, writer, totals, log, ranks, on_checkpoint)
         except InstructMixError:
-            writer.poll()  # a save that is done counts, whatever ended the training
+            writer.poll()  # commit a completed save, even though the training failed
             raise
         writer.check_current()
         if job.export == "best" and totals.best_step != plan.num_steps:
             _load_best(checkpoints_uri, identity, totals.best_step, training, ranks)
+        # Collected before the block ends, because leaving it merges the adapters.
         is_whole = job.settings.lora is None and job.settings.parallel == "ddp"
         state = None if is_whole else whole_state(training)
     summary = _summary(job, plan, totals)
     with ranks.agreeing(), storage.room_for("the trained model", job.output_uri):
         if ranks.is_first:
-            deliver(job, plan, base_dir, state, model, identity, summary)
+            export_job(job, plan, base_dir, state, model, identity, summary)
             assert log is not None
             log.close()
-            done = {**_promise(job, plan), "summary": asdict(summary)}
+            done = {**_input_hashes(job, plan), "summary": asdict(summary)}
             storage.write_json(storage.join(job.output_uri, "done.json"), done)
             if job.keep_checkpoints == 0:
                 storage.delete(checkpoints_uri)
@@ -206,7 +207,7 @@ def _load(checkpoint: Checkpoint, training: Training, ranks: Ranks) -> None:
     try:
         load_checkpoint(checkpoint, training, ranks.cpu_group)
     except StageError as error:
-        raise _UnreadableError from error
+        raise _UnreadableCheckpointError from error
 
 
 def _load_best(
@@ -216,11 +217,11 @@ def _load_best(
     training: Training,
     ranks: Ranks,
 ) -> None:
-    """Goes back to the best checkpoint; where it is gone the training goes on from before it."""
-    found = [c for c in find_checkpoints(checkpoints_uri, identity) if c.step == step]
-    best: Checkpoint | None = ranks.from_first(found[0] if found else None)
+    """Loads the best checkpoint; if it does not exist, the training resumes from an older one."""
+    matches = [c for c in find_checkpoints(checkpoints_uri, identity) if c.step == step]
+    best: Checkpoint | None = ranks.from_first(matches[0] if matches else None)
     if best is None:
-        raise _UnreadableError
+        raise _UnreadableCheckpointError
     _load(best, training, ranks)
 
 
@@ -274,7 +275,7 @@ def _make_steps(
     ranks: Ranks,
     on_checkpoint: Callable[[dict[str, Any]], None] | None,
 ) -> None:
-    """Trains, and saves a checkpoint after every `checkpoint_every` steps but the last."""
+    """Makes the steps; saves a checkpoint every `checkpoint_every` steps, except after the last."""
     for step in steps:
         stats = training.step(step)
         totals.add(stats)
@@ -290,6 +291,7 @@ def _make_steps(
         if not is_checkpoint:
             continue
         writer.finish()
+        # Metrics come before the checkpoint: a training that resumes from it never lacks them.
         with ranks.agreeing(), storage.room_for("the metrics", job.output_uri):
             if log is not None:
                 log.flush()

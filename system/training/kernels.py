@@ -1,8 +1,8 @@
-"""Optional speed: Liger kernels in the layers, and torch.compile of every decoder block.
+"""Optional speed: Liger kernels in the layers, and torch.compile for every decoder layer.
 
-Neither is taken on trust.  After Liger's kernels are in, the model must give the losses that it
-gave before, on the rows of the layout's own probe; what cannot be used is an error that says what
-is missing, never a quiet way around.  The loss stays ours: it holds no logits (`loss.py`).
+Both are checked.  With Liger's kernels, the model must give the same losses as before on the probe
+rows of `layout.py`.  If something cannot be used, an error says what is missing; there is no silent
+fallback.  The loss is always the one of `loss.py`, which does not store logits.
 
 Source: Liger Kernel, arXiv 2410.10989; `torch.compile`, PyTorch 2 (ASPLOS 2024).
 """
@@ -24,42 +24,45 @@ from system.training.parallel import decoder_layers
 
 Kernels = Literal["auto", "torch", "liger"]
 _TOLERANCE = 1e-3
-"""Nats per token, float32; wrong positions or wrong weights are orders of magnitude larger."""
+"""Allowed difference of losses, in nats per token, float32.  Wrong positions or wrong weights cause
+differences that are orders of magnitude larger."""
 
 
 def resolve_kernels(
-    wanted: Kernels, model_type: str, device: torch.device
+    requested: Kernels, model_type: str, device: torch.device
 ) -> Literal["torch", "liger"]:
-    """Which kernels a training uses; a pure function of the wish, the model and the worker.
+    """Which kernels a training uses; a pure function of the configuration, model, and device.
 
     Args:
-        wanted: `auto` takes Liger's wherever they can be used.
+        requested: `train.kernels`; `auto` uses Liger's kernels wherever they work.
         model_type: of the model's configuration.
         device: of the worker.
 
     Raises:
-        ConfigError: `liger` is wanted and cannot be had; names what is missing.
+        ConfigError: `liger` is requested but cannot be used; the message names what is missing.
     """
-    if wanted == "torch":
+    if requested == "torch":
         return "torch"
-    lacking = _lacking(model_type, device)
-    if lacking is None:
+    missing = _missing_requirement(model_type, device)
+    if missing is None:
         return "liger"
-    if wanted == "auto":
+    if requested == "auto":
         return "torch"
     raise ConfigError(
-        f"train.kernels is 'liger', but {lacking}. Use `train.kernels: torch` (or `auto`, which "
-        "takes Liger's kernels wherever they can be used), or set up what is missing."
+        f"train.kernels is 'liger', but {missing}. Use `train.kernels: torch` (or `auto`, which "
+        "uses Liger's kernels wherever they work), or install what is missing."
     )
 
 
-def _lacking(model_type: str, device: torch.device) -> str | None:
+def _missing_requirement(model_type: str, device: torch.device) -> str | None:
     if device.type != "cuda":
-        return f"its kernels need a GPU and this worker trains on {device} (cluster.train_gpus)"
+        return f"Liger's kernels need a GPU and this worker trains on {device} (cluster.train_gpus)"
     if importlib.util.find_spec("liger_kernel") is None:
         return "the package liger-kernel is not installed (pip install 'instructmix[gpu]')"
     if model_type not in _patches():
-        return f"it has none for models of type {model_type!r}; it knows {sorted(_patches())}"
+        return (
+            f"Liger has no kernels for models of type {model_type!r}, only for {sorted(_patches())}"
+        )
     return None
 
 
@@ -71,18 +74,18 @@ def _patches() -> dict[str, Any]:
     return MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
-def use_kernels(objective: Objective, wanted: Kernels) -> Literal["torch", "liger"]:
-    """Puts the kernels into the objective's model, in place; says which.
+def use_kernels(objective: Objective, requested: Kernels) -> Literal["torch", "liger"]:
+    """Installs the kernels in the model of the objective, in place; returns their name.
 
     Raises:
         ConfigError: as `resolve_kernels`.
-        ModelError: with the kernels the model does not compute what it computed before.
+        ModelError: the losses of the model change with the kernels.
     """
     model = objective.model
     device = next(model.parameters()).device
-    found = resolve_kernels(wanted, model.config.model_type, device)
-    if found == "torch":
-        return found
+    kernels = resolve_kernels(requested, model.config.model_type, device)
+    if kernels == "torch":
+        return kernels
     before = probe_losses(objective)
     patch = _patches()[model.config.model_type]
     patch(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
@@ -93,11 +96,11 @@ def use_kernels(objective: Objective, wanted: Kernels) -> Literal["torch", "lige
             f"probe, where at most {_TOLERANCE:g} is accepted: this version of liger-kernel does "
             "not compute this model faithfully. Use `train.kernels: torch`."
         )
-    return found
+    return kernels
 
 
 def check_compiler(device: torch.device) -> None:
-    """Looks whether torch.compile can work here, before a training starts.
+    """Checks, before a training starts, that torch.compile can work here.
 
     Raises:
         ConfigError: there is no compiler for the device.
@@ -105,37 +108,38 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        lacking = None if has_triton() else "a working triton package for this GPU"
+        missing = None if has_triton() else "a working triton package for this GPU"
     else:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
         try:
             get_cpp_compiler()
-            lacking = None
+            missing = None
         except InvalidCxxCompiler:
-            lacking = "a C++ compiler (g++ or clang++) on this machine"
-    if lacking is not None:
+            missing = "a C++ compiler (g++ or clang++) on this machine"
+    if missing is not None:
         raise ConfigError(
-            f"train.compile is on, but torch.compile needs {lacking}, and there is none. Install "
-            "it where the workers run, or set `train.compile: false`."
+            f"train.compile is on, but torch.compile needs {missing}, which was not found. Install "
+            "it on the nodes that train, or set `train.compile: false`."
         )
 
 
 @contextmanager
 def compiled_layers(model: torch.nn.Module) -> Iterator[None]:
-    """Within the block every decoder layer runs compiled, names and weights as before.
+    """Within the block every decoder layer runs compiled; names and weights do not change.
 
-    Layer by layer: equal layers share what is compiled, and sharding still sees the blocks.  The
-    number of tokens of a pass is left open, so that a new length compiles nothing.
+    Layers are compiled one by one: equal layers share their compiled code, and sharding still finds
+    them.  The number of tokens is dynamic, so a new length does not cause a new compilation.
     """
     check_compiler(next(model.parameters()).device)
     layers = decoder_layers(model)
-    # Its buckets differ from pass to pass: traced, they would be compiled anew each time.
+    # Attention is not compiled: its buckets differ from pass to pass, which would cause a new
+    # compilation each time.
     attention.register(torch.compiler.disable(attention.segment_attention))
     try:
-        # An eager vLLM engine switches dynamo off for its whole process; layers would then be
-        # "compiled" to themselves, without a word.
+        # A vLLM engine in eager mode switches dynamo off for its whole process; without this patch
+        # the layers would silently not be compiled.
         with torch._dynamo.config.patch(disable=False):
             for layer in layers:
                 layer.compile(dynamic=True)

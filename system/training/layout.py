@@ -1,17 +1,18 @@
-"""Which fast ways are exact for a model, found by trying.
+"""Finds the fastest layout of forward passes that is exact for a model.
 
-What a model does beyond the plain case (its own masks, recurrent layers, its own way with logits)
-cannot be told from its class, so it is asked: short rows go through it in the fast layout and
-through transformers' own forward, in float32; only where the losses agree is the fast way taken.
-All ways give the same training, they differ in speed and memory.
+All layouts give the same training; they differ in speed and memory.  Whether a fast layout is
+exact cannot be seen from the class of a model: it may have its own masks, recurrent layers, or its
+own way to compute logits.  So each layout is probed: a few short rows go through the model in this
+layout and through transformers' own forward pass, in float32.  A layout is used only if the losses
+agree.
 
-FlashAttention knows half precision only, where small differences hide.  It is asked last, in the
-precision of the training, forward and backward: it may be as far from the float32 losses as SDPA is
-in that precision, and a little more.
+FlashAttention supports half precision only, in which small errors are hard to see.  It is probed
+last, in the precision of the training, forward and backward.  Its error against the float32 losses
+may be slightly larger than the error of SDPA in the same precision.
 
-Sliding windows are longer than most probes, so agreement is not enough there: every layer that the
-configuration gives a window must hand it to attention, and where the window is short a row longer
-than it goes through the model too.
+Sliding windows are longer than most probe rows, so equal losses are not enough.  Every layer to
+which the configuration gives a window must also pass it to the attention function.  If the window
+is short, the probe includes a row that is longer than it.
 
 M = labels.
 """
@@ -43,16 +44,16 @@ if TYPE_CHECKING:
 
 _PROBE_LENGTHS = (13, 9, 12)
 _PROBE_TOLERANCE = 1e-4
-"""Of the largest loss, at least of one nat, float32; contamination between rows is orders of
-magnitude larger."""
+"""Allowed difference, relative to the largest loss (at least one nat).  If rows influence each
+other, the difference is orders of magnitude larger."""
 _LONGEST_PROBE = 1024
-"""Tokens; a longer window is only looked for in what attention is told."""
+"""Tokens; for longer windows, only the argument of the attention function is checked."""
 _HEADS: tuple[Head, ...] = ("blocks", "labels", "whole")
-"""The leanest first."""
+"""In order of memory, the least first."""
 _FLASH_FACTOR = 3.0
 _FLASH_TOLERANCE = 1e-2
-"""Mean error of FlashAttention: at most the factor times SDPA's, and the tolerance times the mean
-loss.  A row that sees its neighbours is off by tenths of it."""
+"""The mean error of FlashAttention may be at most the factor times the error of SDPA plus the
+tolerance times the mean loss.  A row that sees its neighbours is wrong by tenths of the loss."""
 
 
 @contextmanager
@@ -62,8 +63,8 @@ def training_layout(
     """Within the block the objective uses the fastest layout that is exact for its model.
 
     Args:
-        objective: its model whole, on its device.
-        group: ranks that train together; they take what the first of them finds, so that all make
+        objective: its model must not be sharded yet.
+        group: ranks that train together; all use the layout that rank 0 finds, so that all make
             the same passes.
 
     Raises:
@@ -76,7 +77,7 @@ def training_layout(
             attention.register()
             objective.model.set_attn_implementation(attention.NAME)
         if objective.layout.reason and (group is None or dist.get_rank(group) == 0):
-            _tell_once(str(objective.layout))
+            _log_once(str(objective.layout))
         yield objective.layout
     finally:
         objective.model.set_attn_implementation(before)
@@ -91,7 +92,7 @@ def _decide(objective: Objective, group: dist.ProcessGroup | None) -> Layout:
             box[0] = find_layout(objective)
     except InstructMixError as error:
         box[0] = error
-    finally:  # whatever happened: the others wait for it
+    finally:  # also after an error of any type: the other ranks wait for this broadcast
         device = next(objective.model.parameters()).device
         dist.broadcast_object_list(
             box, src=dist.get_global_rank(group, 0), group=group, device=device
@@ -99,18 +100,18 @@ def _decide(objective: Objective, group: dist.ProcessGroup | None) -> Layout:
     if isinstance(box[0], InstructMixError):
         raise box[0]
     if box[0] is None:
-        raise RuntimeError("the first rank failed while it tried layouts; its own error says why")
+        raise RuntimeError("rank 0 failed while it probed the layouts; see the error of rank 0")
     return box[0]
 
 
 @functools.cache
-def _tell_once(layout: str) -> None:
-    """A slower way is worth a line, but not one for each of many short trainings."""
+def _log_once(layout: str) -> None:
+    """Logs a slower layout once, not for each of many short trainings."""
     logging.getLogger(__name__).warning("training layout: %s", layout)
 
 
 def find_layout(objective: Objective) -> Layout:
-    """The fastest layout that equals transformers' own forward.
+    """The fastest layout with the same losses as transformers' own forward pass.
 
     Raises:
         ModelError: the model's losses are not finite.
@@ -119,20 +120,20 @@ def find_layout(objective: Objective) -> Layout:
     before = objective.model.config._attn_implementation or "eager"
     try:
         with _exact(objective):
-            own = Layout(is_flat=False, head="whole")
-            expected = _probe(objective, own)
+            plain = Layout(is_flat=False, head="whole")
+            expected = _probe(objective, plain)
             layout = _fastest(objective, expected)
             device = next(objective.model.parameters()).device
             if layout.is_flat and attention.may_use_flash(device, compute_dtype):
                 objective.compute_dtype = compute_dtype
-                layout = _with_flash(objective, layout, expected)
+                layout = _try_flash(objective, layout, expected)
             return layout
     finally:
         objective.model.set_attn_implementation(before)
 
 
 def probe_losses(objective: Objective) -> torch.Tensor:
-    """[M] losses of a few fixed rows in the objective's own layout, float32, without dropout."""
+    """[M] losses of the probe rows in the layout of the objective, float32, without dropout."""
     with _exact(objective):
         return _probe(objective, replace(objective.layout, has_flash=False))
 
@@ -151,17 +152,18 @@ def _exact(objective: Objective) -> Iterator[None]:
 
 
 def _fastest(objective: Objective, expected: torch.Tensor) -> Layout:
-    """Leaves the model with the attention that the layout needs."""
+    """The fastest exact layout in float32; the model keeps the attention that it needs."""
     model = objective.model
     own_attention = model.config._attn_implementation or "eager"
     reasons = []
     if model._supports_attention_backend:
-        with _watched_windows() as told:
+        with _recorded_windows() as windows:
             model.set_attn_implementation(attention.NAME)
             for head in _HEADS:
                 layout = Layout(is_flat=True, head=head)
-                told.clear()
-                reason = _refusal(objective, layout, expected) or _deaf(objective, told)
+                windows.clear()
+                reason = _mismatch(objective, layout, expected)
+                reason = reason or _unsupported_windows(objective, windows)
                 if not reason:
                     return replace(layout, reason="; ".join(dict.fromkeys(reasons)))
                 reasons.append(reason)
@@ -170,7 +172,7 @@ def _fastest(objective: Objective, expected: torch.Tensor) -> Layout:
         reasons.append("its attention cannot be replaced")
     for head in _HEADS:
         padded = Layout(is_flat=False, head=head)
-        reason = "" if head == "whole" else _refusal(objective, padded, expected)
+        reason = "" if head == "whole" else _mismatch(objective, padded, expected)
         if not reason:
             break
         reasons.append(reason)
@@ -178,77 +180,82 @@ def _fastest(objective: Objective, expected: torch.Tensor) -> Layout:
 
 
 @contextmanager
-def _watched_windows() -> Iterator[list[int | None]]:
-    """Within the block flat attention works, and notes the window of each call."""
-    told: list[int | None] = []
+def _recorded_windows() -> Iterator[list[int | None]]:
+    """Within the block flat attention records the window of each call in the list."""
+    windows: list[int | None] = []
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        told.append(kwargs.get("sliding_window"))
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        windows.append(kwargs.get("sliding_window"))
         return attention.segment_attention(*args, **kwargs)
 
-    attention.register(watched)
+    attention.register(recorded)
     try:
-        yield told
+        yield windows
     finally:
         attention.register()
 
 
-def _deaf(objective: Objective, told: list[int | None]) -> str:
-    """Why attention does not know the windows that the configuration declares; empty: it does."""
+def _unsupported_windows(objective: Objective, windows: list[int | None]) -> str:
+    """The reason why layers ignore the configured sliding windows; empty if they pass them on.
+
+    Args:
+        objective: its configuration declares a window for each layer.
+        windows: the window of each call of attention, over one or several forward passes.
+    """
     try:
         declared = attention.declared_windows(objective.model.config.get_text_config())
     except NotImplementedError as error:
         return str(error)
-    if not any(declared) and not any(told):
+    if not any(declared) and not any(windows):
         return ""
-    if told == declared * (len(told) // len(declared)):
+    if windows == declared * (len(windows) // len(declared)):
         return ""
-    return "its layers do not hand their sliding windows to attention"
+    return "its layers do not pass their sliding windows to the attention function"
 
 
-def _refusal(objective: Objective, layout: Layout, expected: torch.Tensor) -> str:
-    """Why a layout is not for the model; empty: it is."""
+def _mismatch(objective: Objective, layout: Layout, expected: torch.Tensor) -> str:
+    """The reason why a layout is not exact for the model; empty if it is."""
     try:
-        found = _probe(objective, layout)
+        losses_M = _probe(objective, layout)
     except (TypeError, AttributeError, RuntimeError) as error:
         return _reason(error)
-    gap = float((found - expected).abs().max())
+    gap = float((losses_M - expected).abs().max())
     if gap <= _PROBE_TOLERANCE * max(1.0, float(expected.abs().max())):
         return ""
     return f"its losses would differ by {gap:.2g} nats on a probe"
 
 
 def _reason(error: Exception) -> str:
-    """What an error says about a layout.
+    """The text of an error that a layout caused.
 
     Raises:
-        Exception: the error itself, where it is the machine's: no memory, a broken GPU.
+        Exception: the error itself, if the machine caused it (no memory, a broken GPU).
     """
-    machine = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
-    if machine or "allocate memory" in str(error):
+    is_machine_error = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+    if is_machine_error or "allocate memory" in str(error):
         raise error
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _with_flash(objective: Objective, layout: Layout, expected: torch.Tensor) -> Layout:
-    """The flat layout with FlashAttention, where this device and this model can have it."""
-    usual = float((_probe(objective, layout) - expected).abs().mean())
+def _try_flash(objective: Objective, layout: Layout, expected: torch.Tensor) -> Layout:
+    """The flat layout, with FlashAttention if it works on this device with this model."""
+    sdpa_error = float((_probe(objective, layout) - expected).abs().mean())
     flash = replace(layout, has_flash=True)
     try:
-        found = _probe(objective, flash, with_backward=True)
-    except RuntimeError as error:  # an old GPU, or heads of a size that the operator lacks
+        losses_M = _probe(objective, flash, with_backward=True)
+    except RuntimeError as error:  # an old GPU, or an unsupported head size
         reason = _reason(error)
     else:
-        gap = float((found - expected).abs().mean())
-        most = _FLASH_FACTOR * usual + _FLASH_TOLERANCE * float(expected.abs().mean())
-        if gap <= most:
+        gap = float((losses_M - expected).abs().mean())
+        allowed = _FLASH_FACTOR * sdpa_error + _FLASH_TOLERANCE * float(expected.abs().mean())
+        if gap <= allowed:
             return flash
-        reason = f"FlashAttention is off by {gap:.2g} nats on a probe, SDPA by {usual:.2g}"
+        reason = f"FlashAttention is off by {gap:.2g} nats on a probe, SDPA by {sdpa_error:.2g}"
     return replace(layout, reason="; ".join(filter(None, (layout.reason, reason))))
 
 
 def _probe(objective: Objective, layout: Layout, *, with_backward: bool = False) -> torch.Tensor:
-    """Losses of a few fixed rows, in plan order."""
+    """[M] losses of the probe rows in this layout, in plan order."""
     model = objective.model
     device = next(model.parameters()).device
     plan = _probe_plan(model.config.get_text_config())
@@ -267,16 +274,17 @@ def _probe(objective: Objective, layout: Layout, *, with_backward: bool = False)
     losses_M = torch.cat(parts)
     if not bool(torch.isfinite(losses_M).all()):
         raise ModelError(
-            "the model gives losses that are not finite for a probe of random tokens: its weights "
-            "are damaged, or were stored in a precision that they overflow"
+            "expected finite losses for a probe of random tokens, found losses that are not "
+            "finite: the weights of the model are damaged, or overflow the precision in which "
+            "they were stored; use another copy of the model"
         )
     return losses_M
 
 
 def _probe_plan(config: PretrainedConfig) -> TrainPlan:
-    """Three short rows, and in a step of its own one that is longer than a short window.
+    """Three short rows, and (if the window is short) a row longer than the window, as second step.
 
-    Of the long row only the end is a label: it costs one pass, and few logits.
+    Only the end of the long row has labels, so it needs few logits.
     """
     generator = np.random.default_rng(0)
     rows = [generator.integers(0, config.vocab_size, size=n).tolist() for n in _PROBE_LENGTHS]
@@ -305,7 +313,10 @@ def _probe_plan(config: PretrainedConfig) -> TrainPlan:
 
 
 def _backward(model: torch.nn.Module, total: torch.Tensor) -> None:
-    """Walks back to one of the first vectors of weights: through all layers, at no memory."""
+    """Runs the backward pass through all layers, down to one of the first weight vectors.
+
+    A vector needs no memory worth mentioning, unlike the gradients of all weights.
+    """
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
     if vectors:
         torch.autograd.grad(total, vectors[:1], allow_unused=True)

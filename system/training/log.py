@@ -1,9 +1,9 @@
-"""What a training tells while it runs: totals on every rank, files and trackers on rank 0.
+"""Metrics of a training: totals on every rank, files and trackers on rank 0.
 
-Metrics are one JSON line a step, in part files, never twice: parts follow the checkpoints,
+Metrics have one JSON line per step, in part files that follow the checkpoints:
 `part-00000050.jsonl` holds the steps from 50 to the next checkpoint and is written before that
-checkpoint commits.  A resume from step k throws away the parts from k on; its own steps replace
-them.
+checkpoint commits.  A training that resumes from step k deletes the parts from k on and writes
+these steps again, so no step appears twice.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _PROGRESS_SECONDS = 2.0
 
 
 class TrainTotals:
-    """Counters that a checkpoint carries, so that a resumed training counts on.
+    """Totals of a training; a checkpoint saves them, so that a resumed training continues them.
 
     Args:
-        counters: what `state` gave before, from the checkpoint; none starts at zero.
+        counters: a value of `state` from the checkpoint; None starts at zero.
     """
 
     def __init__(self, counters: Mapping[str, Any] | None = None) -> None:
@@ -42,20 +42,20 @@ class TrainTotals:
         self.seconds: float = counters.get("seconds", 0.0)
         self.losses: list[float] = list(counters.get("losses", []))
         self.heldout_loss: float | None = counters.get("heldout_loss")
-        """The newest held-out loss; null where none is measured."""
+        """The newest held-out loss; None if it is not measured."""
         self.best_step: int = counters.get("best_step", 0)
         self.best_loss: float | None = counters.get("best_loss")
-        """The lowest held-out loss and the steps made when it was first met."""
+        """The lowest held-out loss (first measured after `best_step` steps)."""
 
     def add(self, stats: StepStats) -> None:
-        """Counts a step."""
+        """Adds the numbers of a step."""
         self.num_tokens += stats.num_tokens
         self.num_labels += stats.num_labels
         self.seconds += stats.seconds
         self.losses.append(stats.loss)
 
     def add_heldout(self, step: int, loss: float) -> None:
-        """Takes the held-out loss after `step` steps; of equal ones the first is the best."""
+        """Adds the held-out loss after `step` steps; of equal losses the first is the best."""
         self.heldout_loss = loss
         if self.best_loss is None or loss < self.best_loss:
             self.best_step, self.best_loss = step, loss
@@ -73,7 +73,7 @@ class TrainTotals:
         }
 
     def edges(self) -> tuple[float, float]:
-        """Mean losses of the first and the last tenth of the steps."""
+        """Mean losses over the first and the last tenth of the steps."""
         losses = np.array(self.losses)
         tenth = max(1, len(losses) // 10)
         return float(losses[:tenth].mean()), float(losses[-tenth:].mean())
@@ -86,13 +86,13 @@ class TrainLog:
         output_uri: directory of the job.
         start_step: step that the training starts or resumes with.
         num_steps: steps of the plan.
-        world_size: ranks that train, and
-        attempt: the name of this attempt; part of each record.
-        device: where memory is measured.
-        flops_S: operations that each step needs, and
-        peak_flops: those that all devices can do in a second; for the MFU, null without them.
-        trackers: names of trackers besides the files.
-        name: how trackers call the run.
+        world_size: number of ranks, for the records.
+        attempt: name of this attempt, for the records.
+        device: its memory use is measured.
+        flops_S: operations that each step needs; None: no MFU.
+        peak_flops: operations per second of all devices; None: no MFU.
+        trackers: names of experiment trackers.
+        name: name of the run in the trackers.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class TrainLog:
                 storage.delete(storage.join(self._uri, part))
 
     def add(self, stats: StepStats, heldout_loss: float | None = None) -> None:
-        """Takes a step's numbers, and the held-out loss after it where it was measured."""
+        """Records the numbers of a step, and the held-out loss after it if it was measured."""
         record = {
             "step": stats.step,
             "stage": stats.stage,
@@ -156,7 +156,7 @@ class TrainLog:
             self._show_progress(stats)
 
     def _show_progress(self, stats: StepStats) -> None:
-        """Tells the driver how far it is; nothing else reads it."""
+        """Writes progress.json, from which the driver draws its progress bar."""
         progress = {
             "step": stats.step + 1,
             "of": self._num_steps,
@@ -169,7 +169,7 @@ class TrainLog:
         except OSError as error:
             if storage.full_disk(error) is None:
                 raise
-            # The checkpoint that follows meets the full disk too, and all ranks tell it together.
+            # Ignored here: the next checkpoint fails on the full disk, too, on all ranks together.
 
     def _utilisation(self, stats: StepStats) -> float | None:
         """Model FLOPs utilisation of a step; see `system.training.flops`."""
@@ -187,7 +187,7 @@ class TrainLog:
         self._records = []
 
     def close(self) -> str:
-        """Joins the parts, in step order, to `metrics.jsonl`; returns its URI."""
+        """Concatenates the parts, in step order, to `metrics.jsonl`; returns its URI."""
         self.flush()
         self._trackers.close()
         target = storage.join(self._output_uri, "metrics.jsonl")
@@ -199,13 +199,13 @@ class TrainLog:
 
 
 def lost_trackers(metrics_uri: str) -> dict[str, str]:
-    """Trackers that took nothing of a training's last step: name -> why."""
+    """Trackers that failed before the last step of a training: name -> reason."""
     last = storage.read_bytes(metrics_uri).decode().splitlines()[-1]
     return json.loads(last).get("lost_trackers", {})
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: allocated on the GPU, or resident in this process."""
+    """Peak memory in bytes: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,7 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) put into a model, and merged back.
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): adding them to a model, and merging them.
 
-peft injects its layers into the model in place, so everything that trains, saves or scores a model
-sees an ordinary one.
+The package peft adds its layers to the model in place, so the code that trains, saves, or scores a
+model needs no changes for adapters.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ NEVER_ADAPTED = ("lm_head", "embed_tokens")
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
-    """Freezes the model and puts adapters into it, in place.
+    """Freezes the model and adds adapters to it, in place.
 
     Args:
         model: a plain model.
         lora: rank, scale, dropout, names of the layers.
-        seed: of the adapters' random halves, which do not depend on anything else.
+        seed: of the random initialisation of the adapters.
 
     Raises:
         ModelError: no layer of the model has one of the names, or the head is among them.
@@ -37,10 +37,10 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMod
     forbidden = sorted(set(NEVER_ADAPTED) & set(lora.targets))
     if forbidden:
         raise ModelError(
-            f"lora.targets names {forbidden}: adapters on the head or the embedding are not "
-            "supported by the scoring engine; leave them out"
+            f"lora.targets has {forbidden}, but the scoring engine does not support adapters on "
+            "the head or the embedding; remove them"
         )
-    wanted = PeftConfig(
+    peft_config = PeftConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
@@ -50,7 +50,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            adapted = get_peft_model(model, wanted)
+            adapted = get_peft_model(model, peft_config)
         except ValueError as error:
             names = sorted(
                 {
@@ -60,14 +60,14 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMod
                 }
             )
             raise ModelError(
-                f"lora.targets {list(lora.targets)} fit no layer of this model, whose linear "
-                f"layers are called {names}; name some of those"
+                f"lora.targets {list(lora.targets)} match no layer of this model; its linear "
+                f"layers are called {names}; use some of these names"
             ) from error
     return adapted  # pyright: ignore[reportReturnType]
 
 
 def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
-    """Adds the adapters to the weights they adapt and takes them out, in place."""
+    """Adds the adapters to the weights and removes them, in place."""
     merged = adapted.merge_and_unload(safe_merge=False)  # pyright: ignore[reportCallIssue]
     merged.requires_grad_(True)
     return merged

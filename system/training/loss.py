@@ -1,17 +1,17 @@
-"""Cross entropy where a label exists, without ever holding the logits of a pass.
+"""Cross entropy at label positions, without storing the logits of a whole pass.
 
-Only the hidden states in front of a response token meet the language-model head, and they meet it
-a block at a time: a block's logits become its losses and its gradient at once, in place, and are
-gone.  At its peak the loss holds
+Only the hidden states in front of a response token go through the language-model head, one block at
+a time.  The logits of a block are turned into its losses and its gradient at once, in place, and
+are then freed.  The peak memory of the loss is
 
-    block       its logits in float32, twice where they are capped; in half precision also before
-                and after, at half the bytes
-    [V, E]      the head's gradient in float32; in half precision also the head, and a block's
-                share of the gradient, in that precision
+    block       its logits in float32, twice if they are capped; in half precision also a copy
+                before and one after, at half the bytes
+    [V, E]      the gradient of the head in float32; in half precision also the head, and the
+                gradient of one block, in that precision
     [M, E]      the hidden states and their gradient
 
-so it does not grow with the logits of a pass.  Every block writes the whole [V, E] gradient once:
-blocks should be large where that is slow beside the products, which is on a GPU.
+so it does not grow with M * V, the logits of a pass.  Every block updates the whole [V, E] gradient
+once.  On a GPU this is slow compared with the matrix products, so blocks are larger there.
 
 M = labels, V = vocabulary, E = hidden size.
 """
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 BLOCK_BYTES = 64 * 2**20
-"""Bytes of float32 logits that live at a time on a CPU."""
+"""Bytes of float32 logits in one block on a CPU."""
 _GPU_BLOCK_BYTES = 2**30
-"""On a GPU, at most; of a small one at most this share of its memory, which equal GPUs share, so
-that they add in the same order."""
+"""Bytes on a GPU, at most `_GPU_SHARE` of its total memory (not of its free memory): equal GPUs get
+equal blocks, so they add in the same order."""
 _GPU_SHARE = 1 / 64
 
 
 def block_bytes(device: torch.device) -> int:
-    """Bytes of float32 logits that live at a time on a device."""
+    """Bytes of float32 logits in one block on a device."""
     if device.type != "cuda":
         return BLOCK_BYTES
     memory = torch.cuda.get_device_properties(device).total_memory
@@ -44,19 +44,19 @@ def block_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LogitForm:
-    """What a model does to its logits x before they are log-probabilities."""
+    """How a model transforms its logits x before the softmax."""
 
     scale: float = 1.0
-    """x becomes scale * x."""
+    """First, x is replaced by scale * x."""
     cap: float | None = None
-    """Then x becomes cap * tanh(x / cap)."""
+    """Then x is replaced by cap * tanh(x / cap); None: no cap."""
 
 
 _PLAIN = LogitForm()
 
 
 def logit_form(config: PretrainedConfig) -> LogitForm:
-    """What the configuration of a decoder says: Cohere and Granite scale, Gemma caps."""
+    """The transformation that a configuration declares: Cohere and Granite scale, Gemma caps."""
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     return LogitForm(scale / divisor, getattr(config, "final_logit_softcapping", None))
@@ -75,10 +75,10 @@ def head_loss(
     Args:
         hidden: [M, E], the last hidden state in front of each label.
         weight: [V, E] of the language-model head.
-        bias: [V] or none.
+        bias: [V] or None.
         targets: [M] int64, the labels.
-        compute_dtype: precision of the matrix products (losses are float32); null: the weight's.
-        form: what happens to logits, in float32.
+        compute_dtype: precision of the matrix products (losses are float32); None: the weight's.
+        form: transformation of the logits, in float32.
 
     Returns:
         The sum in nats, differentiable in hidden, weight and bias; and [M] float32 losses in
@@ -92,7 +92,7 @@ def head_loss(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Gradients are made in the forward pass, so backward only scales them."""
+    """The forward pass computes the gradients; backward only scales them."""
 
     @staticmethod
     def forward(
@@ -123,13 +123,14 @@ class _HeadLoss(torch.autograd.Function):
             grad, nll_M[part] = _softmax_step(logits, targets[part])
             if slope is not None:
                 grad *= slope
+            # Products run in the compute precision, sums over blocks in float32.
             lowered = grad.to(dtype)
             if grad_hidden is not None:
                 torch.matmul(lowered, table, out=grad_hidden[part])
             if grad_weight is not None:
                 if dtype == torch.float32:
                     grad_weight.addmm_(lowered.T, states[part])
-                else:  # raised to float32 as it is added, with no copy in between
+                else:  # converted to float32 during the addition, without a copy
                     grad_weight += lowered.T @ states[part]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
@@ -157,7 +158,7 @@ class _HeadLoss(torch.autograd.Function):
 def _shape(
     logits: torch.Tensor, form: LogitForm
 ) -> tuple[torch.Tensor, torch.Tensor | float | None]:
-    """Logits in their final form, made in their place, and how steep that form is; null: 1."""
+    """The transformed logits (in place), and the derivative of the transformation; None: 1."""
     if form.scale != 1.0:
         logits *= form.scale
     if form.cap is None:
@@ -170,7 +171,7 @@ def _shape(
 
 
 def _softmax_step(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of the summed loss in the logits, made in their place, and the losses."""
+    """The gradient of the summed loss with respect to the logits (in place), and the losses."""
     logits -= logits.amax(dim=1, keepdim=True)
     picked = logits.gather(1, targets[:, None])
     logits.exp_()

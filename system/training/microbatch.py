@@ -1,10 +1,10 @@
-"""Rows of a plan as tensors of one forward pass.
+"""Rows of a plan as the tensors of one forward pass.
 
-Two layouts give the same numbers: `flat` lays rows end to end without padding (positions start
-again at each row, attention stays inside it), `padded` is the ordinary rectangle for models whose
-layers look across rows in other ways than attention.
+Two layouts give the same losses.  `flat` concatenates the rows without padding: positions start at
+0 in each row, and attention stays within a row.  `padded` is the usual rectangle; it is needed for
+models with layers other than attention that mix tokens, such as recurrent ones.
 
-B = rows of a pass, L = longest of them, N = their tokens, M = labels.
+B = rows of a pass, L = length of the longest, N = number of tokens, M = labels.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ _HEADS: dict[Head, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Which of the fast ways a training takes; each was found to be exact for its model."""
+    """How a training arranges its forward passes; `layout.py` checked that it is exact."""
 
     is_flat: bool
-    """Rows may lie end to end."""
+    """Whether rows are concatenated without padding."""
     head: Head
-    """How hidden states meet the head: a block of labels at a time, with what the configuration
-    says of logits; all labels at once through the model's own head; or every token through it."""
+    """How the language-model head is applied.  `blocks`: by our own code (`loss.py`), to one block
+    of labels at a time.  `labels`: by the model, to all labels at once.  `whole`: by the model, to
+    every token."""
     has_flash: bool = False
-    """Flat rows attend with FlashAttention, else with SDPA over buckets."""
+    """Whether flat rows use FlashAttention; otherwise SDPA over buckets."""
     reason: str = field(default="", compare=False)
-    """Why a faster way is not taken; empty where none is left out."""
+    """Why a faster layout is not used; empty if this is the fastest."""
 
     def __str__(self) -> str:
-        """For logs."""
+        """The layout in words, for logs."""
         attends = "FlashAttention" if self.has_flash else "SDPA over buckets"
         parts = [
             f"flat rows, {attends}" if self.is_flat else "padded rows, transformers' attention",
@@ -59,13 +60,13 @@ class MicroBatch:
     input_ids: torch.Tensor
     """[1, N] or [B, L] int64."""
     position_ids: torch.Tensor
-    """As input_ids."""
+    """Same shape as input_ids."""
     attention_mask: torch.Tensor | None
     """[B, L] int64, padded layout only."""
     segments: Segments | None
     """Flat layout only."""
-    label_places: torch.Tensor
-    """[M] int64, place in the flattened hidden states in front of each label."""
+    label_positions: torch.Tensor
+    """[M] int64, position in the flattened hidden states before each label."""
     targets: torch.Tensor
     """[M] int64."""
     label_rows: np.ndarray
@@ -79,12 +80,12 @@ def build_microbatch(
     layout: Layout,
     device: torch.device,
 ) -> MicroBatch:
-    """The tensors of some rows of a plan.
+    """The tensors of a forward pass over rows of a plan.
 
     Args:
         plan: the plan.
         rows: [B] plan rows.
-        layout: how they lie, and the kernel of attention.
+        layout: flat or padded, and the kernel of attention.
         device: where the tensors go.
     """
     lengths = plan.lengths(rows)
@@ -94,21 +95,22 @@ def build_microbatch(
     within = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
     source = np.repeat(plan.offsets[rows], lengths) + within
     ids = plan.input_ids[source].astype(np.int64)
+    # The first token of a row has no token before it that could predict it.
     is_label = plan.response_mask[source] & (within > 0)
     labels = np.flatnonzero(is_label)
     owner = np.repeat(np.arange(len(rows)), lengths)
     width = int(lengths[0])
     if layout.is_flat:
-        place = np.arange(len(ids))
+        position = np.arange(len(ids))
         shape = (1, len(ids))
     else:
-        place = owner * width + within
+        position = owner * width + within
         shape = (len(rows), width)
     size = shape[0] * shape[1]
 
     def spread(values: np.ndarray, fill: int) -> torch.Tensor:
         full = np.full(size, fill, dtype=np.int64)
-        full[place] = values
+        full[position] = values
         return to_device(full.reshape(shape), device)
 
     return MicroBatch(
@@ -119,7 +121,7 @@ def build_microbatch(
         segments=(
             build_segments(lengths, device, has_flash=layout.has_flash) if layout.is_flat else None
         ),
-        label_places=to_device(place[labels] - 1, device),
+        label_positions=to_device(position[labels] - 1, device),
         targets=to_device(ids[labels], device),
         label_rows=rows[owner[labels]],
     )

@@ -1,7 +1,7 @@
-"""The training objective of one causal language model: token losses at label places only.
+"""The training objective of a causal language model: token losses at label positions.
 
-How rows lie in a pass and how the head is met is the layout's choice (`layout.py`); the losses are
-the same.
+The layout (`layout.py`) decides how rows are arranged in a pass and how the language-model head is
+applied; the losses are the same with every layout.
 
 M = labels.
 """
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class Objective(torch.nn.Module):
-    """Token losses of a micro-batch.  A module, so that sharded parameters gather around it."""
+    """Token losses of a micro-batch.
+
+    It is a module, because FSDP gathers sharded parameters when a module is called.
+    """
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
         super().__init__()
@@ -32,7 +35,7 @@ class Objective(torch.nn.Module):
         self.form = logit_form(model.config.get_text_config())
 
     def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the batch's token losses in nats, differentiable; [M] float32 losses, detached."""
+        """Sum of the token losses in nats (differentiable), and [M] float32 losses (detached)."""
         with self._precision(batch.input_ids.device):
             if self.layout.head == "blocks":
                 head: Any = self.model.get_output_embeddings()
@@ -75,7 +78,7 @@ class Objective(torch.nn.Module):
         return self.model(**self._inputs(batch)).logits
 
     def _label_logits(self, batch: MicroBatch) -> torch.Tensor:
-        """[M, V], whatever the model does to them: its head never meets the other tokens."""
+        """[M, V] logits of the model itself; a hook keeps the other tokens away from its head."""
         head: Any = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(
             lambda _, inputs: (_at_labels(inputs[0], batch)[None], *inputs[1:])
@@ -87,5 +90,5 @@ class Objective(torch.nn.Module):
 
 
 def _at_labels(states: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """[M, ...] of [B, L, ...]: what lies in front of each label."""
-    return states.flatten(0, 1).index_select(0, batch.label_places)
+    """[M, ...] of [B, L, ...]: the states at the position before each label."""
+    return states.flatten(0, 1).index_select(0, batch.label_positions)

@@ -1,4 +1,4 @@
-"""The optimiser and its one schedule over the whole plan."""
+"""The optimiser (AdamW) and its learning-rate schedule, one for the whole plan."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from system.training.settings import TrainSettings
 
 
 def learning_rate(step: int, num_steps: int, settings: TrainSettings) -> float:
-    """Learning rate of a step, a pure function of it.
+    """Learning rate of a step, a pure function of the step.
 
-    Linear warm-up over `warmup_share` of the steps, then a fall to `min_lr_share` of the peak:
-    along half a cosine, a line, or (warm-up, stable, decay) a line over the last `decay_share`.
+    It rises linearly over the first `warmup_share` of the steps, then falls to `min_lr_share` of
+    the peak: along half a cosine, linearly, or (warmup-stable-decay) linearly over the last
+    `decay_share` of the steps.
 
     Args:
         step: 0-based.
@@ -37,10 +38,10 @@ def learning_rate(step: int, num_steps: int, settings: TrainSettings) -> float:
 
 
 def fused_choice(device: torch.device, *, is_sharded: bool) -> bool | None:
-    """What AdamW is told about its fused kernel: `True` where it can be had.
+    """The argument `fused` of AdamW: True if the fused kernel is available, else None.
 
-    Elsewhere nothing: `False` would switch the grouped kernels off too.  Sharded parameters have
-    the fused kernel on a GPU; on a CPU they stay with the loop that torch takes by itself.
+    Not False, because that would switch off the grouped kernels, too.  Sharded parameters can use
+    the fused kernel on a GPU only; on a CPU, torch chooses its own loop.
     """
     return True if device.type == "cuda" or not is_sharded else None
 
@@ -56,7 +57,7 @@ def build_optimizer(
     Args:
         parameters: names and trainable parameters.
         settings: betas, epsilon, decay.
-        is_sharded: parameters are DTensors.
+        is_sharded: whether the parameters are DTensors.
     """
     trainable = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     groups = [
@@ -76,7 +77,8 @@ def build_optimizer(
         eps=settings.epsilon,
         fused=fused_choice(trainable[0][1].device, is_sharded=is_sharded),
     )
-    for _, parameter in trainable:  # now, not in the first step: a checkpoint loads into it
+    # Torch would create this state in the first step, but a checkpoint is loaded into it before.
+    for _, parameter in trainable:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),

@@ -1,7 +1,7 @@
-"""Best-fit packing: short rows share a sequence, so that no rank idles on padding.
+"""Best-fit packing: short rows share a sequence, so that little time is spent on padding.
 
-Packing only decides which rows travel together; attention never crosses rows and positions start
-again at each (`system.training.attention`), so a packed training equals an unpacked one.
+Packing decides only which rows share a forward pass.  Attention stays within a row and positions
+start at 0 in each row (`system.training.attention`), so packing does not change the training.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from system.errors import DataError
 
 
 def pack_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The sequence that each row goes into: best fit, longest rows first.
+    """The sequence of each row: best fit, longest rows first.
 
-    The fullest sequence that still has room takes the row (ties: the lowest number), which never
-    needs more than 11/9 of the optimum plus one sequence.  Source: Johnson 1973, best-fit
-    decreasing.  Sequences are numbered by their fullest first row, so number 0 is never empty.
+    A row goes into the fullest sequence that has room for it (ties: the lowest number).  This needs
+    at most 11/9 of the optimal number of sequences plus one.  Source: Johnson 1973, best-fit
+    decreasing.  Sequences are numbered in the order in which they are opened.
 
     Args:
         lengths: [rows] int64, tokens of each row.
@@ -34,11 +34,11 @@ def pack_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
     if len(lengths) and lengths.max() > capacity:
         worst = int(lengths.argmax())
         raise DataError(
-            f"row {worst} has {lengths[worst]} tokens, a sequence holds {capacity}: raise "
-            "model.max_length or encode with the max_length that the plan is made for"
+            f"row {worst} has {lengths[worst]} tokens, but a sequence holds at most {capacity}: "
+            "raise model.max_length, or encode the rows with the max_length of the plan"
         )
     sequences = np.zeros(len(lengths), dtype=np.int32)
-    free: list[tuple[int, int]] = []
+    free: list[tuple[int, int]] = []  # (free tokens, sequence), sorted
     count = 0
     for row in np.argsort(-lengths, kind="stable"):
         length = int(lengths[row])
@@ -54,13 +54,13 @@ def pack_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def group_by_tokens(lengths: np.ndarray, max_tokens: int, *, is_padded: bool) -> list[np.ndarray]:
-    """Rows of one rank's share of a step, cut into forward passes of bounded size.
+    """Splits the rows of one rank in a step into forward passes of bounded size.
 
     Args:
         lengths: [rows] int64, tokens of each row.
-        max_tokens: tokens of one pass; a longer row gets a pass of its own.
-        is_padded: rows of a pass are padded to the longest, so rows of similar length go together
-            and the padding counts; otherwise rows lie end to end.
+        max_tokens: tokens of one pass; a longer row gets its own pass.
+        is_padded: whether the rows of a pass are padded to the longest, so that padding counts;
+            otherwise rows are concatenated.
 
     Returns:
         Row numbers of each pass, longest rows first.
@@ -71,12 +71,13 @@ def group_by_tokens(lengths: np.ndarray, max_tokens: int, *, is_padded: bool) ->
     tokens = 0
     for row in order:
         length = int(lengths[row])
-        grown = (
+        # With padding, every row of a pass costs as much as its longest, which is the first.
+        new_size = (
             int(lengths[current[0]]) * (len(current) + 1)
             if is_padded and current
             else (tokens + length)
         )
-        if current and grown > max_tokens:
+        if current and new_size > max_tokens:
             groups.append(np.array(current))
             current, tokens = [], 0
         current.append(int(row))

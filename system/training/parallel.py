@@ -1,11 +1,11 @@
-"""How parameters and gradients live on several ranks: whole on each, or sharded.
+"""Data parallelism: parameters and gradients are replicated on all ranks, or sharded over them.
 
-Both *sum* gradients over ranks (the loss is already divided by the whole step's tokens), measure
-the same global norm and hold the same optimiser, so they train the same model.
+Both ways *sum* gradients over ranks (the loss is already divided by the tokens of the whole step),
+compute the same global norm, and use the same optimiser, so they train the same model.
 
-    Replicated   one flat gradient buffer: zeroed, all-reduced, measured and clipped at once
-    Sharded      FSDP2 (`fully_shard`): parameters, gradients and optimiser state are cut over
-                 ranks; every rank must make equally many forward passes
+    Replicated   one flat gradient buffer, which is zeroed, all-reduced, and clipped as a whole
+    Sharded      FSDP2 (`fully_shard`): parameters, gradients, and optimiser state are sharded;
+                 every rank must make the same number of forward passes
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from system.training.settings import TrainSettings
 
 
 class Parallel(Protocol):
-    """What the loop needs of a way to be parallel."""
+    """The interface that the training loop uses."""
 
     optimizer: torch.optim.AdamW
     needs_equal_passes: bool
@@ -31,11 +31,11 @@ class Parallel(Protocol):
         ...
 
     def sum_gradient(self) -> None:
-        """Makes the gradient that of all ranks."""
+        """Sums the gradient over all ranks."""
         ...
 
     def clip_gradient(self, max_norm: float) -> float:
-        """Scales the gradient to at most `max_norm`; its 2-norm before, equal on all ranks."""
+        """Scales the gradient to at most `max_norm`; returns its 2-norm before, over all ranks."""
         ...
 
     def close(self) -> None:
@@ -46,14 +46,14 @@ class Parallel(Protocol):
 def make_parallel(
     objective: Objective, settings: TrainSettings, group: dist.ProcessGroup | None
 ) -> Parallel:
-    """The way that the settings name; alone in the world there is nothing to shard."""
+    """The way that the settings name; a single process is never sharded."""
     if settings.parallel == "fsdp" and group is not None:
         return Sharded(objective, settings, group)
     return Replicated(objective, settings, group)
 
 
 class Replicated:
-    """Every rank holds everything."""
+    """Every rank holds all parameters, gradients, and optimiser state."""
 
     needs_equal_passes = False
 
@@ -91,14 +91,14 @@ class Replicated:
         return norm
 
     def close(self) -> None:
-        """Lets go of the buffer."""
+        """Frees the gradient buffer and the optimiser."""
         for parameter in self._parameters:
             parameter.grad = None
         del self._flat, self.optimizer
 
 
 class Sharded:
-    """Every rank holds its part.  Layers are gathered as they are needed."""
+    """Every rank holds its shard; FSDP gathers a layer when it is used."""
 
     needs_equal_passes = True
 
@@ -119,6 +119,7 @@ class Sharded:
         for layer in decoder_layers(objective.model):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=policy)
+        # FSDP averages by default; the loss is already divided, so gradients must be summed.
         for module in objective.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -133,13 +134,13 @@ class Sharded:
         self.optimizer.zero_grad(set_to_none=True)
 
     def sum_gradient(self) -> None:
-        """Backward has summed already; a parameter that no row touched gets its zero."""
+        """Adds missing zero gradients; the sum itself is part of the backward pass of FSDP."""
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
     def clip_gradient(self, max_norm: float) -> float:
-        """Scales the gradient to at most `max_norm`; returns its norm before, over all shards."""
+        """Scales the gradient to at most `max_norm`; returns its norm over all shards before."""
         shards = [_local(parameter.grad) for parameter in self._parameters]
         squares = torch.stack([shard.double().square().sum() for shard in shards]).sum()
         dist.all_reduce(squares, group=self._group)
@@ -150,13 +151,13 @@ class Sharded:
         return norm
 
     def close(self) -> None:
-        """Lets go of gradients and optimiser state; the parameters stay sharded."""
+        """Frees gradients and optimiser state; the parameters stay sharded."""
         self.optimizer.zero_grad(set_to_none=True)
         del self.optimizer
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The repeated blocks of a transformer: the longest list of equal modules in it."""
+    """The layers of a transformer: the longest list of modules of one type in it."""
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 0]
     same = [m for m in lists if len({type(child) for child in m}) == 1]
     return list(max(same, key=len)) if same else []

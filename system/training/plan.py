@@ -1,9 +1,9 @@
-"""The frozen training schedule: global step -> packed sequences -> rows.
+"""The frozen training schedule (plan): step -> packed sequences -> rows.
 
-Written once, before training, with its hash.  A rank's share is a pure function of (step, rank,
-world size) and a resume needs the step alone, so the order of training never depends on workers,
-loaders or failures.  The loss of a step is normalised by the response tokens of its whole batch
-(`denominators`), whoever computes it and whatever is masked out.
+A plan is written once, before training, with its hash.  The rows of a rank are a pure function of
+(step, rank, world size), and a resumed training needs only the step.  So the order of training does
+not depend on workers, data loaders, or failures.  The loss of a step is divided by the response
+tokens of its whole batch (`denominators`), also if rows are masked or spread over ranks.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from system.training.pack import pack_rows
 
 FORMAT = 1
 APPENDED = "appended"
-"""Stage of rows that joined a finished schedule later (`influence.append`).  Denominators do not
-count them: they are those of the schedule as it was, so its own rows train as before."""
+"""Stage name of rows that were added to a finished schedule (`influence.append`).  Denominators do
+not count these rows, so that the original rows train as before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainPlan:
-    """A schedule and its numbers.  R = rows of the plan, S = steps."""
+    """A schedule as a table and as arrays.  R = rows of the plan, S = steps."""
 
     table: pa.Table
-    """PLAN schema, sorted by step, sequence, place within the sequence."""
+    """PLAN schema, sorted by step, sequence, and position within the sequence."""
     sha256: str
-    """Hash of the schedule's content (not of a file's bytes)."""
+    """Hash of the content of the schedule (not of the bytes of a file)."""
     step_starts: np.ndarray
     """[S + 1] int64; rows step_starts[s] .. step_starts[s + 1] are those of step s."""
     denominators: np.ndarray
-    """[S] int64; response tokens of each step's whole batch that have a token before them."""
+    """[S] int64; response tokens of the whole batch of each step, except first tokens of rows."""
     sequences: np.ndarray
-    """[R] int32; packed sequence of each row, counted within its step."""
+    """[R] int32; packed sequence of each row, numbered within its step."""
     offsets: np.ndarray
     """[R + 1] int64; tokens offsets[r] .. offsets[r + 1] are those of row r."""
     input_ids: np.ndarray
@@ -49,40 +49,41 @@ class TrainPlan:
 
     @property
     def num_steps(self) -> int:
-        """S."""
+        """Number of steps, S."""
         return len(self.denominators)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows, prompts included."""
+        """Tokens of all rows, with prompts."""
         return int(self.offsets[-1])
 
     def rows(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """A rank's rows of a step, in order.
+        """The rows of a rank in a step, in the order of the plan.
 
-        Rows go, the longest first, to the rank that has the fewest tokens so far (the lowest of
-        equals): the slowest rank, which the others wait for, has at most 4/3 of the least it could
-        have.  Attention stays within a row, so a packed sequence may be cut.
+        Rows are assigned in order of length, longest first, each to the rank with the fewest tokens
+        (ties: the lowest rank).  All ranks wait for the one with the most tokens; with this rule it
+        has at most 4/3 of the optimum.  A packed sequence may be split over ranks, because
+        attention stays within a row.
         """
         rows = np.arange(self.step_starts[step], self.step_starts[step + 1])
         if world_size == 1:
             return rows
         lengths = self.lengths(rows)
         loads = [(0, other) for other in range(world_size)]
-        mine = []
+        own_rows = []
         for place in np.lexsort((rows, -lengths)):
             tokens, owner = loads[0]
             heapq.heapreplace(loads, (tokens + int(lengths[place]), owner))
             if owner == rank:
-                mine.append(rows[place])
-        return np.sort(np.array(mine, dtype=rows.dtype))
+                own_rows.append(rows[place])
+        return np.sort(np.array(own_rows, dtype=rows.dtype))
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """[rows] int64, tokens of the rows."""
         return self.offsets[rows + 1] - self.offsets[rows]
 
     def stage(self, step: int) -> str:
-        """The stage of most of a step's rows."""
+        """The stage to which most rows of a step belong."""
         start, stop = (int(row) for row in self.step_starts[step : step + 2])
         names = self.table.column("stage").slice(start, stop - start).to_pylist()
         return max(dict.fromkeys(names), key=names.count)
@@ -100,10 +101,10 @@ def build_plan(
     max_length: int,
     packing: bool,
 ) -> TrainPlan:
-    """The schedule of rows that are already in training order.
+    """The schedule of rows that are in training order.
 
-    Step s takes rows s * batch_size ... of the order; the last step may be smaller.  Within a step
-    the rows are packed best-fit into sequences of `max_length` tokens (or one row a sequence).
+    Step s has the rows from s * batch_size on; the last step may have fewer.  Within a step, rows
+    are packed (best fit) into sequences of `max_length` tokens, or each row is its own sequence.
 
     Args:
         tokens: TOKENS table in training order.
@@ -113,11 +114,13 @@ def build_plan(
         packing: whether rows share sequences.
 
     Raises:
-        DataError: no rows; another number of stages than rows; a row longer than a sequence; a
-            row without a response token.
+        DataError: there are no rows, the number of stages differs from the number of rows, a row
+            is longer than a sequence, or a row has no response token.
     """
     if len(stages) != tokens.num_rows:
-        raise DataError(f"{tokens.num_rows} rows to train on, but {len(stages)} stage names")
+        raise DataError(
+            f"expected one stage name per row, found {len(stages)} names for {tokens.num_rows} rows"
+        )
     if tokens.num_rows == 0:
         raise DataError(
             "no rows to train on: the selection is empty, or every row lost its response to "
@@ -133,6 +136,7 @@ def build_plan(
         sequence[part] = (
             pack_rows(lengths[part], max_length) if packing else np.arange(size, dtype=np.int32)
         )
+    # Sorted by step and sequence; rows of one sequence keep their order.
     order = np.lexsort((np.arange(num_rows), sequence, step))
     index = pa.array(order)
     columns = {
@@ -151,7 +155,7 @@ def plan_from_table(table: pa.Table) -> TrainPlan:
     """A plan from its table.
 
     Raises:
-        DataError: the table has another schema, is out of order, or a row has nothing to learn.
+        DataError: the table has another schema or order, or a row has no token to learn.
     """
     table = schema.check_table(table, schema.PLAN, "training plan").combine_chunks()
     step = table.column("step").to_numpy()
@@ -163,9 +167,9 @@ def plan_from_table(table: pa.Table) -> TrainPlan:
     ahead = np.lexsort((sequence, step))
     if not np.array_equal(ahead, np.arange(len(step))) or len(np.unique(step)) != step[-1] + 1:
         raise DataError("training plan: rows are not sorted by step and sequence; redo train")
-    learnt = mask.copy()
-    learnt[offsets[:-1]] = False  # nothing comes before a row's first token
-    per_row = np.add.reduceat(learnt, offsets[:-1], dtype=np.int64)
+    is_label = mask.copy()
+    is_label[offsets[:-1]] = False  # no token comes before the first one and predicts it
+    per_row = np.add.reduceat(is_label, offsets[:-1], dtype=np.int64)
     if (per_row == 0).any():
         row = int(np.argmin(per_row))
         raise DataError(
@@ -190,16 +194,16 @@ def plan_from_table(table: pa.Table) -> TrainPlan:
 
 
 def write_plan(uri: str, plan: TrainPlan) -> None:
-    """Writes the plan (`.arrow` or `.parquet`), its hash in the metadata."""
+    """Writes the plan (`.arrow` or `.parquet`), with its hash in the metadata of the table."""
     metadata = {"instructmix.plan": f"{FORMAT}", "instructmix.sha256": plan.sha256}
     storage.write_table(uri, plan.table.replace_schema_metadata(metadata))
 
 
 def read_plan(uri: str) -> TrainPlan:
-    """A plan that `write_plan` wrote, checked against its hash.
+    """Reads a plan of `write_plan` and checks its hash.
 
     Raises:
-        DataError: not a plan, or its content is not what was written.
+        DataError: the file is not a plan, or its content was changed.
     """
     table = storage.read_table(uri)
     metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
@@ -211,8 +215,8 @@ def read_plan(uri: str) -> TrainPlan:
     plan = plan_from_table(table.replace_schema_metadata(None))
     if plan.sha256 != metadata["instructmix.sha256"]:
         raise DataError(
-            f"{uri}: the plan was written with hash {metadata['instructmix.sha256']}, its content "
-            f"now has {plan.sha256}: the file was changed; run again with --redo train"
+            f"{uri}: expected a plan with hash {metadata['instructmix.sha256']}, found "
+            f"{plan.sha256}: the file was changed after it was written; run again with --redo train"
         )
     return plan
 

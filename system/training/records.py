@@ -1,4 +1,4 @@
-"""What a training is asked for, and what it leaves."""
+"""Input and output of a training: `TrainJob` and `TrainedModel`."""
 
 from __future__ import annotations
 
@@ -11,52 +11,52 @@ from system.training.settings import TrainSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
-    """What to train and where to put it."""
+    """A training job: model, plan, settings, and output directory."""
 
     name: str
     plan_uri: str
     """A plan that `system.training.plan.write_plan` wrote."""
     output_uri: str
-    """Directory of its own, on storage that all workers reach."""
+    """Directory of this job alone, on storage that all workers can access."""
     settings: TrainSettings
     model_dir: str
     """Directory (URI) of the base model."""
     base_model: str = ""
-    """How the model card names the base model."""
+    """Name of the base model in the model card."""
     export_dtype: str = "float32"
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that stay; 0 deletes them all once the job is done."""
+    """Number of newest checkpoints to keep; 0 deletes all at the end of the job."""
     heldout_uri: str | None = None
-    """A plan of held-out rows: their loss is measured at every checkpoint and at the end, and the
-    checkpoint where it is lowest stays."""
+    """A plan of held-out rows.  Their loss is measured at every checkpoint and at the end; the
+    checkpoint with the lowest loss is kept."""
     export: Literal["last", "best"] = "last"
-    """Which weights become the model; `best` needs `heldout_uri`."""
+    """Which weights are exported; `best` needs `heldout_uri`."""
     trust_remote_code: bool = False
     log_to: tuple[str, ...] = ()
     hashes: Mapping[str, str] = field(default_factory=dict)
-    """For the model card: fingerprints of what led to the plan."""
+    """Fingerprints of the inputs of the plan, for the model card."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedModel:
-    """A finished job."""
+    """The result of a finished job."""
 
     name: str
     model_uri: str
     metrics_uri: str
     num_steps: int
     num_tokens: int
-    """Tokens trained on, prompts included."""
+    """Tokens trained on, with prompts."""
     num_labels: int
     """Response tokens trained on."""
     first_loss: float
     last_loss: float
-    """Means of the first and the last tenth of the steps, nats per response token."""
+    """Means over the first and the last tenth of the steps, nats per response token."""
     seconds: float
-    """Spent in steps, over all attempts that count."""
+    """Time of all steps; a repeated step counts once."""
     exported_step: int = -1
-    """Steps that the exported weights have made."""
+    """Number of steps after which the exported weights were taken."""
     heldout_loss: float | None = None
-    """Of the exported weights, nats per response token; null where it is not measured."""
+    """Of the exported weights, nats per response token; None if it is not measured."""

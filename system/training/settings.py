@@ -1,4 +1,4 @@
-"""How a training goes: the same record for interventions and for the final run."""
+"""Settings of a training: one record for intervention runs, evaluation arms, and the final run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Literal
 from system.config import InfluenceConfig, LoraConfig, ModelConfig, TrainConfig
 
 LAYOUT = ("micro_batch_tokens", "packing", "parallel", "activation_checkpointing")
-"""Settings of how the work is laid out on the machines: they change the order of sums, not what is
-summed, so a training goes on with others (after it ran out of memory, say)."""
+"""Settings that change only the order of sums, not what is summed.  A training can resume with
+other values, for example after it ran out of memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """Everything about the loop that is not the model or the plan."""
+    """All settings of the training loop, except model and plan."""
 
     learning_rate: float
-    """Peak."""
+    """Peak learning rate."""
     lr_schedule: Literal["cosine", "linear", "warmup-stable-decay"]
     warmup_share: float
     decay_share: float = 0.2
@@ -30,7 +30,7 @@ class TrainSettings:
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     micro_batch_tokens: int = 4096
-    """Tokens of one forward pass of one rank."""
+    """Largest number of tokens in one forward pass of one rank."""
     packing: bool = True
     """Whether rows share forward passes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -40,10 +40,10 @@ class TrainSettings:
     activation_checkpointing: bool = False
     kernels: Literal["auto", "torch", "liger"] = "torch"
     compile: bool = False
-    """Decoder layers through torch.compile."""
+    """Whether decoder layers are compiled with torch.compile."""
     lora: LoraConfig | None = None
     seed: int = 0
-    """Adapter initialisation and dropout; the order is the plan's."""
+    """For adapter initialisation and dropout; the order of rows comes from the plan."""
 
     @classmethod
     def from_train(cls, train: TrainConfig, model: ModelConfig, seed: int) -> TrainSettings:
@@ -72,7 +72,7 @@ class TrainSettings:
     def from_influence(
         cls, influence: InfluenceConfig, model: ModelConfig, seed: int
     ) -> TrainSettings:
-        """Settings of an intervention: annealed linearly to zero, one process."""
+        """Settings of an intervention run: linear decay to zero, a single process."""
         return cls(
             learning_rate=influence.learning_rate,
             lr_schedule="linear",
@@ -83,7 +83,7 @@ class TrainSettings:
         )
 
     def sha256(self) -> str:
-        """Hash of what decides the trained weights, up to the order of sums."""
+        """Hash of the settings that decide the trained weights, up to the order of sums."""
         values = {name: value for name, value in asdict(self).items() if name not in LAYOUT}
         values["lora"] = None if self.lora is None else self.lora.model_dump(mode="json")
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,7 @@
-"""Experiment trackers besides `metrics.jsonl`, each used only where its package is installed."""
+"""Experiment trackers (TensorBoard, W&B, MLflow), in addition to `metrics.jsonl`.
+
+Their packages are optional; `check_trackers` reports a missing one before a training starts.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ _NUMBERS = (
     "memory_bytes",
 )  # fmt: skip
 _REFUSED = re.compile(r"[^\w./ -]")
-"""What MLflow takes in no name of a metric."""
+"""Characters that MLflow does not allow in the name of a metric."""
 
 
 def check_trackers(names: Sequence[str], output_uri: str) -> None:
-    """Before training: every tracker asked for can be used.
+    """Checks, before a training, that every configured tracker can be used.
 
     Raises:
         ConfigError: its package is not installed, or it cannot write where the run writes.
@@ -32,37 +35,39 @@ def check_trackers(names: Sequence[str], output_uri: str) -> None:
         package = _PACKAGES[name]
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"train.log_to asks for {name!r}, but the package {package} is not installed here; "
-                f"run `pip install {package}` or take it out (metrics.jsonl is always written)"
+                f"train.log_to has {name!r}, but the package {package} is not installed here; run "
+                f"`pip install {package}`, or remove it (metrics.jsonl is always written)"
             )
     if "tensorboard" in names and storage.local_path(output_uri) is None:
         raise ConfigError(
-            f"train.log_to: tensorboard writes local files, but the run directory is {output_uri}; "
-            "use wandb or mlflow there, or read metrics.jsonl"
+            "train.log_to: tensorboard needs a run directory on a local disk, found "
+            f"{output_uri}; use wandb or mlflow instead, or read metrics.jsonl"
         )
 
 
 class Trackers:
     """The trackers of one training.
 
-    One that fails on the way (its server is away) is given up, and training goes on without it:
-    `metrics.jsonl` has every step whatever happens, and a training that starts again tries again.
+    A tracker that fails during the training (for example because its server is down) is dropped,
+    and the training continues without it: `metrics.jsonl` always has every step.  A training that
+    starts again tries the tracker again.
 
     Args:
         names: `tensorboard`, `wandb`, `mlflow`.
-        output_uri: the job's directory; TensorBoard writes below it.
-        run_name: how the trackers call the run.
-        is_resumed: whether a tracker that cannot be opened is no reason to end.
+        output_uri: directory of the job; TensorBoard writes below it.
+        run_name: name of the run in the trackers.
+        is_resumed: whether the training resumes; then a tracker that cannot be opened is dropped
+            instead of raising an error.
 
     Raises:
-        ConfigError: a tracker cannot be opened for a training that begins.
+        ConfigError: a tracker cannot be opened at the start of a training.
     """
 
     def __init__(
         self, names: Sequence[str], output_uri: str, run_name: str, *, is_resumed: bool
     ) -> None:
         self.lost: dict[str, str] = {}
-        """Name -> why it was given up."""
+        """Name -> reason why it was dropped."""
         self._open: dict[str, tuple[Sink, contextlib.ExitStack]] = {}
         for name in names:
             stack = contextlib.ExitStack()
@@ -71,14 +76,13 @@ class Trackers:
             except Exception as error:
                 if not is_resumed:
                     raise ConfigError(
-                        f"train.log_to: expected a {name} that takes metrics, found {error!r}. Set "
-                        "it up on the nodes that train, or take it out (metrics.jsonl is always "
-                        "written)."
+                        f"train.log_to: {name} cannot be opened: {error!r}. Set it up on the nodes "
+                        "that train, or remove it (metrics.jsonl is always written)."
                     ) from error
-                self.lost[name] = f"as training went on: {error!r}"
+                self.lost[name] = f"when the training resumed: {error!r}"
 
     def write(self, record: dict[str, Any]) -> None:
-        """Hands a step's metrics to those that are left."""
+        """Sends the metrics of a step to the remaining trackers."""
         for name, (sink, _) in list(self._open.items()):
             try:
                 sink(record)
@@ -87,7 +91,7 @@ class Trackers:
                 self.lost[name] = f"at step {record['step']}: {error!r}"
 
     def close(self) -> None:
-        """Ends the curves."""
+        """Closes all trackers."""
         for name, (_, stack) in self._open.items():
             try:
                 stack.close()
@@ -97,12 +101,12 @@ class Trackers:
 
 
 def flat_metrics(record: dict[str, Any]) -> dict[str, float]:
-    """Names and numbers of a record, categories included, as every tracker takes them."""
+    """The numbers of a record by name, with the losses of categories, for a tracker."""
     numbers = {name: float(record[name]) for name in _NUMBERS if record.get(name) is not None}
     for category, loss in record["category_loss"].items():
         name = plain = "loss/" + _REFUSED.sub("_", category)
         number = 2
-        while name in numbers:  # `c+` and `c#` are two curves
+        while name in numbers:  # `c+` and `c#` both become `c_`, but need two curves
             name, number = f"{plain} {number}", number + 1
         numbers[name] = loss
     return numbers
@@ -138,15 +142,15 @@ def _open_mlflow(output_uri: str, run_name: str, stack: contextlib.ExitStack) ->
     import mlflow  # pyright: ignore[reportMissingImports]
 
     mlflow.set_experiment("instructmix")
-    ours = _run_id(output_uri)
-    found = mlflow.search_runs(
-        experiment_names=["instructmix"], filter_string=f"tags.output = '{ours}'",
+    output_id = _run_id(output_uri)
+    runs = mlflow.search_runs(
+        experiment_names=["instructmix"], filter_string=f"tags.output = '{output_id}'",
         max_results=1, output_format="list",
     )  # fmt: skip
     run = (
-        mlflow.start_run(run_id=found[0].info.run_id)
-        if found
-        else mlflow.start_run(run_name=run_name, tags={"output": ours})
+        mlflow.start_run(run_id=runs[0].info.run_id)
+        if runs
+        else mlflow.start_run(run_name=run_name, tags={"output": output_id})
     )
     stack.enter_context(run)
 
@@ -157,7 +161,7 @@ def _open_mlflow(output_uri: str, run_name: str, stack: contextlib.ExitStack) ->
 
 
 def _run_id(output_uri: str) -> str:
-    """The same id after a restart, so that the tracker continues its curve."""
+    """An id that is the same after a restart, so that the tracker continues the curve."""
     import hashlib
 
     return hashlib.sha256(output_uri.encode()).hexdigest()[:16]

@@ -1,14 +1,15 @@
-"""The training loop of one rank: a frozen plan in, trained weights out.  No Ray here.
+"""The training loop of one rank: trains a model on a frozen plan.
 
-The loss of step s is
+`job.run_job` uses it for the final training and the evaluation arms, and the influence stage for
+its intervention runs.  The loss of step s is
 
     sum over the response tokens of its active rows of -log p(token) / denominators[s]
 
-where the denominator counts the response tokens of the step's *whole* batch.  It never depends on
-`active`, on the rank or on the micro-batches, and gradients are *summed* over micro-batches and
-ranks.  So masking rows leaves the gradient of every other row untouched, and the training is the
-same at any world size and any accumulation, up to the order of floating-point sums.
-(Averaging means over ranks or micro-batches weights tokens unequally.)
+The denominator counts the response tokens of the *whole* batch of the step.  It does not depend on
+`active`, on the rank, or on the micro-batches, and gradients are *summed* over micro-batches and
+ranks.  So masking rows does not change the gradient of any other row, and the training is the same
+at any world size and any accumulation, up to the order of floating-point sums.  (The mean over
+ranks or micro-batches of their mean losses would weight tokens unequally.)
 """
 
 from __future__ import annotations
@@ -45,30 +46,30 @@ __all__ = ["StepStats", "TrainResult", "TrainSettings", "Training", "train_on_pl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """What one optimiser step did, summed over all ranks."""
+    """Numbers of one optimiser step, summed over all ranks."""
 
     step: int
     """0-based."""
     stage: str
     loss: float
-    """Mean nats per response token of the active rows; 0 where none is active."""
+    """Mean nats per response token of the active rows; 0 if no row is active."""
     num_labels: int
     """Response tokens of the active rows."""
     num_tokens: int
-    """Tokens of the active rows, prompts included, padding never."""
+    """Tokens of the active rows, with prompts and without padding."""
     learning_rate: float
     grad_norm: float
-    """Before clipping."""
+    """Norm of the gradient before clipping."""
     seconds: float
     category_nll: dict[str, tuple[float, int]]
     """Per category: summed nats and response tokens."""
     layout: str
-    """How rows lie in a pass, and why not in a faster way."""
+    """The layout of the passes, and why a faster one cannot be used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What a training did.  S = steps made, from `start_step` on."""
+    """Numbers of a whole training.  S = number of steps, from `start_step` on."""
 
     losses: np.ndarray
     """[S] float64, mean nats per response token of the active rows."""
@@ -89,20 +90,20 @@ def train_on_plan(
     start_step: int = 0,
     on_step: Callable[[StepStats], None] | None = None,
 ) -> TrainResult:
-    """Trains the model in place, with adapters merged where `settings.lora` is given.
+    """Trains the model in place; with `settings.lora`, the adapters are merged at the end.
 
     Args:
         model: float32 weights, on the device to train on; equal on all ranks.
         plan: the schedule.
         settings: optimiser, schedule, precision.
-        active: [plan rows] bool; false rows are left out, the steps stay.
-        group: process group over which gradients are summed; none trains in this process alone.
-        start_step: first step to make; the optimiser starts fresh there.
-        on_step: told about each step.
+        active: [plan rows] bool; rows that are False are masked, the steps stay the same.
+        group: process group over which gradients are summed; None: a single process.
+        start_step: first step; the optimiser has no state before it.
+        on_step: called after each step.
 
     Raises:
         StageError: a loss or gradient is not finite; names the step and its rows.
-        ModelError: adapters fit no layer, or the model's weights are damaged.
+        ModelError: no layer fits the adapters, or the weights of the model are damaged.
     """
     losses, labels, tokens = [], 0, 0
     start = time.perf_counter()
@@ -123,9 +124,9 @@ def train_on_plan(
 
 
 class Training:
-    """A training under way: `step` by step, with a state that can be saved between steps.
+    """A training that is controlled step by step; its state can be saved between steps.
 
-    Use as a context: leaving it merges adapters and gives the model back in evaluation mode.
+    Use it as a context manager: on exit, adapters are merged and the model is in evaluation mode.
     """
 
     def __init__(
@@ -147,8 +148,8 @@ class Training:
         self.model = model
         if model.dtype != torch.float32:
             raise ModelError(
-                f"training needs float32 weights (the forward pass may be lower), found "
-                f"{model.dtype}: load the model with dtype float32"
+                f"training needs float32 weights (the forward pass may use a lower precision), "
+                f"found {model.dtype}: load the model with dtype float32"
             )
         self.device = next(model.parameters()).device
         half = settings.dtype == "bfloat16" and self.device.type == "cuda"
@@ -160,11 +161,12 @@ class Training:
         self._stack = ExitStack()
 
     def __enter__(self) -> Training:
-        """Puts the model into training form."""
+        """Prepares the model for training; the order of the steps matters."""
         settings = self.settings
         with ExitStack() as stack:
             stack.callback(self.model.eval)
             stack.enter_context(_deterministic())
+            # Layout and kernels are probed on the plain model: no adapters, compilation, or shards.
             stack.enter_context(training_layout(self.objective, self.group))
             self.kernels = use_kernels(self.objective, settings.kernels)
             if settings.activation_checkpointing:
@@ -177,6 +179,7 @@ class Training:
             if settings.compile:
                 stack.enter_context(compiled_layers(self.model))
             self.parallel = make_parallel(self.objective, settings, self.group)
+            # Exit runs in reverse order: gradients are freed before adapters are merged.
             stack.callback(self.parallel.close)
             self._stack = stack.pop_all()
         return self
@@ -186,7 +189,7 @@ class Training:
         self._stack.close()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Trainable weights and optimiser moments by name: the tensors themselves, not copies."""
+        """Trainable weights and optimiser moments by name (the tensors themselves, no copies)."""
         optimizer = self.parallel.optimizer
         state = {}
         for name, parameter in self.model.named_parameters():
@@ -197,33 +200,34 @@ class Training:
         return state
 
     def set_steps_made(self, steps: int) -> None:
-        """Tells the optimiser how many steps its moments stand for."""
+        """Sets the step counter of the optimiser, after its moments were loaded."""
         for state in self.parallel.optimizer.state.values():
             state["step"].fill_(steps)
 
     def passes(
         self, plan: TrainPlan, step: int, active: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, bool]]:
-        """Rows of each forward pass of this rank for a step of a plan, and whether they count.
+        """The rows of each forward pass of this rank in one step, and whether they count.
 
-        Where all ranks must make equally many passes, a rank with fewer repeats rows for nothing;
-        what the others do follows from the plan, so nobody needs to ask.
+        With sharding, all ranks must make the same number of passes, so a rank with fewer passes
+        repeats rows that do not count.  Each rank computes the passes of the others from the plan,
+        without communication.
 
         Args:
-            plan: the training's own, or another.
+            plan: the plan of this training, or another one.
             step: of the plan.
-            active: [plan rows] bool, rows to take; all by default.
+            active: [plan rows] bool, rows to use; default: all.
         """
         is_padded = not self.objective.layout.is_flat
-        # A row that is longer than a pass gets one of its own.
-        most = self.settings.micro_batch_tokens if self.settings.packing else 1
+        # A row that is longer than a pass gets its own pass.
+        max_tokens = self.settings.micro_batch_tokens if self.settings.packing else 1
         ranks = range(self.world_size) if self.parallel.needs_equal_passes else [self.rank]
         passes: dict[int, list[np.ndarray]] = {}
         for rank in ranks:
             rows = plan.rows(step, rank, self.world_size)
             if active is not None:
                 rows = rows[active[rows]]
-            groups = group_by_tokens(plan.lengths(rows), most, is_padded=is_padded)
+            groups = group_by_tokens(plan.lengths(rows), max_tokens, is_padded=is_padded)
             passes[rank] = [rows[group] for group in groups]
         for rows in passes[self.rank]:
             yield rows, True
@@ -232,7 +236,7 @@ class Training:
             yield rows, False
 
     def microbatch(self, plan: TrainPlan, rows: np.ndarray) -> MicroBatch:
-        """Rows of a plan as one forward pass takes them."""
+        """The tensors of one forward pass over rows of a plan."""
         return build_microbatch(
             plan,
             rows,
@@ -247,7 +251,7 @@ class Training:
             StageError: the loss or the gradient is not finite.
         """
         start = time.perf_counter()
-        torch.manual_seed(_step_seed(self.settings.seed, step, self.rank))  # dropout
+        torch.manual_seed(_step_seed(self.settings.seed, step, self.rank))  # for dropout
         totals = self._accumulate(step)
         rate = learning_rate(step, self.plan.num_steps, self.settings)
         norm = self.parallel.clip_gradient(self.settings.max_grad_norm)
@@ -275,7 +279,11 @@ class Training:
         )
 
     def _accumulate(self, step: int) -> torch.Tensor:
-        """Gradient over all ranks; [2 C + 1] float64: nats and labels by category, tokens."""
+        """Computes the gradient over all ranks.
+
+        Returns:
+            [2 C + 1] float64: summed nats by category, labels by category, number of tokens.
+        """
         self.parallel.zero_gradient()
         scale = 1.0 / float(self.plan.denominators[step])
         losses: list[torch.Tensor] = []
@@ -284,6 +292,7 @@ class Training:
         for rows, counts in self.passes(self.plan, step, self.active):
             batch = self.microbatch(self.plan, rows)
             total, nll_M = self.objective(batch)
+            # A repeated pass takes part in the communication of shards, but adds nothing.
             (total * (scale if counts else 0.0)).backward()
             if counts:
                 losses.append(nll_M)
@@ -300,13 +309,17 @@ class Training:
     def _by_category(
         self, losses: list[torch.Tensor], owners: list[np.ndarray], num_tokens: int
     ) -> np.ndarray:
-        """[2 C + 1]; the losses of all passes are read at once, so that no pass waits for one."""
+        """[2 C + 1], as in `_accumulate`, of this rank.
+
+        The losses of all passes are copied to the CPU at once: a copy waits for the GPU, so one
+        copy per pass would slow down the training.
+        """
         num_categories = len(self.categories)
         totals = np.zeros(2 * num_categories + 1)
         totals[-1] = num_tokens
         if losses:
-            pieces = torch.cat(losses).double().cpu().split([len(nll_M) for nll_M in losses])
-            for category_M, nll_M in zip(owners, pieces, strict=True):
+            per_pass = torch.cat(losses).double().cpu().split([len(nll_M) for nll_M in losses])
+            for category_M, nll_M in zip(owners, per_pass, strict=True):
                 totals[:num_categories] += np.bincount(category_M, nll_M.numpy(), num_categories)
                 totals[num_categories:-1] += np.bincount(category_M, minlength=num_categories)
         return totals
@@ -317,46 +330,47 @@ class Training:
         return values[:num_categories], values[num_categories:-1], int(values[-1])
 
     def _not_finite(self, step: int, norm: float) -> str:
-        """Looks for the rows behind it, now that speed no longer matters."""
+        """The error message; it names the rows whose loss alone is not finite."""
         start, stop = self.plan.step_starts[step : step + 2]
         rows = np.arange(start, stop)
         rows = rows[self.active[rows]]
         with torch.no_grad():
             bad = [
                 self.plan.ids(np.array([row]))[0]
-                for row in rows  # all rows on all ranks: sharded passes need everybody
+                for row in rows  # all rows on every rank, because sharded passes need all ranks
                 if not bool(
                     torch.isfinite(self.objective(self.microbatch(self.plan, row[None]))[1]).all()
                 )
             ]
-        found = (
+        cause = (
             f"rows whose loss is not finite: {bad[:8]}"
             if bad
-            else f"each row alone is finite; its rows start with {self.plan.ids(rows[:4])}"
+            else f"each row alone has a finite loss; the first rows are {self.plan.ids(rows[:4])}"
         )
         return (
             f"training step {step} of {self.plan.num_steps} (stage {self.plan.stage(step)!r}) gave "
-            f"a loss or gradient that is not finite (gradient norm {norm}); {found}. Lower "
+            f"a loss or gradient that is not finite (gradient norm {norm}); {cause}. Lower "
             "train.learning_rate, raise train.warmup_share, or remove those rows; the weights "
             "before this step are in the newest checkpoint."
         )
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of what is random within a step, so that a resumed step repeats itself."""
+    """Seed of the dropout of a step, so that a resumed step draws the same numbers."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Kernels that give equal bits for equal work, wherever torch has them.
+    """Within the block torch uses deterministic kernels, wherever it has them.
 
-    Nothing here reads memory that nobody wrote, so torch need not fill it beforehand.
+    In this mode torch also fills uninitialised memory, which costs time.  This is switched off,
+    because the training never reads memory that was not written.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = deterministic  # its one attribute is a property of the module
+    memory: Any = deterministic  # type checkers do not know the attribute of this module
     fills = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory = False

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from influence_corpus import TASKS
-from influencer_world import Killed, StopsAfter, Trainings, World, matrix
+from influencer_world import Killed, StopsAfter, Trainings, World, finished, matrix, world  # noqa: F401  (fixtures)
 
 from actors.influence.intervention_runner import InterventionRunner
 from actors.stage import StageResult

@@ -38,14 +38,14 @@ def estimate_corpus(folder) -> Corpus:
     return Corpus.open(uri)
 
 
-def draw(folder, tokenizer, num_rows=8, external=None):  # noqa: F811
+def draw(folder, tokenizer, num_rows=8, external=None):
     return draw_accuracy_targets(
         run_seed=0, corpus=estimate_corpus(folder), num_rows=num_rows, max_prompt_tokens=64,
         external=external or {}, tokenizer=tokenizer,
     )  # fmt: skip
 
 
-def test_only_categories_with_verifiable_rows_are_targets(tmp_path, tokenizer):  # noqa: F811
+def test_only_categories_with_verifiable_rows_are_targets(tmp_path, tokenizer):
     questions, targets, left_out = draw(tmp_path, tokenizer)
     assert [target.name for target in targets] == ["math"]
     assert targets[0].num_rows == questions.num_rows == 8
@@ -56,7 +56,7 @@ def test_only_categories_with_verifiable_rows_are_targets(tmp_path, tokenizer): 
     assert smaller["id"].to_pylist() == questions["id"].to_pylist()[:5]
 
 
-def test_no_verifiable_row_at_all_says_what_to_do(tmp_path, tokenizer):  # noqa: F811
+def test_no_verifiable_row_at_all_says_what_to_do(tmp_path, tokenizer):
     corpus_of(tmp_path, {"talk": ROWS["talk"]})
     with pytest.raises(DataError, match="answer_column"):
         draw_accuracy_targets(
@@ -65,7 +65,7 @@ def test_no_verifiable_row_at_all_says_what_to_do(tmp_path, tokenizer):  # noqa:
         )  # fmt: skip
 
 
-def test_a_further_target_needs_answers_too(tmp_path, tokenizer):  # noqa: F811
+def test_a_further_target_needs_answers_too(tmp_path, tokenizer):
     corpus = estimate_corpus(tmp_path)
     named = corpus.sample("estimate", "math", 12, 0)
     _, targets, _ = draw(tmp_path, tokenizer, external={"bench": named})
@@ -80,7 +80,7 @@ def test_a_further_target_needs_answers_too(tmp_path, tokenizer):  # noqa: F811
     [{"answer_pattern": "#### (.+)"}, {"answer_column": "final"}],
     ids=lambda w: next(iter(w)),
 )
-def test_a_further_target_s_answers_are_read_from_its_files(tmp_path, tokenizer, where):  # noqa: F811
+def test_a_further_target_s_answers_are_read_from_its_files(tmp_path, tokenizer, where):
     lines = [
         {"question": f"{n} and {n}?", "answer": f"so it is\n#### {2 * n}", "final": f"{2 * n}"}
         for n in range(9)

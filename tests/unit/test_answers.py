@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import pyarrow as pa
-from answer_rows import corpus_of
+from answer_rows import (
+    corpus_of,
+    tokenizer,  # noqa: F401  (a fixture)
+)
 from transformers import PreTrainedTokenizerFast
 
 from system.data.corpus import Corpus

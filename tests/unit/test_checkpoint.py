@@ -20,11 +20,11 @@ from system.config import LoraConfig
 from system.errors import DataError, StageError
 from system.training.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
     find_checkpoints,
     load_checkpoint,
     resumable,
 )
-from system.training.checkpoint_writer import CheckpointWriter
 from system.training.train import Training
 
 IDENTITY = {"plan": "a" * 64, "settings": "b" * 64, "model": "c" * 64}
@@ -115,7 +115,7 @@ def test_unreadable_checkpoint_of_the_right_size_is_taken_out_of_the_way(tmp_pat
     newest = find_checkpoints(str(tmp_path), IDENTITY)[0]
     metadata = Path(newest.uri) / ".metadata"
     metadata.write_bytes(b"\0" * metadata.stat().st_size)
-    with pytest.raises(StageError, match="taken out of the way"):
+    with pytest.raises(StageError, match="marked as unusable"):
         resume(tmp_path)
     assert resume(tmp_path)[1].step == 2
 
@@ -156,10 +156,11 @@ def test_checkpoint_with_other_tensors_is_refused_and_stays(tmp_path):
     run_all(tmp_path)
     newest = find_checkpoints(str(tmp_path), IDENTITY)[0]
     with pytest.raises(
-        DataError, match=r"the first is 'exp_avg\..*\(200, 32\) there, \(200, 64\) here"
+        DataError,
+        match=r"the first is 'exp_avg\..*\(200, 32\) in the checkpoint, \(200, 64\) in this",
     ):
         load_into(build_model(hidden_size=64), newest)
-    with pytest.raises(DataError, match=r"'exp_avg\.lm_head\.weight': none there"):
+    with pytest.raises(DataError, match=r"'exp_avg\.lm_head\.weight': shape none in the"):
         load_into(build_model(tied=False), newest)
     assert find_checkpoints(str(tmp_path), IDENTITY)[0] == newest
 
@@ -167,7 +168,7 @@ def test_checkpoint_with_other_tensors_is_refused_and_stays(tmp_path):
 @pytest.mark.parametrize("field", ["plan", "settings", "model"])
 def test_checkpoint_of_another_training_is_refused_with_the_difference(tmp_path, field):
     run_all(tmp_path)
-    with pytest.raises(DataError, match=rf"{field}: .*0000000000000000 here"):
+    with pytest.raises(DataError, match=rf"{field}: .*0000000000000000 in this training"):
         find_checkpoints(str(tmp_path), IDENTITY | {field: "0" * 64})
 
 

@@ -136,7 +136,7 @@ def test_workers_that_never_start_name_the_time_that_was_waited(
     def give_up(*_: Any) -> None:
         raise ControllerError(TimeoutError("no room"))
 
-    monkeypatch.setattr(fit, "_outlive_controllers", give_up)
+    monkeypatch.setattr(fit, "_run_with_restarts", give_up)
     no_jobs: list[TrainJob] = []
     with pytest.raises(ClusterError, match=f"attempts of up to {expected} s: no room"):
         fit._fit(no_jobs, context(is_own=False, num_workers=num_workers))

@@ -269,10 +269,10 @@ def test_importance_of_what_has_no_test_rows_is_said_aloud():
     performance = simulate(np.random.default_rng(13))
     alone = full_summary(performance, importance={"benchmark": 2.0})
     assert alone["importance"] == {"a": 0.5, "b": 0.5}
-    assert "(benchmark) hold 100% of solve.importance" in alone["importance_note"]
-    assert "all of them equally" in alone["importance_note"]
+    assert "(benchmark) have 100% of solve.importance" in alone["importance_note"]
+    assert "weights all categories equally" in alone["importance_note"]
     assert headline(alone)[0] == alone["importance_note"]
     beside = full_summary(performance, importance={"benchmark": 1.0, "a": 3.0, "b": 0.0})
     assert beside["importance"] == {"a": 1.0, "b": 0.0}
-    assert "(benchmark) hold 25% of solve.importance" in beside["importance_note"]
+    assert "(benchmark) have 25% of solve.importance" in beside["importance_note"]
     assert full_summary(performance)["importance_note"] == ""

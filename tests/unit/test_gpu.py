@@ -15,8 +15,7 @@ from training_builders import (
 )
 
 from system.training.attention import build_segments, segment_attention
-from system.training.checkpoint import find_checkpoints, load_checkpoint
-from system.training.checkpoint_writer import CheckpointWriter
+from system.training.checkpoint import CheckpointWriter, find_checkpoints, load_checkpoint
 from system.training.layout import training_layout
 from system.training.microbatch import Layout, build_microbatch
 from system.training.objective import Objective

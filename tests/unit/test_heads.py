@@ -75,7 +75,7 @@ LAYOUTS = {
     "cohere": "flat rows, SDPA over buckets, head in blocks",
     "granite": "flat rows, SDPA over buckets, head in blocks",
     "gemma2": "padded rows, transformers' attention, head in blocks "
-    "(because its attention takes softcap)",
+    "(because its attention uses softcap)",
     "odd": "flat rows, SDPA over buckets, the model's own head at labels",
 }
 

@@ -167,7 +167,7 @@ def test_memory_that_runs_out_in_the_flat_layout_is_not_taken_for_an_answer(monk
 
 
 def test_layout_and_the_reason_for_a_slow_one_are_part_of_every_step(caplog):
-    layout_module._tell_once.cache_clear()
+    layout_module._log_once.cache_clear()
     with Training(build_model(), build_small_plan(), build_settings()) as training:
         stats = training.step(0)
     assert stats.layout == "flat rows, SDPA over buckets, head in blocks" and not caplog.text
@@ -233,7 +233,7 @@ def test_every_rank_hears_that_the_first_one_failed(monkeypatch):
             pass
     sent[:] = [None]
     with (
-        pytest.raises(RuntimeError, match="the first rank failed"),
+        pytest.raises(RuntimeError, match="rank 0 failed while it probed"),
         training_layout(Objective(build_model(), torch.float32), group),
     ):
         pass

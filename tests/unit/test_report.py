@@ -124,13 +124,13 @@ def test_every_figure_on_the_page_has_data_that_plotly_accepts(page, figures):
         go.Figure(data=figure["data"], layout=figure["layout"])
 
 
-def test_every_mix_has_its_promise_beside_its_outcome(tmp_path):
+def test_every_mix_has_predicted_beside_realised_gain(tmp_path):
     arms = ("natural", "uniform", "random", "solved")
     run = RunBuilder(arms=arms, categories=CATEGORIES[:6], seeds=2)
     view = RunView.open(run.write(str(tmp_path / "run")).uri)
     tables = {b.caption: b for b in evaluation_section(view).blocks if isinstance(b, Table)}
-    promises = [row[:2] for row in tables["Promise and outcome of every arm"].rows]
-    assert promises == [
+    predicted = [row[:2] for row in tables["Predicted and realised gain of every arm"].rows]
+    assert predicted == [
         ("uniform", "natural"), ("random", "natural"), ("solved", "natural"),
         ("solved", "uniform"), ("solved", "random"),
     ]  # fmt: skip
@@ -269,7 +269,7 @@ def test_a_partial_run_says_what_has_not_run_yet(tmp_path, until):
         part = html.split(f'<section id="{section}"')[1].split("</section>")[0]
         assert (f"<code>{stage}</code> has not run" in part) == (stage not in view.records)
     json.dumps(report_json(view), allow_nan=False)
-    assert "Nothing has been judged on held-out data yet" in html
+    assert "No model has been evaluated on held-out data yet" in html
 
 
 def test_hostile_names_are_shown_and_never_become_markup(hostile_page):

@@ -28,8 +28,8 @@ def test_the_page_has_a_row_and_a_picture_for_every_direction_in_common(runs):
     page = render_report(RunView.open(runs["this"], [runs["this"], runs["other"]]))
     found = set(re.findall(r'"(compare-[0-9]-[a-z]+)"', page))
     assert found == {"compare-1-add", "compare-1-remove", "compare-2-remove"}
-    assert "Beside other measurements" in page and "measured by removing: each dot" in page
-    assert "Beside other measurements" not in render_report(RunView.open(runs["this"]))
+    assert "Comparison with other measurements" in page and "measured by removing: each dot" in page
+    assert "Comparison with other measurements" not in render_report(RunView.open(runs["this"]))
 
 
 def test_the_numbers_are_those_of_the_comparison(runs):

@@ -41,7 +41,7 @@ def heldout_plan():
     return build_small_plan(build_tokens(48).slice(8, 16))
 
 
-def build_best_job(root: Path, base: Path, **changes) -> TrainJob:  # noqa: F811
+def build_best_job(root: Path, base: Path, **changes) -> TrainJob:
     heldout_uri = str(root / "heldout.arrow")
     write_plan(heldout_uri, heldout_plan())
     values = {
@@ -89,7 +89,7 @@ def test_held_out_loss_is_that_of_the_definition_and_moves_nothing():
         assert held_out_loss(training, heldout) == pytest.approx(row_by_row(other, heldout))
 
 
-def test_best_weights_are_exported_and_named(tmp_path, base):  # noqa: F811
+def test_best_weights_are_exported_and_named(tmp_path, base):
     job = build_best_job(tmp_path, base)
     summary = run_job(job, Ranks(), CPU)
     losses = [record["heldout_loss"] for record in metrics(job)]
@@ -110,7 +110,7 @@ def test_best_weights_are_exported_and_named(tmp_path, base):  # noqa: F811
 
 @pytest.mark.parametrize("damage", ["none", "best removed", "best garbage"])
 @pytest.mark.parametrize("at_step", [1, 3, 5])
-def test_killed_training_exports_the_same_best_weights(tmp_path, base, at_step, damage):  # noqa: F811
+def test_killed_training_exports_the_same_best_weights(tmp_path, base, at_step, damage):
     whole, broken = (build_best_job(tmp_path / name, base) for name in ("whole", "broken"))
     expected = run_job(whole, Ranks(), CPU)
     run_killed(broken, at_step=at_step)
@@ -129,7 +129,7 @@ def test_killed_training_exports_the_same_best_weights(tmp_path, base, at_step, 
     assert without_times(metrics(broken)) == without_times(metrics(whole))
 
 
-def test_checkpoints_of_a_job_with_other_held_out_rows_are_refused(tmp_path, base):  # noqa: F811
+def test_checkpoints_of_a_job_with_other_held_out_rows_are_refused(tmp_path, base):
     job = build_best_job(tmp_path, base)
     run_killed(job, at_step=2)
     write_plan(job.heldout_uri, build_small_plan(build_tokens(20, seed=8)))

@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load as load_bytes
-from train_jobs import CPU, build_job, metrics, run_killed, weights, without_times
+from train_jobs import (
+    CPU,
+    base,  # noqa: F401  (a fixture)
+    build_job,
+    metrics,
+    run_killed,
+    weights,
+    without_times,
+)
 from training_builders import (
     CHATML,
     build_model,
@@ -132,7 +140,9 @@ def test_a_training_goes_on_with_another_layout_of_the_work(tmp_path, base):
 
 @pytest.mark.parametrize("changed", ["model", "tokenizer", "plan", "settings"])
 def test_checkpoint_of_another_training_is_refused_and_only_the_difference_named(
-    tmp_path, base, changed
+    tmp_path,
+    base,
+    changed,
 ):
     job = build_job(tmp_path, base)
     run_killed(job, at_step=2)
@@ -147,7 +157,10 @@ def test_checkpoint_of_another_training_is_refused_and_only_the_difference_named
         write_plan(job.plan_uri, build_small_plan(build_tokens(48, seed=1), batch_size=8))
     else:
         job = dataclasses.replace(job, settings=build_settings(learning_rate=2e-2))
-    with pytest.raises(DataError, match=rf"another training.*\({changed}: [^;]* there, .* here\)"):
+    with pytest.raises(
+        DataError,
+        match=rf"another training.*\({changed}: [^;]* in the checkpoint, .* in this training\)",
+    ):
         run_job(dataclasses.replace(job, model_dir=str(other)), Ranks(), CPU)
 
 

@@ -20,8 +20,7 @@ from training_builders import (
 )
 
 from system.config import LoraConfig
-from system.training.checkpoint import find_checkpoints, load_checkpoint
-from system.training.checkpoint_writer import CheckpointWriter
+from system.training.checkpoint import CheckpointWriter, find_checkpoints, load_checkpoint
 from system.training.export import whole_state
 from system.training.heldout import held_out_loss
 from system.training.train import Training
