@@ -13,8 +13,8 @@ A linear program fills the segments of a concave polyline from the base outwards
 the nearer ones are worth more (added) or cost less (removed) for *every* target.  So segment k of a
 source is a source of its own, with room for the segment's rows, and nothing else of the optimiser
 knows of curves.  Measured slopes need not fall: they are projected on non-increasing ones by
-weighted least squares (isotonic regression: Barlow, Bartholomew, Bremner & Brunk 1972; minimax form
-of the pool-adjacent-violators solution), with the inverse squared errors of the slopes as weights.
+weighted least squares (isotonic regression: Barlow, Bartholomew, Bremner & Brunk 1972), with the
+inverse squared errors of the slopes as weights.
 
 Legend of shape suffixes: K doses, or segments, T targets, S sources, N segments of both sides.
 """
@@ -24,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from system.solve.effects import Effects
 from system.solve.problem import DoseCurve, MixOptions, MixProblem
@@ -152,26 +153,13 @@ def non_increasing(value_N: np.ndarray, weight_N: np.ndarray) -> np.ndarray:
         value_N: [N, ...] sequences along the first axis.
         weight_N: the same shape, > 0.
     """
-    count = len(value_N)
-    weight = np.concatenate([np.zeros_like(weight_N[:1]), np.cumsum(weight_N, axis=0)])
-    total = np.concatenate([np.zeros_like(value_N[:1]), np.cumsum(weight_N * value_N, axis=0)])
-
-    def mean(first: int, last: int) -> np.ndarray:
-        if first == last:  # as measured, to the last bit
-            return value_N[first]
-        return (total[last + 1] - total[first]) / (weight[last + 1] - weight[first])
-
+    columns = zip(
+        value_N.reshape(len(value_N), -1).T, weight_N.reshape(len(weight_N), -1).T, strict=True
+    )
     fitted = [
-        np.min(
-            [
-                np.max([mean(first, last) for last in range(place, count)], axis=0)
-                for first in range(place + 1)
-            ],
-            axis=0,
-        )
-        for place in range(count)
+        isotonic_regression(value, weights=weight, increasing=False).x for value, weight in columns
     ]
-    return np.minimum.accumulate(np.stack(fitted), axis=0)
+    return np.stack(fitted, axis=1).reshape(value_N.shape)
 
 
 def pad(side: Side, count: int) -> Side:
