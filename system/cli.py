@@ -14,10 +14,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from system.errors import InstructMixError
 from system.stages import STAGE_NAMES
+
+if TYPE_CHECKING:
+    from system.config import RunConfig
 
 _RUN_DIR = "run directory: `run_dir` of the configuration"
 
@@ -95,23 +98,27 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_run(commands: argparse._SubParsersAction) -> None:
-    run = commands.add_parser("run", help="run all stages, or continue an interrupted run")
-    _add_config(run)
-    run.add_argument(
+def _add_stages(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--from", dest="first", default=STAGE_NAMES[0], choices=STAGE_NAMES, metavar="STAGE",
         help="first stage to run; the stages before it must be finished and match the "
         "configuration",
     )  # fmt: skip
-    run.add_argument(
+    command.add_argument(
         "--until", dest="last", default=STAGE_NAMES[-1], choices=STAGE_NAMES, metavar="STAGE",
         help="last stage to run",
     )  # fmt: skip
-    run.add_argument(
+    command.add_argument(
         "--redo", action="append", default=[], choices=STAGE_NAMES, metavar="STAGE",
         help=f"run this stage again although it is finished; can be repeated. Stages: "
         f"{', '.join(STAGE_NAMES)}",
     )  # fmt: skip
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    run = commands.add_parser("run", help="run all stages, or continue an interrupted run")
+    _add_config(run)
+    _add_stages(run)
     run.set_defaults(execute=_run)
     quickstart = commands.add_parser(
         "quickstart", help="run all stages on generated instructions with a tiny model"
@@ -120,6 +127,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         "--run-dir", default="runs/quickstart", help="run directory; default: %(default)s"
     )
     _add_overrides(quickstart)
+    _add_stages(quickstart)
     quickstart.set_defaults(execute=_quickstart)
 
 
@@ -234,23 +242,22 @@ def _positive(text: str) -> float:
 def _run(arguments: argparse.Namespace) -> int:
     from system.config.load import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
-    from actors.pipeline import Plan, run_pipeline
-    from system.progress import Progress
-
-    plan = Plan(first=arguments.first, last=arguments.last, redo=tuple(arguments.redo))
-    run_pipeline(config, plan, Progress())
-    return 0
+    return _run_stages(load_config(arguments.config, arguments.overrides), arguments)
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
     from system.examples.quickstart import prepare_quickstart
 
     config = prepare_quickstart(arguments.run_dir, arguments.overrides)
+    return _run_stages(config, arguments)
+
+
+def _run_stages(config: RunConfig, arguments: argparse.Namespace) -> int:
     from actors.pipeline import Plan, run_pipeline
     from system.progress import Progress
 
-    run_pipeline(config, Plan(), Progress())
+    plan = Plan(first=arguments.first, last=arguments.last, redo=tuple(arguments.redo))
+    run_pipeline(config, plan, Progress())
     return 0
 
 
