@@ -32,6 +32,9 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+_START_ATTEMPTS = 3
+"""Ray waits 30 seconds for its own processes, and no setting changes that.  On a busy machine the
+first start takes longer; the next one finds compiled modules and files in memory."""
 MAX_DIRECTORY_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 """Longest directory in which Ray can create its sockets: Linux limits socket paths to 107 bytes."""
 
@@ -79,28 +82,38 @@ class Cluster:
             if self._config.num_cpus is not None:
                 options["num_cpus"] = self._config.num_cpus
             self._is_own = True
-        try:
-            with _own_sigterm_handler():
-                ray.init(address=address, **options)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-            raise ClusterError(
-                f"cluster.address {self._config.address!r}: expected a Ray cluster, found none "
-                f"({error}). Start one (`ray start --head`), or use `--set cluster.address=local`."
-            ) from error
-        except Exception as error:
-            # Ray raises a bare Exception when its processes do not come up in time.
-            if "timed out during startup" not in str(error):
-                raise
-            raise ClusterError(
-                "a local Ray did not start within half a minute. The machine is "
-                "overloaded, or short of memory or of open files. Finished work is kept; run the "
-                "same command again to continue."
-            ) from error
+        self._start(address, options)
         self._is_connected = True
         num_gpus = int(ray.cluster_resources().get("GPU", 0))
         remark = idle_gpus_remark(self._config, num_gpus, "the cluster")
         if remark is not None:
             self._say(f"  note: {remark}")
+
+    def _start(self, address: str, options: dict[str, Any]) -> None:
+        """Calls `ray.init`, and once more where a local Ray needs longer than Ray waits for it."""
+        for attempt in range(1, _START_ATTEMPTS + 1):
+            try:
+                with _own_sigterm_handler():
+                    ray.init(address=address, **options)
+                return
+            except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+                raise ClusterError(
+                    f"cluster.address {self._config.address!r}: expected a Ray cluster, found none "
+                    f"({error}). Start one (`ray start --head`), or use `--set "
+                    "cluster.address=local`."
+                ) from error
+            except Exception as error:
+                # Ray raises a bare Exception when its processes do not come up in 30 seconds.
+                if "timed out during startup" not in str(error):
+                    raise
+                ray.shutdown()
+                if attempt == _START_ATTEMPTS:
+                    raise ClusterError(
+                        f"a local Ray did not start in {_START_ATTEMPTS} attempts of half a minute "
+                        "each. The machine is overloaded, or short of memory or of open files. "
+                        "Finished work is kept; run the same command again to continue."
+                    ) from error
+                self._say("  a local Ray did not start within half a minute; trying again")
 
     def pool(self, spec: ActorSpec) -> ActorPool:
         """The pool with the name of the spec, which is created on first use.

@@ -140,3 +140,29 @@ def test_workers_that_never_start_name_the_time_that_was_waited(
     no_jobs: list[TrainJob] = []
     with pytest.raises(ClusterError, match=f"attempts of up to {expected} s: no room"):
         fit._fit(no_jobs, context(is_own=False, num_workers=num_workers))
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_slow_start_of_a_local_ray_is_tried_again(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts, lines = [], []
+
+    def init(**options: Any) -> None:
+        starts.append(options["address"])
+        if len(starts) <= failures:
+            raise Exception("The current node timed out during startup. This could happen ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    cluster = Cluster(ClusterConfig(address="local"), lines.append)
+    if failures == 1:
+        cluster.connect()
+        assert starts == ["local"] * 2
+    else:
+        with pytest.raises(ClusterError, match="did not start in 3 attempts"):
+            cluster.connect()
+        assert starts == ["local"] * 3
+    assert all("trying again" in line for line in lines)
+    assert len(lines) == min(failures, 2)
