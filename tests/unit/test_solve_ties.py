@@ -84,6 +84,18 @@ def test_ties_take_the_least_move_then_spread_it():
     assert mix.counts() == pytest.approx({"c0": 50, "c1": 25, "c2": 25})
 
 
+def test_of_equal_mixes_the_one_that_moves_least_is_taken():
+    """c0 and c1 are worth the same: c2's 20 go to them, and they exchange nothing.
+
+    The trust region would let them exchange 10 more; c0 has room for 5 only, so that an exchange
+    does not cancel out.
+    """
+    p = problem([[1.0, 1.0, 0.0]], [50, 30, 20], supply_S=[55, 100, 20], importance_T=[1.0])
+    mix = solve_mix(p, MixOptions(move=0.3))
+    assert mix.counts() == pytest.approx({"c0": 55, "c1": 45, "c2": 0})
+    assert mix.moved == pytest.approx(0.2)
+
+
 def test_one_category_is_the_whole_budget():
     mix = solve_mix(problem([[1.0]], [40]), MixOptions(budget=100))
     assert mix.counts() == {"c0": 100}
