@@ -7,16 +7,17 @@ a bound; the simplex method starts from there and ends after a few steps. A poor
 never the answer.
 
 What it buys, beside HiGHS alone and scipy's `linprog` on the same problems: CPU seconds of one
-thread, medians, all methods in turn within one run, on a busy machine (twice as slow as a quiet
-one). `linear`, a guard of 2 % on every target, dense matrix, prices and ranges included.
+thread, medians, the methods of a size in turn, on a busy machine (half as fast as a quiet one).
+`linear`, a guard of 2 % on every target, dense matrix, prices and ranges included. Scipy ran once
+at 1,000 categories.
 
     categories              100      150      200      300     1,000
     with this module      0.029    0.043    0.055     0.23       2.2
     HiGHS, all rows       0.035    0.084    0.168        -         -
-    HiGHS, in rounds      0.043    0.085    0.146     0.55      14.3
+    HiGHS, in rounds      0.043    0.085    0.146     0.55      17.0
     scipy                 0.036    0.081    0.142     0.74      20.2
 
-At 100 categories it buys little, from 150 on a factor of 2 to 6. Without it the solver would be 5
+At 100 categories it buys little, from 150 on a factor of 2 to 7. Without it the solver would be 5
 to 30 % slower than scipy up to 200 categories. Other settings of HiGHS do not replace it: the best
 of them, no scaling and all rows, takes 1.04, 0.74, 0.80, 0.85, 0.67 of scipy's time at 100, 150,
 200, 250, 300 categories. Presolve off, Devex and Dantzig prices win at one size and lose at
