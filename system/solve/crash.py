@@ -1,10 +1,29 @@
 """A starting basis for large guarded programs, from an interior point.
 
-With hundreds of binding guards the simplex method needs thousands of steps on dense rows, six
-seconds at a thousand categories. An interior-point method needs some thirty steps whatever the
-size, each one dense matrix product. It cannot give an exact vertex or prices, so it is only asked
-which guards bind and which counts sit at a bound; the simplex method starts from there and ends
-after a few steps. A poor guess costs time, never the answer.
+With hundreds of binding guards the simplex method needs thousands of steps on dense rows. An
+interior-point method needs some thirty steps whatever the size, each one dense matrix product. It
+cannot give an exact vertex or prices, so it is only asked which guards bind and which counts sit at
+a bound; the simplex method starts from there and ends after a few steps. A poor guess costs time,
+never the answer.
+
+What it buys, beside HiGHS alone and scipy's `linprog` on the same problems: CPU seconds of one
+thread, medians, the methods of a size in turn, on a busy machine (half as fast as a quiet one).
+`linear`, a guard of 2 % on every target, dense matrix, prices and ranges included. Scipy ran once
+at 1,000 categories.
+
+    categories              100      150      200      300     1,000
+    with this module      0.029    0.043    0.055     0.23       2.2
+    HiGHS, all rows       0.035    0.084    0.168        -         -
+    HiGHS, in rounds      0.043    0.085    0.146     0.55      17.0
+    scipy                 0.036    0.081    0.142     0.74      20.2
+
+At 100 categories it buys little, from 150 on a factor of 2 to 7. Without it the solver would be 5
+to 30 % slower than scipy up to 200 categories. Other settings of HiGHS do not replace it: the best
+of them, no scaling and all rows, takes 1.04, 0.74, 0.80, 0.85, 0.67 of scipy's time at 100, 150,
+200, 250, 300 categories. Presolve off, Devex and Dantzig prices win at one size and lose at
+another. The primal simplex and HiGHS's own interior point with crossover take 1.2 to 3 times as
+long as scipy. Without guards the guess gains nothing (300 categories: 19 ms with, 13 ms without),
+so it is not used there.
 Source: Mehrotra 1992, "On the implementation of a primal-dual interior point method".
 """
 
@@ -17,8 +36,6 @@ from system.solve.model import Model, shared_rows
 
 SMALLEST = 2_500
 """Guards times categories from which the guess pays; below, simplex alone is faster."""
-MANY_CATEGORIES = 250
-"""Categories from which it pays even without guards."""
 _MAX_STEPS = 60
 _GAP = 1e-10
 
@@ -41,7 +58,7 @@ class Guess:
 def guess_basis(model: Model) -> Guess | None:
     """The guess, or None where it is not worth the work or the iteration does not settle."""
     guarded = np.flatnonzero(np.isfinite(model.guard_T))
-    is_large = len(guarded) * model.num_sources >= SMALLEST or model.num_sources >= MANY_CATEGORIES
+    is_large = len(guarded) * model.num_sources >= SMALLEST
     if not is_large or model.effects.off_add_TS is not None:
         return None
     interior = _InteriorPoint(model, guarded)

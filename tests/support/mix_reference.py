@@ -5,13 +5,16 @@ scipy; it shares no code with the package but the base mix and the resolved limi
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from system.solve import GroupLimit, MixOptions, MixProblem
-from system.solve.model import Model
+from system.solve.model import Model, build_model
+
+Question = tuple[MixProblem, MixOptions]
 
 
 def named(count: int, prefix: str = "c") -> tuple[str, ...]:
@@ -35,7 +38,36 @@ def questions(draw, objectives=("linear", "max-min", "concave", "robust")):
     return random_question(rng, str(rng.choice(objectives)))
 
 
-def random_question(rng: np.random.Generator, objective: str) -> tuple[MixProblem, MixOptions]:
+@st.composite
+def feasible_questions(draw, objectives=("linear", "max-min", "concave", "robust")):
+    """A random question that some mix satisfies: the solver may not call it infeasible."""
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    return question_where(rng, str(rng.choice(objectives)), is_feasible)
+
+
+def is_feasible(p: MixProblem, options: MixOptions) -> bool:
+    """Whether scipy finds a mix within the limits."""
+    return reference_gain(build_model(p, options)) is not None
+
+
+def question_where(
+    rng: np.random.Generator,
+    objective: str,
+    holds: Callable[[MixProblem, MixOptions], bool],
+    change: Callable[[MixProblem, MixOptions], Question] | None = None,
+) -> Question:
+    """The first random question, changed by ``change``, for which ``holds`` is true."""
+    for _ in range(500):
+        p, options = random_question(rng, objective)
+        if change is not None:
+            p, options = change(p, options)
+        if holds(p, options):
+            return p, options
+    raise AssertionError("500 random questions in a row were not of the kind that the test needs")
+
+
+def random_question(rng: np.random.Generator, objective: str) -> Question:
     S = int(rng.integers(1, 7))
     T = S if rng.random() < 0.6 else int(rng.integers(1, 6))
     scale = float(rng.choice([1.0, 1e-6, 1e3]))

@@ -128,3 +128,46 @@ def test_a_fresh_lease_of_another_host_is_respected_and_an_old_one_is_not(tmp_pa
     storage.write_json(f"{tmp_path}/lease.json", lease | {"time": time.time() - 3600})
     with RunDir(str(tmp_path)).lease():
         pass
+
+
+def test_drivers_that_start_together_are_told_apart(tmp_path: Path, monkeypatch) -> None:
+    """Both found the directory free; the second one to write has it, the first one must stop."""
+    rival = {"token": "x", "host": f"not-{socket.gethostname()}", "pid": 1}
+
+    def write_after_the_other(seconds: float) -> None:
+        storage.write_json(f"{tmp_path}/lease.json", rival | {"time": time.time()})
+
+    monkeypatch.setattr("system.rundir.time.sleep", write_after_the_other)
+    with pytest.raises(RunBusyError), RunDir(str(tmp_path)).lease():
+        pass
+    assert storage.read_json(f"{tmp_path}/lease.json")["token"] == "x"
+
+
+def test_the_lease_is_kept_fresh(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("system.rundir.HEARTBEAT_SECONDS", 0.02)
+    with RunDir(str(tmp_path)).lease():
+        first = storage.read_json(f"{tmp_path}/lease.json")["time"]
+        deadline = time.monotonic() + 30.0
+        while storage.read_json(f"{tmp_path}/lease.json")["time"] == first:
+            assert time.monotonic() < deadline, "the lease was written once and never again"
+            time.sleep(0.02)
+
+
+def test_a_kill_within_a_commit_leaves_an_attempt_that_is_found_again(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """The attempt's own record comes first: a stage never points to an attempt without one."""
+    run_dir = RunDir(str(tmp_path))
+    write, written = storage.write_json, []
+
+    def killed_before_the_second(uri: str, value: object) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(uri)
+        write(uri, value)
+
+    monkeypatch.setattr("system.rundir.storage.write_json", killed_before_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run_dir.commit("mix", record("aa"))
+    assert run_dir.read_record("mix") is None
+    assert run_dir.read_attempt_record("mix", "aa") == record("aa")

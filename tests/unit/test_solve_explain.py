@@ -1,15 +1,24 @@
 """Prices and ranges: what is said about the optimum is true of it."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from case_counts import CaseCount
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mix_reference import problem, questions, random_question
+from mix_reference import (
+    feasible_questions,
+    is_feasible,
+    problem,
+    question_where,
+    reference_gain,
+)
 
 from system.errors import ConfigError, DataError, InfeasibleMixError
 from system.solve import GroupLimit, Mix, MixOptions, MixSession, solve_mix
+from system.solve.model import build_model
 
 EFFECT = [[1.0, 0.5, 0.0], [0.2, 1.0, 0.1], [-0.3, 0.1, 1.0]]
 
@@ -43,90 +52,6 @@ def gain_if(session: MixSession, **change) -> float | None:
         return None
 
 
-def effect_size(p) -> float:
-    remove = p.effect_add_TS if p.effect_remove_TS is None else p.effect_remove_TS
-    return max(np.abs(p.effect_add_TS).max(), np.abs(remove).max(), 1e-300)
-
-
-def check_price(price: float, mix: Mix, ask, step: float, size: float) -> None:
-    """The gain of one more <= price <= the loss of one less."""
-    more, less = ask(step), ask(-step)
-    if more is not None:
-        assert price >= (more - mix.gain) / step - 1e-5 * size
-    if less is not None:
-        assert price <= (mix.gain - less) / step + 1e-5 * size
-
-
-def check_supply_prices(p, session: MixSession, mix: Mix, supply: dict[str, float]) -> None:
-    step = 1e-6 * mix.budget
-    for c in mix.categories:
-        stock = supply[c.category]
-        if stock > step:
-            check_price(
-                c.supply_price,
-                mix,
-                lambda e, c=c, stock=stock: gain_if(
-                    session, supply=supply | {c.category: stock + e}
-                ),
-                step,
-                effect_size(p),
-            )
-
-
-@settings(max_examples=120, deadline=None)
-@given(questions())
-def test_every_price_lies_between_the_gain_of_one_more_and_the_loss_of_one_less(question):
-    """The optimum is concave in every limit, so a right price is squeezed by finite differences."""
-    p, options = question
-    try:
-        session = MixSession(p, options)
-    except InfeasibleMixError:
-        return
-    mix = session.mix
-    step, size = 1e-6 * mix.budget, effect_size(p)
-    check_price(
-        mix.budget_price, mix, lambda e: gain_if(session, budget=mix.budget + e), step, size
-    )
-    if options.move > 0:
-        width = options.move * mix.budget
-        check_price(
-            mix.move_price, mix, lambda e: gain_if(session, move_budget=width + e), step, size
-        )
-    if p.supply_S is not None:
-        check_supply_prices(p, session, mix, dict(zip(p.categories, p.supply_S, strict=True)))
-    for t in mix.targets:
-        if t.guard is not None and np.isfinite(t.guard):
-            check_price(
-                t.guard_price,
-                mix,
-                lambda e, t=t: (
-                    gain_if(session, guard={t.target: t.guard + e}) if t.guard + e >= 0 else None
-                ),
-                step,
-                size,
-            )
-
-
-@settings(max_examples=60, deadline=None)
-@given(questions(), st.integers(0, 2**32 - 1))
-def test_supply_prices_hold_where_a_supply_is_at_or_below_the_base(question, seed):
-    p, options = question
-    rng = np.random.default_rng(seed)
-    share_S = rng.choice([0.9, 0.97, 1.0, 1.0, 1.05], len(p.categories))
-    p = replace(p, supply_S=p.base_S * 1.3, upper_S=None)
-    try:
-        session = MixSession(p, options)
-    except InfeasibleMixError:
-        return
-    base = {c.category: c.base for c in session.mix.categories}
-    supply = {name: base[name] * share for name, share in zip(base, share_S, strict=True)}
-    try:
-        mix = session.what_if(supply=supply)
-    except InfeasibleMixError:
-        return
-    check_supply_prices(p, session, mix, supply)
-
-
 def solved_gain(p, options: MixOptions) -> float | None:
     try:
         return solve_mix(p, options).gain
@@ -134,18 +59,130 @@ def solved_gain(p, options: MixOptions) -> float | None:
         return None
 
 
-@settings(max_examples=60, deadline=None)
-@given(questions())
-def test_prices_of_groups_and_of_the_limits_of_categories_are_squeezed_as_well(question):
+def effect_size(p) -> float:
+    remove = p.effect_add_TS if p.effect_remove_TS is None else p.effect_remove_TS
+    return max(np.abs(p.effect_add_TS).max(), np.abs(remove).max(), 1e-300)
+
+
+class Squeeze:
+    """Squeezes prices between finite differences and counts the answers to every kind of price."""
+
+    def __init__(self) -> None:
+        self.cases: dict[str, CaseCount] = defaultdict(CaseCount)
+
+    def check(self, kind: str, price: float, mix: Mix, ask, step: float, size: float) -> None:
+        """The gain of one more <= price <= the loss of one less."""
+        more, less = ask(step), ask(-step)
+        if self.cases[kind].add(more is not None):
+            assert price >= (more - mix.gain) / step - 1e-5 * size
+        if self.cases[kind].add(less is not None):
+            assert price <= (mix.gain - less) / step + 1e-5 * size
+
+    def supply_prices(self, p, session: MixSession, mix: Mix, supply: dict[str, float]) -> None:
+        step = 1e-6 * mix.budget
+        for c in mix.categories:
+            stock = supply[c.category]
+            if stock > step:
+
+                def ask(e, name=c.category, stock=stock):
+                    return gain_if(session, supply=supply | {name: stock + e})
+
+                self.check("supply", c.supply_price, mix, ask, step, effect_size(p))
+
+    def require(self, **at_least: int) -> None:
+        """Every kind that is named was asked about, and most of the questions had an answer."""
+        assert set(self.cases) == set(at_least)
+        for kind, number in at_least.items():
+            # At a limit, or without any room to move, only one side has an answer.
+            self.cases[kind].require(0.5, at_least=number)
+
+
+def test_every_price_lies_between_the_gain_of_one_more_and_the_loss_of_one_less():
+    """The optimum is concave in every limit, so a right price is squeezed by finite differences."""
+    squeeze = Squeeze()
+
+    @settings(max_examples=120, deadline=None)
+    @given(feasible_questions())
+    def check(question):
+        p, options = question
+        session = MixSession(p, options)
+        mix = session.mix
+        step, size = 1e-6 * mix.budget, effect_size(p)
+
+        def more_budget(e):
+            return gain_if(session, budget=mix.budget + e)
+
+        squeeze.check("budget", mix.budget_price, mix, more_budget, step, size)
+        if options.move > 0:
+            width = options.move * mix.budget
+
+            def more_move(e):
+                return gain_if(session, move_budget=width + e)
+
+            squeeze.check("move", mix.move_price, mix, more_move, step, size)
+        if p.supply_S is not None:
+            supply = dict(zip(p.categories, p.supply_S, strict=True))
+            squeeze.supply_prices(p, session, mix, supply)
+        for t in mix.targets:
+            if t.guard is not None and np.isfinite(t.guard):
+
+                def looser(e, t=t):
+                    loss = t.guard + e
+                    return gain_if(session, guard={t.target: loss}) if loss >= 0 else None
+
+                squeeze.check("guard", t.guard_price, mix, looser, step, size)
+
+    check()
+    squeeze.require(budget=120, move=120, supply=120, guard=120)
+
+
+def test_supply_prices_hold_where_a_supply_is_at_or_below_the_base():
+    squeeze = Squeeze()
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(0, 2**32 - 1))
+    def check(seed):
+        rng = np.random.default_rng(seed)
+        p, options = question_where(
+            rng,
+            str(rng.choice(["linear", "max-min", "concave", "robust"])),
+            is_feasible,
+            lambda p, options: (replace(p, supply_S=p.base_S * 1.3, upper_S=None), options),
+        )
+        model = build_model(p, options)
+        shares = (rng.choice([0.9, 0.97, 1.0, 1.0, 1.05], model.num_sources) for _ in range(1000))
+        supply_S = next(
+            stock_S
+            for stock_S in (model.base_S * share_S for share_S in shares)
+            if reference_gain(replace(model, ceiling_S=stock_S)) is not None
+        )
+        supply = dict(zip(p.categories, supply_S.tolist(), strict=True))
+        session = MixSession(p, options)
+        squeeze.supply_prices(p, session, session.what_if(supply=supply), supply)
+
+    check()
+    squeeze.require(supply=200)
+
+
+def test_prices_of_groups_and_of_the_limits_of_categories_are_squeezed_as_well():
     """All but the base stays: a group, a cap or a limit away from the base does not change w0."""
-    p, options = question
-    try:
+    squeeze = Squeeze()
+
+    @settings(max_examples=120, deadline=None)
+    @given(feasible_questions())
+    def check(question):
+        p, options = question
         mix = solve_mix(p, options)
-    except InfeasibleMixError:
-        return
-    step, size = 1e-6 * mix.budget, effect_size(p)
-    length_S = np.ones(len(p.categories)) if options.unit == "examples" else p.tokens_S
-    step /= length_S.max()
+        length_S = np.ones(len(p.categories)) if options.unit == "examples" else p.tokens_S
+        step = 1e-6 * mix.budget / length_S.max()
+        squeeze_groups(squeeze, p, options, mix, step)
+        squeeze_limits(squeeze, p, options, mix, step, length_S)
+
+    check()
+    squeeze.require(group=12, lower=20, upper=20, cap=20)
+
+
+def squeeze_groups(squeeze: Squeeze, p, options: MixOptions, mix: Mix, step: float) -> None:
     for group in mix.groups:
         (limit,) = (g for g in options.groups if g.name == group.group)
         ends = {
@@ -154,13 +191,16 @@ def test_prices_of_groups_and_of_the_limits_of_categories_are_squeezed_as_well(q
         }
         for name, loosened in ends.items():
             if abs(group.count - getattr(limit, name)) < 10 * step:
-                check_price(
-                    group.price,
-                    mix,
-                    lambda e, f=loosened: solved_gain(p, replace(options, groups=(f(e),))),
-                    step,
-                    size,
-                )
+
+                def ask(e, loosened=loosened):
+                    return solved_gain(p, replace(options, groups=(loosened(e),)))
+
+                squeeze.check("group", group.price, mix, ask, step, effect_size(p))
+
+
+def squeeze_limits(
+    squeeze: Squeeze, p, options: MixOptions, mix: Mix, step: float, length_S: np.ndarray
+) -> None:
     ceilings = {"lower": ("lower_S", -1.0), "upper": ("upper_S", 1.0), "cap": ("cap_S", 1.0)}
     for j, c in enumerate(mix.categories):
         if c.at in ("free", "base"):
@@ -179,32 +219,35 @@ def test_prices_of_groups_and_of_the_limits_of_categories_are_squeezed_as_well(q
                 shared = replace(options, cap=None) if field == "cap_S" else options
                 return solved_gain(replace(p, **{field: limit_S}), shared)
 
-            check_price(c.limit_price, mix, ask, step, size)
+            squeeze.check(c.at, c.limit_price, mix, ask, step, effect_size(p))
 
 
-@settings(max_examples=60, deadline=None)
-@given(questions())
-def test_a_reduced_cost_is_what_pushing_a_count_brings_or_costs(question):
+def test_a_reduced_cost_is_what_pushing_a_count_brings_or_costs():
     """Pinned by a group of its own, a count moves within its limits, all else re-optimised."""
-    p, options = question
-    try:
+    squeeze = Squeeze()
+
+    @settings(max_examples=60, deadline=None)
+    @given(feasible_questions())
+    def check(question):
+        p, options = question
         mix = solve_mix(p, options)
-    except InfeasibleMixError:
-        return
-    step = 1e-6 * mix.budget
-    if p.tokens_S is not None:
-        step /= p.tokens_S.max()
-    for c in mix.categories:
-        if c.count <= step:
-            continue
+        step = 1e-6 * mix.budget
+        if p.tokens_S is not None:
+            step /= p.tokens_S.max()
+        for c in mix.categories:
+            if c.count <= step:
+                continue
 
-        def ask(e, c=c):
-            pin = GroupLimit(
-                name="pin", members=(c.category,), lower=c.count + e, upper=c.count + e
-            )
-            return solved_gain(p, replace(options, groups=(*options.groups, pin)))
+            def ask(e, c=c):
+                pin = GroupLimit(
+                    name="pin", members=(c.category,), lower=c.count + e, upper=c.count + e
+                )
+                return solved_gain(p, replace(options, groups=(*options.groups, pin)))
 
-        check_price(c.reduced_cost, mix, ask, step, effect_size(p))
+            squeeze.check("count", c.reduced_cost, mix, ask, step, effect_size(p))
+
+    check()
+    squeeze.require(count=120)
 
 
 def test_prices_equal_the_difference_quotient_where_the_optimum_is_not_degenerate():
@@ -234,13 +277,16 @@ def test_supply_price_counts_every_epoch():
 @pytest.mark.parametrize("seed", range(60))
 def test_mix_stays_the_same_inside_the_range_of_a_score(seed):
     rng = np.random.default_rng(seed)
-    p, options = random_question(rng, ["linear", "concave"][seed % 2])
-    p = replace(p, identifiable_TS=None, tokens_S=None)
-    options = replace(options, guard=None, guard_nats=None, unit="examples")
-    try:
-        mix = solve_mix(p, options)
-    except InfeasibleMixError:
-        return
+    p, options = question_where(
+        rng,
+        ["linear", "concave"][seed % 2],
+        is_feasible,
+        lambda p, options: (
+            replace(p, identifiable_TS=None, tokens_S=None),
+            replace(options, guard=None, guard_nats=None, unit="examples"),
+        ),
+    )
+    mix = solve_mix(p, options)
     i = int(np.argmax(p.importance_T))
     for j, c in enumerate(mix.categories):
         for end in (c.score_low, c.score_high):

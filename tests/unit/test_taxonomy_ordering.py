@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from system.taxonomy import linear_ordering, ordering
@@ -67,8 +67,7 @@ def test_kept_weight_is_the_brute_force_optimum_and_the_graph_acyclic(rows):
 def test_milp_and_relaxation_agree_with_brute_force(rows):
     weight = np.array(rows, dtype=float)
     np.fill_diagonal(weight, 0)
-    if len(weight) < 2 or not weight.any():
-        return
+    assume(len(weight) >= 2 and weight.any())
     gain, best = weight.T, brute_force(weight)
     worst_start = np.array(
         min(itertools.permutations(range(len(gain))), key=lambda p: order_value(gain, np.array(p)))
