@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+# Each process takes whole test modules (tests/conftest.py): a Ray or an engine is started once.
+JOBS := 2
+SIDE_BY_SIDE := -n $(JOBS) --dist loadgroup
 
-.PHONY: help setup quickstart test test-all check format clean
+.PHONY: help setup quickstart test test-slow test-all check format clean
 
 help:
 	@echo "make quickstart   set up and run the whole job on generated data (about ten minutes with set-up)"
-	@echo "make test         set up and run the tests (under fifteen minutes)"
-	@echo "make test-all     all tests, the slow ones and the real-model check too (two hours)"
+	@echo "make test         set up and run the tests (about ten minutes)"
+	@echo "make test-slow    the slow tests and the real-model check (about half an hour)"
+	@echo "make test-all     all tests, also those marked long (two hours)"
 	@echo "make check        lint, format check, types"
 	@echo "make setup        only set up: virtual environment and packages in $(VENV)"
 
@@ -33,11 +37,15 @@ quickstart: $(READY)
 	@$(BIN)/instructmix quickstart
 
 test: $(READY)
-	@echo "== running the tests"
-	$(BIN)/python -m pytest -m "not slow and not real_model"
+	@echo "== running the tests, in $(JOBS) processes"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not real_model"
 
-test-all: $(READY)
-	$(BIN)/python -m pytest
+test-slow: $(READY)
+	@echo "== slow tests and the real-model check, in $(JOBS) processes"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=25 -m "(slow or real_model) and not long"
+
+test-all: test test-slow
+	$(BIN)/python -m pytest -m long
 
 check: $(READY)
 	$(BIN)/ruff check .

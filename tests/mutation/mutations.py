@@ -254,7 +254,7 @@ _ESTIMATOR = (
 _PACKER = (
     _mutation(
         "packer", "label shift left out", "system/training/microbatch.py",
-        "to_device(place[labels] - 1, device)", "to_device(place[labels], device)",
+        "to_device(position[labels] - 1, device)", "to_device(position[labels], device)",
         "a token is predicted from itself", _MICROBATCH,
     ),
     _mutation(
@@ -345,18 +345,18 @@ _LEASE = (
     ),
     _mutation(
         "lease", "lease ignored", "system/rundir.py",
-        "_refuse_living_holder(uri, self.uri)\n        _write_lease(uri, mine)",
-        "_write_lease(uri, mine)",
+        "_refuse_living_holder(uri, self.uri)\n        _write_lease(uri, holder)",
+        "_write_lease(uri, holder)",
         "two drivers write in one run directory", _RUNDIR,
     ),
     _mutation(
         "lease", "race for the lease not seen", "system/rundir.py",
-        "if storage.read_json(uri)[\"token\"] != mine[\"token\"]:", "if False:",
+        "if storage.read_json(uri)[\"token\"] != holder[\"token\"]:", "if False:",
         "two drivers that start together both go on", _RUNDIR,
     ),
     _mutation(
         "lease", "no heartbeat", "system/rundir.py",
-        "while not stop.wait(HEARTBEAT_SECONDS):\n                _write_lease(uri, mine)",
+        "while not stop.wait(HEARTBEAT_SECONDS):\n                _write_lease(uri, holder)",
         "while not stop.wait(HEARTBEAT_SECONDS):\n                pass",
         "a run of more than a minute loses its directory to another driver", _RUNDIR,
     ),
