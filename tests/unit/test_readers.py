@@ -327,11 +327,11 @@ def test_big_files_are_cut_and_small_ones_put_together(tmp_path):
     by_source = [[c for c in chunks if c.source == k] for k in range(4)]
     assert len(by_source[0]) == -(-files[0].size // 1000)
     assert len(by_source[1]) > 1
-    assert len(by_source[2]) == 1 and len(by_source[2][0].pieces) == 2
+    assert len(by_source[2]) == 1 and len(by_source[2][0].ranges) == 2
     assert len(by_source[3]) == 1
     assert [c.index for c in chunks] == list(range(len(chunks)))
     for own, rows in ((by_source[0], ROWS * 20), (by_source[1], ROWS)):
-        found = [row for c in own for part in c.pieces for _, row in read_rows(part)]
+        found = [row for c in own for part in c.ranges for _, row in read_rows(part)]
         assert found == rows
 
 
@@ -350,7 +350,7 @@ def test_arrow_files_and_data_sets_are_cut_too(tmp_path, kind):
     files = sources.list_files([SourceConfig(path=path.name)], str(tmp_path))
     chunks = sources.plan_chunks(files, [SourceConfig(path=path.name)], files[0].size // 5)
     assert len(chunks) == (1 if kind == "stream" else 6)
-    found = [[row for _, row in read_rows(file_range)] for c in chunks for file_range in c.pieces]
+    found = [[row for _, row in read_rows(file_range)] for c in chunks for file_range in c.ranges]
     assert all(found) and [row for rows in found for row in rows] == ROWS * 30
 
 

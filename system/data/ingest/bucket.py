@@ -93,7 +93,7 @@ def row_bases(outcomes: Sequence[ChunkOutcome]) -> dict[tuple[int, int], int]:
     start of a file have the base 0 and are left out.
     """
     bases: dict[tuple[int, int], int] = {}
-    ranges = [file_range for outcome in outcomes for file_range in outcome.pieces]
+    ranges = [file_range for outcome in outcomes for file_range in outcome.ranges]
     file, base = -1, 0
     for file_range in sorted(ranges, key=lambda file_range: (file_range.file, file_range.start)):
         if file_range.file != file:

@@ -1,4 +1,9 @@
-"""One chunk of raw files: read, shaped, normalised, and spilled by id bucket."""
+"""The first step of ingest, for one chunk: rows from raw files to a spill file, sorted by bucket.
+
+Each batch of rows is read, brought into its normal form, labelled and split; rejected rows go into
+a spill file of their own with the reason.  `actors.ingestor` calls `ingest_chunk` in its actors;
+`bucket.py` reads the spill files and removes duplicates.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +62,7 @@ def ingest_chunk(plan: IngestPlan, index: int) -> ChunkOutcome:
         spill_output(chunk_uri(plan, index, "rejected.arrow"), REJECTED_SPILL) as rejected,
     ):
         worker = _ChunkWorker(plan, plan.sources[chunk.source], rows, rejected)
-        for file_range in chunk.pieces:
+        for file_range in chunk.ranges:
             worker.read_range(file_range, chunk.max_rows)
         outcome = worker.finish(index)
     storage.write_json(chunk_uri(plan, index, "json"), asdict(outcome))
@@ -140,8 +145,8 @@ class _ChunkWorker:
         self._filters = plan.filters
         self._rows = rows
         self._rejected = rejected
-        self._held = RowBuffer(sources.source_name(source), plan.num_buckets)
-        self._held_rejected: list[tuple[int, int, int, str, str]] = []
+        self._buffer = RowBuffer(sources.source_name(source), plan.num_buckets)
+        self._pending_rejected: list[tuple[int, int, int, str, str]] = []
         self._read = 0
         self._kept = 0
         self._reasons: Counter[str] = Counter()
@@ -159,7 +164,7 @@ class _ChunkWorker:
         for values in read_batches(file_range):
             if max_rows is not None:
                 values = _first_rows(values, max_rows - self._read)
-            self._take(file_range, num_numbers, values, shape)
+            self._add_rows(file_range, num_numbers, values, shape)
             num_numbers += len(values)
             if max_rows is not None and self._read >= max_rows:
                 break
@@ -175,10 +180,10 @@ class _ChunkWorker:
         )
         check_unchanged(file_range)
 
-    def _take(
+    def _add_rows(
         self, file_range: FileRange, first: int, values: Sequence[RawRow], shape: Format | None
     ) -> None:
-        """Takes rows whose numbers in the file range begin with `first`."""
+        """Adds a batch of rows; the first of them has the number `first` in its file range."""
         self._read += len(values) - values.count(None)
 
         def turns_of(row: dict[str, Any]) -> list[Turn]:
@@ -186,36 +191,39 @@ class _ChunkWorker:
             return shape.turns(row)
 
         batch = normalise_batch(values, turns_of, self._settings.max_chars)
-        labels, wrong = self._labels.of(
+        # Labels are read from the raw rows: the normal form holds the conversation alone.
+        labels, bad = self._labels.of(
             [values[place] for place in batch.places],  # type: ignore[misc]
             batch.responses() if self._labels.need_response else (),
         )
-        self._note_usable(batch, wrong)
+        self._note_usable(batch, bad)
         settings = self._settings
         splits = splits_of(batch.prompts, settings.estimate_share, settings.test_share)
+        # The split comes first, because only train rows may not overlap with a benchmark.
         if self._benchmarks is not None:
-            wrong += self._overlapping(batch, splits, dict(wrong))
-        rejected = batch.rejected + [(batch.places[row], why) for row, why in wrong]
-        if wrong:
-            leaving = dict(wrong)
-            kept = [row for row in range(len(batch.places)) if row not in leaving]
-            batch, labels, splits = batch.keep(kept), labels.keep(kept), splits[kept]
+            bad += self._overlapping(batch, splits, dict(bad))
+        rejected = batch.rejected + [(batch.places[row], why) for row, why in bad]
+        if bad:
+            bad_rows = {row for row, _ in bad}
+            good = [row for row in range(len(batch.places)) if row not in bad_rows]
+            batch, labels, splits = batch.keep(good), labels.keep(good), splits[good]
+        # In file order, whichever check rejected a row: the list must not depend on the batches.
         for place, why in sorted(rejected, key=lambda item: item[0]):
             self._reject(file_range, first + place, why)
         places = np.empty((len(splits), 4), np.int64)
         places[:, 0], places[:, 1], places[:, 2] = splits, file_range.file, file_range.start
         places[:, 3] = np.array(batch.places, np.int64) + first
         self._kept += len(places)
-        self._hold(batch, labels, places)
-        # Not before all rows up to here are held: filters have a say about them first.
-        if len(self._held_rejected) >= _FLUSH_REJECTED:
+        self._buffer_rows(batch, labels, places)
+        # Last, because the user's filters may still reject rows that were just buffered.
+        if len(self._pending_rejected) >= _FLUSH_REJECTED:
             self._flush_rejected()
 
-    def _note_usable(self, batch: NormalBatch, wrong: Sequence[tuple[int, RowRejected]]) -> None:
-        self._usable += len(batch.places) - len(wrong)
-        found = batch.rejected + [(batch.places[row], why) for row, why in wrong]
-        if found and not self._first_rejected:
-            _, why = min(found, key=lambda item: item[0])
+    def _note_usable(self, batch: NormalBatch, bad: Sequence[tuple[int, RowRejected]]) -> None:
+        self._usable += len(batch.places) - len(bad)
+        rejected = batch.rejected + [(batch.places[row], why) for row, why in bad]
+        if rejected and not self._first_rejected:
+            _, why = min(rejected, key=lambda item: item[0])
             self._first_rejected = f"{why.reason}: {_writable(why.detail, _FIRST_DETAIL_CHARS)}"
 
     def _overlapping(
@@ -231,20 +239,21 @@ class _ChunkWorker:
             (rows[k], RowRejected("benchmark-overlap", overlap)) for k, overlap in overlaps.items()
         ]
 
-    def _hold(self, batch: NormalBatch, labels: LabelColumns, places: np.ndarray) -> None:
+    def _buffer_rows(self, batch: NormalBatch, labels: LabelColumns, places: np.ndarray) -> None:
         if batch.num_bytes > _FLUSH_BYTES and len(places) > 1:
             middle = len(places) // 2
             for rows in (range(middle), range(middle, len(places))):
-                self._hold(batch.keep(rows), labels.keep(rows), places[rows.start : rows.stop])
+                self._buffer_rows(
+                    batch.keep(rows), labels.keep(rows), places[rows.start : rows.stop]
+                )
             return
-        held = self._held
-        held.add(batch, labels, places)
-        if held.num_bytes >= _FLUSH_BYTES or held.num_rows >= _FLUSH_ROWS:
+        self._buffer.add(batch, labels, places)
+        if self._buffer.num_bytes >= _FLUSH_BYTES or self._buffer.num_rows >= _FLUSH_ROWS:
             self._flush()
 
     def _flush(self) -> None:
         """Writes the rows held, without those that a filter rejects."""
-        rows, buckets = self._held.take()
+        rows, buckets = self._buffer.take()
         if self._filters and rows.num_rows:
             kept = np.ones(rows.num_rows, bool)
             for place, reason, name in run_filters(self._filters, rows):
@@ -263,19 +272,19 @@ class _ChunkWorker:
         self._reasons[rejected[3]] += 1
         if len(self._examples) < _NUM_EXAMPLES:
             self._examples.append(rejected)
-        self._held_rejected.append(rejected)
+        self._pending_rejected.append(rejected)
 
     def _flush_rejected(self) -> None:
         if self._filters:
             # Filters speak later than the reader, but rejected rows are listed in file order.
             self._flush()
-            self._held_rejected.sort(key=lambda rejected: rejected[:3])
-        if self._held_rejected:
-            columns = zip(*self._held_rejected, strict=True)
+            self._pending_rejected.sort(key=lambda rejected: rejected[:3])
+        if self._pending_rejected:
+            columns = zip(*self._pending_rejected, strict=True)
             arrays = [pa.array(c, t) for c, t in zip(columns, REJECTED_SPILL.types, strict=True)]
             table = pa.table(arrays, schema=REJECTED_SPILL)
             self._rejected.add(table, np.zeros(table.num_rows, np.int64))
-            self._held_rejected.clear()
+            self._pending_rejected.clear()
 
     def finish(self, index: int) -> ChunkOutcome:
         """Writes what is still held."""
@@ -287,7 +296,7 @@ class _ChunkWorker:
             kept=self._kept,
             rejected=dict(sorted(self._reasons.items())),
             examples=tuple(self._examples),
-            pieces=tuple(self._ranges),
+            ranges=tuple(self._ranges),
             batches=self._rows.batches,
             rejected_batches=self._rejected.batches.get(0, []),
         )

@@ -96,7 +96,7 @@ class ChunkOutcome:
     rejected: dict[str, int]
     examples: tuple[tuple[int, int, int, str, str], ...]
     """The first rejected rows: file, start of the file range, row within it, reason, detail."""
-    pieces: tuple[RangeCount, ...]
+    ranges: tuple[RangeCount, ...]
     batches: dict[int, list[int]]
     """Bucket -> record batches of the spill file."""
     rejected_batches: list[int]
@@ -176,7 +176,7 @@ def open_plan(config: RunConfig, attempt: str) -> IngestPlan:
         )
     cut = value["cut"]
     chunks = [
-        chunk | {"pieces": tuple(FileRange(**item) for item in chunk["pieces"])}
+        chunk | {"ranges": tuple(FileRange(**item) for item in chunk["ranges"])}
         for chunk in cut["chunks"]
     ]
     return replace(
@@ -228,7 +228,7 @@ def read_outcome(plan: IngestPlan, index: int) -> ChunkOutcome | None:
     if not storage.exists(uri):
         return None
     value = storage.read_json(uri)
-    value["pieces"] = tuple(RangeCount(**count) for count in value["pieces"])
+    value["ranges"] = tuple(RangeCount(**count) for count in value["ranges"])
     value["examples"] = tuple(tuple(example) for example in value["examples"])
     value["batches"] = {int(bucket): numbers for bucket, numbers in value["batches"].items()}
     return ChunkOutcome(**value)

@@ -30,7 +30,7 @@ def check_lost_files(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None
     read: dict[int, int] = {}
     first: dict[int, str] = {}
     usable: set[int] = set()
-    for file_range in (file_range for outcome in outcomes for file_range in outcome.pieces):
+    for file_range in (file_range for outcome in outcomes for file_range in outcome.ranges):
         read[file_range.file] = read.get(file_range.file, 0) + file_range.read
         if file_range.usable:
             usable.add(file_range.file)

@@ -55,7 +55,7 @@ class Chunk:
 
     index: int
     source: int
-    pieces: tuple[FileRange, ...]
+    ranges: tuple[FileRange, ...]
     max_rows: int | None = None
     """Stop after so many rows, counted over all ranges; None: read all."""
 
@@ -196,7 +196,7 @@ def plan_chunks(
             groups = _groups(source_files, chunk_bytes)
         for ranges in groups:
             chunks.append(
-                Chunk(index=len(chunks), source=number, pieces=ranges, max_rows=source.max_rows)
+                Chunk(index=len(chunks), source=number, ranges=ranges, max_rows=source.max_rows)
             )
     return chunks
 

@@ -1,7 +1,7 @@
-"""Rows with long texts, moved without touching those that stay behind.
+"""Selecting rows of tables whose texts are large.
 
-Arrow counts the bytes of a column of texts in 32 bits.  A table may hold more in many batches, but
-no single batch can, so only rows that are wanted are ever put into one.
+Arrow counts the bytes of a text column in 32 bits: a table may hold more than 2 GiB in many
+batches, but one batch may not.  So only the selected rows are copied into one batch, never the whole table.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -19,15 +19,15 @@ _SMALL_BYTES = 2**30
 
 def text_bytes(table: pa.Table) -> np.ndarray:
     """[rows] int64: UTF-8 bytes of all turns of each row."""
-    found = [np.zeros(0, np.int64)]
+    sizes = [np.zeros(0, np.int64)]
     for turns in table["messages"].chunks:
         if not len(turns):
             continue
         contents = turns.values.field("content")
         ends = np.frombuffer(contents.buffers()[1], np.int32)[contents.offset :].astype(np.int64)
         bounds = np.asarray(turns.offsets)
-        found.append(ends[bounds[1:]] - ends[bounds[:-1]])
-    return np.concatenate(found)
+        sizes.append(ends[bounds[1:]] - ends[bounds[:-1]])
+    return np.concatenate(sizes)
 
 
 def take_rows(table: pa.Table, places: np.ndarray) -> pa.Table:

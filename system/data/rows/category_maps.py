@@ -1,4 +1,4 @@
-"""A source's `category_map`, written into the configuration or lying in a file."""
+"""The `category_map` of a source, from the configuration or from a file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from system.data.read.readers import FileRange, read_rows
 from system.data.read.sources import locate
 from system.errors import DataError
 
-_KNOWN = "expected CSV, TSV, JSON, JSONL, Parquet or YAML"
+_KINDS = "expected CSV, TSV, JSON, JSONL, Parquet or YAML"
 
 
 def with_category_map(source: SourceConfig, data_dir: str) -> SourceConfig:
-    """The source with its map read, where that lies in a file.
+    """The source with its map; a map in a file is read.
 
     Raises:
         DataError: the file is missing, or is no map.
@@ -42,26 +42,26 @@ def category_map_digests(sources: tuple[SourceConfig, ...], data_dir: str) -> di
 
 
 def read_category_map(uri: str) -> dict[str, str]:
-    """What each value means: a mapping, or rows of `category` and one other column.
+    """The category of each value: a mapping, or rows of `category` and one other column.
 
     Raises:
         DataError: the file is missing, or is no map.
     """
-    found: dict[str, str] = {}
+    categories: dict[str, str] = {}
     for number, (value, category) in enumerate(_pairs(uri)):
         if not isinstance(value, str | int) or not isinstance(category, str | int):
             raise DataError(
                 f"{uri}: expected a text for a text, found {value!r} -> {category!r} at {number}"
             )
         value, category = str(value).strip(), str(category).strip()
-        if found.setdefault(value, category) != category:
+        if categories.setdefault(value, category) != category:
             raise DataError(
-                f"{uri}: expected one category for {value!r}, found {found[value]!r} and "
+                f"{uri}: expected one category for {value!r}, found {categories[value]!r} and "
                 f"{category!r}"
             )
-    if not found:
-        raise DataError(f"{uri}: expected what values mean, found nothing")
-    return found
+    if not categories:
+        raise DataError(f"{uri}: expected the meaning of at least one value, found none")
+    return categories
 
 
 def _content(uri: str) -> bytes:
@@ -80,7 +80,7 @@ def _pairs(uri: str) -> Iterator[tuple[Any, Any]]:
         else:
             value = None
     except (ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{uri}: {_KNOWN}, found what cannot be read: {error}") from error
+        raise DataError(f"{uri}: {_KINDS}, found what cannot be read: {error}") from error
     if isinstance(value, Mapping):
         yield from value.items()
     elif name.endswith((".yaml", ".yml")):

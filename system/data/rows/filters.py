@@ -1,4 +1,4 @@
-"""The user's own filters at ingest: personal data, safety, licences, whatever a row may not hold.
+"""Filters that the user writes: they reject rows for personal data, safety, licences and so on.
 
 A filter is a function `module:function` in `ingest.filters`.  It gets rows as an Arrow table (`id`,
 `category`, `source`, `messages`, `answer`, `score`) and returns one value a row: None keeps the
@@ -16,7 +16,7 @@ import pyarrow as pa
 from system.functions import UserFunction
 
 FILTER_COLUMNS = ("id", "category", "source", "messages", "answer", "score")
-"""What a filter gets to see."""
+"""Columns of the table that a filter gets."""
 
 _REASON = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
@@ -42,12 +42,13 @@ def _answers(item: UserFunction, rows: pa.Table) -> list[str | None]:
     function = item.load()
     first = rows["id"][0].as_py()
     try:
-        found = function(rows)
+        returned = function(rows)
     except Exception as error:
         raise item.failed(
             f"raised {type(error).__name__}: {error} (on {rows.num_rows:,} rows from id {first})"
         ) from error
-    answers = found.to_pylist() if isinstance(found, pa.Array | pa.ChunkedArray) else found
+    is_arrow = isinstance(returned, pa.Array | pa.ChunkedArray)
+    answers = returned.to_pylist() if is_arrow else returned
     if not isinstance(answers, list | tuple) or len(answers) != rows.num_rows:
         size = f"{len(answers):,} values" if isinstance(answers, list | tuple) else type(answers)
         raise item.failed(

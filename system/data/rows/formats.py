@@ -1,7 +1,7 @@
-"""The shapes in which people keep instruction data, and how to tell which one a file has.
+"""The known formats of instruction data, and how the format of a file is detected.
 
-How a row of each shape becomes a list of turns is `system.data.rows.shapes`' business, and what a
-conversation must look like, and how its text is normalised, is `system.data.rows.conversation`'s.
+`shapes.py` turns a row of each format into a list of turns.  `conversation.py` checks the turns and
+brings their text into its normal form.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ FORMATS: tuple[Format, ...] = (
         turns=shapes.question_answer,
     ),
 )
-"""Known shapes; where a row fits several, the first one is meant."""
+"""The known formats; a row that fits several has the first of them."""
 
 
 def columns_format(columns: Mapping[str, str]) -> Format:
@@ -121,7 +121,7 @@ def choose_format(source: SourceConfig, first_rows: Sequence[Row], where: str) -
     if source.format == "columns":
         return columns_format(source.columns)
     if source.format != "auto":
-        return next(known for known in FORMATS if known.name == source.format)
+        return next(item for item in FORMATS if item.name == source.format)
     if first_rows and all(row.keys() >= _MESSAGE_OF_A_TREE for row in first_rows):
         raise DataError(
             f"{where}: expected a conversation a row, found one message of a tree a row "
@@ -130,7 +130,7 @@ def choose_format(source: SourceConfig, first_rows: Sequence[Row], where: str) -
             "`threads`; docs/data.md has the few lines that do it), or take a file of trees."
         )
     votes = Counter(
-        next((known.name for known in FORMATS if known.recognises(row)), None) for row in first_rows
+        next((item.name for item in FORMATS if item.recognises(row)), None) for row in first_rows
     )
     votes.pop(None, None)
     if not votes:
@@ -142,4 +142,4 @@ def choose_format(source: SourceConfig, first_rows: Sequence[Row], where: str) -
             "`columns: {prompt: ..., response: ...}`."
         )
     best = max(votes.values())
-    return next(known for known in FORMATS if votes.get(known.name) == best)
+    return next(item for item in FORMATS if votes.get(item.name) == best)

@@ -1,4 +1,4 @@
-"""What a row brings besides its conversation: category, answer, score, embedding."""
+"""The labels of rows: category, verifiable answer, score and embedding, as the source says."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from system.config import SourceConfig
 from system.data.rows.conversation import RowRejected, find_answer
 from system.errors import DataError
 
-_MAX_KNOWN = 10_000
+_MAX_CACHED = 10_000
 _MAX_FLOAT32 = 3.4028235e38
 
 
 class LabelColumns(NamedTuple):
-    """Labels of many rows, a list each; a rejected row has None everywhere."""
+    """Labels of many rows, one list for each label; a rejected row has None in all of them."""
 
     category: list[str | None]
     answer: list[str | None]
@@ -38,7 +38,7 @@ class Labels:
         self._source = source
         self._names = source.category_map
         self._fixed: str | None = None
-        self._known: dict[str, str | None] = {}
+        self._cached: dict[str, str | None] = {}
         self._is_plain = (
             source.answer_column is None
             and source.answer_pattern is None
@@ -52,7 +52,7 @@ class Labels:
         return self._source.answer_pattern is not None and self._source.answer_column is None
 
     def open_file(self, uri: str) -> None:
-        """Takes what the file's path says.
+        """Reads the category from the path of the next file, if `category_pattern` is set.
 
         Raises:
             DataError: `category_pattern` does not match the path, or finds an unknown category.
@@ -75,7 +75,7 @@ class Labels:
     def of(
         self, rows: Sequence[dict[str, Any]], responses: Sequence[bytes]
     ) -> tuple[LabelColumns, list[tuple[int, RowRejected]]]:
-        """Labels of the rows, and which rows have a column that holds what cannot be meant.
+        """Labels of the rows, and the rows whose label columns hold an unusable value.
 
         Args:
             rows: raw.
@@ -105,12 +105,12 @@ class Labels:
         value = row.get(column)
         if type(value) is not str:
             return self._mapped(_label(row, column))
-        if value not in self._known:
-            found = self._mapped(_label(row, column))
-            if len(self._known) >= _MAX_KNOWN:
-                return found
-            self._known[value] = found
-        return self._known[value]
+        if value not in self._cached:
+            category = self._mapped(_label(row, column))
+            if len(self._cached) >= _MAX_CACHED:
+                return category
+            self._cached[value] = category
+        return self._cached[value]
 
     def _others(
         self, row: dict[str, Any], response: bytes
@@ -129,12 +129,13 @@ class Labels:
         if category is None:
             return None
         category = category.strip()
-        found = self._names.get(category)
-        if found is None and category and self._source.category_unmapped != "keep" and self._names:
+        renamed = self._names.get(category)
+        is_unmapped = renamed is None and category and self._names
+        if is_unmapped and self._source.category_unmapped != "keep":
             if self._source.category_unmapped == "untagged":
                 return None
             raise RowRejected("unknown-category", f"category_map does not have {category!r}")
-        return (category if found is None else found) or None
+        return (category if renamed is None else renamed) or None
 
 
 def _append(columns: LabelColumns, values: tuple[Any, ...]) -> None:

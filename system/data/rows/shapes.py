@@ -1,8 +1,8 @@
-"""From one raw row of a known shape to its turns.
+"""One function for each format: from a raw row to its turns.
 
-A shape turns a raw row (a dict from any reader) into turns `(role, text)` with the roles system,
-user, assistant and tool, or rejects it with a reason.  What a row holds may be anything that JSON
-or Arrow can hold: whatever does not fit the shape rejects that row, and nothing else.
+Each takes a raw row (a dict from any reader) and returns turns `(role, text)` with the roles
+system, user, assistant and tool, or rejects the row with a reason.  A row may hold anything that
+JSON or Arrow can hold.  A value that does not fit the format rejects that row and never ends the run.
 """
 
 from __future__ import annotations
@@ -305,13 +305,13 @@ def _listed_turns(value: Any) -> Any:
         return [value]
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            found = json.loads(value)
+            turns = json.loads(value)
         except (ValueError, RecursionError):
             return value
-        if found and all(
-            isinstance(item, Mapping) and {"role", "from"} & set(item) for item in found
+        if turns and all(
+            isinstance(item, Mapping) and {"role", "from"} & set(item) for item in turns
         ):
-            return found
+            return turns
     return value
 
 
@@ -321,4 +321,4 @@ def _human_assistant(text: str) -> list[Turn]:
     if len(parts) < 3 or parts[0].strip():
         raise RowRejected("missing-field", "'chosen' is not a dialogue, and there is no 'prompt'")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [(roles[name], said) for name, said in zip(parts[1::2], parts[2::2], strict=True)]
+    return [(roles[name], text) for name, text in zip(parts[1::2], parts[2::2], strict=True)]
