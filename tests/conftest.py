@@ -23,6 +23,7 @@ SHARED = {
 """Modules that share a session's fixture, which takes minutes."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Two processes (`-n 2 --dist loadgroup`) share modules between them, never one module.
 

@@ -1,7 +1,8 @@
 """Selecting rows of tables whose texts are large.
 
 Arrow counts the bytes of a text column in 32 bits: a table may hold more than 2 GiB in many
-batches, but one batch may not.  So only the selected rows are copied into one batch, never the whole table.
+batches, but one batch may not.  So only the selected rows are copied into one batch, never the
+whole table.
 """
 
 # pyright: reportAttributeAccessIssue=false

@@ -60,7 +60,7 @@ def read_category_map(uri: str) -> dict[str, str]:
                 f"{category!r}"
             )
     if not categories:
-        raise DataError(f"{uri}: expected the meaning of at least one value, found none")
+        raise DataError(f"{uri}: expected the category of at least one value, found nothing")
     return categories
 
 

@@ -2,7 +2,8 @@
 
 Each takes a raw row (a dict from any reader) and returns turns `(role, text)` with the roles
 system, user, assistant and tool, or rejects the row with a reason.  A row may hold anything that
-JSON or Arrow can hold.  A value that does not fit the format rejects that row and never ends the run.
+JSON or Arrow can hold.  A value that does not fit the format rejects that row and never ends the
+run.
 """
 
 from __future__ import annotations
