@@ -235,7 +235,8 @@ _ESTIMATOR = (
         "errors.own_covariance_TS[row] / (dose_S * dose_S[own]),",
         "0.0 * errors.own_covariance_TS[row],",
         "gamma's interval ignores that both effects share a reference run",
-        "tests/unit/test_influence.py",
+        _INFLUENCE
+        + "test_gamma_is_fiellers_interval_with_the_covariance_of_the_shared_reference",
     ),
     _mutation(
         "estimator", "weight of shrinkage inverted", _ESTIMATE + "shrinkage.py",
