@@ -281,7 +281,7 @@ _PACKER = (
         "packer", "attention sees the future", "system/training/attention.py",
         "is_causal=mask is None,", "is_causal=False,",
         "tokens are predicted from what follows them",
-        _TRAIN + "test_gradient_equals_the_row_by_row_definition",
+        "tests/unit/test_attention_windows.py",
     ),
     _mutation(
         "packer", "denominator of the first step", "system/training/train.py",
