@@ -13,6 +13,7 @@ from system.influence.estimate.agreement import (
     replications_to_halve,
     split_half,
 )
+from system.influence.estimate.fieller import fieller_interval
 from system.influence.estimate.matrix import MATRIX_FILE, EffectMatrix, estimate_effects
 from system.influence.estimate.measurements import own_mask
 from system.influence.estimate.noise import fit_errors, heldout_covariance, moderate
@@ -148,6 +149,30 @@ def test_own_gamma_is_one_exactly_and_bounds_agree():
     own = matrix.own_TS
     for values in (matrix.gamma_TS, matrix.gamma_low_TS, matrix.gamma_high_TS):
         assert (values[own] == 1.0).all()
+
+
+def test_gamma_is_fiellers_interval_with_the_covariance_of_the_shared_reference():
+    """The noise of a row's reference run is in both effects of a ratio; doses differ."""
+    world = World(num_categories=4, shared_noise=0.05, doses=(25.0, 50.0, 100.0, 200.0))
+    estimate = estimate_effects(world.measure(4))
+    matrix, errors, dose_S = estimate.matrix, estimate.errors, world.dose_S
+    quantile_TS = stats.t.ppf(0.975, matrix.effect_df_TS)
+    checked = 0
+    for i, j in zip(*np.nonzero(np.isfinite(matrix.gamma_TS) & ~matrix.own_TS), strict=True):
+        covariance = errors.own_covariance_TS[i, j] / (dose_S[i] * dose_S[j])
+        assert covariance > 0
+        ends = fieller_interval(
+            matrix.effect_TS[i, j],
+            matrix.effect_TS[i, i],
+            matrix.effect_se_TS[i, j] ** 2,
+            matrix.effect_se_TS[i, i] ** 2,
+            covariance,
+            max(quantile_TS[i, j], quantile_TS[i, i]),
+        )
+        found = matrix.gamma_low_TS[i, j], matrix.gamma_high_TS[i, j]
+        np.testing.assert_allclose(found, ends, rtol=1e-9)
+        checked += 1
+    assert checked >= 6
 
 
 def test_a_target_without_own_effect_is_not_identifiable():

@@ -154,6 +154,24 @@ def test_a_rows_shared_error_is_taken_out_when_rows_do_not_differ():
     assert np.mean(left**2) < 0.3 * np.mean(shared**2)
 
 
+def test_own_effects_keep_the_weight_of_what_is_certain_about_them():
+    """Posterior mean of a normal prior: weight prior variance / (prior variance + variance)."""
+    rng = np.random.default_rng(5)
+    se = np.linspace(0.01, 0.3, 12)
+    truth, estimate, variance, common = world(seed=5)
+    own = np.arange(12)
+    estimate[own, own] = truth[own, own] + se * rng.normal(size=12)
+    variance[own, own] = se**2
+    shrunken = shrink(estimate, variance, common, OWN)
+    prior = shrunken.own
+    assert prior is not None
+    weight = prior.entry_variance / (prior.entry_variance + se**2)
+    assert weight[0] > 0.9 > 0.5 > weight[-1], "the certain and the uncertain are both there"
+    expected = prior.mean + weight * (estimate[own, own] - prior.mean)
+    limited = np.clip(expected, estimate[own, own] - se, estimate[own, own] + se)
+    np.testing.assert_allclose(shrunken.effect_TS[own, own], limited, rtol=1e-9)
+
+
 def test_scaling_effects_scales_the_answer():
     _, estimate, variance, common = world(seed=9)
     one = shrink(estimate, variance, common, OWN)
