@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-# Each process takes whole test modules, so what a module starts (a Ray, an engine) starts once.
+# Each process takes whole test modules, so what a module starts (a Ray, an engine) starts once; the
+# longest, in tests/e2e and tests/ray, come first.
 JOBS := 2
-SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup quickstart test test-slow test-all check format clean
 

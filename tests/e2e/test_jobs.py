@@ -146,7 +146,7 @@ def test_neither_numbers_of_anything_nor_an_object_store_change_a_result(
     again = run_job("run", str(config), store=tmp_path)
     assert again.returncode == 0, again.stderr
     for name in STAGE_FOLDERS:
-        assert f"{name}: done before" in again.stderr
+        assert f"{name}: already finished" in again.stderr
     for command in (("status",), ("verify",), ("report",), ("export", "--format", "trl")):
         out = ("--out", str(tmp_path / "out")) if command[0] == "export" else ()
         asked = run_job(command[0], places["run_dir"], *command[1:], *out, store=tmp_path)
@@ -174,7 +174,7 @@ def test_an_ablation_trains_only_its_arms_and_prints_paired_differences(
     )
     assert result.returncode == 0, result.stderr
     for stage in ("influence", "solve", "select", "train"):
-        assert f"{stage}: done before" in result.stderr
+        assert f"{stage}: already finished" in result.stderr
     for arm in ABLATION_ARMS:
         assert arm in result.stdout
     assert "What made it" in result.stdout and "2 seeds" in result.stdout

@@ -115,7 +115,7 @@ def test_a_second_run_does_nothing(config: Path, run_dir: Path) -> None:
     before = (run_dir / "train/record.json").read_bytes()
     result = run_job("run", str(config))
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("done before") == len(STAGE_FOLDERS)
+    assert result.stderr.count("already finished") == len(STAGE_FOLDERS)
     assert (run_dir / "train/record.json").read_bytes() == before
 
 
@@ -128,7 +128,7 @@ def test_files_copied_anew_are_read_again_and_repeat_no_later_stage(
     result = run_job("run", str(config))
     assert result.returncode == 0, result.stderr
     assert (run_dir / "corpus/record.json").read_bytes() != before
-    assert result.stderr.count("done before") == len(STAGE_FOLDERS) - len(("ingest", "report"))
+    assert result.stderr.count("already finished") == len(STAGE_FOLDERS) - len(("ingest", "report"))
 
 
 def test_a_changed_value_is_named_and_only_later_stages_run(config: Path, run_dir: Path) -> None:

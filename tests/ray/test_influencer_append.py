@@ -215,7 +215,7 @@ def test_runs_without_a_checkpoint_are_repeated_bit_for_bit(world, kept, forgott
     assert append["repeated_otherwise"] == 0
     check_same(matrix(world, "kept/four"), matrix(world, "gone/four"), ALL)
     assert not world.path("gone/four", "checkpoints").exists()
-    assert any("earlier runs once more" in line for line in forgotten.lines)
+    assert any("repeat earlier runs for the new held-out rows" in line for line in forgotten.lines)
 
 
 def test_another_append_goes_on_from_the_first(world, kept):

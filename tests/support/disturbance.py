@@ -47,7 +47,7 @@ def kill_driver_in(stage: str, config: Path, seconds_into: float) -> bool:
         if not wait_until(lambda: f"{stage} ..." in log.read_text(), process, log):
             return False
         time.sleep(seconds_into)
-        over = f"{stage}: done" in log.read_text()
+        over = f"{stage}: finished" in log.read_text()
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     return not over

@@ -70,5 +70,5 @@ def test_another_model_is_refused_and_the_same_files_are_not(tmp_path):
 
 @pytest.mark.parametrize("estimator", ["random-design", "gradient", "auto"])
 def test_estimators_without_single_runs_say_that_they_cannot_append(estimator):
-    with pytest.raises(ValidationError, match="expected retrain or branch"):
+    with pytest.raises(ValidationError, match="append needs estimator retrain or branch"):
         InfluenceConfig(estimator=estimator, append=True)

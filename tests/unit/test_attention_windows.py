@@ -170,8 +170,8 @@ def test_declared_windows():
 @pytest.mark.parametrize(
     ("keyword", "message"),
     [
-        ({"softcap": 50.0}, "takes softcap"),
-        ({"s_aux": torch.ones(2)}, "takes s_aux"),
+        ({"softcap": 50.0}, "uses softcap"),
+        ({"s_aux": torch.ones(2)}, "uses s_aux"),
         ({"is_causal": False}, "not causal"),
     ],
 )

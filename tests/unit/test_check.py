@@ -214,9 +214,10 @@ def test_check_refuses_a_budget_above_the_train_rows(run: Run, capsys, last: str
     train_rows = sum(Corpus.open(run.output(last, "manifest")).counts("train").values())
     assert run.check("--no-probe", "--set", f"solve.budget={train_rows + 1}") == 2
     error = capsys.readouterr().err
-    assert f"solve.budget {train_rows + 1:,} is more than the {train_rows:,} train rows" in error
+    assert f"expected at most the {train_rows:,} train rows" in error
+    assert f"found {train_rows + 1:,}" in error
     assert run.check("--no-probe", "--set", f"solve.budget={train_rows}") == 0
-    assert "equals all train rows" in capsys.readouterr().out
+    assert "equals the number of train rows" in capsys.readouterr().out
     many = (f"solve.budget={train_rows + 1}", "solve.max_epochs=2")
     assert run.check("--no-probe", "--set", many[0], "--set", many[1]) == 0
 
@@ -254,7 +255,7 @@ def test_first_order_estimates_are_not_forecast_without_what_they_are(tagged):
     influence = tagged.config.influence.model_copy(update={"estimator": "gradient"})
     config = tagged.config.model_copy(update={"influence": influence})
     asked = dataclasses.replace(forecast, config=config)
-    assert "confirm with estimator retrain" in "\n".join(describe(asked))
+    assert "confirm them with estimator retrain" in "\n".join(describe(asked))
 
 
 def test_the_budget_is_no_part_of_what_the_matrix_depends_on(tagged: Run) -> None:

@@ -201,7 +201,7 @@ def test_a_level_that_was_not_measured_is_refused():
     rows = [{"source": "a", "dose": 4.0}, {"source": "a", "dose": 8.0}]
     assert at_level(rows, 1) == rows[1:] == at_level(rows, -1)
     for level in (2, -3):
-        with pytest.raises(ValueError, match=f"level {level} of 2 doses"):
+        with pytest.raises(ValueError, match=f"expected a dose level from -2 to 1, found {level}"):
             at_level(rows, level)
 
 

@@ -87,7 +87,7 @@ def test_a_target_without_a_category_is_not_asked_for():
 def test_the_report_is_silent_where_nothing_is_open_or_known(tmp_path, replications):
     """Every gamma of a category is known, and the further target has none; or nothing is."""
     run = RunBuilder(replications=replications, until="influence").write(str(tmp_path / "run"))
-    assert "without an identifiable gamma" not in str(influence_section(RunView.open(run.uri)))
+    assert "Gamma is not identifiable for" not in str(influence_section(RunView.open(run.uri)))
 
 
 def test_the_report_says_what_it_would_take(tmp_path):
@@ -100,7 +100,10 @@ def test_the_report_says_what_it_would_take(tmp_path):
     part |= {"open": 5, "half": 6, "all": 8, "never": 2, "unclear": ["paraphrase"]}
     storage.write_json(uri, summary)
     section = str(influence_section(RunView.open(run.uri)))
-    assert "What the 5 pairs without an identifiable gamma would take (removing)" in section
-    assert "6 replications in all for half of the 3 that replications can reach, 8 for" in section
-    assert "for 2 not even 64: more held-out rows" in section
+    assert "Gamma is not identifiable for 5 pairs (removing)" in section
+    assert (
+        "6 replications in total for half of the 3 pairs that more replications can resolve, 8 for"
+        in section
+    )
+    assert "for 2 pairs even 64 replications are not" in section
     assert "does not clearly help paraphrase" in section

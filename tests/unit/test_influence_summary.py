@@ -150,7 +150,7 @@ def test_first_order_effects_are_never_told_without_what_they_are():
     assert "first-order" not in " ".join(result_lines(found))
     found["estimator"] = "gradient"
     found["cost"]["gradient_tokens"] = 5
-    assert "confirm with estimator retrain" in " ".join(result_lines(found))
+    assert "confirm them with estimator retrain" in " ".join(result_lines(found))
 
 
 def test_the_strongest_pairs_are_the_largest_off_the_diagonal():

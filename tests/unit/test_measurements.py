@@ -95,7 +95,7 @@ def test_a_missing_run_is_named():
 
 def test_other_tokens_in_one_run_are_refused():
     made = design()
-    with pytest.raises(DataError, match="r01-add-000 was scored on other tokens"):
+    with pytest.raises(DataError, match="r01-add-000 was scored on others"):
         collect_losses(made, all_scores(made, **{"r01-add-000": scores(tokens=3)}))
 
 

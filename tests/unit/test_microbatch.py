@@ -58,7 +58,7 @@ def test_padded_rows_begin_at_position_zero_each(plan):
 @pytest.mark.parametrize("is_flat", [True, False])
 def test_every_label_is_predicted_from_the_token_before_it_in_its_own_row(plan, is_flat):
     batch = batch_of(plan, is_flat=is_flat)
-    before = batch.input_ids.flatten()[batch.label_places].tolist()
+    before = batch.input_ids.flatten()[batch.label_positions].tolist()
     pairs = list(zip(before, batch.targets.tolist(), strict=True))
     assert pairs == [(12, 13), (13, 14), (14, 15), (31, 32), (33, 34), (21, 22), (22, 23)]
     assert np.bincount(batch.label_rows).tolist() == [3, 2, 2]

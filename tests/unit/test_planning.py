@@ -107,7 +107,7 @@ def test_a_mix_that_moves_unchecked_says_so():
 
 def test_a_mix_that_moves_by_first_order_effects_says_so():
     (note,) = evidence_notes(MIX, evidence(0.9, estimator="gradient"))
-    assert "first-order" in note and "confirm with estimator retrain" in note
+    assert "first-order" in note and "confirm them with estimator retrain" in note
     assert evidence_notes(replace(MIX, moved=0.0), evidence(0.9, estimator="gradient")) == ()
 
 

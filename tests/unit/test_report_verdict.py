@@ -66,7 +66,7 @@ def test_the_report_says_what_agreement_of_first_order_effects_is_worth(tmp_path
     assert "first-order" not in answer(verdict, "Is the effect matrix reproducible").lower()
     view.influence.summary["estimator"] = "gradient"
     text = answer(give_verdict(view), "Is the effect matrix reproducible")
-    assert "First-order estimates are no trained-for measurements" in text
+    assert "First-order estimates are predictions, not measurements" in text
 
 
 def test_worth_that_could_not_be_compared_is_reported(tmp_path):

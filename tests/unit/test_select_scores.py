@@ -120,7 +120,7 @@ def test_a_function_that_does_something_else_is_named(tmp_path, module, name, ma
 def test_a_module_that_is_not_there_or_does_not_import_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("no_such_module_at_all:f", "no_such_package_at_all.inner:f"):
-        with pytest.raises(ConfigError, match=r"found none.*Start the command where"):
+        with pytest.raises(ConfigError, match=r"found none.*Start the command in"):
             UserFunction.here(name, "select.score").load()
     (tmp_path / "halfway_broken_module.py").write_text("import json\nraise RuntimeError('no')\n")
     with pytest.raises(ConfigError, match="importing 'halfway_broken_module' failed with Runtime"):

@@ -45,12 +45,12 @@ def test_the_error_is_that_of_a_dose_in_the_worse_direction():
 def test_the_report_says_what_was_tried(tmp_path):
     run = RunBuilder(until="influence").write(str(tmp_path / "run"))
     view = RunView.open(run.uri)
-    assert "first round of each" not in str(influence_section(view))
+    assert "Several designs were tried" not in str(influence_section(view))
     uri = run.output_uri(view.records["influence"], "summary")
     trials = [asdict(TRIAL), asdict(replace(TRIAL, design="random-design", precision=0.02))]
     storage.write_json(uri, storage.read_json(uri) | {"trial": trials})
     section = str(influence_section(RunView.open(run.uri)))
-    assert "first round of each, the design is branch" in section
+    assert "Several designs were tried for one round: the design is branch" in section
     assert "4.0 times the price" in section
 
 
