@@ -63,8 +63,10 @@ def imported_files(path: Path) -> set[Path]:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         else:
             continue
-        found |= {ROOT / (name.replace(".", "/") + ".py") for name in names}
-    return {file for file in found if file.is_file()}
+        for name in names:
+            module = ROOT / name.replace(".", "/")
+            found |= {module.with_suffix(".py"), module / "__init__.py"}
+    return {file for file in found - {path} if file.is_file()}
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
