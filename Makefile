@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # Each process takes whole test modules, so what a module starts (a Ray, an engine) starts once; the
-# longest, in tests/e2e and tests/ray, come first.
+# longest, in tests/e2e, come first.  The slow tests run alone: a training inside a test would starve
+# the actors of another one, which Ray runs at low priority.
 JOBS := 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
@@ -12,8 +13,8 @@ SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo "make quickstart   set up and run the whole job on generated data (about ten minutes with set-up)"
-	@echo "make test         set up and run the tests (about ten minutes)"
-	@echo "make test-slow    the slow tests and the real-model check (about half an hour)"
+	@echo "make test         set up and run the tests (about a quarter of an hour)"
+	@echo "make test-slow    the slow tests and the real-model check (under an hour)"
 	@echo "make test-all     all tests, also those marked long (two hours)"
 	@echo "make check        lint, format check, types"
 	@echo "make setup        only set up: virtual environment and packages in $(VENV)"
@@ -42,8 +43,8 @@ test: $(READY)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not real_model"
 
 test-slow: $(READY)
-	@echo "== slow tests and the real-model check, in $(JOBS) processes"
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=25 -m "(slow or real_model) and not long"
+	@echo "== slow tests and the real-model check"
+	$(BIN)/python -m pytest --durations=40 -m "(slow or real_model) and not long"
 
 test-all: test test-slow
 	$(BIN)/python -m pytest -m long

@@ -81,12 +81,14 @@ def test_a_random_design_recovers_the_same_signs(bench):
     check_intervals(matrix)
 
 
+@pytest.mark.long
 def test_branches_recover_the_same_signs(bench):
     matrix = estimate_effects(bench.measure("branch", 3, run_seed=1).measurements).matrix
     check_signs(matrix)
     check_intervals(matrix)
 
 
+@pytest.mark.long
 def test_gradients_recover_the_same_signs_at_a_lower_cost(bench, retrainings):
     """Each costs less than a replication of `retrain`; first order is noisier, so more of them."""
     found = bench.measure("gradient", 6, run_seed=1)
