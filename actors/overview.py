@@ -53,9 +53,9 @@ def describe_plan(config: RunConfig, *, probe: bool = False) -> PlanView:
     for stage in STAGES:
         state = _state(stage, config, records, run_dir)
         lines.append(f"  {stage.name:<11} {state}")
-    state = _run_state(config, records, run_dir)
-    remarks = _remarks(config, _train_rows(state))
-    forecast = make_forecast(config, state, probe=probe)
+    run_state = _run_state(config, records, run_dir)
+    remarks = _remarks(config, _train_rows(run_state))
+    forecast = make_forecast(config, run_state, probe=probe)
     text = "\n".join([*lines, "", *describe(forecast), *remarks]).rstrip()
     return PlanView(text=text, forecast=forecast)
 

@@ -101,7 +101,7 @@ _Target = Annotated[TargetConfig, BeforeValidator(_as_target)]
 
 
 class InfluenceConfig(Section):
-    """Stage `influence`: intervention runs, their scores, and the effect matrix. Details:
+    """Stage `influence`: intervention runs, scores and the effect matrix. Details:
     `docs/influence.md`.
     """
 
