@@ -87,7 +87,7 @@ def submitted(address: str, tmp_path_factory: pytest.TempPathFactory) -> WholeRu
 
 
 def test_a_submitted_job_ends_like_a_local_one(submitted: WholeRun) -> None:
-    assert "evaluate: done" in submitted.output.stdout, "the job's log must be followed"
+    assert "evaluate: finished" in submitted.output.stdout, "the job's log must be followed"
     assert (submitted.run_dir / "report.html").exists()
     assert submitted.results.keys() >= {"matrix", "mix", "curriculum", "selection", "weights"}
 

@@ -183,5 +183,5 @@ def test_sigterm_ends_a_run_in_order(tmp_path: Path) -> None:
         assert wait_until(lambda: "tag ..." in log.read_text(), process, log)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 143
-        assert "finished work is kept" in log.read_text()
+        assert "Finished work is kept" in log.read_text()
     assert not (tmp_path / "run/lease.json").exists()

@@ -41,5 +41,6 @@ def test_actors_ended_for_memory_are_replaced_and_then_named_with_the_cause(
     cluster: Cluster,
 ) -> None:
     pool = cluster.pool(ActorSpec(name="sleeper", actor_class=Sleeper, max_attempts=2))
-    with pytest.raises(ClusterError, match=r"died 2 times .*memory"):
+    # Ray may end an actor before its first call: that is a start that failed.
+    with pytest.raises(ClusterError, match=r"(died 2 times|2 of them in a row died) .*memory"):
         list(pool.map({"unit": ()}, "sleep"))
