@@ -62,9 +62,12 @@ def reference(turns: list[tuple[str, str]]) -> tuple[str, list[str], list[str], 
     clean = [turn for turn in clean if turn != ("system", "")]
     if any(not text and role != "tool" for role, text in clean):
         return "empty-turn"
+    clean = joined(clean)
     befores = [None, *(role for role, _ in clean)]
-    if any(role not in FOLLOWS[last] for last, (role, _) in zip(befores, clean, strict=False)):
-        return "wrong-role-order"
+    for last, (role, _) in zip(befores, clean, strict=False):
+        if role not in FOLLOWS[last]:
+            is_first = role == "assistant" and last in (None, "system")
+            return "starts-with-assistant" if is_first else "wrong-role-order"
     if sum(len(text) for _, text in clean) > MAX_CHARS:
         return "too-long"
     try:
@@ -81,6 +84,17 @@ def reference(turns: list[tuple[str, str]]) -> tuple[str, list[str], list[str], 
         [text for _, text in clean],
         int.from_bytes(hashlib.sha256(prompt).digest()[:8], "big"),
     )
+
+
+def joined(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """System turns in a row, and assistant turns in a row, become one."""
+    done: list[tuple[str, list[str]]] = []
+    for role, text in turns:
+        if not done or done[-1][0] != role or role not in ("system", "assistant"):
+            done.append((role, [text]))
+        elif role == "assistant" or text.strip() not in map(str.strip, done[-1][1]):
+            done[-1][1].append(text)
+    return [(role, "\n\n".join(texts)) for role, texts in done]
 
 
 def one_by_one(values: list) -> tuple[list, dict]:
