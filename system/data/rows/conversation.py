@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from typing import NamedTuple
 
 
@@ -142,17 +142,17 @@ def check_combining(text: str) -> None:
         RowRejected: combining-marks.
     """
     # A run above the limit covers at least one block that begins at a sampled character.
-    for block, sampled in enumerate(map(unicodedata.combining, text[::_BLOCK])):
-        start = block * _BLOCK
-        if sampled and all(map(unicodedata.combining, text[start : start + _BLOCK])):
-            is_mark = map(bool, map(unicodedata.combining, text))
-            runs = [sum(run) for _, run in itertools.groupby(is_mark)]
-            if max(runs) > _MAX_COMBINING:
-                raise RowRejected(
-                    "combining-marks",
-                    f"{max(runs):,} combining marks in a row, at most {_MAX_COMBINING} are taken",
-                )
-            return
+    if not any(map(unicodedata.combining, text[::_BLOCK])):
+        return
+    blocks = (text[start : start + _BLOCK] for start in range(0, len(text), _BLOCK))
+    if any(all(map(unicodedata.combining, block)) for block in blocks):
+        is_mark = map(bool, map(unicodedata.combining, text))
+        longest = max(sum(run) for _, run in itertools.groupby(is_mark))
+        if longest > _MAX_COMBINING:
+            raise RowRejected(
+                "combining-marks",
+                f"{longest:,} combining marks in a row, at most {_MAX_COMBINING} are taken",
+            )
 
 
 def normalise(turns: Sequence[Turn], max_chars: int) -> Conversation:
@@ -173,7 +173,9 @@ def normalise(turns: Sequence[Turn], max_chars: int) -> Conversation:
         raise RowRejected("no-assistant-turn", f"roles {[turn[0] for turn in turns]}")
     turns = turns[:end]
     if end > 2:
-        turns = _joined(turns)
+        names = [turn[0] for turn in turns]
+        if any(map(operator.eq, names, names[1:])) or "system" in names[1:]:
+            turns = _joined(turns)
     roles: list[str] = []
     texts: list[bytes] = []
     hashed: list[bytes] = []  # two for each turn: `_BEFORE_TEXT`, and the text
@@ -234,7 +236,7 @@ def _joined(turns: Sequence[Turn]) -> list[Turn]:
     """The turns with one system turn, and one assistant turn where several follow each other."""
     joined: list[Turn] = []
     kept = (turn for turn in turns if turn[0] != "system" or turn[1].strip())
-    for role, group in itertools.groupby(kept, itemgetter(0)):
+    for role, group in itertools.groupby(kept, operator.itemgetter(0)):
         run = list(group)
         if len(run) > 1 and role == "system":
             distinct: dict[str, str] = {}

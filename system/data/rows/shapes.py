@@ -104,9 +104,7 @@ def answer_side(row: Row, key: str) -> list[Turn]:
     value = listed_turns(row.get(key))
     if isinstance(value, list):
         return _answered(chat(value, key), key)
-    reasoning = reasoning_of(row, _REASONING)
-    text = text_of(row, key)
-    return [("assistant", text, Marks(reasoning=reasoning)) if reasoning else ("assistant", text)]
+    return [_text_answer(row, [key])]
 
 
 def _answered(turns: list[Turn], key: str) -> list[Turn]:
@@ -117,13 +115,18 @@ def _answered(turns: list[Turn], key: str) -> list[Turn]:
 
 
 def _text_answer(row: Row, keys: Sequence[str]) -> Turn:
+    """What was answered, perhaps with reasoning beside it."""
     text = text_of(row, _first_key(row, keys))
+    if row.keys().isdisjoint(_BESIDE):
+        return ("assistant", text)
     reasoning = reasoning_of(row, _REASONING)
     return ("assistant", text, Marks(reasoning=reasoning)) if reasoning else ("assistant", text)
 
 
 def _history(row: Row) -> list[Turn]:
     """Earlier questions and answers."""
+    if not row.get("history"):
+        return []
     history = given(row.get("history"), "history") or []
     if not isinstance(history, list):
         raise RowRejected("missing-field", "'history' is not a list of [question, answer]")

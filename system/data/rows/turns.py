@@ -42,7 +42,18 @@ ROLES = {
 }
 """Names of roles in files -> roles of turns."""
 MEDIA = frozenset(
-    ["image", "images", "image_url", "video", "videos", "video_url", "audio", "audios"]
+    f"{kind}{ending}"
+    for kind in ("image", "img", "video", "audio")
+    for ending in (
+        "",
+        "s",
+        "_url",
+        "_urls",
+        "_path",
+        "_paths",
+        "_bytes",
+        *map("_{}".format, range(10)),
+    )
 )
 """Columns of a row, and keys of a message or of a part, that hold something else than text."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -74,7 +85,11 @@ def chat(messages: Any, where: str = "messages") -> list[Turn]:
         if not isinstance(message, Mapping):
             raise RowRejected("missing-field", f"{where!r} holds a {type(message).__name__}")
         role = role_of(message.get("from") or message.get("role") or message.get("user"), where)
-        value = next((found for key in _TEXTS if (found := message.get(key)) is not None), None)
+        value = message.get("value")
+        if value is None:
+            value = message.get("content")
+        if value is None:
+            value = message.get("text")
         if len(message) == 2 and type(value) is str:
             turns.append((role, value))
         else:
@@ -228,7 +243,9 @@ def check_media(row: Row, keys: frozenset[str]) -> None:
         return
     for key in sorted(keys & row.keys()):
         if not _is_empty(row[key]):
-            raise RowRejected("media", f"{key!r} holds something that is no text")
+            raise RowRejected(
+                "media", f"{key!r} holds something that is no text; drop it if the text is enough"
+            )
 
 
 def content_text(value: Any) -> str:
