@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
+from ingest_builders import ingest, write_lines
 from training_builders import (
     BACKWARDS,
     CHATML,
@@ -250,3 +251,26 @@ def test_rows_whose_reasoning_the_template_does_not_render_are_left_out_by_name(
     with pytest.raises(DataError, match=r"ingest\.reasoning: drop"):
         encode(build_tokenizer(CHATML), thoughtful, 512)
     assert encode_table(table, build_tokenizer(REASONING), 512)[1] == {}
+
+
+def test_a_mark_in_a_file_reaches_the_response_mask(tmp_path):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Capital {k}?"},
+                {"role": "assistant", "content": "Quiet.", "weight": 0},
+                {"role": "user", "content": "Again?"},
+                {"role": "assistant", "content": "Said.", "weight": 1},
+            ]
+        }
+        for k in range(4)
+    ]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    table = pa.Table.from_pylist(ingest(tmp_path).rows())
+    tokenizer = build_tokenizer(CHATML)
+    tokens, dropped = encode_table(table, tokenizer, 512)
+    assert (tokens.num_rows, dropped) == (4, {})
+    for row in tokens.to_pylist():
+        learned = [t for t, m in zip(row["input_ids"], row["response_mask"], strict=True) if m]
+        assert tokenizer.decode(learned) == "Said.<|im_end|>"
+        assert "Quiet." in tokenizer.decode(row["input_ids"])

@@ -23,9 +23,9 @@ LISTED = '{"tools": [{"function": {"name": "f"}, "type": "function"}]}'
 PAIR = [("user", "q"), ("assistant", "a")]
 
 
-def read(row: dict, name: Any = "auto", **source: Any) -> Conversation:
+def read(row: dict, name: Any = "auto", max_chars: int = 10_000, **source: Any) -> Conversation:
     shape = choose_format(SourceConfig(path="x", format=name, **source), [row], "x")
-    return normalise(shape.turns(row), 10_000)
+    return normalise(shape.turns(row), max_chars)
 
 
 def said(row: dict, name: Any = "auto", **source: Any) -> list[tuple[str, str]]:
@@ -358,6 +358,15 @@ def test_several_tool_results_keep_their_order_and_the_ids_of_their_calls():
 def test_long_runs_of_combining_marks_cost_their_row_and_no_time(text):
     began = time.process_time()
     assert reason({"prompt": text, "completion": "a"}) in ("combining-marks", "too-long")
+    assert time.process_time() - began < 5
+
+
+def test_rows_that_would_take_long_cost_no_time():
+    began = time.process_time()
+    assert reason({"messages": [USER, ANSWER] * 4000}) == "too-long"
+    assert said({"messages": [USER, *[ANSWER] * 4000]}, max_chars=10**5)[1][1].startswith("a\n\na")
+    for text in (" " * 10**6 + "[", "[" + " " * 10**6, "{" * 10**6, "[{" * 10**5):
+        assert said({"prompt": "q", "completion": text + "x"}, max_chars=10**7)[0] == ("user", "q")
     assert time.process_time() - began < 5
 
 

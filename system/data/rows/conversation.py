@@ -38,6 +38,11 @@ class Marks(NamedTuple):
     """Of an assistant turn, the ids of its tool calls, in their order; of a tool turn, the id of
     the call that it answers."""
 
+    @property
+    def texts(self) -> list[str]:
+        """Reasoning and ids of calls."""
+        return [*([self.reasoning] if self.reasoning else []), *(self.call_ids or ())]
+
 
 Turn = tuple[str, str] | tuple[str, str, Marks]
 """Role and text, and marks if the turn has any."""
@@ -53,6 +58,8 @@ _PAIR = ["user", "assistant"]
 _LINE_ENDS = ("\r\n", "\r", "\x0b", "\x0c")  # the first one before the second
 _MAX_COMPOSED = 4
 """Most characters that NFC makes one of.  Source: UAX #15, the largest growth of NFD."""
+_MAX_TURNS = 1000
+"""Most turns: a chat template is rendered once for each assistant turn, with all turns before."""
 _MAX_COMBINING = 128
 """Most combining marks in a row: NFC takes time with the square of their number.  Written language
 has below ten; the stream-safe text of UAX #15 has at most 30."""
@@ -176,6 +183,8 @@ def normalise(turns: Sequence[Turn], max_chars: int) -> Conversation:
         names = [turn[0] for turn in turns]
         if any(map(operator.eq, names, names[1:])) or "system" in names[1:]:
             turns = _joined(turns)
+        if len(turns) > _MAX_TURNS:
+            raise RowRejected("too-long", f"{len(turns):,} turns, at most {_MAX_TURNS:,} are taken")
     roles: list[str] = []
     texts: list[bytes] = []
     hashed: list[bytes] = []  # two for each turn: `_BEFORE_TEXT`, and the text
@@ -206,7 +215,7 @@ def normalise(turns: Sequence[Turn], max_chars: int) -> Conversation:
             if len(turn) > 2:
                 mark, added = _normal_marks(turn[2], max_chars)
                 hashed[-1] += added
-                num_chars += len(mark.reasoning or "")
+                num_chars += sum(map(len, mark.texts))
                 if mark != Marks():
                     marks[len(texts)] = mark
         except UnicodeEncodeError as error:
@@ -275,7 +284,7 @@ def _normal_marks(marks: Marks, max_chars: int) -> tuple[Marks, bytes]:
     if len(given) > _MAX_COMPOSED * max_chars:
         raise _too_long(len(given) // _MAX_COMPOSED, max_chars)
     reasoning = normalise_text(given)
-    "".join(marks.call_ids or ()).encode()
+    "".join(marks.call_ids or ()).encode()  # the ids are stored, too
     added = _NO_LOSS if marks.loss is False else b""
     if reasoning:
         added += _REASONING + reasoning.strip().encode()

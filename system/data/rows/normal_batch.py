@@ -41,10 +41,9 @@ class NormalBatch:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all texts, reasoning included."""
-        return sum(map(len, self.texts)) + sum(
-            len(mark.reasoning.encode()) for mark in self.marks.values() if mark.reasoning
-        )
+        """Size of all texts, those of marks included."""
+        marks = (text for mark in self.marks.values() for text in mark.texts)
+        return sum(map(len, self.texts)) + sum(len(text.encode()) for text in marks)
 
     def responses(self) -> list[bytes]:
         """The last turn of each row."""

@@ -67,7 +67,7 @@ _REASONING_PART = frozenset(["thinking", "reasoning"])
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _NOTHING = frozenset(["", "none", "null", "nan"])
 _JSON_STARTS = frozenset("[{")
-_LIKE_TURNS = re.compile(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
+_LIKE_TURNS = re.compile(r"\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 
 
 def chat(messages: Any, where: str = "messages") -> list[Turn]:
@@ -122,7 +122,7 @@ def listed_turns(value: Any) -> Any:
     try:
         turns = json.loads(value)
     except (ValueError, RecursionError):
-        if _LIKE_TURNS.match(value):
+        if _LIKE_TURNS.match(value.lstrip()):
             raise RowRejected("bad-json", f"turns that are no JSON: {value[:60]!r}") from None
         return value
     if isinstance(turns, Mapping):
