@@ -17,6 +17,7 @@ from training_builders import (
 )
 
 from system import schema
+from system.config import SourceConfig
 from system.errors import DataError, ModelError
 from system.models.chat import encode, encode_prompt, encode_table
 from system.models.template import template_profile
@@ -263,13 +264,14 @@ def test_a_mark_in_a_file_reaches_the_response_mask(tmp_path):
                 {"role": "assistant", "content": "Said.", "weight": 1},
             ]
         }
-        for k in range(4)
+        for k in range(60)
     ]
     write_lines(tmp_path / "rows.jsonl", rows)
-    table = pa.Table.from_pylist(ingest(tmp_path).rows())
+    source = SourceConfig(path="rows.jsonl", category="c")
+    table = pa.Table.from_pylist(ingest(tmp_path, source).rows())
     tokenizer = build_tokenizer(CHATML)
     tokens, dropped = encode_table(table, tokenizer, 512)
-    assert (tokens.num_rows, dropped) == (4, {})
+    assert (tokens.num_rows, dropped) == (60, {})
     for row in tokens.to_pylist():
         learned = [t for t, m in zip(row["input_ids"], row["response_mask"], strict=True) if m]
         assert tokenizer.decode(learned) == "Said.<|im_end|>"
