@@ -25,8 +25,8 @@ def text_bytes(table: pa.Table) -> np.ndarray:
         if not len(turns):
             continue
         bounds = np.asarray(turns.offsets)
-        names = ("content", "reasoning")
-        ends = sum(_byte_ends(turns.values.field(name)) for name in names)
+        ends = _byte_ends(turns.values.field("content"))
+        ends += _byte_ends(turns.values.field("reasoning"))
         sizes.append(ends[bounds[1:]] - ends[bounds[:-1]])
     return np.concatenate(sizes)
 

@@ -293,9 +293,12 @@ def _thought(part: Row) -> str:
     """The text of a part with reasoning, which may itself be a list of text parts."""
     value = next((part[key] for key in (*REASONING, "text") if part.get(key) is not None), None)
     pieces = value if isinstance(value, list) else [value]
-    texts = [piece.get("text") if isinstance(piece, Mapping) else piece for piece in pieces]
-    if not all(isinstance(text, str) for text in texts):
-        raise RowRejected("missing-field", "a part with reasoning has no text")
+    texts: list[str] = []
+    for piece in pieces:
+        text = piece.get("text") if isinstance(piece, Mapping) else piece
+        if not isinstance(text, str):
+            raise RowRejected("missing-field", "a part with reasoning has no text")
+        texts.append(text)
     return "\n".join(texts)
 
 
