@@ -63,6 +63,8 @@ def reason(row: dict, name: Any = "auto", **source: Any) -> str:
             f"S\n\n{LISTED}",
         ),
         ({"data": ["q", "a"], "system": "S", "tools": TOOLS}, f"S\n\n{LISTED}"),
+        ({"messages": [{**SYSTEM, "tools": TOOLS}, USER, ANSWER]}, f"S\n\n{LISTED}"),
+        ({"messages": [{"role": "system", "tools": TOOLS}, USER, ANSWER]}, LISTED),
         ({"messages": [USER, ANSWER], "functions": json.dumps(TOOLS)}, LISTED),
         ({"messages": [USER, ANSWER], "tools": "[]", "functions": TOOLS}, LISTED),
         ({"messages": [USER, ANSWER], "tools": [json.dumps(TOOLS[0])]}, LISTED),
@@ -103,6 +105,11 @@ CHOSEN, WORSE = {"from": "gpt", "value": "2"}, {"from": "gpt", "value": "?"}
 @pytest.mark.parametrize("chosen", [CHOSEN, [CHOSEN], json.dumps([CHOSEN]), "2"])
 def test_a_conversation_ends_with_the_chosen_answer(name, chosen):
     assert said({"conversations": BEFORE, "chosen": chosen, "rejected": WORSE}, name) == SPOKEN
+
+
+def test_earlier_turns_are_taken_before_a_prompt_that_repeats_the_last():
+    row = {"conversations": BEFORE, "prompt": "Add 1", "chosen": "2", "rejected": "?"}
+    assert said(row) == SPOKEN
 
 
 def test_a_chosen_answer_follows_messages_too():
@@ -245,8 +252,8 @@ def test_reasoning_is_kept_beside_its_answer(thought):
     assert (found.contents, found.marks) == (["q", "a"], {1: Marks(reasoning="hm")})
     plain = read({"messages": [USER, ANSWER]})
     assert found.id != plain.id and found.prompt_hash == plain.prompt_hash
-    row = {"prompt": "q", "completion": "a", "reasoning_content": "hm"}
-    assert read(row).id == found.id
+    for row in ({"prompt": "q", "completion": "a"}, {"messages": [USER, ANSWER]}):
+        assert read({**row, "reasoning_content": "hm"}).id == found.id
 
 
 @pytest.mark.parametrize("nothing", [None, "", "\n", True, []])

@@ -15,9 +15,9 @@ from typing import Any
 
 from system.data.rows.conversation import Marks, RowRejected, Turn
 from system.data.rows.turns import (
+    TOOLS,
     Row,
     as_text,
-    canonical_json,
     chat,
     content_text,
     given,
@@ -25,6 +25,7 @@ from system.data.rows.turns import (
     listed_turns,
     reasoning_of,
     role_of,
+    tools_line,
 )
 
 Shape = Callable[[Row], list[Turn]]
@@ -34,9 +35,8 @@ COMPLETIONS = ("completion", "response", "output")
 ANSWERS = ("answer", "response", "output")
 CONVERSATIONS = ("conversations", "conversation")
 _SYSTEM = ("system", "system_prompt")
-_TOOLS = ("tools", "functions")
 _REASONING = ("reasoning_content", "thinking")
-_BESIDE = frozenset([*_SYSTEM, *_TOOLS, *_REASONING])
+_BESIDE = frozenset([*_SYSTEM, *TOOLS, *_REASONING])
 _HUMAN_ASSISTANT = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
 
 
@@ -67,25 +67,27 @@ def _first_key(row: Row, keys: Sequence[str]) -> str:
 
 
 def _framed(row: Row, turns: list[Turn]) -> list[Turn]:
-    """The turns with the system text and the tool definitions that stand beside them.
+    """The turns with what stands beside them: system text, tool definitions, reasoning.
 
-    They become one system turn later: the text beside, the system turns, the tools.
+    The text beside, the system turns and the tools become one system turn later.
     """
     if row.keys().isdisjoint(_BESIDE):
         return turns
     text = next((value for key in _SYSTEM if (value := optional_text_of(row, key))), "")
-    tools = next((value for key in _TOOLS if (value := given(row.get(key), key)) is not None), None)
+    tools = tools_line(row)
     system = _system_turns(turns)
+    if text.strip() and tools and not system:
+        # White space at the end of the text stays before the tools: it is part of known ids.
+        text, tools = f"{text}\n\n{tools}", ""
     beside: list[Turn] = [("system", text)] if text else []
-    listed: list[Turn] = []
-    if tools is not None:
-        line = canonical_json({"tools": tools}, "tools")
-        if text.strip() and not system:
-            # White space at the end of the text stays before the tools: it is part of known ids.
-            beside = [("system", f"{text}\n\n{line}")]
-        else:
-            listed = [("system", line)]
-    return [*beside, *system, *listed, *turns[len(system) :]]
+    listed: list[Turn] = [("system", tools)] if tools else []
+    talk = turns[len(system) :]
+    reasoning = reasoning_of(row, _REASONING)
+    if reasoning and talk and talk[-1][0] == "assistant":
+        last = talk[-1]
+        marks = last[2] if len(last) > 2 else Marks()
+        talk[-1] = (last[0], last[1], marks._replace(reasoning=marks.reasoning or reasoning))
+    return [*beside, *system, *listed, *talk]
 
 
 def _system_turns(turns: Sequence[Turn]) -> list[Turn]:
@@ -100,11 +102,11 @@ def prompt_side(row: Row, key: str) -> list[Turn]:
 
 
 def answer_side(row: Row, key: str) -> list[Turn]:
-    """What was answered: a text, perhaps with reasoning beside it, or turns."""
+    """What was answered: a text, or turns."""
     value = listed_turns(row.get(key))
     if isinstance(value, list):
         return _answered(chat(value, key), key)
-    return [_text_answer(row, [key])]
+    return [("assistant", text_of(row, key))]
 
 
 def _answered(turns: list[Turn], key: str) -> list[Turn]:
@@ -112,15 +114,6 @@ def _answered(turns: list[Turn], key: str) -> list[Turn]:
     if all(turn[0] != "assistant" for turn in turns):
         raise RowRejected("missing-field", f"{key!r} has no assistant turn")
     return turns
-
-
-def _text_answer(row: Row, keys: Sequence[str]) -> Turn:
-    """What was answered, perhaps with reasoning beside it."""
-    text = text_of(row, _first_key(row, keys))
-    if row.keys().isdisjoint(_BESIDE):
-        return ("assistant", text)
-    reasoning = reasoning_of(row, _REASONING)
-    return ("assistant", text, Marks(reasoning=reasoning)) if reasoning else ("assistant", text)
 
 
 def _history(row: Row) -> list[Turn]:
@@ -158,8 +151,8 @@ def _question(row: Row) -> Turn:
 
 def alpaca(row: Row) -> list[Turn]:
     """`instruction`, perhaps with `input`, `output`, and `history` before them."""
-    answer = _text_answer(row, ALPACA_RESPONSES)
-    return _framed(row, [*_history(row), _instruction(row), answer])
+    answer = text_of(row, _first_key(row, ALPACA_RESPONSES))
+    return _framed(row, [*_history(row), _instruction(row), ("assistant", answer)])
 
 
 def prompt_completion(row: Row) -> list[Turn]:
@@ -181,7 +174,8 @@ def prompt_completion(row: Row) -> list[Turn]:
 
 def question_answer(row: Row) -> list[Turn]:
     """`question`, perhaps with `context` before it, and `answer`."""
-    return _framed(row, [_question(row), _text_answer(row, ANSWERS)])
+    answer = text_of(row, _first_key(row, ANSWERS))
+    return _framed(row, [_question(row), ("assistant", answer)])
 
 
 def sharegpt(row: Row) -> list[Turn]:
@@ -271,15 +265,19 @@ def preference(row: Row) -> list[Turn]:
 
 def _asked(row: Row) -> list[Turn]:
     """The prompt side of a preference pair; empty where `chosen` holds all of it."""
+    key = _first_key(row, ("messages", *CONVERSATIONS))
+    value = given(row.get(key), key)
+    turns = [] if value is None else chat(value, key)
+    if turns and turns[-1][0] != "assistant":
+        return turns
+    # Some data sets also have the whole chosen conversation; what was asked is beside it.
     if row.get("prompt") is not None:
         return _history(row) + prompt_side(row, "prompt")
     if row.get("question") is not None:
         return [*_history(row), _question(row)]
     if row.get("instruction") is not None:
         return [*_history(row), _instruction(row)]
-    key = _first_key(row, ("messages", *CONVERSATIONS))
-    value = given(row.get(key), key)
-    return [] if value is None else chat(value, key)
+    return turns
 
 
 def _human_assistant(text: str) -> list[Turn]:

@@ -56,6 +56,8 @@ MEDIA = frozenset(
     )
 )
 """Columns of a row, and keys of a message or of a part, that hold something else than text."""
+TOOLS = ("tools", "functions")
+"""Keys of tool definitions; the second is the older one."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message that hold what the assistant thought before it answered."""
 _NAMES = ("from", "role")
@@ -148,7 +150,10 @@ def _turn(role: str, value: Any, message: Row) -> Turn:
     calls = given(message.get("tool_calls"), "tool_calls")
     if calls is None:
         calls = given(message.get("function_call"), "function_call")
-    text, thoughts = _content(value, allow_none=calls is not None)
+    tools = tools_line(message) if role == "system" else ""
+    text, thoughts = _content(value, allow_none=bool(calls is not None or tools))
+    if tools:
+        text = f"{text}\n\n{tools}" if text.strip() else tools
     names: tuple[str, ...] | None = None
     if calls is not None:
         listed = calls if isinstance(calls, list) else [calls]
@@ -164,8 +169,21 @@ def _turn(role: str, value: Any, message: Row) -> Turn:
     return (role, text) if marks == Marks() else (role, text, marks)
 
 
+def tools_line(row: Row) -> str:
+    """The tool definitions of a row or of a system message as one line of JSON; empty: none.
+
+    Raises:
+        RowRejected: bad-json or missing-field.
+    """
+    for key in TOOLS:
+        tools = given(row.get(key), key)
+        if tools is not None:
+            return canonical_json({"tools": tools}, "tools")
+    return ""
+
+
 def _tool_call(call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
+    function = (call.get("function") or call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RowRejected("missing-field", "a tool call has no function name")
     arguments = decoded(function.get("arguments"), "arguments")
