@@ -173,18 +173,7 @@ def normalise(turns: Sequence[Turn], max_chars: int) -> Conversation:
         RowRejected: no-assistant-turn, empty-turn, wrong-role-order, starts-with-assistant,
             no-loss, too-long, combining-marks, control-characters or bad-utf8.
     """
-    end = len(turns)
-    while end and turns[end - 1][0] != "assistant":
-        end -= 1
-    if not end:
-        raise RowRejected("no-assistant-turn", f"roles {[turn[0] for turn in turns]}")
-    turns = turns[:end]
-    if end > 2:
-        names = [turn[0] for turn in turns]
-        if any(map(operator.eq, names, names[1:])) or "system" in names[1:]:
-            turns = _joined(turns)
-        if len(turns) > _MAX_TURNS:
-            raise RowRejected("too-long", f"{len(turns):,} turns, at most {_MAX_TURNS:,} are taken")
+    turns = _learned(turns)
     roles: list[str] = []
     texts: list[bytes] = []
     hashed: list[bytes] = []  # two for each turn: `_BEFORE_TEXT`, and the text
@@ -239,6 +228,23 @@ def normalise(turns: Sequence[Turn], max_chars: int) -> Conversation:
         raise RowRejected("control-characters", _describe_control(texts, marks))
     digest, prompt_digest = _digests(roles, hashed, whole)
     return Conversation(digest[:16], prompt_digest[:8], roles, texts, marks)
+
+
+def _learned(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The turns up to the last answer, joined where several of a role follow each other."""
+    end = len(turns)
+    while end and turns[end - 1][0] != "assistant":
+        end -= 1
+    if not end:
+        raise RowRejected("no-assistant-turn", f"roles {[turn[0] for turn in turns]}")
+    turns = turns[:end]
+    if end > 2:
+        names = [turn[0] for turn in turns]
+        if any(map(operator.eq, names, names[1:])) or "system" in names[1:]:
+            turns = _joined(turns)
+        if len(turns) > _MAX_TURNS:
+            raise RowRejected("too-long", f"{len(turns):,} turns, at most {_MAX_TURNS:,} are taken")
+    return turns
 
 
 def _joined(turns: Sequence[Turn]) -> list[Turn]:
