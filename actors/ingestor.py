@@ -107,6 +107,9 @@ def _result(manifest: Manifest) -> StageResult:
         + f"; {len(manifest.categories)} categories"
         + (f", {untagged:,} rows without one" if untagged else ""),
     ]
+    dropped = manifest.details.get("without_reasoning", 0)
+    if dropped:
+        lines.append(f"reasoning dropped from {dropped:,} rows (ingest.reasoning: drop)")
     return StageResult(
         outputs={
             "manifest": ingest.MANIFEST,

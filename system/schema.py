@@ -9,7 +9,17 @@ import pyarrow as pa
 
 from system.errors import DataError
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+MESSAGES = pa.list_(
+    pa.struct(
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("loss", pa.bool_()),  # false: an assistant turn that is not learned; else null
+            ("reasoning", pa.string()),  # what the assistant thought before it answered
+            ("call_ids", pa.list_(pa.string())),  # of a turn's tool calls, or of a result's call
+        ]
+    )
+)
 """A conversation: roles system, user, assistant, tool; the last turn is the assistant's."""
 
 EMBEDDING = pa.list_(pa.float32())

@@ -55,7 +55,8 @@ class SourceConfig(Section):
     answer_column: str | None = None
     """Column that holds the final answer, so that generated answers can be checked against it."""
     answer_pattern: str | None = None
-    """Regular expression with one group that finds the final answer inside a response."""
+    """Regular expression with one group that finds the final answer inside a response. `^` and `$`
+    match at every line; the last match counts."""
     score_column: str | None = None
     """Column with a quality score, for `select.score: column`. Rows without a score come last."""
     embedding_column: str | None = None
@@ -119,6 +120,11 @@ class IngestConfig(Section):
     max_chars: Positive = 200_000
     """Largest number of characters in all messages of a row. Longer rows are rejected
     (`too-long`)."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """What happens to the reasoning that a row brings beside an answer (`reasoning_content`,
+    `reasoning` or `thinking`). `keep`: it is rendered and trained with the answer, and rows whose
+    reasoning the chat template does not render are left out; `drop`: the answer is trained
+    without it, and such rows are counted."""
     deduplicate: Literal["none", "exact", "near"] = "exact"
     """Which duplicates are removed. `exact`: rows with equal normalised content; `near`: also rows
     with nearly equal content, found by MinHash."""

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from system.data.ingest.plan import SPILL, bucket_of_heads
+from system.data.rows.conversation import Marks
 from system.data.rows.labels import LabelColumns
 from system.data.rows.normal_batch import ROLES, NormalBatch
 from system.schema import EMBEDDING, MESSAGES
@@ -32,6 +33,7 @@ class RowBuffer:
         self._roles = bytearray()
         self._texts: list[bytes] = []
         self._lengths: list[np.ndarray] = []
+        self._marks: dict[int, Marks] = {}
         self._labels = LabelColumns([], [], [], [], [])
         self._places: list[np.ndarray] = []
 
@@ -46,6 +48,8 @@ class RowBuffer:
         self.num_rows += len(batch.ids)
         self._ids.append(b"".join(batch.ids))
         self._num_turns += batch.num_turns
+        first = len(self._roles)
+        self._marks |= {first + turn: mark for turn, mark in batch.marks.items()}
         self._roles += batch.roles
         self._texts.append(b"".join(batch.texts))
         self._lengths.append(np.fromiter(map(len, batch.texts), np.int64, len(batch.texts)))
@@ -53,7 +57,7 @@ class RowBuffer:
         for column, values in zip(self._labels, labels, strict=True):
             column.extend(values)
         self._places.append(places)
-        self.num_bytes += len(self._texts[-1])
+        self.num_bytes += batch.num_bytes
         self.num_bytes += 4 * sum(len(vector) for vector in labels.embedding if vector)
 
     def take(self) -> tuple[pa.Table, np.ndarray]:
@@ -86,9 +90,20 @@ class RowBuffer:
         codes = pa.array(np.frombuffer(self._roles, np.uint8).astype(np.int32))
         roles = pa.array(ROLES, pa.string()).take(codes)
         contents = _strings(b"".join(self._texts), np.concatenate(self._lengths))
-        turns = pa.StructArray.from_arrays([roles, contents], fields=list(MESSAGES.value_type))
+        marks = [self._mark_column(name, len(roles)) for name in Marks._fields]
+        fields = list(MESSAGES.value_type)
+        turns = pa.StructArray.from_arrays([roles, contents, *marks], fields=fields)
         ends = np.cumsum([0, *self._num_turns]).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(ends), turns, type=MESSAGES)
+
+    def _mark_column(self, name: str, num_turns: int) -> pa.Array:
+        kind = MESSAGES.value_type.field(name).type
+        if not self._marks:
+            return pa.nulls(num_turns, kind)
+        values: list[Any] = [None] * num_turns
+        for turn, mark in self._marks.items():
+            values[turn] = getattr(mark, name)
+        return pa.array(values, kind)
 
 
 def _strings(joined: bytes, lengths: np.ndarray) -> pa.Array:

@@ -23,8 +23,10 @@ from system.models.template import (
     Encoded,
     Message,
     cut_conversation,
+    keeps_turns,
     render,
     response_spans,
+    shown_turns,
     template_profile,
     token_ids,
     tokenise,
@@ -43,10 +45,16 @@ def encode(
 
     Raises:
         ModelError: the chat template cannot be trained on (see `template_profile`).
-        DataError: the template refuses the conversation, or it has no assistant turn.
+        DataError: the template refuses the conversation or does not render its reasoning, or it
+            has no assistant turn.
     """
     profile = template_profile(tokenizer, str(tokenizer.chat_template or ""))
     segments = cut_conversation(tokenizer, profile, messages)
+    if not segments.shows_reasoning:
+        raise DataError(
+            f"the chat template of {tokenizer.name_or_path!r} does not render the reasoning of a "
+            "turn. Give another template in model.chat_template, or set ingest.reasoning: drop."
+        )
     return next(tokenise(tokenizer, profile, [segments], max_length))
 
 
@@ -62,14 +70,14 @@ def encode_prompt(
         ModelError, DataError: as `encode`.
     """
     profile = template_profile(tokenizer, str(tokenizer.chat_template or ""))
-    turns = [dict(message) for message in messages]
+    turns = list(messages)
     if turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
-    text = render(tokenizer, turns, prompt=True)
+    text = render(tokenizer, shown_turns(profile, turns), prompt=True)
     # Cut at earlier responses, where training cuts too; otherwise tokens could differ there.
     cuts = [0]
-    if profile.cuts_text and profile.opens_as_prompted and profile.keeps_history:
-        for start, end in response_spans(tokenizer, profile, turns, text):
+    if profile.cuts_text and profile.opens_as_prompted and keeps_turns(profile, turns):
+        for _, start, end in response_spans(tokenizer, profile, turns, text):
             cuts += [start, end]
     ids: list[int] = []
     for low, high in pairwise([*cuts, len(text)]):
@@ -90,7 +98,8 @@ def encode_table(
     Returns:
         The TOKENS table, and the number of rows left out by reason: `template-refused` (the
         template raised an error, for example on a system turn), `not-prefix-stable` (the template
-        rewrites the text of this conversation) and `no-response-token` (the response was cut off).
+        rewrites the text of this conversation), `reasoning-not-rendered` (the template does not
+        write the reasoning) and `no-response-token` (the response was cut off).
 
     Raises:
         ModelError: the chat template cannot be trained on.
@@ -128,12 +137,17 @@ def encode_rows(
         segments, numbers = [], []
         for number, messages in enumerate(batch.column(0).to_pylist(), start=first):
             try:
-                segments.append(cut_conversation(tokenizer, profile, messages))
-                numbers.append(number)
+                cut = cut_conversation(tokenizer, profile, messages)
             except DataError:
                 reason_of[number] = "template-refused"
             except ModelError:  # the probe passed, so the text of this row is the cause
                 reason_of[number] = "not-prefix-stable"
+            else:
+                if cut.shows_reasoning:
+                    segments.append(cut)
+                    numbers.append(number)
+                else:
+                    reason_of[number] = "reasoning-not-rendered"
         first += batch.num_rows
         encoded = tokenise(tokenizer, profile, segments, max_length)
         for number, row in zip(numbers, encoded, strict=True):

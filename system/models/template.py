@@ -13,6 +13,9 @@ Some templates rewrite earlier turns when a new turn is added (reasoning models 
 With them only the last response appears unchanged in the whole conversation, so only the last
 assistant turn is in the mask.
 
+A turn with `loss: false` is read but not in the mask.  Reasoning is given to the template under the
+key that it knows; what it writes of the reasoning belongs to the response.
+
 `system.models.chat` is the interface to this module.
 
 L = tokens of a conversation.
@@ -33,7 +36,8 @@ from system.errors import DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+"""A turn as in `system.schema.MESSAGES`; only `role` and `content` must be there."""
 
 _PROBE = (
     {"role": "user", "content": "Which city is the capital of France?"},
@@ -42,6 +46,8 @@ _PROBE = (
     {"role": "assistant", "content": "Rome is."},
 )
 _OTHER_ANSWER = "Quite another answer, for comparison."
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Under these names chat templates take what the assistant thought before its answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +73,10 @@ class TemplateProfile:
     `opens_as_prompted` is false."""
     keeps_history: bool
     """Adding a turn does not change the text of earlier turns."""
+    reasoning_key: str
+    """Under which name the template takes a turn's reasoning; empty: it does not render any."""
+    keeps_reasoning: bool
+    """Adding a turn does not change the text of earlier turns with reasoning."""
     end_marks: tuple[str, ...]
     """Special tokens; one of them may end a turn."""
 
@@ -97,6 +107,9 @@ def template_profile(tokenizer: PreTrainedTokenizerBase, chat_template: object) 
     opening = single[: _common_prefix(single, other)]
     bare = render(tokenizer, question)
     keeps_history = render(tokenizer, _PROBE).startswith(single)
+    reasoning_key = next((k for k in _REASONING_KEYS if _shows_reasoning(tokenizer, k)), "")
+    thought = [_with_thought(turn, reasoning_key) for turn in _PROBE]
+    keeps_reasoning = render(tokenizer, thought).startswith(render(tokenizer, thought[:2]))
     opens_as_prompted = single.startswith(prompt)
     if not opens_as_prompted and not (opening.startswith(bare) and len(opening) > len(bare)):
         raise ModelError(
@@ -114,6 +127,8 @@ def template_profile(tokenizer: PreTrainedTokenizerBase, chat_template: object) 
         opens_as_prompted=opens_as_prompted,
         opening=opening[len(bare) :],
         keeps_history=keeps_history,
+        reasoning_key=reasoning_key,
+        keeps_reasoning=keeps_history and keeps_reasoning,
         end_marks=tuple(sorted(marks)),
     )
     # Try the profile on the probe itself: a mistake shows here, once, and not in every row.
@@ -152,6 +167,35 @@ def render(
     return text
 
 
+def _with_thought(turn: dict[str, str], key: str) -> dict[str, str]:
+    return turn | {key: _OTHER_ANSWER} if key and turn["role"] == "assistant" else turn
+
+
+def _shows_reasoning(tokenizer: PreTrainedTokenizerBase, key: str) -> bool:
+    try:
+        text = render(tokenizer, [_with_thought(turn, key) for turn in _PROBE[:2]])
+    except DataError:
+        return False
+    return _OTHER_ANSWER in text
+
+
+def shown_turns(profile: TemplateProfile, messages: Sequence[Message]) -> list[dict[str, str]]:
+    """The turns as the template gets them: role, text, and reasoning where it takes any."""
+    shown = []
+    for message in messages:
+        turn = {"role": message["role"], "content": message["content"]}
+        if profile.reasoning_key and message.get("reasoning"):
+            turn[profile.reasoning_key] = message["reasoning"]
+        shown.append(turn)
+    return shown
+
+
+def keeps_turns(profile: TemplateProfile, messages: Sequence[Message]) -> bool:
+    """Whether the template writes earlier responses of these turns as it did at their time."""
+    has_reasoning = any(message.get("reasoning") for message in messages)
+    return profile.keeps_reasoning if has_reasoning else profile.keeps_history
+
+
 def _common_prefix(left: str, right: str) -> int:
     for place, (one, two) in enumerate(zip(left, right, strict=False)):
         if one != two:
@@ -165,7 +209,9 @@ class Segments:
 
     texts: list[str]
     is_response: list[bool]
-    """As long as `texts`."""
+    """As long as `texts`; false on responses without a loss, too."""
+    shows_reasoning: bool
+    """Whether the reasoning of the learned turns, if there is any, is in the text."""
 
 
 def cut_conversation(
@@ -177,21 +223,29 @@ def cut_conversation(
         DataError: no assistant turn, or the template refuses the conversation.
         ModelError: the template rewrites what it wrote for the turns before.
     """
-    if all(message["role"] != "assistant" for message in messages):
+    turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
         raise DataError(
             "expected a conversation with an assistant turn, found the roles "
             f"{[message['role'] for message in messages]}"
         )
-    text = render(tokenizer, messages)
+    learned = [k for k in turns if messages[k].get("loss") is not False]
+    if learned and learned[-1] < turns[-1]:
+        # Nothing after the last learned turn is learned; a template may rewrite what is before.
+        messages = messages[: learned[-1] + 1]
+    text = render(tokenizer, shown_turns(profile, messages))
     texts, is_response, place = [], [], 0
-    for start, end in response_spans(tokenizer, profile, messages, text):
+    shows_reasoning = bool(profile.reasoning_key) or not any(m.get("reasoning") for m in messages)
+    for k, start, end in response_spans(tokenizer, profile, messages, text):
         texts += [text[place:start], text[start:end]]
-        is_response += [False, True]
+        is_response += [False, k in learned]
+        reasoning = messages[k].get("reasoning") if k in learned else None
+        shows_reasoning &= (reasoning or "").strip() in text[start:end]
         place = end
     if place < len(text):
         texts.append(text[place:])
         is_response.append(False)
-    return Segments(texts, is_response)
+    return Segments(texts, is_response, shows_reasoning)
 
 
 def response_spans(
@@ -199,20 +253,21 @@ def response_spans(
     profile: TemplateProfile,
     messages: Sequence[Message],
     text: str,
-) -> list[tuple[int, int]]:
-    """Character ranges of the assistant's turns in the rendered text, in order.
+) -> list[tuple[int, int, int]]:
+    """The assistant's turns in the rendered text, in order: number, first character, end.
 
     Raises:
         DataError, ModelError: as `cut_conversation`.
     """
     turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    if not profile.keeps_history:
+    if not keeps_turns(profile, messages):
         turns = turns[-1:]
+    shown = shown_turns(profile, messages)
     spans = []
     for k in turns:
         # `closed` is the text up to the end of turn k, rendered without the later turns.
-        closed = text if k == len(messages) - 1 else render(tokenizer, messages[: k + 1])
-        start = len(_opened(tokenizer, profile, messages[:k], closed))
+        closed = text if k == len(messages) - 1 else render(tokenizer, shown[: k + 1])
+        start = len(_opened(tokenizer, profile, shown[:k], closed))
         if not text.startswith(closed):
             raise ModelError(
                 f"the chat template of {tokenizer.name_or_path!r} is not prefix-stable: the first "
@@ -224,14 +279,14 @@ def response_spans(
         bare = response.rstrip()
         if len(bare) < len(response) and bare.endswith(profile.end_marks):
             response = bare
-        spans.append((start, start + len(response)))
+        spans.append((k, start, start + len(response)))
     return spans
 
 
 def _opened(
     tokenizer: PreTrainedTokenizerBase,
     profile: TemplateProfile,
-    before: Sequence[Message],
+    before: Sequence[Mapping[str, str]],
     closed: str,
 ) -> str:
     """The text that the model has read when it starts the last turn of `closed`."""

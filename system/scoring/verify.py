@@ -6,28 +6,11 @@ import re
 import unicodedata
 from decimal import Decimal, InvalidOperation
 
+from system.data.rows.conversation import find_answer
+
 _NUMBER = re.compile(r"[-+]?(\d+(,\d{3})*(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _CURRENCY = "$€£¥"
 _WRAPPERS = "\"'`*_“”‘’"
-
-
-def extract_answer(text: str, pattern: str | None) -> str | None:
-    """Extracts the final answer from a response.
-
-    Args:
-        text: the response.
-        pattern: regular expression with one group; the last match counts, because a model may
-            state intermediate results first.  None: the whole response is the answer.
-
-    Returns:
-        The answer without surrounding white space, or None if the pattern does not match.
-    """
-    if pattern is None:
-        return text.strip()
-    answer = None
-    for match in re.finditer(pattern, text, flags=re.MULTILINE):
-        answer = match.group(1)
-    return None if answer is None else answer.strip()
 
 
 def normalise_answer(answer: str) -> str:
@@ -57,14 +40,19 @@ def read_number(answer: str) -> Decimal | None:
 def is_correct(output: str, expected: str, pattern: str | None) -> bool:
     """Whether a response gives the expected answer.
 
-    If the expected answer is itself a whole response (it matches the pattern), its final answer is
-    extracted first.
+    Args:
+        output: the response.
+        expected: the answer, or a whole response that holds it.
+        pattern: finds the answer inside a response, see `find_answer`; None: all of it is the
+            answer.
     """
-    answer = extract_answer(output, pattern)
+    answer, reference = output.strip(), expected
+    if pattern is not None:
+        answer = find_answer(pattern, output)
+        found = find_answer(pattern, expected)
+        reference = expected if found is None else found
     if answer is None:
         return False
-    reference = extract_answer(expected, pattern) if pattern is not None else expected
-    reference = expected if reference is None else reference
     left, right = read_number(answer), read_number(reference)
     if left is not None and right is not None:
         return left == right

@@ -76,7 +76,8 @@ def _rows(files: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _messages(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("messages", "category", "stage", "id")}
+    turns = [{k: v for k, v in turn.items() if v is not None} for turn in row["messages"]]
+    return {"messages": turns} | {name: row[name] for name in ("category", "stage", "id")}
 
 
 def _write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:

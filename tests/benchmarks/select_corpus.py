@@ -75,7 +75,9 @@ def messages_of(draw: np.random.Generator, lengths: np.ndarray, text: np.ndarray
     offsets = pa.array(ends.astype(np.int32))
     contents = pa.StringArray.from_buffers(2 * count, offsets.buffers()[1], pa.py_buffer(bytes_))
     roles = pa.array(["user", "assistant"]).take(pa.array(np.tile([0, 1], count)))
-    turns = pa.StructArray.from_arrays([roles, contents], fields=list(MESSAGES.value_type))
+    fields = list(MESSAGES.value_type)
+    marks = [pa.nulls(2 * count, field.type) for field in fields[2:]]
+    turns = pa.StructArray.from_arrays([roles, contents, *marks], fields=fields)
     places = pa.array(np.arange(0, 2 * count + 1, 2, dtype=np.int32))
     return pa.ListArray.from_arrays(places, turns, type=MESSAGES)
 

@@ -42,6 +42,15 @@ OPEN_THOUGHT = (
     "{% else %}<|end|>{{ m['content'] }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|end|><think>\n{% endif %}"
 )
+REASONING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content | trim }}\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORGETFUL = REASONING.replace("{% if m.reasoning", "{% if loop.last and m.reasoning").replace(
+    "reasoning_content", "thinking"
+)
 BACKWARDS = "{% for m in messages | reverse %}{{ m['content'] }}</s>{% endfor %}"
 SILENT = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"

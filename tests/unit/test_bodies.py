@@ -10,7 +10,8 @@ from ingest_builders import numbered, run_config, write_lines
 from system.data.ingest.bucket import reduce_bucket
 from system.data.ingest.ingest import bucket_inputs, ingest_chunk, plan_ingest
 from system.data.ingest.spill import read_spill
-from system.data.rows.bodies import take_rows
+from system.data.rows.bodies import take_rows, text_bytes
+from system.schema import MESSAGES
 
 
 def batches_of(sizes: list[int]) -> pa.Table:
@@ -31,6 +32,22 @@ def test_rows_are_taken_in_the_order_asked_for_from_any_batches(monkeypatch, sma
     places = np.array(random.Random(0).sample(range(13), 9))
     assert take_rows(table, places).equals(table.take(pa.array(places)))
     assert take_rows(table, places[:0]).num_rows == 0
+
+
+def test_bytes_of_rows_include_reasoning_at_any_cut():
+    turns = [
+        [
+            {"role": "user", "content": "é" * k},
+            {"role": "assistant", "content": "b", "reasoning": r},
+        ]
+        for k, r in enumerate([None, "ab", "", "é"])
+    ]
+    table = pa.table({"messages": pa.array([*turns, []], MESSAGES)})
+    whole = text_bytes(table).tolist()
+    assert whole == [1, 5, 5, 9, 0]
+    assert text_bytes(table.slice(2, 2)).tolist() == whole[2:4]
+    cut = pa.concat_tables([table.slice(0, 1), table.slice(1, 0), table.slice(1)])
+    assert text_bytes(cut).tolist() == whole
 
 
 def test_copies_of_more_bytes_than_arrow_can_count_are_no_error(tmp_path, monkeypatch):

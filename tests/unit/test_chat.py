@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
+from ingest_builders import ingest, write_lines
 from training_builders import (
     BACKWARDS,
     CHATML,
+    FORGETFUL,
     LLAMA3,
     OPEN_THOUGHT,
+    REASONING,
     SILENT,
     THINKING,
     ZEPHYR,
@@ -14,6 +17,7 @@ from training_builders import (
 )
 
 from system import schema
+from system.config import SourceConfig
 from system.errors import DataError, ModelError
 from system.models.chat import encode, encode_prompt, encode_table
 from system.models.template import template_profile
@@ -181,3 +185,94 @@ def test_row_that_a_stable_template_rewrites_is_dropped_and_counted():
     thought = [*MULTI[:2], {"role": "assistant", "content": "hm|Rome is."}, *MULTI[3:]]
     tokens, dropped = encode_table(build_table([MULTI, thought]), build_tokenizer(template), 512)
     assert tokens.num_rows == 1 and dropped == {"not-prefix-stable": 1}
+
+
+def marked(turn: dict, **marks: object) -> dict:
+    return {**turn, **marks}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_turn_without_a_loss_is_read_but_not_masked_in(name):
+    tokenizer = build_tokenizer(TEMPLATES[name])
+    last = "Paris" if name == "llama3" else "Paris\n"
+    muted = [*MULTI[:2], marked(MULTI[2], loss=False), *MULTI[3:]]
+    encoded, plain = encode(tokenizer, muted, 512), encode(tokenizer, MULTI, 512)
+    assert spoken(tokenizer, encoded) == [last + END[name]]
+    assert encoded.input_ids.tolist() == plain.input_ids.tolist()
+    assert encode_prompt(tokenizer, muted, 512) == encode_prompt(tokenizer, MULTI, 512)
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING], ids=["chatml", "thinking"])
+def test_nothing_after_the_last_learned_turn_is_encoded(template):
+    tokenizer = build_tokenizer(template)
+    muted = [*MULTI[:-1], marked(MULTI[-1], loss=False)]
+    encoded, short = encode(tokenizer, muted, 512), encode(tokenizer, MULTI[:3], 512)
+    assert encoded.input_ids.tolist() == short.input_ids.tolist()
+    assert encoded.response_mask.tolist() == short.response_mask.tolist()
+
+
+def test_sentencepiece_like_tokenizer_leaves_turns_without_a_loss_out_of_the_mask():
+    tokenizer = build_tokenizer(CHATML, metaspace=True)
+    muted = [*MULTI[:2], marked(MULTI[2], loss=False), *MULTI[3:]]
+    encoded, plain = encode(tokenizer, muted, 512), encode(tokenizer, MULTI, 512)
+    first_end = encoded.input_ids.tolist().index(
+        tokenizer.convert_tokens_to_ids("<|im_end|>"), int(plain.response_mask.argmax())
+    )
+    assert not encoded.response_mask[: first_end + 1].any()
+    assert encoded.response_mask[first_end + 1 :].tolist() == (
+        plain.response_mask[first_end + 1 :].tolist()
+    )
+
+
+def test_reasoning_is_rendered_and_learned_where_the_template_knows_it():
+    tokenizer = build_tokenizer(REASONING)
+    thoughtful = [SINGLE[0], {"role": "assistant", "content": "4.", "reasoning": "2 + 2 = 4"}]
+    said = ["<think>\n2 + 2 = 4\n</think>\n\n4.<|im_end|>"]
+    assert spoken(tokenizer, encode(tokenizer, thoughtful, 512)) == said
+    assert spoken(tokenizer, encode(tokenizer, SINGLE, 512)) == ["  The answer is 4.<|im_end|>"]
+
+
+def test_only_the_last_turn_is_learned_where_the_template_forgets_earlier_reasoning():
+    tokenizer = build_tokenizer(FORGETFUL)
+    profile = template_profile(tokenizer, FORGETFUL)
+    assert (profile.reasoning_key, profile.keeps_history) == ("thinking", True)
+    assert not profile.keeps_reasoning
+    turns = [marked(turn, reasoning=f"hm {k}") for k, turn in enumerate(MULTI)]
+    turns = [turn if turn["role"] == "assistant" else MULTI[k] for k, turn in enumerate(turns)]
+    said = ["<think>\nhm 4\n</think>\n\nParis\n<|im_end|>"]
+    assert spoken(tokenizer, encode(tokenizer, turns, 512)) == said
+    assert len(spoken(tokenizer, encode(tokenizer, MULTI, 512))) == 2
+
+
+def test_rows_whose_reasoning_the_template_does_not_render_are_left_out_by_name():
+    thoughtful = [SINGLE[0], marked(SINGLE[1], reasoning="The answer")]
+    table = build_table([SINGLE, thoughtful])
+    tokens, dropped = encode_table(table, build_tokenizer(CHATML), 512)
+    assert tokens.num_rows == 1 and dropped == {"reasoning-not-rendered": 1}
+    with pytest.raises(DataError, match=r"ingest\.reasoning: drop"):
+        encode(build_tokenizer(CHATML), thoughtful, 512)
+    assert encode_table(table, build_tokenizer(REASONING), 512)[1] == {}
+
+
+def test_a_mark_in_a_file_reaches_the_response_mask(tmp_path):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Capital {k}?"},
+                {"role": "assistant", "content": "Quiet.", "weight": 0},
+                {"role": "user", "content": "Again?"},
+                {"role": "assistant", "content": "Said.", "weight": 1},
+            ]
+        }
+        for k in range(60)
+    ]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(path="rows.jsonl", category="c")
+    table = pa.Table.from_pylist(ingest(tmp_path, source).rows())
+    tokenizer = build_tokenizer(CHATML)
+    tokens, dropped = encode_table(table, tokenizer, 512)
+    assert (tokens.num_rows, dropped) == (60, {})
+    for row in tokens.to_pylist():
+        learned = [t for t, m in zip(row["input_ids"], row["response_mask"], strict=True) if m]
+        assert tokenizer.decode(learned) == "Said.<|im_end|>"
+        assert "Quiet." in tokenizer.decode(row["input_ids"])

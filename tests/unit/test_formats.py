@@ -9,6 +9,7 @@ import pytest
 
 from system.config import SourceConfig
 from system.data.rows.conversation import (
+    Marks,
     RowRejected,
     find_answer,
     normalise,
@@ -177,12 +178,13 @@ def test_tool_calls_and_tool_definitions_are_kept_as_json():
         ],
     }
     found = turns(row)
-    assert [role for role, _ in found] == ["system", "user", "assistant", "tool", "assistant"]
+    roles = [turn[0] for turn in found]
+    assert roles == ["system", "user", "assistant", "tool", "assistant"]
     assert json.loads(found[0][1]) == {"tools": [{"name": "weather"}]}
     assert json.loads(found[2][1]) == {
         "tool_calls": [{"name": "weather", "arguments": {"city": "Rome"}}]
     }
-    assert normalise(found, 1000).roles == [role for role, _ in found]
+    assert normalise(found, 1000).roles == roles
 
 
 def test_columns_name_prompt_response_and_system():
@@ -238,7 +240,7 @@ def test_format_is_the_majoritys_where_first_rows_differ():
         ({"prompt": {"a": 1}, "completion": "A"}, "missing-field"),
         ({"messages": None}, "missing-field"),
         ({"messages": [{"role": "alien", "content": "x"}]}, "wrong-role-order"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "missing-field"),
+        ({"messages": [{"role": "user", "content": [{"type": "table"}]}]}, "missing-field"),
     ],
 )
 def test_a_row_that_lacks_its_shape_is_rejected_with_the_reason(row, reason):
@@ -254,10 +256,18 @@ def test_a_row_that_lacks_its_shape_is_rejected_with_the_reason(row, reason):
         ([("user", "Q")], "no-assistant-turn"),
         ([("user", " \n"), ("assistant", "A")], "empty-turn"),
         ([("user", "Q"), ("assistant", "")], "empty-turn"),
-        ([("assistant", "A")], "wrong-role-order"),
+        ([("assistant", "A")], "starts-with-assistant"),
+        ([("system", "S"), ("assistant", "A"), *PAIR], "starts-with-assistant"),
+        ([("tool", "T"), ("assistant", "A")], "wrong-role-order"),
         ([("user", "Q"), ("user", "Q"), ("assistant", "A")], "wrong-role-order"),
         ([("user", "Q"), ("system", "S"), ("assistant", "A")], "wrong-role-order"),
-        ([("user", "Q"), ("assistant", "A"), ("assistant", "B")], "wrong-role-order"),
+        ([("user", "Q"), ("assistant", "A"), ("assistant", "")], "empty-turn"),
+        ([("user", "Q"), ("assistant", "A", Marks(loss=False))], "no-loss"),
+        ([("user", "Q"), ("assistant", "A", Marks(loss=False)), *PAIR[1:]], "wrong-role-order"),
+        ([("user", "Q"), ("assistant", "A", Marks(reasoning="r\x07"))], "control-characters"),
+        ([("user", "Q"), ("assistant", "A", Marks(reasoning="\ud800"))], "bad-utf8"),
+        ([("user", "Q"), ("assistant", "A", Marks(reasoning="r" * 100))], "too-long"),
+        ([("user", "Q"), ("assistant", "a" + "\u0301\u0323" * 65)], "combining-marks"),
         ([("user", "Q" * 50), ("assistant", "A" * 51)], "too-long"),
         ([("user", "Q\x00"), ("assistant", "A")], "control-characters"),
         ([("user", "a\x1eb"), ("assistant", "A")], "control-characters"),
@@ -337,3 +347,9 @@ def test_text_is_normalised_without_touching_its_inside():
 def test_answer_is_the_last_match():
     assert find_answer(r"#### (\S+)", "x #### 3\n#### 42 ") == "42"
     assert find_answer(r"#### (\S+)", "none") is None
+    assert find_answer(r"####(.*)", "#### ") is None
+    assert find_answer(r"= (\d+)|(?:so)", "= 4, so") == "4"
+
+
+def test_answer_pattern_matches_at_lines():
+    assert find_answer(r"^Answer: (.*)$", "Thus\nAnswer: 4\nDone.") == "4"

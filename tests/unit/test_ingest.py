@@ -37,7 +37,7 @@ from system.errors import DataError
 
 BROKEN_MESSAGES = [
     ({"messages": [{"role": "user", "content": "q"}]}, "no-assistant-turn"),
-    ({"messages": [{"role": "assistant", "content": "a"}]}, "wrong-role-order"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "starts-with-assistant"),
 ]
 
 

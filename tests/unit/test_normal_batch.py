@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from system.data.read.readers import Defect
-from system.data.rows.conversation import RowRejected, normalise_text, split_of
+from system.data.rows.conversation import Marks, RowRejected, normalise_text, split_of
 from system.data.rows.normal_batch import ROLES, normalise_batch, splits_of
 
 PIECES = [
@@ -62,9 +62,12 @@ def reference(turns: list[tuple[str, str]]) -> tuple[str, list[str], list[str], 
     clean = [turn for turn in clean if turn != ("system", "")]
     if any(not text and role != "tool" for role, text in clean):
         return "empty-turn"
+    clean = joined(clean)
     befores = [None, *(role for role, _ in clean)]
-    if any(role not in FOLLOWS[last] for last, (role, _) in zip(befores, clean, strict=False)):
-        return "wrong-role-order"
+    for last, (role, _) in zip(befores, clean, strict=False):
+        if role not in FOLLOWS[last]:
+            is_first = role == "assistant" and last in (None, "system")
+            return "starts-with-assistant" if is_first else "wrong-role-order"
     if sum(len(text) for _, text in clean) > MAX_CHARS:
         return "too-long"
     try:
@@ -81,6 +84,17 @@ def reference(turns: list[tuple[str, str]]) -> tuple[str, list[str], list[str], 
         [text for _, text in clean],
         int.from_bytes(hashlib.sha256(prompt).digest()[:8], "big"),
     )
+
+
+def joined(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """System turns in a row, and assistant turns in a row, become one."""
+    done: list[tuple[str, list[str]]] = []
+    for role, text in turns:
+        if not done or done[-1][0] != role or role not in ("system", "assistant"):
+            done.append((role, [text]))
+        elif role == "assistant" or text.strip() not in map(str.strip, done[-1][1]):
+            done[-1][1].append(text)
+    return [(role, "\n\n".join(texts)) for role, texts in done]
 
 
 def one_by_one(values: list) -> tuple[list, dict]:
@@ -145,6 +159,44 @@ def test_kept_rows_are_those_asked_for(values, data):
     assert some.ids == [batch.ids[row] for row in rows]
     assert [some.turns_of(k) for k in range(len(rows))] == [batch.turns_of(row) for row in rows]
     assert len(some.roles) == len(some.texts) == sum(some.num_turns)
+
+
+def marked_row(number: int) -> dict:
+    """Two answers; the first has no loss, the second has reasoning."""
+    said = [("user", f"q{number}"), ("assistant", "a", Marks(loss=False))]
+    thought = Marks(reasoning=f"r{number}é", call_ids=("c",))
+    return {"turns": [*said, ("user", "q"), ("assistant", "b", thought)]}
+
+
+def test_marks_follow_their_turns_when_rows_are_kept():
+    plain = {"turns": [("user", "q"), ("assistant", "a")]}
+    batch = normalise_batch([plain, marked_row(1), plain, marked_row(3)], turns_of, MAX_CHARS)
+    muted = Marks(loss=False)
+    assert batch.marks == {
+        3: muted, 5: Marks(reasoning="r1é", call_ids=("c",)),
+        9: muted, 11: Marks(reasoning="r3é", call_ids=("c",)),
+    }  # fmt: skip
+    some = batch.keep([3, 0])
+    assert some.marks == {1: muted, 3: Marks(reasoning="r3é", call_ids=("c",))}
+    assert some.texts_of([1, 0]) == [["q", "a"], ["q3", "a", "q", "b", "r3é"]]
+    assert some.num_bytes == sum(map(len, some.texts)) + len("r3é".encode()) + 1
+
+
+def test_ids_cover_loss_and_reasoning_in_the_documented_bytes():
+    (found,) = normalise_batch([marked_row(1)], turns_of, MAX_CHARS).ids
+    parts = ["user\x1fq1", "assistant\x1fa\x1fno-loss", "user\x1fq"]
+    parts.append("assistant\x1fb\x1freasoning\x1fr1é")
+    assert found == hashlib.sha256("\x1e".join(parts).encode()).digest()[:16]
+
+
+def test_dropped_reasoning_leaves_the_id_of_a_row_that_never_had_any():
+    rows = [marked_row(1), {"turns": [("user", "q"), ("assistant", "a")]}]
+    batch = normalise_batch(rows, turns_of, MAX_CHARS, keep_reasoning=False)
+    assert batch.num_without_reasoning == 1
+    assert [mark.reasoning for mark in batch.marks.values()] == [None, None]
+    never = marked_row(1)
+    never["turns"][-1] = ("assistant", "b")
+    assert batch.ids[0] == normalise_batch([never], turns_of, MAX_CHARS).ids[0]
 
 
 @settings(max_examples=200, deadline=None)

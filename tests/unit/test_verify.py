@@ -4,23 +4,24 @@ from decimal import Decimal
 
 import pytest
 
-from system.scoring.verify import extract_answer, is_correct, normalise_answer, read_number
+from system.scoring.verify import is_correct, normalise_answer, read_number
 
 GSM8K = r"####\s*(.+)$"
 
 
-def test_the_last_match_of_the_pattern_is_the_answer():
+def test_the_last_match_of_the_pattern_is_compared():
     text = "First #### 3\nthen again\n#### 1,234 \nthanks"
-    assert extract_answer(text, GSM8K) == "1,234"
+    assert is_correct(text, "1234", GSM8K)
+    assert not is_correct(text, "3", GSM8K)
+    assert is_correct("#### 1,234", text, GSM8K)
 
 
 def test_without_a_match_there_is_no_answer():
-    assert extract_answer("I think 4", GSM8K) is None
     assert not is_correct("I think 4", "4", GSM8K)
+    assert not is_correct("#### ", "", GSM8K)
 
 
 def test_without_a_pattern_the_whole_response_is_the_answer():
-    assert extract_answer("  yes \n", None) == "yes"
     assert is_correct(" Yes.\n", "yes", None)
     assert not is_correct("Yes, I think so", "yes", None)
 

@@ -154,6 +154,7 @@ class _ChunkWorker:
         self._ranges: list[RangeCount] = []
         self._usable = 0
         self._first_rejected = ""
+        self._without_reasoning = 0
 
     def read_range(self, file_range: FileRange, max_rows: int | None) -> None:
         """Reads one file range to its end, or until the chunk has `max_rows` rows."""
@@ -190,7 +191,13 @@ class _ChunkWorker:
             assert shape is not None, "a file with a readable row has a shape"
             return shape.turns(row)
 
-        batch = normalise_batch(values, turns_of, self._settings.max_chars)
+        batch = normalise_batch(
+            values,
+            turns_of,
+            self._settings.max_chars,
+            keep_reasoning=self._settings.reasoning == "keep",
+        )
+        self._without_reasoning += batch.num_without_reasoning
         # Labels are read from the raw rows: the normal form holds the conversation alone.
         labels, bad = self._labels.of(
             [values[place] for place in batch.places],  # type: ignore[misc]
@@ -232,9 +239,7 @@ class _ChunkWorker:
         """Train rows that share a run of words with a benchmark."""
         assert self._benchmarks is not None
         rows = [row for row in np.flatnonzero(splits == 0).tolist() if row not in wrong]
-        ends = np.cumsum(batch.num_turns).tolist()
-        spans = [batch.texts[ends[row] - batch.num_turns[row] : ends[row]] for row in rows]
-        overlaps = self._benchmarks.find([[text.decode() for text in turns] for turns in spans])
+        overlaps = self._benchmarks.find(batch.texts_of(rows))
         return [
             (rows[k], RowRejected("benchmark-overlap", overlap)) for k, overlap in overlaps.items()
         ]
@@ -299,4 +304,5 @@ class _ChunkWorker:
             ranges=tuple(self._ranges),
             batches=self._rows.batches,
             rejected_batches=self._rejected.batches.get(0, []),
+            without_reasoning=self._without_reasoning,
         )

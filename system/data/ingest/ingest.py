@@ -176,6 +176,7 @@ def finish_ingest(
         duplicates.update(bucket.duplicates)
     shards = [shard for unit in shard_units for shard in unit.shards]
     rejected = dict(sorted(_reasons(outcomes).items()))
+    without_reasoning = sum(item.without_reasoning for item in outcomes)
     manifest = make_manifest(
         shards,
         read=sum(item.read for item in outcomes),
@@ -183,7 +184,10 @@ def finish_ingest(
         duplicates=sum(duplicates.values()),
         rejected=rejected,
         sources=tuple(_source_counts(plan, outcomes)),
-        details={"duplicates": dict(sorted(duplicates.items()))},
+        details={
+            "duplicates": dict(sorted(duplicates.items())),
+            "without_reasoning": without_reasoning,
+        },
     )
     num_written = _write_rejected(plan, outcomes)
     if not duplicates:

@@ -100,6 +100,8 @@ class ChunkOutcome:
     batches: dict[int, list[int]]
     """Bucket -> record batches of the spill file."""
     rejected_batches: list[int]
+    without_reasoning: int
+    """Conversations whose reasoning was dropped, duplicates included."""
 
 
 def source_fingerprint(config: RunConfig) -> dict[str, str]:

@@ -19,16 +19,22 @@ _SMALL_BYTES = 2**30
 
 
 def text_bytes(table: pa.Table) -> np.ndarray:
-    """[rows] int64: UTF-8 bytes of all turns of each row."""
+    """[rows] int64: UTF-8 bytes of all turns of each row, reasoning included."""
     sizes = [np.zeros(0, np.int64)]
     for turns in table["messages"].chunks:
         if not len(turns):
             continue
-        contents = turns.values.field("content")
-        ends = np.frombuffer(contents.buffers()[1], np.int32)[contents.offset :].astype(np.int64)
         bounds = np.asarray(turns.offsets)
+        ends = _byte_ends(turns.values.field("content"))
+        ends += _byte_ends(turns.values.field("reasoning"))
         sizes.append(ends[bounds[1:]] - ends[bounds[:-1]])
     return np.concatenate(sizes)
+
+
+def _byte_ends(texts: pa.StringArray) -> np.ndarray:
+    """[texts + 1] int64: where each text begins in the joined bytes, and where the last ends."""
+    ends = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset :]
+    return ends[: len(texts) + 1].astype(np.int64)
 
 
 def take_rows(table: pa.Table, places: np.ndarray) -> pa.Table:

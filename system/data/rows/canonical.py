@@ -38,7 +38,7 @@ def _canonical_array(array: pa.Array | pa.ChunkedArray) -> pa.Array:
         if pa.types.is_string(kind) and len(array):
             return _rebased(array)
         return pc.take(array, pa.array(np.arange(len(array))))
-    zero = "" if pa.types.is_string(kind) else 0
+    zero = "" if pa.types.is_string(kind) else False if pa.types.is_boolean(kind) else 0
     filled = pc.fill_null(array, pa.scalar(zero, kind))
     return pc.if_else(mask, pa.scalar(None, kind), filled)
 

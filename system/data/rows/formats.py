@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from system.config import SourceConfig
 from system.data.rows import shapes
-from system.data.rows.conversation import Turn
-from system.data.rows.shapes import Row, Shape
+from system.data.rows.conversation import RowRejected, Turn
+from system.data.rows.shapes import Shape
+from system.data.rows.turns import MEDIA, Row, check_media, is_false
 from system.errors import DataError
 
+_BAD_ANSWER = frozenset(["label", "kto_tag"])
+"""Columns in which data sets of single answers say whether the answer is a good one."""
 _MESSAGE_OF_A_TREE = {"message_id", "parent_id", "text", "role"}
 
 
@@ -37,12 +40,18 @@ def _has_any(row: Row, keys: Sequence[str]) -> bool:
 def _is_list(row: Row, *keys: str) -> bool:
     values = [row.get(key) for key in keys]
     return any(
-        isinstance(value, list) or (isinstance(value, str) and value.startswith("[{"))
+        isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
         for value in values
     )
 
 
 FORMATS: tuple[Format, ...] = (
+    Format(
+        name="preference",
+        keys="chosen, rejected [, prompt | messages | ...]",
+        recognises=lambda row: "chosen" in row and "rejected" in row,
+        turns=shapes.preference,
+    ),
     Format(
         name="messages",
         keys="messages: [{role, content}, ...]",
@@ -54,12 +63,6 @@ FORMATS: tuple[Format, ...] = (
         keys="conversations: [{from, value}, ...]",
         recognises=lambda row: _is_list(row, *shapes.CONVERSATIONS),
         turns=shapes.sharegpt,
-    ),
-    Format(
-        name="preference",
-        keys="chosen, rejected [, prompt]",
-        recognises=lambda row: "chosen" in row and "rejected" in row,
-        turns=shapes.preference,
     ),
     Format(
         name="threads",
@@ -98,11 +101,7 @@ def columns_format(columns: Mapping[str, str]) -> Format:
 
     def turns(row: Row) -> list[Turn]:
         before = [("system", shapes.optional_text_of(row, system))] if system is not None else []
-        return [
-            *before,
-            ("user", shapes.text_of(row, prompt)),
-            ("assistant", shapes.text_of(row, response)),
-        ]
+        return before + shapes.prompt_side(row, prompt) + shapes.answer_side(row, response)
 
     return Format(
         name="columns",
@@ -115,9 +114,41 @@ def columns_format(columns: Mapping[str, str]) -> Format:
 def choose_format(source: SourceConfig, first_rows: Sequence[Row], where: str) -> Format:
     """The shape that the source names, else the one that most of a file's first rows have.
 
+    Its function also refuses rows with media and rows that are marked as bad answers, unless the
+    source uses the column for something else.
+
     Raises:
         DataError: no known shape fits; the message shows the keys found and the known shapes.
     """
+    found = _found_format(source, first_rows, where)
+    used = {
+        source.category_column,
+        source.answer_column,
+        source.score_column,
+        source.embedding_column,
+        *source.columns.values(),
+    }
+    refused = (MEDIA | _BAD_ANSWER) - used
+
+    def turns(row: Row) -> list[Turn]:
+        if not refused.isdisjoint(row):
+            check_media(row, MEDIA & refused)
+            _check_answer(row, _BAD_ANSWER & refused)
+        return found.turns(row)
+
+    return replace(found, turns=turns)
+
+
+def _check_answer(row: Row, keys: frozenset[str]) -> None:
+    for key in keys & row.keys():
+        # Numbers in `label` may be classes; the data sets with bad answers write true and false.
+        value = row[key]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_false(value) and not (is_number and key == "label"):
+            raise RowRejected("label-false", f"{key!r} says that the answer is a bad one")
+
+
+def _found_format(source: SourceConfig, first_rows: Sequence[Row], where: str) -> Format:
     if source.format == "columns":
         return columns_format(source.columns)
     if source.format != "auto":

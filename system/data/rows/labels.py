@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from system.config import SourceConfig
-from system.data.rows.conversation import RowRejected, find_answer
+from system.data.rows.conversation import RowRejected, check_combining, find_answer
 from system.errors import DataError
 
 _MAX_CACHED = 10_000
@@ -163,6 +163,7 @@ def _label(row: dict[str, Any], column: str) -> str | None:
         text.encode()
     except UnicodeEncodeError:
         raise RowRejected("bad-utf8", f"{column!r} holds half of a surrogate pair") from None
+    check_combining(text)
     return text or None
 
 

@@ -1,54 +1,42 @@
 """One function for each format: from a raw row to its turns.
 
-Each takes a raw row (a dict from any reader) and returns turns `(role, text)` with the roles
-system, user, assistant and tool, or rejects the row with a reason.  A row may hold anything that
-JSON or Arrow can hold.  A value that does not fit the format rejects that row and never ends the
-run.
+Each takes a raw row (a dict from any reader) and returns turns with the roles system, user,
+assistant and tool, or rejects the row with a reason.  A row may hold anything that JSON or Arrow
+can hold.  A value that does not fit the format rejects that row and never ends the run.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import re
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from system.data.rows.conversation import RowRejected, Turn
+from system.data.rows.conversation import Marks, RowRejected, Turn
+from system.data.rows.turns import (
+    TOOLS,
+    Row,
+    as_text,
+    chat,
+    content_text,
+    given,
+    is_json_text,
+    listed_turns,
+    reasoning_of,
+    role_of,
+    tools_line,
+)
 
-Row = Mapping[str, Any]
 Shape = Callable[[Row], list[Turn]]
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "question": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "claude": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "ipython": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-}
 ALPACA_RESPONSES = ("output", "response", "completion")
 COMPLETIONS = ("completion", "response", "output")
 ANSWERS = ("answer", "response", "output")
 CONVERSATIONS = ("conversations", "conversation")
-_BESIDE = frozenset({"system", "system_prompt", "tools"})
+_SYSTEM = ("system", "system_prompt")
+_REASONING = ("reasoning_content", "thinking")
+_BESIDE = frozenset([*_SYSTEM, *TOOLS, *_REASONING])
 _HUMAN_ASSISTANT = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
 
 
@@ -59,7 +47,7 @@ def text_of(row: Row, key: str) -> str:
         return value
     if value is None:
         raise RowRejected("missing-field", f"no {key!r}; the row has {sorted(row)}")
-    return _as_text(value, key)
+    return as_text(value, key)
 
 
 def optional_text_of(row: Row, key: str) -> str:
@@ -67,13 +55,7 @@ def optional_text_of(row: Row, key: str) -> str:
     value = row.get(key)
     if type(value) is str:
         return value
-    return "" if value is None else _as_text(value, key)
-
-
-def _as_text(value: Any, where: str) -> str:
-    if isinstance(value, bool | int | float):
-        return str(value)
-    raise RowRejected("missing-field", f"{where!r} holds a {type(value).__name__}, not text")
+    return "" if value is None else as_text(value, key)
 
 
 def _first_key(row: Row, keys: Sequence[str]) -> str:
@@ -84,161 +66,135 @@ def _first_key(row: Row, keys: Sequence[str]) -> str:
     return next((key for key in keys if key in row), keys[0])
 
 
-def _system_turns(row: Row, *keys: str) -> list[Turn]:
-    """System text and tool definitions that stand beside the conversation."""
+def _framed(row: Row, turns: list[Turn]) -> list[Turn]:
+    """The turns with what stands beside them: system text, tool definitions, reasoning.
+
+    The text beside, the system turns and the tools become one system turn later.
+    """
     if row.keys().isdisjoint(_BESIDE):
+        return turns
+    text = next((value for key in _SYSTEM if (value := optional_text_of(row, key))), "")
+    tools = tools_line(row)
+    system = _system_turns(turns)
+    if text.strip() and tools and not system:
+        # White space at the end of the text stays before the tools: it is part of known ids.
+        text, tools = f"{text}\n\n{tools}", ""
+    beside: list[Turn] = [("system", text)] if text else []
+    listed: list[Turn] = [("system", tools)] if tools else []
+    talk = turns[len(system) :]
+    reasoning = reasoning_of(row, _REASONING)
+    if reasoning and talk and talk[-1][0] == "assistant":
+        last = talk[-1]
+        marks = last[2] if len(last) > 2 else Marks()
+        talk[-1] = (last[0], last[1], marks._replace(reasoning=marks.reasoning or reasoning))
+    return [*beside, *system, *listed, *talk]
+
+
+def _system_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """The system turns at the start."""
+    return list(itertools.takewhile(lambda turn: turn[0] == "system", turns))
+
+
+def prompt_side(row: Row, key: str) -> list[Turn]:
+    """What was asked: a text, or turns as a list or as its JSON text."""
+    value = listed_turns(row.get(key))
+    return chat(value, key) if isinstance(value, list) else [("user", text_of(row, key))]
+
+
+def answer_side(row: Row, key: str) -> list[Turn]:
+    """What was answered: a text, or turns."""
+    value = listed_turns(row.get(key))
+    if isinstance(value, list):
+        return _answered(chat(value, key), key)
+    return [("assistant", text_of(row, key))]
+
+
+def _answered(turns: list[Turn], key: str) -> list[Turn]:
+    # Without an answer here, an earlier answer of the prompt would be trained instead.
+    if all(turn[0] != "assistant" for turn in turns):
+        raise RowRejected("missing-field", f"{key!r} has no assistant turn")
+    return turns
+
+
+def _history(row: Row) -> list[Turn]:
+    """Earlier questions and answers."""
+    if not row.get("history"):
         return []
-    text = next((value for key in keys if (value := optional_text_of(row, key))), "")
-    tools = row.get("tools")
-    if tools:
-        listed = _canonical_json({"tools": _decoded(tools, "tools")}, "tools")
-        text = f"{text}\n\n{listed}" if text.strip() else listed
-    return [("system", text)] if text else []
-
-
-def alpaca(row: Row) -> list[Turn]:
-    """`instruction`, perhaps with `input`, `output`, and `history` before them."""
-    turns = _system_turns(row, "system", "system_prompt")
-    history = row.get("history") or []
+    history = given(row.get("history"), "history") or []
     if not isinstance(history, list):
         raise RowRejected("missing-field", "'history' is not a list of [question, answer]")
+    turns: list[Turn] = []
     for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowRejected("missing-field", "'history' is not a list of [question, answer]")
-        turns += [("user", _content(pair[0])), ("assistant", _content(pair[1]))]
+        turns += [("user", content_text(pair[0])), ("assistant", content_text(pair[1]))]
+    return turns
+
+
+def _instruction(row: Row) -> Turn:
+    """`instruction`, with `input` or `context` after it."""
     instruction = text_of(row, "instruction")
     extra = optional_text_of(row, "input") or optional_text_of(row, "context")
     if extra and not extra.isspace():
         instruction = f"{instruction.rstrip()}\n\n{extra}" if instruction.strip() else extra
-    turns.append(("user", instruction))
-    turns.append(("assistant", text_of(row, _first_key(row, ALPACA_RESPONSES))))
-    return turns
+    return ("user", instruction)
 
 
-def prompt_completion(row: Row) -> list[Turn]:
-    """`prompt` and `completion`, each a text or a list of messages."""
-    prompt, completion = row.get("prompt"), row.get("completion")
-    is_plain = row.keys().isdisjoint(_BESIDE)
-    if is_plain and type(prompt) is str and type(completion) is str and completion:
-        return [("user", prompt), ("assistant", completion)]
-    answer_key = _first_key(row, COMPLETIONS)
-    turns = _system_turns(row, "system", "system_prompt")
-    turns += _chat(prompt) if isinstance(prompt, list) else [("user", text_of(row, "prompt"))]
-    answer = row.get(answer_key)
-    if isinstance(answer, list):
-        return turns + _chat(answer)
-    return [*turns, ("assistant", text_of(row, answer_key))]
-
-
-def question_answer(row: Row) -> list[Turn]:
-    """`question`, perhaps with `context` before it, and `answer`."""
+def _question(row: Row) -> Turn:
+    """`question`, with `context` before it."""
     question = text_of(row, "question")
     context = optional_text_of(row, "context")
     if context and not context.isspace():
         question = f"{context.rstrip()}\n\n{question}"
-    return [
-        *_system_turns(row, "system", "system_prompt"),
-        ("user", question),
-        ("assistant", text_of(row, _first_key(row, ANSWERS))),
-    ]
+    return ("user", question)
+
+
+def alpaca(row: Row) -> list[Turn]:
+    """`instruction`, perhaps with `input`, `output`, and `history` before them."""
+    answer = text_of(row, _first_key(row, ALPACA_RESPONSES))
+    return _framed(row, [*_history(row), _instruction(row), ("assistant", answer)])
+
+
+def prompt_completion(row: Row) -> list[Turn]:
+    """`prompt` and `completion`, each a text or turns."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    is_plain = row.keys().isdisjoint(_BESIDE)
+    if (
+        is_plain
+        and type(prompt) is str
+        and type(completion) is str
+        and completion
+        and not is_json_text(prompt)
+        and not is_json_text(completion)
+    ):
+        return [("user", prompt), ("assistant", completion)]
+    answer = answer_side(row, _first_key(row, COMPLETIONS))
+    return _framed(row, prompt_side(row, "prompt") + answer)
+
+
+def question_answer(row: Row) -> list[Turn]:
+    """`question`, perhaps with `context` before it, and `answer`."""
+    answer = text_of(row, _first_key(row, ANSWERS))
+    return _framed(row, [_question(row), ("assistant", answer)])
 
 
 def sharegpt(row: Row) -> list[Turn]:
-    """`conversations` of `from` and `value`."""
+    """`conversations` of `from` and `value`; with a `chosen` answer, that is the last."""
+    if _has_choice(row):
+        return preference(row)
     key = _first_key(row, CONVERSATIONS)
-    return _system_turns(row, "system", "system_prompt") + _chat(row.get(key), key)
+    return _framed(row, chat(row.get(key), key))
 
 
 def messages(row: Row) -> list[Turn]:
-    """`messages` of `role` and `content`."""
-    return _system_turns(row, "system", "system_prompt") + _chat(row.get("messages"), "messages")
+    """`messages` of `role` and `content`; with a `chosen` answer, that is the last."""
+    if _has_choice(row):
+        return preference(row)
+    return _framed(row, chat(row.get("messages"), "messages"))
 
 
-def _chat(messages: Any, where: str = "messages") -> list[Turn]:
-    """Turns from a list of OpenAI messages or of ShareGPT turns, mixed spellings allowed."""
-    messages = _decoded(messages, where)
-    if not isinstance(messages, list):
-        found = "nothing" if messages is None else type(messages).__name__
-        raise RowRejected("missing-field", f"{where!r}: expected a list of turns, found {found}")
-    turns: list[Turn] = []
-    for message in messages:
-        if not isinstance(message, Mapping):
-            raise RowRejected("missing-field", f"{where!r} holds a {type(message).__name__}")
-        name = message.get("from") or message.get("role") or message.get("user")
-        role = _ROLES.get(name.lower()) if isinstance(name, str) else None
-        if role is None:
-            raise RowRejected("wrong-role-order", f"unknown role {reprlib.repr(name)} in {where!r}")
-        turns.append((role, _message_text(message)))
-    return turns
-
-
-def _message_text(message: Row) -> str:
-    """The text of a message; tool calls follow it as one line of JSON."""
-    value = message.get("value")
-    if value is None:
-        value = message.get("content")
-    if value is None:
-        value = message.get("text")
-    calls = message.get("tool_calls") or message.get("function_call")
-    text = value if type(value) is str else _content(value, allow_none=bool(calls))
-    if not calls:
-        return text
-    calls = _decoded(calls, "tool_calls")
-    listed = [_tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
-    line = _canonical_json({"tool_calls": listed}, "tool_calls")
-    return f"{text}\n{line}" if text.strip() else line
-
-
-def _tool_call(call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or "name" not in function:
-        raise RowRejected("missing-field", "a tool call has no function name")
-    arguments = _decoded(function.get("arguments", {}), "arguments")
-    return {"name": function["name"], "arguments": arguments}
-
-
-def _decoded(value: Any, where: str) -> Any:
-    """The value of a JSON text (some writers put lists into strings); other values as they are."""
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-        except RecursionError:
-            raise RowRejected("bad-json", f"{where!r} is nested too deeply") from None
-    return value
-
-
-def _canonical_json(value: Any, where: str) -> str:
-    try:
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(", ", ": "))
-    except RecursionError:
-        raise RowRejected("bad-json", f"{where!r} is nested too deeply") from None
-    except TypeError as error:
-        raise RowRejected(
-            "missing-field", f"{where!r} cannot be written as JSON: {error}"
-        ) from None
-
-
-def _content(value: Any, allow_none: bool = False) -> str:
-    """The text of a message's content: a string, or a list of text parts."""
-    if type(value) is str:
-        return value
-    if value is None:
-        if allow_none:
-            return ""
-        raise RowRejected("missing-field", "a turn has no text")
-    if isinstance(value, list):
-        parts = []
-        for part in value:
-            text = part.get("text") if isinstance(part, Mapping) else part
-            if not isinstance(text, str):
-                kind = part.get("type") if isinstance(part, Mapping) else None
-                kind = kind if isinstance(kind, str) else type(part).__name__
-                raise RowRejected("missing-field", f"a turn holds a part that is not text: {kind}")
-            parts.append(text)
-        return "\n".join(parts)
-    return _as_text(value, "content")
+def _has_choice(row: Row) -> bool:
+    return row.get("chosen") is not None and "rejected" in row
 
 
 def threads(row: Row) -> list[Turn]:
@@ -248,21 +204,19 @@ def threads(row: Row) -> list[Turn]:
         if not isinstance(texts, list):
             raise RowRejected("missing-field", "'data' is not a list of turns")
         if texts and isinstance(texts[0], Mapping):
-            return _chat(texts, "data")
-        return [(("user", "assistant")[k % 2], _content(text)) for k, text in enumerate(texts)]
+            return _framed(row, chat(texts, "data"))
+        roles = itertools.cycle(("user", "assistant"))
+        pairs = zip(roles, map(content_text, texts), strict=False)
+        return _framed(row, list(pairs))
     turns: list[Turn] = []
     node = row.get("prompt")
     while isinstance(node, Mapping):
-        name = node.get("role")
-        role = _ROLES.get(name.lower()) if isinstance(name, str) else None
-        if role is None:
-            raise RowRejected("wrong-role-order", f"unknown role {reprlib.repr(name)} in a thread")
-        turns.append((role, text_of(node, "text")))
+        turns.append((role_of(node.get("role"), "prompt"), text_of(node, "text")))
         node = _best_reply(node.get("replies") or [])
     if not turns:
         found = "one message of a tree" if "parent_id" in row else "no thread"
         raise RowRejected("missing-field", f"{found} in the row; it has {sorted(row)}")
-    return turns
+    return _framed(row, turns)
 
 
 def _best_reply(replies: Any) -> Any:
@@ -281,39 +235,49 @@ def _best_reply(replies: Any) -> Any:
 
 
 def preference(row: Row) -> list[Turn]:
-    """The chosen side of a preference pair."""
-    chosen = _listed_turns(row.get("chosen"))
-    beside = _system_turns(row, "system", "system_prompt")
-    prompt = row.get("prompt", row.get("question", row.get("instruction")))
-    if isinstance(chosen, list):
-        turns = _chat(chosen, "chosen")
-        if prompt is None or any(role == "user" for role, _ in turns):
-            return beside + turns
-    elif prompt is None:
-        return beside + _human_assistant(text_of(row, "chosen"))
-    else:
-        turns = [("assistant", text_of(row, "chosen"))]
-    before = _chat(prompt, "prompt") if isinstance(prompt, list) else [("user", _content(prompt))]
-    return [*beside, *before, *turns]
+    """The chosen side of a preference pair, after what was asked.
 
-
-def _listed_turns(value: Any) -> Any:
-    """Turns as a list, where the value is one turn or the JSON text of several.
-
-    Any other JSON text is what was answered, and stays as it is.
+    `chosen` is a text, turns that follow what was asked, or the whole conversation.
     """
-    if isinstance(value, Mapping):
-        return [value]
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            turns = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        if turns and all(
-            isinstance(item, Mapping) and {"role", "from"} & set(item) for item in turns
-        ):
-            return turns
-    return value
+    chosen = listed_turns(row.get("chosen"))
+    asked = _asked(row)
+    if isinstance(chosen, list):
+        turns = _answered(chat(chosen, "chosen"), "chosen")
+    elif asked:
+        turns = [("assistant", text_of(row, "chosen"))]
+    else:
+        return _framed(row, _human_assistant(text_of(row, "chosen")))
+    if turns[0][0] in ("assistant", "tool"):
+        if asked and asked[-1][0] == "assistant":
+            if asked[-1] != turns[0]:
+                raise RowRejected(
+                    "wrong-role-order", "what stands before 'chosen' ends with another answer"
+                )
+            del asked[-1]
+        return _framed(row, asked + turns)
+    # A whole conversation, which may begin with the last question.
+    system, talk = _system_turns(asked), asked[len(_system_turns(asked)) :]
+    own, body = _system_turns(turns), turns[len(_system_turns(turns)) :]
+    if talk and body[: len(talk)] != talk and talk[-1] == body[0]:
+        body = talk[:-1] + body
+    return _framed(row, system + own + body)
+
+
+def _asked(row: Row) -> list[Turn]:
+    """The prompt side of a preference pair; empty where `chosen` holds all of it."""
+    key = _first_key(row, ("messages", *CONVERSATIONS))
+    value = given(row.get(key), key)
+    turns = [] if value is None else chat(value, key)
+    if turns and turns[-1][0] != "assistant":
+        return turns
+    # Some data sets also have the whole chosen conversation; what was asked is beside it.
+    if row.get("prompt") is not None:
+        return _history(row) + prompt_side(row, "prompt")
+    if row.get("question") is not None:
+        return [*_history(row), _question(row)]
+    if row.get("instruction") is not None:
+        return [*_history(row), _instruction(row)]
+    return turns
 
 
 def _human_assistant(text: str) -> list[Turn]:

@@ -18,7 +18,15 @@ import pyarrow as pa
 from system.config import IngestConfig, RunConfig, SourceConfig
 from system.data.read.readers import Defect, FileRange, read_rows
 from system.data.read.sources import list_files
-from system.data.rows.conversation import SPLITS, Conversation, RowRejected, normalise, split_of
+from system.data.rows.conversation import (
+    SPLITS,
+    Conversation,
+    Marks,
+    RowRejected,
+    normalise,
+    split_of,
+    without_reasoning,
+)
 from system.data.rows.formats import Format, choose_format
 from system.data.rows.labels import Labels
 from system.errors import DataError
@@ -135,7 +143,10 @@ def _normal(
         left_out[row.reason] += 1
         return None
     try:
-        conversation = normalise(shape.turns(row), ingest.max_chars)
+        turns = shape.turns(row)
+        if ingest.reasoning == "drop":
+            turns = without_reasoning(turns)
+        conversation = normalise(turns, ingest.max_chars)
     except RowRejected as rejected:
         left_out[rejected.reason] += 1
         return None
@@ -149,8 +160,10 @@ def _normal(
 def _table(name: str, rows: list[_Row]) -> pa.Table:
     messages = [
         [
-            {"role": role, "content": content}
-            for role, content in zip(row.conversation.roles, row.conversation.contents, strict=True)
+            {"role": role, "content": content, **row.conversation.marks.get(k, Marks())._asdict()}
+            for k, (role, content) in enumerate(
+                zip(row.conversation.roles, row.conversation.contents, strict=True)
+            )
         ]
         for row in rows
     ]
