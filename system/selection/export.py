@@ -28,12 +28,12 @@ _RESULTS_BORDER = "\n</tool_response>\n<tool_response>\n"
 """Between the results of parallel calls in one `observation` turn, as LLaMA-Factory's converter of
 OpenAI messages joins them; its `sharegpt` format takes no two such turns in a row."""
 _NO_TURN_MARKS = (
-    "{count} examples have turns that are marked to have no loss. This trainer has no such mark, so "
-    "it would learn these turns. Leave the examples out, or use axolotl."
+    "{count} examples have turns that are marked to have no loss. This trainer has no such mark and "
+    "would learn them. Leave the examples out, or use axolotl."
 )
 _TEXT_BESIDE_CALLS = (
-    "{count} turns hold text and tool calls. This format has no place for both, so their calls stay "
-    "in the text, as a line of JSON."
+    "{count} turns hold text and tool calls. This format has no place for both, so calls "
+    "stay in the text, as a line of JSON."
 )
 
 
@@ -116,7 +116,7 @@ def _write_trl(files: list[str], target: Path, lost: Counter[str]) -> None:
     storage.write_bytes(str(target / "train.py"), _TRL_SCRIPT.encode())
 
 
-_TRL_SCRIPT = '''"""Supervised fine-tuning with TRL: rows in the order of the file, loss on responses alone.
+_TRL_SCRIPT = '''"""Fine-tuning with TRL: rows in the order of the file, loss on responses alone.
 
     python train.py MODEL [OUTPUT_DIR]
 """

@@ -170,8 +170,8 @@ def test_the_script_for_trl_reads_its_rows_and_keeps_order_and_loss(run, tmp_pat
     exported(run, tmp_path / "x", "trl")
     script = ast.parse((tmp_path / "x/train.py").read_text())
     before_training = [node for node in script.body if not _uses(node, {"trl", "SFTTrainer"})]
-    (settings,) = [n for n in ast.walk(script) if isinstance(n, ast.Call) and _uses(n, {"SFTConfig"})
-                   and isinstance(n.func, ast.Name) and n.func.id == "SFTConfig"]  # fmt: skip
+    calls = [node for node in ast.walk(script) if isinstance(node, ast.Call)]
+    (settings,) = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "SFTConfig"]
     values = {k.arg: k.value.value for k in settings.keywords if isinstance(k.value, ast.Constant)}
     assert values["train_sampling_strategy"] == "sequential" and values["assistant_only_loss"]
     assert values["shuffle_dataset"] is values["packing"] is False
