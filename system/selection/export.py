@@ -28,8 +28,8 @@ _RESULTS_BORDER = "\n</tool_response>\n<tool_response>\n"
 """Between the results of parallel calls in one `observation` turn, as LLaMA-Factory's converter of
 OpenAI messages joins them; its `sharegpt` format takes no two such turns in a row."""
 _NO_TURN_MARKS = (
-    "{count} examples have turns that are marked to have no loss. This trainer has no such mark and "
-    "would learn them. Leave the examples out, or use axolotl."
+    "{count} examples have turns that are marked to have no loss. This trainer has no "
+    "such mark and would learn them. Leave the examples out, or use axolotl."
 )
 _TEXT_BESIDE_CALLS = (
     "{count} turns hold text and tool calls. This format has no place for both, so calls "
