@@ -325,7 +325,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from system.selection.export import export_selection
 
-    print(export_selection(arguments.run_dir, arguments.format, arguments.out))
+    exported = export_selection(arguments.run_dir, arguments.format, arguments.out)
+    for remark in exported.remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    print(exported.path)
     return 0
 
 
