@@ -356,7 +356,7 @@ def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> Sta
     storage.remove_unfinished(context.attempt)
     # The time of interrupted sessions counts too, so it is kept beside their work units.
     seconds_uri = storage.join(context.attempt, "seconds.json")
-    earlier_seconds = storage.read_json(seconds_uri) if storage.exists(seconds_uri) else 0.0
+    earlier_seconds = storage.read_json(seconds_uri) if storage.is_whole(seconds_uri) else 0.0
     started = time.monotonic()
     try:
         result: StageResult = run(context)
@@ -364,10 +364,10 @@ def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> Sta
         seconds = round(earlier_seconds + time.monotonic() - started, 1)
         storage.write_json(seconds_uri, seconds)
     for output in result.outputs.values():
-        if not storage.exists(storage.join(context.attempt, output)):
+        if not storage.is_whole(storage.join(context.attempt, output)):
             raise StageError(
                 f"{stage.name}: expected the output {storage.join(context.attempt, output)}, found "
-                "nothing there. The storage may have lost it; run the same command again."
+                "nothing whole there. The storage may have lost it; run the same command again."
             )
     attempt = fingerprint(inputs)
     record = StageRecord(

@@ -358,6 +358,7 @@ class CheckpointWriter:
 
     def _commit(self, uri: str, commit: Mapping[str, Any]) -> None:
         self._check_attempt()
+        storage.flush_directory(uri)
         storage.write_json(storage.join(uri, COMMIT), {**commit, "files": file_sizes(uri)})
         self._prune(uri, commit["best_step"])
 

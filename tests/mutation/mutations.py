@@ -328,7 +328,7 @@ _PACKER = (
 _LEASE = (
     _mutation(
         "lease", "outputs not looked for", "actors/pipeline.py",
-        "if not storage.exists(storage.join(context.attempt, output)):", "if False:",
+        "if not storage.is_whole(storage.join(context.attempt, output)):", "if False:",
         "a stage is committed before its outputs are written", _COMMIT,
     ),
     _mutation(
@@ -398,11 +398,11 @@ _LEASE = (
         "the same configuration in another order is another run", _RUNDIR,
     ),
     _mutation(
-        "lease", "half a file under its name", "system/storage.py",
-        "            os.fsync(file.fileno())\n        os.chmod(temporary, 0o644)\n"
-        "        os.replace(temporary, path)\n    except BaseException:\n"
-        "        Path(temporary).unlink(missing_ok=True)\n        raise",
-        "            os.fsync(file.fileno())\n    finally:\n        os.replace(temporary, path)",
+        "lease", "half a file under its name", "system/disk.py",
+        "    with _written(path) as (file, temporary):\n        yield file\n"
+        "        _flush(file)\n        os.replace(temporary, path)",
+        "    with _written(path) as (file, temporary):\n        os.replace(temporary, path)\n"
+        "        yield file",
         "a write that failed leaves half a file under the name of a whole one",
         "tests/unit/test_storage.py",
     ),

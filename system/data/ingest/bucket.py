@@ -116,7 +116,7 @@ def kept_uri(plan: IngestPlan, index: int) -> str:
 def read_bucket_outcome(plan: IngestPlan, index: int) -> BucketOutcome | None:
     """The outcome of a finished bucket, else None."""
     uri = _bucket_uri(plan, index)
-    if not storage.exists(uri):
+    if not storage.is_whole(uri):
         return None
     value = storage.read_json(uri)
     value["kept"] = tuple(

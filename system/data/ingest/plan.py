@@ -161,7 +161,7 @@ def open_plan(config: RunConfig, attempt: str) -> IngestPlan:
     plan = plan_ingest(config, attempt)
     uri = storage.join(attempt, "work", "plan.json")
     inputs = _plan_inputs(plan)
-    if not storage.exists(uri):
+    if not storage.is_whole(uri):
         files, chunks = (list(map(asdict, items)) for items in (plan.files, plan.chunks))
         cut = {"num_buckets": plan.num_buckets, "files": files, "chunks": chunks}
         storage.write_json(uri, {"given": inputs, "cut": cut})
@@ -225,7 +225,7 @@ def chunk_uri(plan: IngestPlan, index: int, ending: str) -> str:
 def read_outcome(plan: IngestPlan, index: int) -> ChunkOutcome | None:
     """The outcome of a finished chunk, else None."""
     uri = chunk_uri(plan, index, "json")
-    if not storage.exists(uri):
+    if not storage.is_whole(uri):
         return None
     value = storage.read_json(uri)
     value["ranges"] = tuple(RangeCount(**count) for count in value["ranges"])
