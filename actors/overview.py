@@ -204,8 +204,7 @@ def describe_status(run_dir_uri: str) -> str:
             continue
         lines.append(f"{name:<11} done {record.finished}, {record.seconds:.0f} s")
         lines += [f"            {line}" for line in record.lines]
-    lease = storage.join(run_dir.uri, "lease.json")
-    if storage.exists(lease):
-        holder = storage.read_json(lease)
-        lines.append(f"in use by process {holder['pid']} on {holder['host']}")
+    holder = run_dir.read_lease()
+    if holder is not None:
+        lines.append(f"in use by process {holder.pid} on {holder.host}")
     return "\n".join(lines)

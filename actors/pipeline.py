@@ -313,7 +313,6 @@ def _run_stage(
 ) -> StageRecord:
     inputs = stage_inputs(stage, config, records)
     attempt = fingerprint(inputs)
-    committed = run_dir.read_record(stage.folder)
     if stage.name in plan.redo:
         run_dir.invalidate(stage.folder, attempt)
         # Without its record, the earlier result is no longer one to append to, so the inputs may
@@ -322,10 +321,11 @@ def _run_stage(
         attempt = fingerprint(inputs)
         run_dir.invalidate(stage.folder, attempt)
         progress.say(f"{stage.name}: runs again (--redo)")
-    elif committed is not None and committed.fingerprint == attempt:
-        progress.say(f"{stage.name}: already finished ({committed.seconds:.0f} s)")
-        return committed
     else:
+        committed = run_dir.read_record(stage.folder)
+        if committed is not None and committed.fingerprint == attempt:
+            progress.say(f"{stage.name}: already finished ({committed.seconds:.0f} s)")
+            return committed
         if committed is not None:
             progress.say(f"{stage.name}: {describe_change(committed.inputs, inputs)}")
         # Settings that were changed and changed back: the attempt of then is still there.

@@ -49,6 +49,7 @@ _INFLUENCE = "tests/unit/test_influence.py::"
 _TRAIN = "tests/unit/test_train.py::"
 _MICROBATCH = "tests/unit/test_microbatch.py"
 _RUNDIR = "tests/unit/test_rundir.py"
+_LEASE_TESTS = "tests/unit/test_lease.py"
 _COMMIT = "tests/unit/test_commit.py"
 
 
@@ -346,19 +347,19 @@ _LEASE = (
     ),
     _mutation(
         "lease", "lease ignored", "system/rundir.py",
-        "_refuse_living_holder(uri, self.uri)\n        _write_lease(uri, holder)",
-        "_write_lease(uri, holder)",
+        "if holder is not None and self._is_living(holder):", "if False:",
         "two drivers write in one run directory", _RUNDIR,
     ),
     _mutation(
         "lease", "race for the lease not seen", "system/rundir.py",
-        "if storage.read_json(uri)[\"token\"] != holder[\"token\"]:", "if False:",
-        "two drivers that start together both go on", _RUNDIR,
+        "if not storage.create(self._epoch_uri(mine), data):",
+        "storage.create(self._epoch_uri(mine), data)\n        if False:",
+        "two drivers that start together both go on", _LEASE_TESTS,
     ),
     _mutation(
         "lease", "no heartbeat", "system/rundir.py",
-        "while not stop.wait(HEARTBEAT_SECONDS):\n                _write_lease(uri, holder)",
-        "while not stop.wait(HEARTBEAT_SECONDS):\n                pass",
+        "                        return\n                    self._write_lease(mine)",
+        "                        return",
         "a run of more than a minute loses its directory to another driver", _RUNDIR,
     ),
     _mutation(
@@ -368,8 +369,19 @@ _LEASE = (
     ),
     _mutation(
         "lease", "dead drivers hold their lease", "system/rundir.py",
-        "and not _is_alive(holder[\"pid\"]):", "and False:",
+        "and not _is_alive(holder.pid):", "and False:",
         "after a kill the run cannot be continued at once", _RUNDIR,
+    ),
+    _mutation(
+        "lease", "a lost lease is not seen", "system/rundir.py",
+        "if self._held is not None and not self._has_lease(self._held):", "if False:",
+        "a driver that was paused comes back and overwrites results", _LEASE_TESTS,
+    ),
+    _mutation(
+        "lease", "commits of lost drivers count", "system/rundir.py",
+        "return record if newest.commits.get(path) == self._digest(path) else None",
+        "return record",
+        "a commit after the lease was lost becomes the result", _LEASE_TESTS,
     ),
     _mutation(
         "lease", "redo keeps shared work", "system/rundir.py",
