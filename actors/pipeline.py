@@ -22,7 +22,7 @@ from actors.cluster import Cluster
 from actors.stage import StageContext, StageResult
 from system import storage
 from system.config import RunConfig
-from system.errors import ConfigError, StageError
+from system.errors import ConfigError, InstructMixError, StageError
 from system.influence.append.earlier import APPENDS_TO, appends_to
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord, describe_change, fingerprint, flatten
@@ -216,7 +216,7 @@ def stage_inputs(
     stage: Stage, config: RunConfig, records: Mapping[str, StageRecord]
 ) -> dict[str, Any]:
     """Everything that a stage's result depends on, flat: dotted name -> value."""
-    values = config.model_dump(mode="json")
+    values = config.to_hash()
     inputs: dict[str, Any] = {"stage": stage.name, "revision": stage.revision}
     for name in (*stage.reads, *stage.also_reads(config)):
         value: Any = values
@@ -231,12 +231,22 @@ def stage_inputs(
         unread |= {name for name in inputs if name.startswith("influence.auto.")}
     for name in unread:
         inputs.pop(name, None)
-    inputs |= flatten("file", stage.identity(config))
+    inputs |= _without_secrets(flatten("file", stage.identity(config)), config)
     inputs |= {
         f"after.{name}": records[name].fingerprint if stage.shows_all else records[name].identity
         for name in stage.after
     }
     return inputs | stage.history(config, inputs)
+
+
+def _without_secrets(files: Mapping[str, str], config: RunConfig) -> dict[str, str]:
+    """The stamps of files; an address that differs from another only in what is hidden stays."""
+    shown: dict[str, str] = {}
+    for name, stamp in files.items():
+        base = config.without_secrets(name)
+        same = sum(other == base or other.startswith(f"{base} #") for other in shown)
+        shown[f"{base} #{same + 1}" if same else base] = stamp
+    return shown
 
 
 def run_pipeline(config: RunConfig, plan: Plan, progress: Progress) -> None:
@@ -251,12 +261,19 @@ def run_pipeline(config: RunConfig, plan: Plan, progress: Progress) -> None:
         stage.identity(config)
     cluster = Cluster(config.cluster, progress.say)
     with run_dir.lease():
-        storage.write_json(storage.join(run_dir.uri, "config.json"), config.model_dump(mode="json"))
+        storage.write_json(storage.join(run_dir.uri, "config.json"), config.to_write())
+        progress.hide(config.without_secrets)
         log = storage.local_path(storage.join(run_dir.uri, "log.txt"))
         if log is not None:
             progress.keep(log)
         try:
             _run_stages(config, plan, run_dir, cluster, progress)
+        except InstructMixError as error:
+            progress.note(f"{type(error).__name__}: {error}")
+            shown = config.without_secrets(str(error))
+            if shown == str(error):
+                raise
+            raise type(error)(shown) from error
         except BaseException as error:
             progress.note(f"{type(error).__name__}: {error}")
             raise
@@ -369,7 +386,7 @@ def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> Sta
                 f"{stage.name}: expected the output {storage.join(context.attempt, output)}, found "
                 "nothing whole there. The storage may have lost it; run the same command again."
             )
-    attempt = fingerprint(inputs)
+    attempt, config = fingerprint(inputs), context.config
     record = StageRecord(
         stage=stage.name,
         fingerprint=attempt,
@@ -378,7 +395,7 @@ def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> Sta
             name: storage.join(stage.folder, attempt, path) for name, path in result.outputs.items()
         },
         counts=result.counts,
-        lines=result.lines,
+        lines=tuple(map(config.without_secrets, result.lines)),
         seconds=seconds,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=package_versions(),

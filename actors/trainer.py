@@ -183,7 +183,7 @@ def make_job(
         f"fingerprint of stage {stage}": record.fingerprint
         for stage, record in context.upstream.items()
     }
-    hashes["fingerprint of the configuration"] = fingerprint(config.model_dump(mode="json"))
+    hashes["fingerprint of the configuration"] = fingerprint(config.to_hash())
     values: dict[str, Any] = {
         "name": name,
         "plan_uri": plan_uri,

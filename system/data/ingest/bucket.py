@@ -237,7 +237,7 @@ def placed(plan: IngestPlan, rows: pa.Table, bases: dict[tuple[int, int], int]) 
     base = np.array([bases.get(key, 0) for key in zip(files, starts, strict=True)], np.int64)
     columns = {
         "source": pa.array([plan.source_of(file) for file in files], pa.string()),
-        "file": pa.array([plan.files[file].uri for file in files], pa.string()),
+        "file": pa.array([plan.files[file].name for file in files], pa.string()),
         "row": pa.array(np.asarray(rows["place"]) + base),
     }
     others = [name for name in rows.column_names if name not in ("file", "start", "place")]
