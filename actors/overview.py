@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.pipeline import STAGES, Stage, stage_inputs
+from actors.pipeline import STAGES, Stage, hiding_secrets, stage_inputs
 from system import storage
 from system.config import RunConfig
 from system.data.corpus import Corpus
@@ -47,6 +47,11 @@ def describe_plan(config: RunConfig, *, probe: bool = False) -> PlanView:
     Raises:
         InstructMixError: the same input errors that `run` would report before it starts.
     """
+    with hiding_secrets(config):
+        return _describe_plan(config, probe)
+
+
+def _describe_plan(config: RunConfig, probe: bool) -> PlanView:
     run_dir = RunDir(config.run_dir)
     lines = [f"run directory {run_dir.uri}", ""]
     records: dict[str, StageRecord] = {}
@@ -57,7 +62,7 @@ def describe_plan(config: RunConfig, *, probe: bool = False) -> PlanView:
     remarks = _remarks(config, _train_rows(run_state))
     forecast = make_forecast(config, run_state, probe=probe)
     text = "\n".join([*lines, "", *describe(forecast), *remarks]).rstrip()
-    return PlanView(text=text, forecast=forecast)
+    return PlanView(text=config.without_secrets(text), forecast=forecast)
 
 
 def _state(

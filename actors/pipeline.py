@@ -10,10 +10,11 @@ written last and commits the attempt.  Called by `system.cli`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -249,12 +250,30 @@ def _without_secrets(files: Mapping[str, str], config: RunConfig) -> dict[str, s
     return shown
 
 
+@contextlib.contextmanager
+def hiding_secrets(config: RunConfig) -> Iterator[None]:
+    """Errors inside the `with` block show no secret of the configuration."""
+    try:
+        yield
+    except InstructMixError as error:
+        shown = config.without_secrets(str(error))
+        if shown == str(error):
+            raise
+        raise type(error)(shown) from error
+
+
 def run_pipeline(config: RunConfig, plan: Plan, progress: Progress) -> None:
     """Runs the stages of the plan that are not finished, under the lease of the run directory.
 
     Raises:
         InstructMixError: invalid input (exit code 2) or a failed stage (1); finished work is kept.
     """
+    progress.hide(config.without_secrets)
+    with hiding_secrets(config):
+        _run(config, plan, progress)
+
+
+def _run(config: RunConfig, plan: Plan, progress: Progress) -> None:
     run_dir = RunDir(config.run_dir)
     # Missing files and unreadable functions must be reported before hours are spent.
     for stage in STAGES:
@@ -262,18 +281,11 @@ def run_pipeline(config: RunConfig, plan: Plan, progress: Progress) -> None:
     cluster = Cluster(config.cluster, progress.say)
     with run_dir.lease():
         storage.write_json(storage.join(run_dir.uri, "config.json"), config.to_write())
-        progress.hide(config.without_secrets)
         log = storage.local_path(storage.join(run_dir.uri, "log.txt"))
         if log is not None:
             progress.keep(log)
         try:
             _run_stages(config, plan, run_dir, cluster, progress)
-        except InstructMixError as error:
-            progress.note(f"{type(error).__name__}: {error}")
-            shown = config.without_secrets(str(error))
-            if shown == str(error):
-                raise
-            raise type(error)(shown) from error
         except BaseException as error:
             progress.note(f"{type(error).__name__}: {error}")
             raise
