@@ -190,7 +190,7 @@ def make_job(
         "output_uri": output_uri,
         "settings": TrainSettings.from_train(config.train, config.model, seed),
         "model_dir": context.input("model", "model"),
-        "base_model": config.model.path,
+        "base_model": config.without_secrets(config.model.path),
         "export_dtype": config.model.dtype,
         "checkpoint_every": config.train.checkpoint_every,
         "keep_checkpoints": config.train.keep_checkpoints,

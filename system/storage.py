@@ -133,15 +133,19 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def list_names(uri: str) -> list[str]:
-    """Names directly below a directory, sorted; empty if there is no such directory."""
+    """Names directly below a directory, sorted; empty if there is no such directory.
+
+    Files that are being written are left out.
+    """
     path = local_path(uri)
     if path is not None:
-        return sorted(os.listdir(path)) if path.is_dir() else []
-    filesystem, key = _filesystem(uri)
-    filesystem.invalidate_cache()
-    if not filesystem.exists(key):
-        return []
-    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in filesystem.ls(key, detail=False))
+        names = os.listdir(path) if path.is_dir() else []
+    else:
+        filesystem, key = _filesystem(uri)
+        filesystem.invalidate_cache()
+        found = filesystem.ls(key, detail=False) if filesystem.exists(key) else []
+        names = [name.rstrip("/").rsplit("/", 1)[-1] for name in found]
+    return sorted(name for name in names if not disk.is_unfinished(name))
 
 
 def delete(uri: str) -> None:

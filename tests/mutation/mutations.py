@@ -390,7 +390,7 @@ _LEASE = (
     ),
     _mutation(
         "lease", "fingerprint without files", "actors/pipeline.py",
-        "    inputs |= flatten(\"file\", stage.identity(config))\n", "",
+        "    inputs |= _without_secrets(flatten(\"file\", stage.identity(config)), config)\n", "",
         "changed input files do not repeat a stage", _COMMIT,
     ),
     _mutation(

@@ -167,7 +167,9 @@ def test_fingerprints_depend_on_what_a_variable_means_and_not_on_a_signature(
     write_config(folder, ingest={"max_chars": "${CHARS}", "deduplicate": "${HOW}"})
     renewed = inputs_of(load_config(path))
     assert {key for key in first if first[key] != renewed.get(key)} <= {
-        key for key in first if key.startswith("file.")  # the file was written again
+        key
+        for key in first
+        if key.startswith("file.")  # the file was written again
     }
     assert first.keys() == renewed.keys()
     monkeypatch.setenv("CHARS", "5001")
