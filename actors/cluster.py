@@ -8,8 +8,10 @@ them.  `actors.pipeline` makes the one Cluster of a run; stages reach it through
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -18,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import Config as RayletConfig
 
 from actors.pool import ActorPool, ActorSpec
 from system.config import ClusterConfig
 from system.devices import idle_gpus_remark
-from system.errors import ClusterError
+from system.errors import ClusterError, ConfigError
 
 _ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -33,9 +36,15 @@ _ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 _START_ATTEMPTS = 3
-"""Ray waits 30 seconds for its own processes, and no setting changes that.  On a busy machine the
-first start takes longer; the next one finds compiled modules and files in memory."""
-MAX_DIRECTORY_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+"""On a busy machine the first start takes longest; the next one finds compiled modules and files in
+memory."""
+_RAY = "ray"
+_RAYLET_START = "RAY_raylet_start_wait_time_s"
+_RAY_ERROR = re.compile(r"^\[.* [ECF] \d+ \d+\] .*", re.MULTILINE)
+"""A line of a log of Ray with an error."""
+MAX_DIRECTORY_BYTES = 107 - len(
+    f"/{_RAY}/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+)
 """Longest directory in which Ray can create its sockets: Linux limits socket paths to 107 bytes."""
 
 
@@ -60,7 +69,8 @@ class Cluster:
         """Joins the cluster that the configuration names, or starts a local one.
 
         Raises:
-            ClusterError: there is no Ray at the address.
+            ClusterError: there is no Ray at the address, or a local one does not start.
+            ConfigError: RAY_TMPDIR is no directory in which Ray can write.
         """
         if self._is_connected:
             return
@@ -79,6 +89,7 @@ class Cluster:
         }
         if address == "local":
             options |= {"include_dashboard": False, "_temp_dir": _short_temporary_directory()}
+            _allow_seconds(self._config.start_seconds)
             if self._config.num_cpus is not None:
                 options["num_cpus"] = self._config.num_cpus
             self._is_own = True
@@ -90,30 +101,36 @@ class Cluster:
             self._say(f"  note: {remark}")
 
     def _start(self, address: str, options: dict[str, Any]) -> None:
-        """Calls `ray.init`, and once more where a local Ray needs longer than Ray waits for it."""
+        """Calls `ray.init`, several times where a local Ray does not come up."""
         for attempt in range(1, _START_ATTEMPTS + 1):
             try:
                 with _own_sigterm_handler():
                     ray.init(address=address, **options)
                 return
-            except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-                raise ClusterError(
-                    f"cluster.address {self._config.address!r}: expected a Ray cluster, found none "
-                    f"({error}). Start one (`ray start --head`), or use `--set "
-                    "cluster.address=local`."
-                ) from error
-            except Exception as error:
-                # Ray raises a bare Exception when its processes do not come up in 30 seconds.
-                if "timed out during startup" not in str(error):
+            except Exception as error:  # a slow start of Ray's processes is a bare Exception
+                is_slow = "timed out during startup" in str(error)
+                is_known = isinstance(
+                    error, (ConnectionError, ValueError, RuntimeError, TimeoutError)
+                )
+                if not is_slow and not is_known:
                     raise
-                ray.shutdown()
-                if attempt == _START_ATTEMPTS:
+                if not self._is_own:
                     raise ClusterError(
-                        f"a local Ray did not start in {_START_ATTEMPTS} attempts of half a minute "
-                        "each. The machine is overloaded, or short of memory or of open files. "
-                        "Finished work is kept; run the same command again to continue."
+                        f"cluster.address {self._config.address!r}: expected a Ray cluster, found "
+                        f"none ({error}). Start one (`ray start --head`), or use `--set "
+                        "cluster.address=local`."
                     ) from error
-                self._say("  a local Ray did not start within half a minute; trying again")
+                ray.shutdown()
+                reason = _last_error(Path(options["_temp_dir"])) or str(error)
+                if attempt == _START_ATTEMPTS or isinstance(error, ValueError):
+                    raise ClusterError(
+                        f"a local Ray did not start in {attempt} attempts of up to "
+                        f"{self._config.start_seconds:g} s each: {reason}. If the machine is "
+                        "overloaded, raise cluster.start_seconds; otherwise it is short of memory "
+                        f"or of open files. Ray's logs are in {options['_temp_dir']}. Finished "
+                        "work is kept; run the same command again to continue."
+                    ) from error
+                self._say(f"  a local Ray did not start ({reason}); trying again")
 
     def pool(self, spec: ActorSpec) -> ActorPool:
         """The pool with the name of the spec, which is created on first use.
@@ -173,28 +190,64 @@ class Cluster:
             )
 
 
+def _allow_seconds(seconds: float) -> None:
+    """Sets the limits of a local Ray on the start of its processes; the user's own ones stay."""
+    values = {
+        "RAY_gcs_server_port_wait_time_s": round(seconds),
+        _RAYLET_START: round(seconds),
+        "RAY_agent_register_timeout_ms": round(1000 * seconds),
+    }
+    for name, value in values.items():
+        os.environ.setdefault(name, str(value))
+    # This process has read its environment when Ray was imported.
+    wait = {"raylet_start_wait_time_s": int(os.environ[_RAYLET_START])}
+    RayletConfig.initialize(json.dumps(wait))
+
+
+def _last_error(directory: Path) -> str | None:
+    """The last error in the logs of the processes that Ray started last."""
+    for name in ("raylet.out", "gcs_server.out", "raylet.err", "gcs_server.err"):
+        with contextlib.suppress(OSError):
+            log = directory / "session_latest" / "logs" / name
+            lines = _RAY_ERROR.findall(log.read_text(encoding="utf-8", errors="replace"))
+            if lines:
+                return f"{name} says {lines[-1][:500]!r}"
+    return None
+
+
 def _short_temporary_directory() -> str:
-    """A directory for Ray's files that belongs to this user, with a path short enough for sockets.
+    """A directory for Ray's files that only this user can enter, with a path short enough.
+
+    Ray opens its own directory to all users, so it lies in another one.
 
     Raises:
+        ConfigError: RAY_TMPDIR is no directory in which this user can write.
         ClusterError: the directory belongs to another user, who could have prepared its files.
     """
     configured = os.environ.get("RAY_TMPDIR")
     path = _directory_in(configured or tempfile.gettempdir())
-    if configured is None and len(os.fsencode(path)) > MAX_DIRECTORY_BYTES:
+    if not configured and len(os.fsencode(path)) > MAX_DIRECTORY_BYTES:
         path = _directory_in("/tmp")
-    path.mkdir(mode=0o700, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{path.parent}: expected a directory for Ray's files in which this user can write, "
+            f"found none ({error.strerror}). Set RAY_TMPDIR to an existing directory with a short "
+            "path, or unset it."
+        ) from error
     owner = path.lstat().st_uid
     if owner != os.getuid():
         raise ClusterError(
             f"{path}: expected a directory of this user for Ray's files, found one of user "
             f"{owner}. Set RAY_TMPDIR to another directory with a short path."
         )
-    return str(path)
+    path.chmod(0o700)
+    return str(path / _RAY)
 
 
 def _directory_in(root: str) -> Path:
-    return Path(root) / f"instructmix-ray-{os.getuid()}"
+    return Path(root).absolute() / f"instructmix-ray-{os.getuid()}"
 
 
 @contextlib.contextmanager

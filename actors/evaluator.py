@@ -259,7 +259,7 @@ class _Evaluation:
         """Writes the plan of an arm and then `arm.json` with its numbers, unless both exist."""
         uri = self._uri("arms", model.name, "plan.arrow")
         info_uri = self._uri("arms", model.name, "arm.json")
-        if storage.exists(info_uri) and storage.exists(uri):
+        if storage.is_whole(info_uri) and storage.is_whole(uri):
             return
         table = select_arm(
             self.corpus,
@@ -385,7 +385,7 @@ class _Evaluation:
         return bool(self.questions.rows.num_rows) and not self._has("answers", model)
 
     def _has(self, kind: str, model: _Model) -> bool:
-        return storage.exists(self._uri(kind, f"{model.name}.parquet"))
+        return storage.is_whole(self._uri(kind, f"{model.name}.parquet"))
 
     def _read(self, kind: str, model: _Model) -> pa.Table:
         return storage.read_table(self._uri(kind, f"{model.name}.parquet"))

@@ -47,7 +47,7 @@ def run(context: StageContext) -> StageResult:
         StageError: the counts do not add up, or the attempt was begun with another plan.
     """
     manifest_uri = storage.join(context.attempt, ingest.MANIFEST)
-    if storage.exists(manifest_uri):
+    if storage.is_whole(manifest_uri):
         return _result(read_manifest(manifest_uri))
     plan = open_plan(context.config, context.attempt)
     try:

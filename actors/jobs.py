@@ -44,7 +44,7 @@ def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
     os.environ.setdefault("RAY_RUNTIME_ENV_LOG_TO_DRIVER_ENABLED", "0")
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    value = resolved.model_dump(mode="json")
+    value, variables = resolved.to_send()
     # Ray refuses an id that was used before, so the time makes a second submission possible.
     job = f"instructmix-{fingerprint(value)}-{int(time.time())}"
     try:
@@ -55,8 +55,8 @@ def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
                 client,
                 entrypoint=entrypoint(address),
                 submission_id=job,
-                runtime_env={"working_dir": folder},
-                metadata={"run_dir": resolved.run_dir},
+                runtime_env={"working_dir": folder, "env_vars": variables},
+                metadata={"run_dir": resolved.without_secrets(resolved.run_dir)},
             )
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(
@@ -64,7 +64,8 @@ def submit_job(config: RunConfig, address: str, *, wait: bool) -> int:
             f"failed: {error}. Its usual address is http://HEAD:8265; `ray start --head "
             "--include-dashboard=true` starts a cluster with one."
         ) from error
-    print(f"submitted {job}; results go to {resolved.run_dir}", file=sys.stderr, flush=True)
+    place = resolved.without_secrets(resolved.run_dir)
+    print(f"submitted {job}; results go to {place}", file=sys.stderr, flush=True)
     if not wait:
         print(job)
         return 0

@@ -43,6 +43,9 @@ class Modeler:
             materialise(self._config, folder)
         if local is None:
             storage.upload_directory(folder, target)
+        # Other code wrote these files: without this, a loss of power could leave the record of the
+        # stage and half a model.
+        storage.flush_directory(target)
         return {**describe_model(folder), **counts}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.pipeline import STAGES, Stage, stage_inputs
+from actors.pipeline import STAGES, Stage, hiding_secrets, stage_inputs
 from system import storage
 from system.config import RunConfig
 from system.data.corpus import Corpus
@@ -47,6 +47,11 @@ def describe_plan(config: RunConfig, *, probe: bool = False) -> PlanView:
     Raises:
         InstructMixError: the same input errors that `run` would report before it starts.
     """
+    with hiding_secrets(config):
+        return _describe_plan(config, probe)
+
+
+def _describe_plan(config: RunConfig, probe: bool) -> PlanView:
     run_dir = RunDir(config.run_dir)
     lines = [f"run directory {run_dir.uri}", ""]
     records: dict[str, StageRecord] = {}
@@ -57,7 +62,7 @@ def describe_plan(config: RunConfig, *, probe: bool = False) -> PlanView:
     remarks = _remarks(config, _train_rows(run_state))
     forecast = make_forecast(config, run_state, probe=probe)
     text = "\n".join([*lines, "", *describe(forecast), *remarks]).rstrip()
-    return PlanView(text=text, forecast=forecast)
+    return PlanView(text=config.without_secrets(text), forecast=forecast)
 
 
 def _state(
@@ -204,8 +209,7 @@ def describe_status(run_dir_uri: str) -> str:
             continue
         lines.append(f"{name:<11} done {record.finished}, {record.seconds:.0f} s")
         lines += [f"            {line}" for line in record.lines]
-    lease = storage.join(run_dir.uri, "lease.json")
-    if storage.exists(lease):
-        holder = storage.read_json(lease)
-        lines.append(f"in use by process {holder['pid']} on {holder['host']}")
+    holder = run_dir.read_lease()
+    if holder is not None:
+        lines.append(f"in use by process {holder.pid} on {holder.host}")
     return "\n".join(lines)

@@ -10,10 +10,11 @@ written last and commits the attempt.  Called by `system.cli`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -22,7 +23,7 @@ from actors.cluster import Cluster
 from actors.stage import StageContext, StageResult
 from system import storage
 from system.config import RunConfig
-from system.errors import ConfigError, StageError
+from system.errors import ConfigError, InstructMixError, StageError
 from system.influence.append.earlier import APPENDS_TO, appends_to
 from system.progress import Progress
 from system.rundir import RunDir, StageRecord, describe_change, fingerprint, flatten
@@ -216,7 +217,7 @@ def stage_inputs(
     stage: Stage, config: RunConfig, records: Mapping[str, StageRecord]
 ) -> dict[str, Any]:
     """Everything that a stage's result depends on, flat: dotted name -> value."""
-    values = config.model_dump(mode="json")
+    values = config.to_hash()
     inputs: dict[str, Any] = {"stage": stage.name, "revision": stage.revision}
     for name in (*stage.reads, *stage.also_reads(config)):
         value: Any = values
@@ -231,12 +232,34 @@ def stage_inputs(
         unread |= {name for name in inputs if name.startswith("influence.auto.")}
     for name in unread:
         inputs.pop(name, None)
-    inputs |= flatten("file", stage.identity(config))
+    inputs |= _without_secrets(flatten("file", stage.identity(config)), config)
     inputs |= {
         f"after.{name}": records[name].fingerprint if stage.shows_all else records[name].identity
         for name in stage.after
     }
     return inputs | stage.history(config, inputs)
+
+
+def _without_secrets(files: Mapping[str, str], config: RunConfig) -> dict[str, str]:
+    """The stamps of files; an address that differs from another only in what is hidden stays."""
+    shown: dict[str, str] = {}
+    for name, stamp in files.items():
+        base = config.without_secrets(name)
+        same = sum(other == base or other.startswith(f"{base} #") for other in shown)
+        shown[f"{base} #{same + 1}" if same else base] = stamp
+    return shown
+
+
+@contextlib.contextmanager
+def hiding_secrets(config: RunConfig) -> Iterator[None]:
+    """Errors inside the `with` block show no secret of the configuration."""
+    try:
+        yield
+    except InstructMixError as error:
+        shown = config.without_secrets(str(error))
+        if shown == str(error):
+            raise
+        raise type(error)(shown) from error
 
 
 def run_pipeline(config: RunConfig, plan: Plan, progress: Progress) -> None:
@@ -245,13 +268,19 @@ def run_pipeline(config: RunConfig, plan: Plan, progress: Progress) -> None:
     Raises:
         InstructMixError: invalid input (exit code 2) or a failed stage (1); finished work is kept.
     """
+    progress.hide(config.without_secrets)
+    with hiding_secrets(config):
+        _run(config, plan, progress)
+
+
+def _run(config: RunConfig, plan: Plan, progress: Progress) -> None:
     run_dir = RunDir(config.run_dir)
     # Missing files and unreadable functions must be reported before hours are spent.
     for stage in STAGES:
         stage.identity(config)
     cluster = Cluster(config.cluster, progress.say)
     with run_dir.lease():
-        storage.write_json(storage.join(run_dir.uri, "config.json"), config.model_dump(mode="json"))
+        storage.write_json(storage.join(run_dir.uri, "config.json"), config.to_write())
         log = storage.local_path(storage.join(run_dir.uri, "log.txt"))
         if log is not None:
             progress.keep(log)
@@ -313,7 +342,6 @@ def _run_stage(
 ) -> StageRecord:
     inputs = stage_inputs(stage, config, records)
     attempt = fingerprint(inputs)
-    committed = run_dir.read_record(stage.folder)
     if stage.name in plan.redo:
         run_dir.invalidate(stage.folder, attempt)
         # Without its record, the earlier result is no longer one to append to, so the inputs may
@@ -322,10 +350,11 @@ def _run_stage(
         attempt = fingerprint(inputs)
         run_dir.invalidate(stage.folder, attempt)
         progress.say(f"{stage.name}: runs again (--redo)")
-    elif committed is not None and committed.fingerprint == attempt:
-        progress.say(f"{stage.name}: already finished ({committed.seconds:.0f} s)")
-        return committed
     else:
+        committed = run_dir.read_record(stage.folder)
+        if committed is not None and committed.fingerprint == attempt:
+            progress.say(f"{stage.name}: already finished ({committed.seconds:.0f} s)")
+            return committed
         if committed is not None:
             progress.say(f"{stage.name}: {describe_change(committed.inputs, inputs)}")
         # Settings that were changed and changed back: the attempt of then is still there.
@@ -356,7 +385,7 @@ def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> Sta
     storage.remove_unfinished(context.attempt)
     # The time of interrupted sessions counts too, so it is kept beside their work units.
     seconds_uri = storage.join(context.attempt, "seconds.json")
-    earlier_seconds = storage.read_json(seconds_uri) if storage.exists(seconds_uri) else 0.0
+    earlier_seconds = storage.read_json(seconds_uri) if storage.is_whole(seconds_uri) else 0.0
     started = time.monotonic()
     try:
         result: StageResult = run(context)
@@ -364,12 +393,12 @@ def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> Sta
         seconds = round(earlier_seconds + time.monotonic() - started, 1)
         storage.write_json(seconds_uri, seconds)
     for output in result.outputs.values():
-        if not storage.exists(storage.join(context.attempt, output)):
+        if not storage.is_whole(storage.join(context.attempt, output)):
             raise StageError(
                 f"{stage.name}: expected the output {storage.join(context.attempt, output)}, found "
-                "nothing there. The storage may have lost it; run the same command again."
+                "nothing whole there. The storage may have lost it; run the same command again."
             )
-    attempt = fingerprint(inputs)
+    attempt, config = fingerprint(inputs), context.config
     record = StageRecord(
         stage=stage.name,
         fingerprint=attempt,
@@ -378,7 +407,7 @@ def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> Sta
             name: storage.join(stage.folder, attempt, path) for name, path in result.outputs.items()
         },
         counts=result.counts,
-        lines=result.lines,
+        lines=tuple(map(config.without_secrets, result.lines)),
         seconds=seconds,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=package_versions(),

@@ -10,6 +10,7 @@ from system.report import report_files
 def run(context: StageContext) -> StageResult:
     """Writes report.html and report.json to the attempt and to the top of the run directory."""
     page, numbers = report_files(context.run_dir.uri)
+    context.run_dir.check_lease()
     for name, content in (("report.html", page), ("report.json", numbers)):
         storage.write_bytes(storage.join(context.attempt, name), content)
         storage.write_bytes(storage.join(context.run_dir.uri, name), content)

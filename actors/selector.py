@@ -70,7 +70,7 @@ def run(context: StageContext) -> StageResult:
     """
     # The manifest is written last: with it, an interrupted session had finished the selection.
     manifest_uri = storage.join(context.attempt, MANIFEST)
-    if not storage.exists(manifest_uri):
+    if not storage.is_whole(manifest_uri):
         quotas = select.read_quotas(storage.read_json(context.input("curriculum", "curriculum")))
         try:
             _select(context, quotas)

@@ -232,7 +232,7 @@ class _Tagging:
                     yield _batch(_batch_name(shard, start), part, known)
 
     def _run_batches(self, label: str, total: int, batches: Iterator[_Batch]) -> None:
-        done = set(storage.list_names(self.batches_uri))
+        done = set(storage.whole_names(self.batches_uri))
         tokenizer = load_tokenizer(
             self.context.input("model", "model"),
             trust_remote_code=self.context.config.model.trust_remote_code,
@@ -269,7 +269,7 @@ class _Tagging:
         if not self.config.prior_correction:
             return None
         uri = storage.join(self.context.attempt, "prior.json")
-        if not storage.exists(uri):
+        if not storage.is_whole(uri):
             ((_, value),) = pool.map({"prior": (None, prompts, names)}, "choose")
             if np.isnan(value).any():
                 raise StageError(

@@ -183,14 +183,14 @@ def make_job(
         f"fingerprint of stage {stage}": record.fingerprint
         for stage, record in context.upstream.items()
     }
-    hashes["fingerprint of the configuration"] = fingerprint(config.model_dump(mode="json"))
+    hashes["fingerprint of the configuration"] = fingerprint(config.to_hash())
     values: dict[str, Any] = {
         "name": name,
         "plan_uri": plan_uri,
         "output_uri": output_uri,
         "settings": TrainSettings.from_train(config.train, config.model, seed),
         "model_dir": context.input("model", "model"),
-        "base_model": config.model.path,
+        "base_model": config.without_secrets(config.model.path),
         "export_dtype": config.model.dtype,
         "checkpoint_every": config.train.checkpoint_every,
         "keep_checkpoints": config.train.keep_checkpoints,

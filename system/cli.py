@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from system.errors import InstructMixError
+from system.redact import without_secrets
 from system.stages import STAGE_NAMES
 
 if TYPE_CHECKING:
@@ -34,14 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InstructMixError as error:
         if arguments.debug:
             raise
-        print(f"instructmix: {error}", file=sys.stderr)
+        print(f"instructmix: {without_secrets(str(error))}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if arguments.debug:
             raise
         print(
-            f"instructmix: a file operation failed: {error}. Check free space, permissions and the "
-            "path. Finished work is kept; run the same command again to continue.",
+            f"instructmix: a file operation failed: {without_secrets(str(error))}. Check free "
+            "space, permissions and the path. Finished work is kept; run the same command again "
+            "to continue.",
             file=sys.stderr,
         )
         return 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +88,7 @@ class Progress:
     def __init__(self, is_terminal: bool | None = None) -> None:
         self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
         self._log: Path | None = None
+        self._without_secrets: Callable[[str], str] = str
 
     def bar(self, label: str, total: int) -> Bar:
         """A bar for `total` units of work."""
@@ -94,7 +96,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Prints one line without breaking a bar, and logs it."""
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(self._without_secrets(line), file=sys.stderr)
         sys.stderr.flush()
         self.note(line)
 
@@ -102,10 +104,14 @@ class Progress:
         """From now on, writes each line to this file as well, with its time."""
         self._log = log
 
+    def hide(self, without_secrets: Callable[[str], str]) -> None:
+        """From now on, each line is printed and logged as this function returns it."""
+        self._without_secrets = without_secrets
+
     def note(self, line: str) -> None:
         """Writes one line to the log file only."""
         if self._log is None:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
-            file.write(f"{now} {line}\n")
+            file.write(f"{now} {self._without_secrets(line)}\n")

@@ -1,8 +1,8 @@
 """Reads and writes files by URI: local paths and fsspec URIs (`s3://`, `gs://`, ...) alike.
 
 All other modules read and write files through this one.  Every write is atomic: a reader sees
-either the old bytes or the new ones.  On a local disk the bytes go to a temporary file in the same
-directory, which is flushed to disk and then renamed; object stores write atomically themselves.
+either the old bytes or the new ones.  The bytes go to a temporary name in the same directory, and
+get their name when all of them are there.  On a local disk file and directory are flushed, too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,12 +28,15 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.ipc
 import pyarrow.parquet as pq
+from fsspec.spec import AbstractFileSystem
 
+from system import disk
 from system.errors import DataError, StageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers that mean: no room left."""
-_UNFINISHED = ".unfinished"
+_END_MARKS = {"parquet": b"PAR1", "arrow": b"ARROW1", "npz": b""}
+"""Ending of a name -> the last bytes of a whole file (an `npz` has a directory there)."""
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -129,15 +133,19 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def list_names(uri: str) -> list[str]:
-    """Names directly below a directory, sorted; empty if there is no such directory."""
+    """Names directly below a directory, sorted; empty if there is no such directory.
+
+    Files that are being written are left out.
+    """
     path = local_path(uri)
     if path is not None:
-        return sorted(os.listdir(path)) if path.is_dir() else []
-    filesystem, key = _filesystem(uri)
-    filesystem.invalidate_cache()
-    if not filesystem.exists(key):
-        return []
-    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in filesystem.ls(key, detail=False))
+        names = os.listdir(path) if path.is_dir() else []
+    else:
+        filesystem, key = _filesystem(uri)
+        filesystem.invalidate_cache()
+        found = filesystem.ls(key, detail=False) if filesystem.exists(key) else []
+        names = [name.rstrip("/").rsplit("/", 1)[-1] for name in found]
+    return sorted(name for name in names if not disk.is_unfinished(name))
 
 
 def delete(uri: str) -> None:
@@ -166,57 +174,118 @@ def open_input(uri: str) -> IO[bytes]:
 def atomic_output(uri: str) -> Iterator[IO[bytes]]:
     """A file for writing that gets its name only when the `with` block ends without an error."""
     path = local_path(uri)
-    if path is None:
-        with tempfile.TemporaryFile() as buffer:
-            yield buffer
-            buffer.seek(0)
-            filesystem, key = _filesystem(uri)
-            with filesystem.open(key, "wb") as remote:
-                shutil.copyfileobj(buffer, remote, 2**20)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(
-        prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent
-    )
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                # Tells `remove_unfinished` that the writer lives; ends with the process.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if path is not None:
+        with disk.whole_file(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        return
+    with tempfile.TemporaryFile() as buffer:
+        yield buffer
+        buffer.seek(0)
+        _upload(buffer, uri)
+
+
+def _upload(buffer: IO[bytes], uri: str) -> None:
+    """Uploads under a temporary name, then moves.
+
+    A file of fsspec publishes what it has when it is closed, after an error, too.
+    """
+    filesystem, key = _filesystem(uri)
+    temporary = disk.temporary_name(key)
+    try:
+        with filesystem.open(temporary, "wb") as remote:
+            shutil.copyfileobj(buffer, remote, 2**20)
+        found, size = int(filesystem.info(temporary)["size"]), buffer.tell()
+        if found != size:
+            raise OSError(errno.EIO, f"expected {size} bytes after the upload, found {found}", uri)
+        if type(filesystem).mv is AbstractFileSystem.mv:
+            # An object store: a copy within it appears whole.  `mv` would read the key as a glob.
+            filesystem.cp_file(temporary, key)
+            filesystem.rm_file(temporary)
+        else:
+            filesystem.mv(temporary, key)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(Exception):  # the first error is the one to show
+            filesystem.rm_file(temporary)
         raise
 
 
-def remove_unfinished(uri: str) -> int:
-    """Removes the temporary files that killed processes left below a local directory.
+def create(uri: str, data: bytes) -> bool:
+    """Writes a file unless there is one of that name; of several callers at once, one succeeds.
 
-    A living process locks the file that it writes, so its file stays.
+    That holds on local disks and on stores that can compare and swap (S3 and Google storage can).
+    On others, callers within the same moment may all succeed, and the last write stays.
+
+    Returns:
+        Whether the file was written.
+    """
+    path = local_path(uri)
+    try:
+        if path is not None:
+            disk.create(path, data)
+        else:
+            filesystem, key = _filesystem(uri)
+            filesystem.pipe_file(key, data, mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def flush_directory(uri: str) -> None:
+    """Flushes a directory that other code wrote to disk, if it is local."""
+    path = local_path(uri)
+    if path is not None:
+        disk.flush_all(path)
+
+
+def is_whole(uri: str) -> bool:
+    """Whether there is a file with its end: JSON that parses, a table or array not cut short.
+
+    A work unit is finished if its file is whole.  A name alone proves nothing: a store, or a copy
+    of a run directory, may hold the first half of a file.  Other kinds of files need only exist.
+    """
+    ending = uri.rsplit(".", 1)[-1]
+    if ending not in ("json", *_END_MARKS):
+        return exists(uri)
+    try:
+        with open_input(uri) as file:
+            if ending == "json":
+                json.loads(file.read())
+                return True
+            if ending == "npz":
+                return zipfile.is_zipfile(file)
+            mark = _END_MARKS[ending]
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - len(mark)))
+            return file.read() == mark
+    except (FileNotFoundError, ValueError):  # nothing there, or not JSON
+        return False
+
+
+def whole_names(uri: str) -> list[str]:
+    """As `list_names`, but only the files that are whole."""
+    return [name for name in list_names(uri) if is_whole(join(uri, name))]
+
+
+def remove_unfinished(uri: str) -> int:
+    """Removes the temporary files that killed processes left below a directory.
+
+    A living process locks the local file that it writes, so its file stays.  An object store has no
+    locks: there, a living writer fails, and its work unit is repeated.
 
     Returns:
         The number of files removed.
     """
-    root = local_path(uri)
-    if root is None or not root.is_dir():
-        return 0
+    path = local_path(uri)
+    if path is not None:
+        return disk.remove_unfinished(path)
+    filesystem, key = _filesystem(uri)
+    filesystem.invalidate_cache()
     unfinished = [
-        Path(folder, name)
-        for folder, _, names in os.walk(root)
-        for name in names
-        if name.startswith(".") and name.endswith(_UNFINISHED)
+        name for name in filesystem.find(key) if disk.is_unfinished(name.rsplit("/", 1)[-1])
     ]
-    count = 0
-    for path in unfinished:
-        with contextlib.suppress(OSError), path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            count += 1
-    return count
+    for name in unfinished:
+        filesystem.rm_file(name)
+    return len(unfinished)
 
 
 class Writers:
@@ -365,8 +434,8 @@ def upload_directory(local: Path, uri: str) -> None:
 def download_directory(uri: str, cache: Path, without: str | None = None) -> Path:
     """A local directory with the content of the URI: a copy, or the directory itself if local.
 
-    Processes of one machine may share the cache: one downloads while the others wait.  A file that
-    a killed process downloaded in part is downloaded again.
+    Processes of one machine may share the cache: one downloads while the others wait.  The cache
+    records the version of each file that it holds in whole; others are downloaded again.
 
     Args:
         uri: the directory.
@@ -380,13 +449,18 @@ def download_directory(uri: str, cache: Path, without: str | None = None) -> Pat
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends
+        record = str(cache / ".versions.json")
+        versions = read_json(record) if is_whole(record) else {}
         for source, info in filesystem.find(key, detail=True).items():
-            target = cache / source[len(key) :].lstrip("/")
+            name = source[len(key) :].lstrip("/")
+            target = cache / name
             if without is not None and target.name.endswith(without):
                 continue
-            if not target.exists() or target.stat().st_size != info["size"]:
+            if not target.exists() or versions.get(name) != _version(info):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 filesystem.get_file(source, str(target))
+                versions[name] = _version(info)
+                write_json(record, versions)
     return cache
 
 

@@ -64,7 +64,7 @@ def draw_appended(context: StageContext) -> Design:
         ConfigError: a category has the name of an external target.
     """
     uri = storage.join(context.attempt, "design.json")
-    if storage.exists(uri):
+    if storage.is_whole(uri):
         return Design.from_json(storage.read_json(uri), uri)
     config, earlier = context.config, earlier_of(context)
     corpus = Corpus.open(context.input("tag", "manifest"))
@@ -221,7 +221,7 @@ class AppendRunner(InterventionRunner):
 
     def _is_there(self, folder: str, run: InterventionRun) -> bool:
         ending = ".json" if folder == "units" else ".parquet"
-        return storage.exists(self._file(folder, run, ending))
+        return storage.is_whole(self._file(folder, run, ending))
 
     def _taken_over(self, run: InterventionRun) -> dict[str, Any]:
         before = self._before(run)

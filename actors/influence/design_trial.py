@@ -28,7 +28,7 @@ def choose_design(context: StageContext) -> tuple[StageContext, list[Trial]]:
     if len(names) == 1:
         return context, []
     uri = storage.join(context.attempt, "trial.json")
-    if storage.exists(uri):
+    if storage.is_whole(uri):
         trials = [Trial(**value) for value in storage.read_json(uri)]
     else:
         trials = [_try(context, name) for name in names]

@@ -35,7 +35,7 @@ def draw_design(context: StageContext) -> Design:
     config = context.config
     is_auto = config.influence.estimator == "auto"
     uri = storage.join(context.attempt, "planned.json" if is_auto else "design.json")
-    if storage.exists(uri):
+    if storage.is_whole(uri):
         return Design.from_json(storage.read_json(uri), uri)
     count = config.influence.auto.max_replications if is_auto else config.influence.replications
     corpus = Corpus.open(context.input("tag", "manifest"))

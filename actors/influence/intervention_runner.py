@@ -276,7 +276,7 @@ class InterventionRunner:
     def _next_part(self, ledger: Ledger) -> ScorePart | None:
         """The next part to score, or None if no checkpoint waits."""
         if not self.waiting and (run := ledger.next_to_score()) is not None:
-            present = set(storage.list_names(self._file("parts", run)))
+            present = set(storage.whole_names(self._file("parts", run)))
             parts = self._parts(run)
             # A scoring is concluded when a part arrives.  If all parts exist already (the driver
             # died just before), one is scored again so that this happens.
@@ -315,7 +315,7 @@ class InterventionRunner:
             return True
         folder = self._file("parts", part.run)
         storage.write_table(storage.join(folder, part.name), _with_metadata(scored, seconds))
-        if {other.name for other in parts} - set(storage.list_names(folder)):
+        if {other.name for other in parts} - set(storage.whole_names(folder)):
             return False
         tables = [storage.read_table(storage.join(folder, other.name)) for other in parts]
         scored_parts, seconds = zip(*map(_read_metadata, tables), strict=True)
@@ -357,7 +357,7 @@ class InterventionRunner:
         )
 
     def _names(self, folder: str) -> list[str]:
-        return storage.list_names(storage.join(self.context.attempt, folder))
+        return storage.whole_names(storage.join(self.context.attempt, folder))
 
     def _file(self, folder: str, run: InterventionRun, ending: str = "") -> str:
         return storage.join(self.context.attempt, folder, run.name + ending)

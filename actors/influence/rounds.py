@@ -48,7 +48,7 @@ def measure_in_rounds(
     corpus = Corpus.open(context.input("tag", "manifest"))
     tokens = mean_response_tokens(corpus) if config.solve.unit == "tokens" else None
     uri = storage.join(context.attempt, "rounds.json")
-    recorded = storage.read_json(uri) if storage.exists(uri) else []
+    recorded = storage.read_json(uri) if storage.is_whole(uri) else []
     rounds = [Round(**value) for value in recorded]
     while (
         not rounds

@@ -10,6 +10,7 @@ from system.config.run import (
     RunConfig,
     SelectConfig,
     SolveConfig,
+    Unexpanded,
 )
 from system.config.training import EvaluateConfig, TrainConfig
 
@@ -17,4 +18,5 @@ __all__ = [
     "AutoConfig", "ClusterConfig", "CurriculumConfig", "EvaluateConfig", "GroupLimit",
     "InfluenceConfig", "IngestConfig", "LoraConfig", "ModelConfig", "RunConfig", "Section",
     "SelectConfig", "SolveConfig", "SourceConfig", "TagConfig", "TinyModelConfig", "TrainConfig",
+    "Unexpanded",
 ]  # fmt: skip

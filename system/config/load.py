@@ -15,11 +15,14 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from system.config import RunConfig
+from system.config import RunConfig, Unexpanded
 from system.errors import ConfigError
+from system.redact import without_secrets
 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 """Numbers that YAML 1.1 reads as strings, such as 1e-4."""
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+"""As `os.path.expandvars` reads them."""
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -47,7 +50,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
             f"{type(value).__name__}. Examples are in configs/."
         )
     apply_overrides(value, overrides)
-    return parse_config(_expand(value), where=path)
+    unexpanded = _read_variables(value)
+    config = parse_config(_expand(value), where=path, unexpanded=unexpanded)
+    return config.with_unexpanded(unexpanded)
 
 
 def apply_overrides(value: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -60,8 +65,15 @@ def apply_overrides(value: dict[str, Any], overrides: Sequence[str]) -> None:
         _apply_override(value, override)
 
 
-def parse_config(value: dict[str, Any], where: str) -> RunConfig:
+def parse_config(
+    value: dict[str, Any], where: str, unexpanded: Unexpanded | None = None
+) -> RunConfig:
     """Checks a raw configuration.
+
+    Args:
+        value: its variables are expanded.
+        where: the name of the file, for messages.
+        unexpanded: what was written before, for messages.
 
     Raises:
         ConfigError: names every invalid key, the value found, and the nearest known key.
@@ -70,7 +82,8 @@ def parse_config(value: dict[str, Any], where: str) -> RunConfig:
         return RunConfig.model_validate(value)
     except ValidationError as error:
         problems = "; ".join(_describe(item) for item in error.errors())
-        raise ConfigError(f"{where}: {problems}.") from error
+        variables = None if unexpanded is None else unexpanded.variables
+        raise ConfigError(f"{where}: {without_secrets(problems, variables)}.") from error
 
 
 def _apply_override(value: dict[str, Any], override: str) -> None:
@@ -125,6 +138,25 @@ def _expand(value: Any) -> Any:
     if isinstance(value, str):
         return os.path.expandvars(os.path.expanduser(value))
     return value
+
+
+def _read_variables(value: Any) -> Unexpanded:
+    """The variables in a raw configuration, and the texts that hold them."""
+    texts: dict[tuple[str, ...], tuple[str, str]] = {}
+    variables: dict[str, str] = {}
+
+    def read(place: tuple[str, ...], inner: Any) -> None:
+        if isinstance(inner, dict | list):
+            for key, item in inner.items() if isinstance(inner, dict) else enumerate(inner):
+                read((*place, str(key)), item)
+        elif isinstance(inner, str):
+            names = {one or other for one, other in _VARIABLE.findall(inner)} & os.environ.keys()
+            if names:
+                texts[place] = (inner, _expand(inner))
+                variables.update({name: os.environ[name] for name in names})
+
+    read((), value)
+    return Unexpanded(texts=texts, variables=variables)
 
 
 def _describe(item: Any) -> str:

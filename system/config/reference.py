@@ -23,7 +23,9 @@ _INTRODUCTION = """\
 
 This page lists every key of a run's YAML file; `instructmix config` prints it, and
 `instructmix config --defaults` prints all defaults as YAML. Complete files are in `configs/`.
-`--set a.b=value` overrides one key. Unknown keys are errors. `instructmix check CONFIG` reports
+`--set a.b=value` overrides one key. `${NAME}` in a text of the file stands for a variable of the
+environment; keep passwords and signed addresses in variables, because everything that a run writes
+has the name instead of the value. Unknown keys are errors. `instructmix check CONFIG` reports
 what is wrong with a file. `null` leaves a key unset.
 """
 _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}

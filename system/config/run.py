@@ -8,16 +8,20 @@ YAML file and words the errors.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from system.config.data import IngestConfig, Positive, Section, Share, SourceConfig, TagConfig
 from system.config.influence import InfluenceConfig
 from system.config.model import ModelConfig
 from system.config.training import EvaluateConfig, TrainConfig
 from system.functions import FUNCTION_NAME
+from system.redact import without_secrets
 
 
 class GroupLimit(Section):
@@ -201,6 +205,9 @@ class ClusterConfig(Section):
     """Ray cluster. `local`: start Ray on this machine; `auto`: join the cluster of the Ray job
     (RAY_ADDRESS) if there is one, otherwise start Ray here; anything else: the address of the
     cluster to join."""
+    start_seconds: float = Field(default=120.0, ge=1, le=86400)
+    """Longest time in seconds that the processes of a Ray that is started here may take to come up.
+    It is started up to three times. Raise it on an overloaded machine."""
     num_cpus: Positive | None = None
     """CPUs of a Ray that is started here. Null: all CPUs of this machine."""
     num_tuners: Positive = 1
@@ -236,8 +243,40 @@ class ClusterConfig(Section):
         return os.environ.get("RAY_ADDRESS") or "local"
 
 
+Place = tuple[str, ...]
+"""Keys and indices that lead to a value of the configuration."""
+_PATHS = {"run_dir", "data_dir", "path", "category_map", "chat_template", "address", "benchmarks"}
+"""Keys whose values are paths or addresses."""
+_OF_THIS_MACHINE = {"HOME", "HOSTNAME", "LOGNAME", "PATH", "PWD", "SHELL", "TMPDIR", "USER"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unexpanded:
+    """What a configuration said before its variables `${NAME}` were expanded."""
+
+    texts: Mapping[Place, tuple[str, str]] = field(default_factory=dict)
+    """Place of each text with variables -> the text as it was written, and expanded."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Name and value of each of the variables."""
+
+    def in_paths(self) -> dict[str, str]:
+        """The variables in paths and addresses, whose values may occur in messages."""
+        written = [
+            text
+            for place, (text, expanded) in self.texts.items()
+            if _PATHS & set(place) or "/" in expanded
+        ]
+        return {
+            name: value
+            for name, value in self.variables.items()
+            if any(f"${name}" in text or f"${{{name}}}" in text for text in written)
+        }
+
+
 class RunConfig(Section):
     """The configuration of a run."""
+
+    _unexpanded: Unexpanded = PrivateAttr(default_factory=Unexpanded)
 
     run_dir: str
     """Directory for everything that the run writes: local, `s3://...` or `gs://...`."""
@@ -296,3 +335,78 @@ class RunConfig(Section):
         if twice:
             raise ValueError(f"expected a different name for each source, found twice: {twice}")
         return self
+
+    def with_unexpanded(self, unexpanded: Unexpanded) -> RunConfig:
+        """The same configuration, which knows what was written before variables were expanded."""
+        config = self.model_copy()
+        config._unexpanded = unexpanded
+        return config
+
+    def to_write(self) -> dict[str, Any]:
+        """The configuration as JSON values for `config.json`: it can be run again.
+
+        Variables are not expanded.  User and password in URLs, and signed queries, are `***`.
+        """
+
+        def written(place: Place, value: Any) -> Any:
+            text, expanded = self._unexpanded.texts.get(place, (None, None))
+            if text is not None and str(value) == expanded:
+                return without_secrets(text)
+            return without_secrets(value) if isinstance(value, str) else value
+
+        return _each(written, (), self.model_dump(mode="json"))
+
+    def to_send(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """The configuration as JSON values for a job elsewhere, and the variables that it needs.
+
+        What the job writes then shows no more than `to_write` here.  Variables that belong to this
+        machine, such as HOME, are expanded.
+        """
+        needed: dict[str, str] = {}
+
+        def sent(place: Place, value: Any) -> Any:
+            text, expanded = self._unexpanded.texts.get(place, (None, None))
+            if text is None or str(value) != expanded:
+                return value
+            names = {
+                name
+                for name in self._unexpanded.variables
+                if f"${name}" in text or f"${{{name}}}" in text
+            }
+            if names & _OF_THIS_MACHINE:
+                return value
+            needed.update({name: self._unexpanded.variables[name] for name in names})
+            return text
+
+        return _each(sent, (), self.model_dump(mode="json")), needed
+
+    def to_hash(self) -> dict[str, Any]:
+        """The configuration as JSON values for fingerprints: it differs where results may.
+
+        As `to_write`, but numbers are those of the expanded variables, and a text with variables
+        ends with a hash of what it means, without user, password and signed query.
+        """
+
+        def hashed(place: Place, value: Any) -> Any:
+            if not isinstance(value, str):
+                return value
+            text, expanded = self._unexpanded.texts.get(place, (None, None))
+            if text is None or value != expanded:
+                return without_secrets(value)
+            digest = hashlib.sha256(without_secrets(value).encode()).hexdigest()[:8]
+            return f"{without_secrets(text)} #{digest}"
+
+        return _each(hashed, (), self.model_dump(mode="json"))
+
+    def without_secrets(self, text: str) -> str:
+        """A text for files and messages, with `${NAME}` and `***` instead of their values."""
+        return without_secrets(text, self._unexpanded.in_paths())
+
+
+def _each(change: Callable[[Place, Any], Any], place: Place, value: Any) -> Any:
+    """The same JSON value with each leaf changed."""
+    if isinstance(value, dict):
+        return {key: _each(change, (*place, str(key)), inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_each(change, (*place, str(k)), inner) for k, inner in enumerate(value)]
+    return change(place, value)

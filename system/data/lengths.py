@@ -102,7 +102,7 @@ def measure_shard(
 def read_lengths(shard: Shard, attempt_uri: str) -> ShardLengths | None:
     """The totals of a shard whose lengths are written; None if they are not."""
     uri = storage.join(attempt_uri, lengths_path(shard))
-    if not storage.exists(uri):
+    if not storage.is_whole(uri):
         return None
     return _totals(lengths_path(shard), check_table(storage.read_table(uri), LENGTHS, uri))
 
@@ -114,9 +114,9 @@ def copy_lengths(shard: Shard, from_uri: str, to_uri: str) -> ShardLengths | Non
         The totals of the shard; None if the first directory does not have its lengths.
     """
     path = lengths_path(shard)
-    if not storage.exists(storage.join(from_uri, path)):
+    if not storage.is_whole(storage.join(from_uri, path)):
         return None
-    if not storage.exists(storage.join(to_uri, path)):
+    if not storage.is_whole(storage.join(to_uri, path)):
         table = check_table(storage.read_table(storage.join(from_uri, path)), LENGTHS, path)
         storage.write_table(storage.join(to_uri, path), table)
     return read_lengths(shard, to_uri)

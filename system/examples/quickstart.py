@@ -58,7 +58,7 @@ def prepare_quickstart(run_dir: str, overrides: Sequence[str]) -> RunConfig:
     uri = storage.join(config.data_dir, "instructions.jsonl")
     marker = storage.join(config.data_dir, "recipe.json")
     recipe = {"recipe": RECIPE, "rows": ROWS_PER_CATEGORY, "seed": config.seed}
-    if not (storage.exists(marker) and storage.read_json(marker) == recipe):
+    if not (storage.is_whole(marker) and storage.read_json(marker) == recipe):
         rows = generate_instructions(ROWS_PER_CATEGORY, config.seed)
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         storage.write_bytes(uri, "".join(f"{line}\n" for line in lines).encode())

@@ -100,17 +100,17 @@ def finished_units(attempt_uri: str, answer_tokens: int = 0) -> Rates | None:
         answer_tokens: tokens that count for the answer of every held-out row (`accuracy`).
     """
     heldout_uri = storage.join(attempt_uri, "heldout.arrow")
-    if not storage.exists(heldout_uri):
+    if not storage.is_whole(heldout_uri):
         return None
     rows = storage.read_table(heldout_uri).column("input_ids")
     scored_tokens = pc.sum(pc.list_value_length(rows)).as_py() + answer_tokens * len(rows)
     train: list[tuple[float, float]] = []
     score: list[tuple[float, float]] = []
-    for name in storage.list_names(storage.join(attempt_uri, "units"))[-_LATEST:]:
+    for name in storage.whole_names(storage.join(attempt_uri, "units"))[-_LATEST:]:
         stats = storage.read_json(storage.join(attempt_uri, "units", name))
         if stats["seconds"] > 0 and stats["trained_tokens"]:
             train.append((stats["trained_tokens"], stats["seconds"]))
-    for name in storage.list_names(storage.join(attempt_uri, "scores"))[-_LATEST:]:
+    for name in storage.whole_names(storage.join(attempt_uri, "scores"))[-_LATEST:]:
         with storage.open_input(storage.join(attempt_uri, "scores", name)) as file:
             metadata = pq.read_schema(file).metadata or {}
         seconds = float(metadata.get(b"instructmix.seconds", b"0"))

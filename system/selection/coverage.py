@@ -103,7 +103,7 @@ def plan_cover(
 
 def is_ranked(attempt: str, unit: CoverUnit) -> bool:
     """Whether the unit's ranks are committed."""
-    return storage.exists(storage.join(attempt, unit.path))
+    return storage.is_whole(storage.join(attempt, unit.path))
 
 
 def write_ranked(attempt: str, unit: CoverUnit, ranked: Ranked) -> None:

@@ -34,7 +34,7 @@ COUNTED_ROWS = 100_000
 """Approximate number of rows on which document frequencies are counted."""
 
 _BUCKET_BITS = 18
-_WEIGHTS = "work/word-weights.npy"
+_WEIGHTS = "work/word-weights.npz"
 _TEXT_ROWS = 2048
 _MODEL_ROWS = 512
 _WEIGHT_STEPS = 256.0
@@ -47,7 +47,7 @@ def vectors_path(shard: Shard) -> str:
 
 def has_vectors(attempt: str, shard: Shard) -> bool:
     """Whether the shard's vectors are committed."""
-    return storage.exists(storage.join(attempt, f"{vectors_path(shard)}.json"))
+    return storage.is_whole(storage.join(attempt, f"{vectors_path(shard)}.json"))
 
 
 def count_vectors(attempt: str, shard: Shard) -> int:
@@ -124,18 +124,18 @@ def write_weights(attempt: str, counts: np.ndarray, num_rows: int) -> None:
     """
     weights = np.log((1.0 + num_rows) / (1.0 + counts)) + 1.0
     with storage.atomic_output(storage.join(attempt, _WEIGHTS)) as file:
-        np.save(file, weights)
+        np.savez(file, weights=weights)
 
 
 def has_weights(attempt: str) -> bool:
     """Whether the word weights are written."""
-    return storage.exists(storage.join(attempt, _WEIGHTS))
+    return storage.is_whole(storage.join(attempt, _WEIGHTS))
 
 
 def read_weights(attempt: str) -> np.ndarray:
     """[H] float64: the weights of all words."""
-    with storage.open_input(storage.join(attempt, _WEIGHTS)) as file:
-        return np.load(file)
+    with storage.open_input(storage.join(attempt, _WEIGHTS)) as file, np.load(file) as arrays:
+        return arrays["weights"]
 
 
 def embed_texts(corpus: Corpus, shard: Shard, weights: np.ndarray) -> np.ndarray:

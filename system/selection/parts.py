@@ -117,7 +117,7 @@ def _group_uri(attempt: str, index: int, ending: str) -> str:
 def read_group_outcome(attempt: str, index: int) -> GroupOutcome | None:
     """The outcome of a group that is committed, else None."""
     uri = _group_uri(attempt, index, "json")
-    if not storage.exists(uri):
+    if not storage.is_whole(uri):
         return None
     value = storage.read_json(uri)
     value["batches"] = {int(part): numbers for part, numbers in value["batches"].items()}
@@ -171,7 +171,7 @@ def part_inputs(num_rows: int, outcomes: Sequence[GroupOutcome]) -> list[PartInp
 def read_part(attempt: str, index: int) -> Part | None:
     """The part if it is committed, else None."""
     uri = _group_uri(attempt, index, "part.json")
-    return Part(**storage.read_json(uri)) if storage.exists(uri) else None
+    return Part(**storage.read_json(uri)) if storage.is_whole(uri) else None
 
 
 def write_part(part_input: PartInput, attempt: str) -> Part:

@@ -81,7 +81,7 @@ def _cut(shard: Shard, size: int) -> Iterator[Block]:
 
 def is_scored(attempt: str, block: Block) -> bool:
     """Whether the block's scores are committed."""
-    return storage.exists(storage.join(attempt, block.path))
+    return storage.is_whole(storage.join(attempt, block.path))
 
 
 def write_scores(attempt: str, block: Block, scores: pa.Table) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.metadata
+import pickle
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -30,9 +31,10 @@ import fsspec
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from system import storage
 from system.errors import DataError, StageError
@@ -42,6 +44,18 @@ FORMAT = 1
 COMMIT = "COMMIT.json"
 """Written last; only a directory with this file is a checkpoint."""
 _ATTEMPT = "attempt.json"
+_METADATA_CLASSES = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
+}  # fmt: skip
+"""Module -> all that `.metadata` of a checkpoint may name; dtypes of torch besides."""
 WRITTEN_WITH = ("instructmix", "peft", "torch", "transformers")
 """Packages whose versions COMMIT.json records: the names of tensors depend on them."""
 
@@ -122,7 +136,7 @@ def load_checkpoint(
             memory.  The checkpoint may be good and stays.
     """
     state = training.state()
-    reader = _reader(checkpoint.uri)
+    reader = _Reader(checkpoint.uri)
     try:
         _check_tensors(checkpoint.uri, reader.read_metadata(), state)
         state_dict_loader.load(
@@ -208,12 +222,34 @@ def file_sizes(uri: str) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if name != COMMIT}
 
 
-def _reader(uri: str) -> FileSystemReader:
-    if storage.local_path(uri) is not None:
-        return FileSystemReader(str(storage.local_path(uri)))
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles the `.metadata` of a checkpoint, and runs no code that the file brings along.
 
-    return FsspecReader(uri)
+    Torch unpickles it without a limit: whoever can write to a run directory could run programs as
+    the user who resumes from it.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """As pickle, but refuses what the metadata of a checkpoint does not need."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _METADATA_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint needs")
+
+
+class _Reader(FsspecReader):
+    """Reads a checkpoint, local or not, without running code from its files."""
+
+    def read_metadata(self, *_: Any, **options: Any) -> Metadata:
+        """As FileSystemReader, with a limited unpickler."""
+        path = self._get_metadata_path(options.get("rank"))
+        with self.fs.create_stream(path, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if any("/" in entry.relative_path for entry in metadata.storage_data.values()):
+            raise pickle.UnpicklingError(".metadata names a file outside of the checkpoint")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 class CheckpointWriter:
@@ -358,6 +394,7 @@ class CheckpointWriter:
 
     def _commit(self, uri: str, commit: Mapping[str, Any]) -> None:
         self._check_attempt()
+        storage.flush_directory(uri)
         storage.write_json(storage.join(uri, COMMIT), {**commit, "files": file_sizes(uri)})
         self._prune(uri, commit["best_step"])
 
@@ -426,6 +463,4 @@ class _LocalWriter(FileSystemWriter):
 def _writer(uri: str) -> FileSystemWriter:
     if storage.local_path(uri) is not None:
         return _LocalWriter(str(storage.local_path(uri)), sync_files=True)
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-
     return FsspecWriter(uri, sync_files=False)

@@ -90,7 +90,7 @@ def read_finished(job: TrainJob) -> TrainedModel | None:
         DataError: the directory holds the result of another job.
     """
     uri = storage.join(job.output_uri, "done.json")
-    if not storage.exists(uri):
+    if not storage.is_whole(uri):
         return None
     done = storage.read_json(uri)
     inputs = _input_hashes(job, read_plan(job.plan_uri))

@@ -49,6 +49,7 @@ _INFLUENCE = "tests/unit/test_influence.py::"
 _TRAIN = "tests/unit/test_train.py::"
 _MICROBATCH = "tests/unit/test_microbatch.py"
 _RUNDIR = "tests/unit/test_rundir.py"
+_LEASE_TESTS = "tests/unit/test_lease.py"
 _COMMIT = "tests/unit/test_commit.py"
 
 
@@ -328,7 +329,7 @@ _PACKER = (
 _LEASE = (
     _mutation(
         "lease", "outputs not looked for", "actors/pipeline.py",
-        "if not storage.exists(storage.join(context.attempt, output)):", "if False:",
+        "if not storage.is_whole(storage.join(context.attempt, output)):", "if False:",
         "a stage is committed before its outputs are written", _COMMIT,
     ),
     _mutation(
@@ -346,19 +347,19 @@ _LEASE = (
     ),
     _mutation(
         "lease", "lease ignored", "system/rundir.py",
-        "_refuse_living_holder(uri, self.uri)\n        _write_lease(uri, holder)",
-        "_write_lease(uri, holder)",
+        "if holder is not None and self._is_living(holder):", "if False:",
         "two drivers write in one run directory", _RUNDIR,
     ),
     _mutation(
         "lease", "race for the lease not seen", "system/rundir.py",
-        "if storage.read_json(uri)[\"token\"] != holder[\"token\"]:", "if False:",
-        "two drivers that start together both go on", _RUNDIR,
+        "if not storage.create(self._epoch_uri(mine), data):",
+        "storage.create(self._epoch_uri(mine), data)\n        if False:",
+        "two drivers that start together both go on", _LEASE_TESTS,
     ),
     _mutation(
         "lease", "no heartbeat", "system/rundir.py",
-        "while not stop.wait(HEARTBEAT_SECONDS):\n                _write_lease(uri, holder)",
-        "while not stop.wait(HEARTBEAT_SECONDS):\n                pass",
+        "                        return\n                    self._write_lease(mine)",
+        "                        return",
         "a run of more than a minute loses its directory to another driver", _RUNDIR,
     ),
     _mutation(
@@ -368,8 +369,19 @@ _LEASE = (
     ),
     _mutation(
         "lease", "dead drivers hold their lease", "system/rundir.py",
-        "and not _is_alive(holder[\"pid\"]):", "and False:",
+        "and not _is_alive(holder.pid):", "and False:",
         "after a kill the run cannot be continued at once", _RUNDIR,
+    ),
+    _mutation(
+        "lease", "a lost lease is not seen", "system/rundir.py",
+        "if self._held is not None and not self._has_lease(self._held):", "if False:",
+        "a driver that was paused comes back and overwrites results", _LEASE_TESTS,
+    ),
+    _mutation(
+        "lease", "commits of lost drivers count", "system/rundir.py",
+        "return record if newest.commits.get(path) == self._digest(path) else None",
+        "return record",
+        "a commit after the lease was lost becomes the result", _LEASE_TESTS,
     ),
     _mutation(
         "lease", "redo keeps shared work", "system/rundir.py",
@@ -378,7 +390,7 @@ _LEASE = (
     ),
     _mutation(
         "lease", "fingerprint without files", "actors/pipeline.py",
-        "    inputs |= flatten(\"file\", stage.identity(config))\n", "",
+        "    inputs |= _without_secrets(flatten(\"file\", stage.identity(config)), config)\n", "",
         "changed input files do not repeat a stage", _COMMIT,
     ),
     _mutation(
@@ -398,11 +410,11 @@ _LEASE = (
         "the same configuration in another order is another run", _RUNDIR,
     ),
     _mutation(
-        "lease", "half a file under its name", "system/storage.py",
-        "            os.fsync(file.fileno())\n        os.chmod(temporary, 0o644)\n"
-        "        os.replace(temporary, path)\n    except BaseException:\n"
-        "        Path(temporary).unlink(missing_ok=True)\n        raise",
-        "            os.fsync(file.fileno())\n    finally:\n        os.replace(temporary, path)",
+        "lease", "half a file under its name", "system/disk.py",
+        "    with _written(path) as (file, temporary):\n        yield file\n"
+        "        _flush(file)\n        os.replace(temporary, path)",
+        "    with _written(path) as (file, temporary):\n        os.replace(temporary, path)\n"
+        "        yield file",
         "a write that failed leaves half a file under the name of a whole one",
         "tests/unit/test_storage.py",
     ),

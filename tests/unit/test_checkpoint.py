@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -227,3 +229,42 @@ def test_the_best_checkpoint_stays_however_old_and_without_it_none_after_it_is_u
     assert [c.step for c in found] == [4, 2]
     assert [c.step for c in resumable(found)] == [4, 2]
     assert resumable([c for c in found if c.step != 2]) == []
+
+
+class Program:
+    """A pickle that calls a function when it is read."""
+
+    def __init__(self, *call) -> None:
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], tuple(self.call[1:])
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+@pytest.mark.parametrize("function", [os.mkdir, eval, os.system, torch.load])
+def test_metadata_of_a_checkpoint_runs_no_code(tmp_path, place, function):
+    root = str(tmp_path / "c") if place == "local" else f"memory://code/{tmp_path.name}"
+    run_all(root)
+    newest = find_checkpoints(root, IDENTITY)[0]
+    mark = tmp_path / "mark"
+    mark_it = {eval: f"__import__('os').mkdir({str(mark)!r})", os.system: f"mkdir {mark}"}
+    planted = pickle.dumps({"metadata": Program(function, mark_it.get(function, str(mark)))})
+    storage.write_bytes(f"{newest.uri}/.metadata", planted)
+    commit = storage.read_json(f"{newest.uri}/COMMIT.json")
+    commit["files"][".metadata"] = len(planted)
+    storage.write_json(f"{newest.uri}/COMMIT.json", commit)
+    newest = find_checkpoints(root, IDENTITY)[0]
+    with pytest.raises(StageError, match=r"names \w+\.[\w.]+, which no checkpoint needs"):
+        load_into(build_model(), newest)
+    assert not mark.exists()
+    assert find_checkpoints(root, IDENTITY)[0].step == 2
+
+
+def test_metadata_of_a_checkpoint_names_no_file_outside(tmp_path):
+    run_all(tmp_path)
+    newest = find_checkpoints(str(tmp_path), IDENTITY)[0]
+    path = Path(newest.uri) / ".metadata"
+    path.write_bytes(path.read_bytes().replace(b"__0_0.distcp", b"../../passwd"))
+    with pytest.raises(StageError, match="outside"):
+        load_into(build_model(), newest)

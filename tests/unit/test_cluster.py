@@ -16,7 +16,7 @@ from actors import fit
 from actors.cluster import MAX_DIRECTORY_BYTES, Cluster
 from actors.stage import StageContext
 from system.config import ClusterConfig, TrainConfig
-from system.errors import ClusterError
+from system.errors import ClusterError, ConfigError
 from system.progress import Progress
 from system.training.records import TrainJob
 
@@ -81,7 +81,8 @@ def test_every_user_has_a_short_directory_of_their_own(
     with pytest.raises(ClusterError, match=r"expected a directory of this user .*RAY_TMPDIR"):
         Cluster(ClusterConfig(address="local")).connect()
     ((mine, others), (options,)) = sorted(tmp_path.iterdir()), started
-    assert options["_temp_dir"] == str(mine) != str(others)
+    # Ray opens its directory to all users, so the one around it must be closed.
+    assert Path(options["_temp_dir"]).parent == mine != others
     assert mine.stat().st_mode & 0o777 == 0o700
     assert len(f"/tmp/{others.name}") <= MAX_DIRECTORY_BYTES
 
@@ -161,8 +162,85 @@ def test_a_slow_start_of_a_local_ray_is_tried_again(
         cluster.connect()
         assert starts == ["local"] * 2
     else:
-        with pytest.raises(ClusterError, match="did not start in 3 attempts"):
+        with pytest.raises(ClusterError, match="did not start in 3 attempts of up to 120 s"):
             cluster.connect()
         assert starts == ["local"] * 3
     assert all("trying again" in line for line in lines)
     assert len(lines) == min(failures, 2)
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of Ray's limits on its start, all unset."""
+    names = ["RAY_gcs_server_port_wait_time_s", "RAY_raylet_start_wait_time_s"]
+    names.append("RAY_agent_register_timeout_ms")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return names
+
+
+def test_a_local_ray_gets_the_time_to_start_that_is_configured(
+    started: list[dict[str, Any]],
+    limits: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(cluster_module, "RayletConfig", SimpleNamespace(initialize=given.append))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", "7")
+    Cluster(ClusterConfig(address="local", start_seconds=300)).connect()
+    assert [os.environ[name] for name in limits] == ["7", "300", "300000"]
+    assert given == ['{"raylet_start_wait_time_s": 300}']
+    assert len(started) == 1
+
+
+def test_the_reason_why_ray_did_not_start_is_in_the_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+
+    def init(**options: Any) -> None:
+        logs = Path(options["_temp_dir"], "session_latest", "logs")
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "raylet.out").write_text(
+            "[2026-01-01 00:00:00,000 I 1 1] (raylet) main.cc:1: starts\n"
+            "[2026-01-01 00:00:09,000 E 1 1] (raylet) agent.cc:2: no agent registered\n"
+        )
+        raise Exception("The current node timed out during startup. This could happen ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ClusterError, match=r"raylet.out says.*no agent registered.*start_seconds"):
+        Cluster(ClusterConfig(address="local")).connect()
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "closed"])
+def test_a_directory_for_ray_that_cannot_be_used_is_one_clear_error(
+    kind: str, started: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "x"
+    if kind == "file":
+        folder.touch()
+    if kind == "closed":
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    with pytest.raises(ConfigError, match=rf"{folder}: expected a directory.*RAY_TMPDIR"):
+        Cluster(ClusterConfig(address="local")).connect()
+    assert not started
+
+
+def test_a_directory_that_ray_has_opened_to_all_is_closed(
+    started: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (mine := tmp_path / f"instructmix-ray-{os.getuid()}").mkdir()
+    mine.chmod(0o777)
+    Cluster(ClusterConfig(address="local")).connect()
+    assert mine.stat().st_mode & 0o777 == 0o700
+    assert len(started) == 1

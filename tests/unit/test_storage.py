@@ -1,12 +1,18 @@
+import errno
+import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
+import numpy as np
 import pyarrow as pa
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from system import storage
 from system.errors import DataError
@@ -203,3 +209,177 @@ def test_writers_do_not_hide_the_error_of_the_block(tmp_path):
         writers.write(str(tmp_path / "file" / "below"), b"")
         writers.write(str(tmp_path / "good"), b"")
         raise ZeroDivisionError
+
+
+class BreakingStore(MemoryFileSystem):
+    """An object store as fsspec shows it: closing a file publishes the bytes that it has."""
+
+    protocol = "breaking"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    room = 10**9
+    """Bytes after which the connection breaks."""
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode != "wb":
+            return super()._open(path, mode, **options)
+        return BreakingUpload(self, path, mode, block_size=2**16)
+
+    def rm_file(self, path: str) -> None:
+        """A broken connection deletes nothing either."""
+        if self.room < 0:
+            raise OSError("connection lost")
+        super().rm_file(path)
+
+
+class BreakingUpload(AbstractBufferedFile):
+    def _initiate_upload(self) -> None:
+        self.parts: list[bytes] = []
+
+    def _upload_chunk(self, final: bool = False) -> bool:
+        data = self.buffer.getvalue()
+        BreakingStore.room -= len(data)
+        if BreakingStore.room < 0 and not final:
+            raise OSError("connection lost")
+        self.parts.append(data)
+        if final:
+            self.publish(b"".join(self.parts))
+        return True
+
+    def publish(self, data: bytes) -> None:
+        self.fs.store[self.path] = MemoryFile(self.fs, self.path, data)
+
+
+@pytest.fixture
+def breaking(monkeypatch: pytest.MonkeyPatch) -> str:
+    fsspec.register_implementation("breaking", BreakingStore, clobber=True)
+    monkeypatch.setattr(BreakingStore, "store", {})
+    monkeypatch.setattr(BreakingStore, "room", 10**9)
+    return "breaking://bucket"
+
+
+@pytest.mark.parametrize("room", [0, 200_000])
+def test_an_upload_that_breaks_leaves_the_old_object_under_the_name(
+    breaking: str, room: int
+) -> None:
+    uri = f"{breaking}/x[1].parquet"
+    storage.write_bytes(uri, b"old")
+    BreakingStore.room = room
+    with pytest.raises(OSError, match="connection lost"):
+        storage.write_bytes(uri, bytes(10**6))
+    BreakingStore.room = 10**9
+    assert storage.read_bytes(uri) == b"old"
+    assert storage.list_names(breaking) == ["x[1].parquet"]
+    assert storage.remove_unfinished(breaking) <= 1
+    assert storage.remove_unfinished(breaking) == 0
+    storage.write_bytes(uri, bytes(10**6))
+    assert len(storage.read_bytes(uri)) == 10**6
+    assert storage.list_names(breaking) == ["x[1].parquet"]
+
+
+def test_an_upload_that_breaks_leaves_no_object_under_a_new_name(breaking: str) -> None:
+    BreakingStore.room = 100_000
+    with pytest.raises(OSError, match="connection lost"):
+        storage.write_table(f"{breaking}/t.arrow", pa.table({"a": list(range(10**5))}))
+    assert not storage.exists(f"{breaking}/t.arrow")
+
+
+def test_an_upload_of_which_the_store_loses_a_part_is_an_error(
+    breaking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BreakingUpload, "flush", lambda *_, **__: None)
+    monkeypatch.setattr(BreakingUpload, "close", lambda self: self.publish(b"1"))
+    with pytest.raises(OSError, match="expected 2 bytes"):
+        storage.write_bytes(f"{breaking}/x", b"12")
+    assert not storage.exists(f"{breaking}/x")
+
+
+@pytest.mark.parametrize("name", ["x.json", "t.parquet", "t.arrow", "a.npz"])
+def test_a_file_that_was_cut_is_not_whole(root: str, name: str) -> None:
+    uri = storage.join(root, name)
+    assert not storage.is_whole(uri)
+    if name.endswith("json"):
+        storage.write_json(uri, {"a": 1})
+    elif name.endswith("npz"):
+        with storage.atomic_output(uri) as file:
+            np.savez(file, a=np.arange(100))
+    else:
+        storage.write_table(uri, TABLE)
+    assert storage.is_whole(uri)
+    assert storage.whole_names(root) == [name]
+    data = storage.read_bytes(uri)
+    for size in (0, 1, len(data) // 2, len(data) - 3):
+        storage.write_bytes(uri, data[:size])
+        assert not storage.is_whole(uri)
+    assert storage.whole_names(root) == []
+
+
+def test_create_writes_only_where_nothing_is(root: str) -> None:
+    uri = storage.join(root, "deep", "x.json")
+    assert storage.create(uri, b"1")
+    assert not storage.create(uri, b"2")
+    assert storage.read_bytes(uri) == b"1"
+    assert storage.list_names(storage.join(root, "deep")) == ["x.json"]
+
+
+def test_of_many_that_create_one_file_one_succeeds(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda k: storage.create(str(tmp_path / "x"), b"%d" % k), range(64)))
+    assert done.count(True) == 1
+    assert (tmp_path / "x").read_bytes() == b"%d" % done.index(True)
+
+
+def test_create_needs_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert storage.create(str(tmp_path / "x"), b"1")
+    assert not storage.create(str(tmp_path / "x"), b"2")
+    assert (tmp_path / "x").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o002, 0o664), (0o022, 0o644)])
+def test_files_have_the_mode_that_the_user_wants(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        storage.write_bytes(str(tmp_path / "d" / "x"), b"1")
+        storage.create(str(tmp_path / "d" / "y"), b"1")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "d").iterdir()}
+    assert modes == {mode}
+    assert (tmp_path / "d").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_the_directories_of_a_file_are_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a loss of power takes the name of a file whose bytes are on the disk."""
+    flushed, fsync = [], os.fsync
+
+    def record(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    storage.write_bytes(str(tmp_path / "a" / "b" / "x"), b"1")
+    file = flushed.pop(2)
+    assert file.startswith(str(tmp_path / "a" / "b" / ".x."))
+    assert flushed == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    flushed.clear()
+    storage.flush_directory(str(tmp_path / "a"))
+    names = ("a/b/x", "a/b", "a", "")
+    assert flushed == [str(tmp_path / name) for name in names]
+
+
+def test_a_file_with_a_long_name_can_be_written(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / ("x" * 255)), b"1")
+    assert (tmp_path / ("x" * 255)).read_bytes() == b"1"
+
+
+def test_a_copy_follows_a_file_that_changed_without_changing_its_size(tmp_path: Path) -> None:
+    for content in (b"0123456789", b"9876543210"):
+        storage.write_bytes("memory://changed/model/weights", content)
+        folder = storage.download_directory("memory://changed/model", tmp_path / "copy")
+        assert (folder / "weights").read_bytes() == content

@@ -116,7 +116,7 @@ def kept_uri(plan: IngestPlan, index: int) -> str:
 def read_bucket_outcome(plan: IngestPlan, index: int) -> BucketOutcome | None:
     """The outcome of a finished bucket, else None."""
     uri = _bucket_uri(plan, index)
-    if not storage.exists(uri):
+    if not storage.is_whole(uri):
         return None
     value = storage.read_json(uri)
     value["kept"] = tuple(
@@ -237,7 +237,7 @@ def placed(plan: IngestPlan, rows: pa.Table, bases: dict[tuple[int, int], int]) 
     base = np.array([bases.get(key, 0) for key in zip(files, starts, strict=True)], np.int64)
     columns = {
         "source": pa.array([plan.source_of(file) for file in files], pa.string()),
-        "file": pa.array([plan.files[file].uri for file in files], pa.string()),
+        "file": pa.array([plan.files[file].name for file in files], pa.string()),
         "row": pa.array(np.asarray(rows["place"]) + base),
     }
     others = [name for name in rows.column_names if name not in ("file", "start", "place")]

@@ -106,7 +106,8 @@ def check_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
         # Chunks count rows from the start of a file range; the message needs numbers in the file.
         bases = row_bases(outcomes)
         examples = [
-            f"{plan.files[file].uri} row {place + bases.get((file, start), 0)}: {reason} ({detail})"
+            f"{plan.files[file].name} row {place + bases.get((file, start), 0)}: "
+            f"{reason} ({detail})"
             for item in outcomes
             for file, start, place, reason, detail in item.examples
         ]
@@ -222,7 +223,7 @@ def _source_counts(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> Iterat
         files = [file for file in plan.files if file.source == number]
         yield {
             "name": plan.source_of(files[0].index),
-            "files": {file.uri: file.stamp for file in files},
+            "files": {file.name: file.stamp for file in files},
             "read": sum(item.read for item in source_outcomes),
             "rejected": dict(sorted(_reasons(source_outcomes).items())),
         }

@@ -124,7 +124,10 @@ def plan_ingest(config: RunConfig, attempt: str) -> IngestPlan:
     Raises:
         DataError: a source is missing or empty.
     """
-    files = sources.list_files(config.sources, config.data_dir)
+    files = [
+        replace(file, shown=config.without_secrets(file.uri))
+        for file in sources.list_files(config.sources, config.data_dir)
+    ]
     for number, source in enumerate(config.sources):
         source_files = [file for file in files if file.source == number]
         # A hub data set may state no size before it is downloaded.
@@ -162,9 +165,13 @@ def open_plan(config: RunConfig, attempt: str) -> IngestPlan:
     """
     plan = plan_ingest(config, attempt)
     uri = storage.join(attempt, "work", "plan.json")
-    inputs = _plan_inputs(plan)
-    if not storage.exists(uri):
-        files, chunks = (list(map(asdict, items)) for items in (plan.files, plan.chunks))
+    inputs = _plan_inputs(plan, config)
+    if not storage.is_whole(uri):
+        # The addresses are in the plan of every session; a file must not show their secrets.
+        files = [asdict(file) | {"uri": file.name} for file in plan.files]
+        chunks = [asdict(chunk) for chunk in plan.chunks]
+        for file_range in (item for chunk in chunks for item in chunk["ranges"]):
+            file_range["uri"] = plan.files[file_range["file"]].name
         cut = {"num_buckets": plan.num_buckets, "files": files, "chunks": chunks}
         storage.write_json(uri, {"given": inputs, "cut": cut})
         return plan
@@ -178,24 +185,33 @@ def open_plan(config: RunConfig, attempt: str) -> IngestPlan:
         )
     cut = value["cut"]
     chunks = [
-        chunk | {"ranges": tuple(FileRange(**item) for item in chunk["ranges"])}
+        chunk
+        | {
+            "ranges": tuple(
+                FileRange(**item | {"uri": plan.files[item["file"]].uri})
+                for item in chunk["ranges"]
+            )
+        }
         for chunk in cut["chunks"]
     ]
+    files = zip(plan.files, cut["files"], strict=True)
     return replace(
         plan,
         num_buckets=cut["num_buckets"],
-        files=tuple(SourceFile(**file) for file in cut["files"]),
+        files=tuple(replace(file, size=item["size"]) for file, item in files),
         chunks=tuple(Chunk(**chunk) for chunk in chunks),
     )
 
 
-def _plan_inputs(plan: IngestPlan) -> dict[str, Any]:
+def _plan_inputs(plan: IngestPlan, config: RunConfig) -> dict[str, Any]:
     """What a plan is made from, in a form that is equal after a round trip through JSON."""
+    values = config.to_hash()
+    maps = [source.model_dump(mode="json", include={"category_map"}) for source in plan.sources]
     return {
-        "ingest": plan.settings.model_dump(mode="json"),
-        "sources": [source.model_dump(mode="json") for source in plan.sources],
-        "files": {f"{file.index} {file.uri}": file.stamp for file in plan.files},
-        "benchmarks": list(plan.benchmark_uris),
+        "ingest": values["ingest"],
+        "sources": [value | read for value, read in zip(values["sources"], maps, strict=True)],
+        "files": {f"{file.index} {file.name}": file.stamp for file in plan.files},
+        "benchmarks": list(map(config.without_secrets, plan.benchmark_uris)),
         "filters": {item.name: item.source_digest() for item in plan.filters},
     }
 
@@ -227,7 +243,7 @@ def chunk_uri(plan: IngestPlan, index: int, ending: str) -> str:
 def read_outcome(plan: IngestPlan, index: int) -> ChunkOutcome | None:
     """The outcome of a finished chunk, else None."""
     uri = chunk_uri(plan, index, "json")
-    if not storage.exists(uri):
+    if not storage.is_whole(uri):
         return None
     value = storage.read_json(uri)
     value["ranges"] = tuple(RangeCount(**count) for count in value["ranges"])

@@ -109,7 +109,7 @@ def _commit_uri(plan: IngestPlan, index: int) -> str:
 def read_shard_outcome(plan: IngestPlan, index: int) -> ShardOutcome | None:
     """The outcome of a finished work unit, else None."""
     uri = _commit_uri(plan, index)
-    if not storage.exists(uri):
+    if not storage.is_whole(uri):
         return None
     value = storage.read_json(uri)
     return ShardOutcome(index=index, shards=tuple(Shard(**shard) for shard in value["shards"]))

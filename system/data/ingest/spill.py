@@ -103,7 +103,7 @@ def step_uri(plan: IngestPlan, step: str, index: int, ending: str) -> str:
 def read_spill_outcome(plan: IngestPlan, step: str, index: int) -> SpillOutcome | None:
     """The outcome of a finished work unit of a step, else None."""
     uri = step_uri(plan, step, index, "json")
-    if not storage.exists(uri):
+    if not storage.is_whole(uri):
         return None
     value = storage.read_json(uri)
     value["batches"] = {int(key): numbers for key, numbers in value["batches"].items()}

@@ -29,6 +29,7 @@ from system.data.read.hub import count_rows, stat_hub
 from system.data.read.readers import DATASET, HUB, FileRange, file_kind
 from system.data.read.tables import count_arrow_batches
 from system.errors import DataError
+from system.redact import without_secrets
 
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".csv", ".tsv")
 _COMPRESSIONS = (".gz", ".zst", ".bz2")
@@ -47,6 +48,13 @@ class SourceFile:
     """In bytes; for a data set, of its Arrow files."""
     stamp: str
     """Changes with the content: size and mtime, ETag, or fingerprint of a data set."""
+    shown: str = ""
+    """The URI without secrets, for files and messages; empty: `uri` has none."""
+
+    @property
+    def name(self) -> str:
+        """What files and messages call it."""
+        return self.shown or self.uri
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +72,7 @@ def source_name(source: SourceConfig) -> str:
     """The name of the source in reports: the configured one, else made from its path."""
     if source.name:
         return source.name
-    name = source.path.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
+    name = without_secrets(source.path).split("?")[0].rstrip("/").rsplit("/", 1)[-1]
     return name if name.startswith(".") else name.split(".")[0] or name
 
 

@@ -121,7 +121,7 @@ class EarlierResult:
         self.name = name
         self.uri = storage.join(attempts_uri, name)
         uri = storage.join(self.uri, "design.json")
-        if not storage.exists(uri):
+        if not storage.is_whole(uri):
             raise ConfigError(
                 f"influence.append: expected the earlier result at {self.uri}, found no "
                 "design.json there. Set influence.append to false to measure all categories again."

@@ -77,7 +77,7 @@ class SharedRuns:
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        self._known = set(storage.list_names(uri))
+        self._known = set(storage.whole_names(uri))
 
     def find(self, key: str) -> tuple[pa.Table | None, dict[str, Any]] | None:
         """(scores, training statistics) of a finished run, or None; a warm-up has no scores."""
@@ -85,8 +85,11 @@ class SharedRuns:
             return None
         stats = storage.read_json(storage.join(self._uri, f"{key}.json"))
         name = f"{key}.parquet"
-        table = storage.read_table(storage.join(self._uri, name)) if stats["is_scored"] else None
-        return table, stats["training"]
+        if not stats["is_scored"]:
+            return None, stats["training"]
+        if name not in self._known:
+            return None
+        return storage.read_table(storage.join(self._uri, name)), stats["training"]
 
     def keep(self, key: str, scores: pa.Table | None, training: Mapping[str, Any]) -> None:
         """Stores a finished run.  The JSON file is written last and commits it."""
@@ -94,4 +97,4 @@ class SharedRuns:
             storage.write_table(storage.join(self._uri, f"{key}.parquet"), scores)
         value = {"is_scored": scores is not None, "training": dict(training)}
         storage.write_json(storage.join(self._uri, f"{key}.json"), value)
-        self._known.add(f"{key}.json")
+        self._known |= {f"{key}.json", f"{key}.parquet"}
