@@ -10,7 +10,6 @@ archive, an array without its last bracket) is an error, never a short result.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from system.data.read.tables import (
     rows_of_batches,
 )
 from system.errors import DataError
+from system.foreign_tables import decode_json, without_nulls
 
 HUB = "hub"
 DATASET = "dataset"
@@ -45,6 +45,7 @@ _SNIFFED_BYTES = 64
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _NEVER_EMPTY = (".gz", ".zst", ".bz2", ".parquet", ".arrow", ".feather")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_NULL = b"null"
 _decode = msgspec.json.Decoder().decode
 
 
@@ -156,9 +157,14 @@ def _is_object(line: bytes) -> bool:
 
 
 def decode_row(line: bytes) -> dict[str, Any] | Defect:
-    """Decodes one JSON object; accepts NaN and Infinity, which some writers produce."""
+    """Decodes one JSON object; accepts NaN and Infinity, which some writers produce.
+
+    Null keys of the objects inside of the row are left out: a table has them in every row.
+    """
     try:
         value = _decode(line)
+        if _NULL in line:
+            value = _row_without_nulls(value)
     except UnicodeDecodeError as error:
         return Defect("bad-utf8", f"byte {error.object[error.start]:#04x} is not UTF-8")
     except RecursionError:
@@ -166,7 +172,7 @@ def decode_row(line: bytes) -> dict[str, Any] | Defect:
     except msgspec.DecodeError as strict:
         # The standard library is slower, but it reads NaN and Infinity.
         try:
-            value = json.loads(line)
+            value = _row_without_nulls(decode_json(line))
         except UnicodeDecodeError as error:
             return Defect("bad-utf8", f"byte {line[error.start]:#04x} is not UTF-8")
         except (ValueError, RecursionError):
@@ -174,6 +180,11 @@ def decode_row(line: bytes) -> dict[str, Any] | Defect:
     if type(value) is not dict:
         return Defect("bad-json", f"expected an object, found a {type(value).__name__}")
     return value
+
+
+def _row_without_nulls(row: Any) -> Any:
+    """The row; of its columns none is left out, because a column of nulls is a column."""
+    return {key: without_nulls(value) for key, value in row.items()} if type(row) is dict else row
 
 
 def _excerpt(line: bytes) -> str:
@@ -275,7 +286,7 @@ def decode_lines(run: bytes) -> list[RawRow]:
     try:
         values = [_decode(line) for line in lines]
         if set(map(type, values)) == {dict}:
-            return values
+            return list(map(_row_without_nulls, values)) if _NULL in run else values
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     return [_decode_line(line) for line in lines]
