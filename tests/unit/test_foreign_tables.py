@@ -12,7 +12,7 @@ from ingest_builders import ingest, numbered, run_config
 
 from system import storage
 from system.config import SourceConfig
-from system.data.read import blocks
+from system.data.read import blocks, tables
 from system.data.read.readers import FileRange, read_rows
 from system.errors import DataError
 from system.foreign_tables import checked, expanded_bytes, python_rows
@@ -223,6 +223,7 @@ def test_a_list_of_nothing_is_as_long_as_its_values():
 @pytest.mark.parametrize("name", list(shared_texts(16, 1)))
 def test_rows_that_share_a_text_that_is_too_long_are_rejected(tmp_path, monkeypatch, name):
     monkeypatch.setattr(blocks, "MAX_ROW_BYTES", 3000)
+    monkeypatch.setattr(tables, "BATCH_BYTES", 3000)
     table = pa.table({"x": shared_texts(8000, 5)[name]})
     with pyarrow.ipc.new_file(tmp_path / "x.arrow", table.schema) as writer:
         writer.write_table(table)

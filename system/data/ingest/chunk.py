@@ -31,6 +31,7 @@ from system.data.read.raw_rows import Defect, RawRow
 from system.data.read.readers import FileRange, read_batches, read_rows
 from system.data.row_buffer import RowBuffer
 from system.data.rows.benchmarks import benchmark_index
+from system.data.rows.columns import SeenColumns
 from system.data.rows.conversation import RowRejected, Turn
 from system.data.rows.filters import run_filters
 from system.data.rows.formats import Format, choose_format
@@ -136,6 +137,7 @@ class _ChunkWorker:
     ) -> None:
         self._settings = plan.settings
         self._labels = Labels(source)
+        self._seen = SeenColumns(source)
         self._benchmarks = (
             benchmark_index(plan.benchmark_uris, plan.settings.benchmark_ngram)
             if plan.benchmark_uris
@@ -185,6 +187,7 @@ class _ChunkWorker:
     ) -> None:
         """Adds a batch of rows; the first of them has the number `first` in its file range."""
         self._read += len(values) - values.count(None)
+        self._seen.see(values)
 
         def turns_of(row: dict[str, Any]) -> list[Turn]:
             assert shape is not None, "a file with a readable row has a shape"
@@ -299,4 +302,6 @@ class _ChunkWorker:
             ranges=tuple(self._ranges),
             batches=self._rows.batches,
             rejected_batches=self._rejected.batches.get(0, []),
+            columns=tuple(sorted(_writable(name, _DETAIL_CHARS) for name in self._seen.names)),
+            absent=tuple(sorted(self._seen.absent)),
         )

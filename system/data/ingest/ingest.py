@@ -55,6 +55,8 @@ from system.data.ingest.shards import (
 )
 from system.data.ingest.spill import SpillOutcome, read_spill, read_spill_outcome, spill_inputs
 from system.data.read.lost_files import check_lost_files
+from system.data.read.sources import source_name
+from system.data.rows.columns import check_columns
 from system.errors import DataError, StageError
 from system.schema import REJECTED
 
@@ -90,6 +92,7 @@ def check_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
     """Stops an ingest whose input cannot be what the user meant.
 
     Raises:
+        ConfigError: no row of a source has a column that the configuration names.
         DataError: a source has no row, a file has no usable row, or more rows were rejected than
             the configuration allows.
     """
@@ -97,6 +100,8 @@ def check_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
         source_outcomes = [i for i in outcomes if plan.chunks[i.index].source == number]
         if not sum(item.read for item in source_outcomes):
             raise empty_source(source, [file.uri for file in plan.files if file.source == number])
+        where = f"source {source_name(source)!r}"
+        check_columns(where, source, [(item.columns, item.absent) for item in source_outcomes])
     check_lost_files(plan, outcomes)
     num_read = sum(item.read for item in outcomes)
     reasons = _reasons(outcomes)

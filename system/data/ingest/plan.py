@@ -100,6 +100,10 @@ class ChunkOutcome:
     batches: dict[int, list[int]]
     """Bucket -> record batches of the spill file."""
     rejected_batches: list[int]
+    columns: tuple[str, ...] = ()
+    """Some of the columns that the rows have, for messages."""
+    absent: tuple[str, ...] = ()
+    """Columns that the configuration names and that no row of the chunk has."""
 
 
 def source_fingerprint(config: RunConfig) -> dict[str, str]:
@@ -230,6 +234,7 @@ def read_outcome(plan: IngestPlan, index: int) -> ChunkOutcome | None:
     value = storage.read_json(uri)
     value["ranges"] = tuple(RangeCount(**count) for count in value["ranges"])
     value["examples"] = tuple(tuple(example) for example in value["examples"])
+    value |= {name: tuple(value.get(name, ())) for name in ("columns", "absent")}
     value["batches"] = {int(bucket): numbers for bucket, numbers in value["batches"].items()}
     return ChunkOutcome(**value)
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 from system.config import IngestConfig, RunConfig, SourceConfig
 from system.data.read.readers import Defect, FileRange, read_rows
 from system.data.read.sources import list_files
+from system.data.rows.columns import SeenColumns, check_columns
 from system.data.rows.conversation import SPLITS, Conversation, RowRejected, normalise, split_of
 from system.data.rows.formats import Format, choose_format
 from system.data.rows.labels import Labels
@@ -82,6 +83,7 @@ def read_target(
         `duplicate`; rows of the other side are not counted.
 
     Raises:
+        ConfigError: no row has a column that the configuration names.
         DataError: no file, an unknown format, or too large a share of broken rows.
     """
     name, path = source.name, source.path
@@ -89,7 +91,9 @@ def read_target(
     rows_by_id: dict[str, _Row] = {}
     left_out: Counter[str] = Counter()
     num_rows = num_broken = 0
+    seen = SeenColumns(source)
     for file in list_files([source], data_dir):
+        labels.open_file(file.uri)
         rows = read_rows(FileRange(file=file.index, uri=file.uri, stamp=file.stamp))
         # The format is guessed from the first rows, which must then not be lost.
         first = list(itertools.islice(rows, _HEAD_ROWS))
@@ -98,6 +102,7 @@ def read_target(
         )
         for _, row in itertools.chain(first, rows):
             num_rows += 1
+            seen.see([row])
             normal = _normal(row, shape, labels, ingest, left_out)
             if normal is None:
                 num_broken += 1
@@ -109,6 +114,7 @@ def read_target(
                 left_out["duplicate"] += 1
             else:
                 rows_by_id[normal.conversation.id] = normal
+    check_columns(f"influence.targets {name!r} ({path})", source, [(seen.names, seen.absent)])
     if num_broken > ingest.max_rejected_share * num_rows:
         raise DataError(
             f"influence.targets {name!r} ({path}): {num_broken} of {num_rows} rows cannot be used "
