@@ -15,6 +15,7 @@ import pyarrow as pa
 from system import storage
 from system.config import IngestConfig, RunConfig, SourceConfig
 from system.data.read import sources
+from system.data.read.blocks import COMPRESSION_ENDINGS
 from system.data.read.readers import FileRange
 from system.data.read.sources import Chunk, SourceFile
 from system.data.rows.category_maps import category_map_digests, with_category_map
@@ -31,7 +32,7 @@ _COMPRESSED_GROWTH = 4
 """Assumed ratio of plain text to compressed bytes."""
 _UNKNOWN_BYTES = 16 * 2**30
 """Assumed size of a hub data set that states none: too many buckets cost less than too few."""
-_DENSE = (".gz", ".zst", ".bz2", ".parquet")
+_DENSE = (*COMPRESSION_ENDINGS, ".parquet")
 _PLACE = (
     pa.field("file", pa.int32(), nullable=False),
     pa.field("start", pa.int64(), nullable=False),  # of the file range, in the file

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from system import storage
 from system.data.read import blocks
-from system.data.read.raw_rows import TOO_LONG, Defect, RawRow
+from system.data.read.raw_rows import TOO_LONG, Defect, RawRow, bad_utf8
 from system.errors import DataError
 from system.foreign_tables import checked, class_labels, expanded_bytes, python_rows
 
@@ -154,5 +154,5 @@ def _values_of_batch(batch: pa.RecordBatch, labels: dict[str, list[str]]) -> lis
 
 def _defect(error: Exception) -> Defect:
     if isinstance(error, UnicodeDecodeError):
-        return Defect("bad-utf8", f"byte {error.object[error.start]:#04x} is not UTF-8")
+        return bad_utf8(error.object[error.start])
     return Defect("bad-value", str(error))

@@ -12,8 +12,8 @@ import yaml
 from system import storage
 from system.config import SourceConfig
 from system.config.data import name_of
+from system.data.read.listing import locate
 from system.data.read.readers import FileRange, read_rows
-from system.data.read.sources import locate
 from system.errors import DataError
 
 _KINDS = "expected CSV, TSV, JSON, JSONL, Parquet or YAML"
