@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from system.errors import InstructMixError
+from system.errors import InstructMixError, printable
 from system.stages import STAGE_NAMES
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InstructMixError as error:
         if arguments.debug:
             raise
-        print(f"instructmix: {error}", file=sys.stderr)
+        print(printable(f"instructmix: {error}"), file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if arguments.debug:
@@ -271,7 +271,7 @@ def _ablate(arguments: argparse.Namespace) -> int:
 
     config = ablation_config(config, arguments.seeds)
     run_pipeline(config, Plan(), Progress())
-    print(describe_ablation(config.run_dir))
+    print(printable(describe_ablation(config.run_dir)))
     return 0
 
 
@@ -282,7 +282,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from actors.overview import describe_plan
 
     plan = describe_plan(config, probe=arguments.probe)
-    print(plan.text)
+    print(printable(plan.text))
     plan.forecast.refuse(max_hours=arguments.max_hours, max_tokens=arguments.max_tokens)
     return 0
 
@@ -297,7 +297,7 @@ def _reference(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     from actors.overview import describe_status
 
-    print(describe_status(arguments.run_dir))
+    print(printable(describe_status(arguments.run_dir)))
     return 0
 
 
@@ -311,14 +311,14 @@ def _report(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from system.evaluation.verification import describe_prediction
 
-    print(describe_prediction(arguments.run_dir))
+    print(printable(describe_prediction(arguments.run_dir)))
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     from system.influence.estimate.comparison import describe_comparison
 
-    print(describe_comparison(arguments.first, arguments.second))
+    print(printable(describe_comparison(arguments.first, arguments.second)))
     return 0
 
 

@@ -319,9 +319,14 @@ def _constant(name: str) -> float | None:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value of a JSON text without the keys of objects, at any depth, that are null."""
+    """The value of a JSON text without the keys of objects, at any depth, that are null.
+
+    Changes the value itself: a copy of a large row would double the memory.
+    """
     if type(value) is dict:
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    if type(value) is list:
-        return [without_nulls(item) for item in value]
+        for key in [key for key, inner in value.items() if inner is None]:
+            del value[key]
+    for inner in value.values() if type(value) is dict else value if type(value) is list else ():
+        if type(inner) is dict or type(inner) is list:
+            without_nulls(inner)
     return value

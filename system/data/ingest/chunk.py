@@ -37,7 +37,7 @@ from system.data.rows.filters import run_filters
 from system.data.rows.formats import Format, choose_format
 from system.data.rows.labels import LabelColumns, Labels
 from system.data.rows.normal_batch import NormalBatch, normalise_batch, splits_of
-from system.errors import DataError
+from system.errors import DataError, printable
 
 _FLUSH_BYTES = 32 * 2**20
 """Text that is written at once, a record batch for each bucket: much of a chunk, since a batch has
@@ -125,8 +125,8 @@ def _first_rows(values: Sequence[RawRow], num_rows: int) -> Sequence[RawRow]:
 
 
 def _writable(text: str, max_chars: int) -> str:
-    """The beginning of a text, without what UTF-8 cannot hold."""
-    return text[:max_chars].encode("utf-8", "replace").decode()
+    """The beginning of a text, without what UTF-8 cannot hold or a terminal would obey."""
+    return printable(text[:max_chars].encode("utf-8", "replace").decode())
 
 
 class _ChunkWorker:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from system import storage
 from system.data.read import blocks
+from system.data.read.container_limits import check_arrow_sizes, check_parquet_sizes
 from system.data.read.raw_rows import TOO_LONG, Defect, RawRow, bad_utf8
 from system.errors import DataError
 from system.foreign_tables import checked, class_labels, expanded_bytes, python_rows
@@ -27,11 +28,13 @@ _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 def parquet_batches(uri: str, start: int, end: int | None) -> Iterator[pa.RecordBatch]:
     """The rows of the row groups from `start` up to `end` (excluded)."""
     with storage.open_input(uri) as file:
-        parquet = pq.ParquetFile(file)
-        end = parquet.num_row_groups if end is None else end
-        groups = list(range(start, end))
-        rows = _rows_at_once(parquet.metadata, groups)
-        yield from parquet.iter_batches(batch_size=rows, row_groups=groups)
+        metadata = pq.read_metadata(file)
+        for group in range(start, metadata.num_row_groups if end is None else end):
+            shared = check_parquet_sizes(file, metadata, group)
+            file.seek(0)
+            parquet = pq.ParquetFile(file, metadata=metadata, read_dictionary=shared)
+            rows = _rows_at_once(metadata, [group])
+            yield from parquet.iter_batches(batch_size=rows, row_groups=[group])
 
 
 def _rows_at_once(metadata: Any, groups: list[int]) -> int:
@@ -47,6 +50,7 @@ def arrow_batches(uri: str, start: int = 0, end: int | None = None) -> Iterator[
         DataError: a stream ends without its end mark, so rows may be missing.
     """
     with _open_arrow(uri) as (source, is_file):
+        check_arrow_sizes(source, is_file)
         if is_file:
             reader = pyarrow.ipc.open_file(source)
             last = reader.num_record_batches if end is None else end
