@@ -106,6 +106,7 @@ def _result(manifest: Manifest) -> StageResult:
         ", ".join(f"{split} {count:,}" for split, count in rows.items())
         + f"; {len(manifest.categories)} categories"
         + (f", {untagged:,} rows without one" if untagged else ""),
+        *manifest.details.get("notes", ()),
     ]
     dropped = manifest.details.get("without_reasoning", 0)
     if dropped:

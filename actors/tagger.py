@@ -311,9 +311,11 @@ def _check_sizes(context: StageContext, manifest: Manifest) -> None:
     for split, least in needed.items():
         small = {name: n for name, n in manifest.counts[split].items() if n < least}
         if small:
+            found = dict(list(small.items())[:10])
+            more = f" and {len(small) - 10:,} more" if len(small) > 10 else ""
             raise DataError(
                 f"after tagging, expected at least {least} {split} rows of every category with a "
-                f"response within model.max_length, found {small}. Leave these names out of "
+                f"response within model.max_length, found {found}{more}. Leave these names out of "
                 "tag.categories, raise model.max_length, merge them into others with "
                 "tag.aliases, or lower ingest.min_train_rows / ingest.min_heldout_rows."
             )

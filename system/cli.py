@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from system.errors import InstructMixError
+from system.errors import InstructMixError, printable
 from system.redact import without_secrets
 from system.stages import STAGE_NAMES
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InstructMixError as error:
         if arguments.debug:
             raise
-        print(f"instructmix: {without_secrets(str(error))}", file=sys.stderr)
+        print(printable(f"instructmix: {without_secrets(str(error))}"), file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if arguments.debug:
@@ -273,7 +273,7 @@ def _ablate(arguments: argparse.Namespace) -> int:
 
     config = ablation_config(config, arguments.seeds)
     run_pipeline(config, Plan(), Progress())
-    print(describe_ablation(config.run_dir))
+    print(printable(describe_ablation(config.run_dir)))
     return 0
 
 
@@ -284,7 +284,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from actors.overview import describe_plan
 
     plan = describe_plan(config, probe=arguments.probe)
-    print(plan.text)
+    print(printable(plan.text))
     plan.forecast.refuse(max_hours=arguments.max_hours, max_tokens=arguments.max_tokens)
     return 0
 
@@ -299,7 +299,7 @@ def _reference(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     from actors.overview import describe_status
 
-    print(describe_status(arguments.run_dir))
+    print(printable(describe_status(arguments.run_dir)))
     return 0
 
 
@@ -313,14 +313,14 @@ def _report(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from system.evaluation.verification import describe_prediction
 
-    print(describe_prediction(arguments.run_dir))
+    print(printable(describe_prediction(arguments.run_dir)))
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     from system.influence.estimate.comparison import describe_comparison
 
-    print(describe_comparison(arguments.first, arguments.second))
+    print(printable(describe_comparison(arguments.first, arguments.second)))
     return 0
 
 

@@ -7,6 +7,16 @@ No class has its own constructor: an exception that cannot be unpickled would hi
 when it travels from one process to another.
 """
 
+import re
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that can change what a terminal shows or does, and halves of characters."""
+
+
+def printable(text: str) -> str:
+    """The text with control characters written as escapes: it may quote a row or a file's name."""
+    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
 
 class InstructMixError(Exception):
     """An error whose cause is not the user's input: exit code 1."""

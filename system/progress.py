@@ -16,6 +16,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from system.errors import printable
+
 _FORECAST_FROM = 0.1
 """Share of the work that must be done before the remaining time is forecast."""
 LINE_SECONDS = 15.0
@@ -96,7 +98,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Prints one line without breaking a bar, and logs it."""
-        tqdm.write(self._without_secrets(line), file=sys.stderr)
+        tqdm.write(printable(self._without_secrets(line)), file=sys.stderr)
         sys.stderr.flush()
         self.note(line)
 
@@ -114,4 +116,4 @@ class Progress:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
-            file.write(f"{now} {self._without_secrets(line)}\n")
+            file.write(f"{now} {printable(self._without_secrets(line))}\n")

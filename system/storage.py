@@ -32,6 +32,7 @@ from fsspec.spec import AbstractFileSystem
 
 from system import disk
 from system.errors import DataError, StageError
+from system.foreign_tables import checked_table
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers that mean: no room left."""
@@ -397,17 +398,21 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Reads an Arrow table from a `.parquet` or `.arrow` (IPC) file; local IPC is memory-mapped."""
+    """Reads an Arrow table from a `.parquet` or `.arrow` (IPC) file; local IPC is memory-mapped.
+
+    Raises:
+        pa.ArrowException: the file is damaged.
+    """
     path = local_path(uri)
     if uri.endswith(".parquet"):
         with open_input(uri) as file:
-            return pq.read_table(file, columns=columns)
+            return checked_table(pq.read_table(file, columns=columns))
     if path is not None:
         with pa.memory_map(str(path)) as mapped:
             table = pyarrow.ipc.open_file(mapped).read_all()
     else:
         table = pyarrow.ipc.open_file(pa.BufferReader(read_bytes(uri))).read_all()
-    return table if columns is None else table.select(columns)
+    return checked_table(table if columns is None else table.select(columns))
 
 
 def write_table(uri: str, table: pa.Table) -> None:

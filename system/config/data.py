@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from system.functions import FUNCTION_NAME
 
@@ -18,6 +19,12 @@ class Section(BaseModel):
     """Base of every section: frozen, unknown keys are errors, field docstrings are help texts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def name_of(value: str | int | float) -> str:
+    """A value of a category column as the name of a category: 3 and 3.0 are the same name."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return str(int(value)) if is_whole else str(value).strip()
 
 
 RowFormat = Literal[
@@ -65,6 +72,26 @@ class SourceConfig(Section):
     max_rows: Positive | None = None
     """Largest number of rows that are read, in file order. Null: all rows."""
 
+    @field_validator("category", mode="before")
+    @classmethod
+    def _category_is_a_name(cls, value: Any) -> Any:
+        return _name_in_yaml(value)
+
+    @field_validator("category_map", mode="before")
+    @classmethod
+    def _map_of_names(cls, value: Any) -> Any:
+        """YAML reads `0: zero` as a number and `no: Norwegian` as false."""
+        if not isinstance(value, Mapping):
+            return value
+        names: dict[Any, Any] = {}
+        for key, category in value.items():
+            name, category = _name_in_yaml(key), _name_in_yaml(category)
+            if names.setdefault(name, category) != category:
+                raise ValueError(
+                    f"expected one category for {name!r}, found {names[name]!r} and {category!r}"
+                )
+        return names
+
     @model_validator(mode="after")
     def _one_origin_of_category(self) -> SourceConfig:
         origins = [
@@ -97,6 +124,15 @@ class SourceConfig(Section):
         if self.format == "columns" and not {"prompt", "response"} <= set(self.columns):
             raise ValueError("format 'columns' needs columns.prompt and columns.response")
         return self
+
+
+def _name_in_yaml(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(
+            f"expected a name, found {str(value).lower()}, which is what YAML makes of yes, no, "
+            "on, off, true and false: put the name in quotes"
+        )
+    return name_of(value) if isinstance(value, int | float) else value
 
 
 class IngestConfig(Section):

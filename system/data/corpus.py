@@ -144,12 +144,16 @@ def read_manifest(uri: str) -> Manifest:
 
 
 def shard_directory(split: str, category: str | None) -> str:
-    """Directory of the shards of a split and category; each category has one of its own."""
+    """Directory of the shards of a split and category; each category has one of its own.
+
+    A short name of small letters, digits and hyphens stands in its directory as it is.  Of other
+    names only the readable part does, so the whole hash tells them apart.
+    """
     if category is None:
         return f"shards/{split}/_untagged"
     readable = re.sub(r"[^a-z0-9]+", "-", category.lower()).strip("-")[:40]
-    digest = hashlib.sha256(category.encode()).hexdigest()[:6]
-    return f"shards/{split}/{readable}-{digest}"
+    digest = hashlib.sha256(category.encode()).hexdigest()
+    return f"shards/{split}/{readable}-{digest[:6] if readable == category else digest}"
 
 
 def write_shard(
@@ -235,11 +239,15 @@ class Corpus:
         """The rows of a shard, without the rows to leave out; a local file is memory-mapped.
 
         Raises:
-            DataError: the file is missing or damaged, or has another number of rows.
+            DataError: the file is missing or damaged, has another number of rows, or has rows of
+                another category.
         """
         uri = self.shard_uri(shard)
+        names = columns or CORPUS.names
         try:
-            table = storage.read_table(uri, columns)
+            table = storage.read_table(uri, list(dict.fromkeys([*names, "category"])))
+            _check_one_category(table, shard.category, uri)
+            table = table.select(names)
             if shard.lengths is not None:
                 lengths = storage.read_table(resolve_path(self.base, shard.lengths))
                 table = table.filter(pc.is_null(lengths["left_out"]))
@@ -314,6 +322,15 @@ class Corpus:
             raise DataError(
                 f"{self.uri}: no category {category!r}; there are {list(self.manifest.categories)}"
             )
+
+
+def _check_one_category(table: pa.Table, category: str | None, uri: str) -> None:
+    found = pc.unique(table["category"]).to_pylist()
+    if found not in ([category], []):
+        raise DataError(
+            f"{uri}: expected rows of the category {category!r} only, found {found[:5]}. The file "
+            "belongs to another corpus or was overwritten: run `ingest` again with --redo."
+        )
 
 
 def seeded_rank(seed: int, row_id: str) -> int:

@@ -220,11 +220,13 @@ def _read_parquet(path: str) -> tuple[list[str], list[list[Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from system.foreign_tables import checked_table
+
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
+        table = checked_table(pq.read_table(path))
+        columns = [table.column(k).to_pylist() for k in range(table.num_columns)]
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
-    columns = [table.column(k).to_pylist() for k in range(table.num_columns)]
     return list(table.column_names), [list(row) for row in zip(*columns, strict=True)]
 
 

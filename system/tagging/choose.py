@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CUE = "\n\nCategory:"
 """Stands between the instruction and the name."""
 
+_SEPARATORS = re.compile("[\\s_\u2010\u2011-]+")  # the hyphens of Unicode, too
 _TIE_DECIMALS = 4
 """Scores that agree to so many decimals are a tie; the first name in order wins.  Log-likelihoods
 change in the sixth decimal with the rows of the batch, so they must not break ties."""
@@ -48,9 +49,18 @@ TAGS = pa.schema(
 
 
 def normal_form(tag: str) -> str:
-    """A tag without differences of case, character width, punctuation and separators."""
-    text = unicodedata.normalize("NFKC", tag).casefold()
-    return " ".join(re.sub(r"[\W_]+", " ", text).split())
+    """A tag without differences of case, character width, spaces, underscores and hyphens.
+
+    All other characters make a difference: C, C++ and C# are three names.
+    """
+    wide = "".join(map(_usual_width, tag))
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", wide).casefold())
+    return " ".join(_SEPARATORS.sub(" ", text).split())
+
+
+def _usual_width(character: str) -> str:
+    is_other_width = unicodedata.decomposition(character).startswith(("<wide>", "<narrow>"))
+    return unicodedata.normalize("NFKC", character) if is_other_width else character
 
 
 def rename_categories(

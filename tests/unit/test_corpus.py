@@ -202,10 +202,37 @@ def test_categories_never_share_a_directory():
         "été",
         "日本",
         "..",
+        "c",
+        "C",
+        "c++",
+        "c#",
+        "类别募一",
+        "类别妟一",
     ]
     found = {shard_directory("train", name) for name in [*names, None]}
     assert len(found) == len(names) + 1
     assert all(path.count("/") == 2 and ".." not in path for path in found)
+    assert all(len(path.rsplit("/", 1)[1]) < 128 for path in found)
+
+
+def test_directories_tell_names_apart_by_all_they_leave_out():
+    """24 bits of a hash did not: a search of seconds finds two names that share them."""
+    for name in ("类别募一", "Math", "a" * 41, "tool use", "-a"):
+        assert shard_directory("train", name).endswith(hashlib.sha256(name.encode()).hexdigest())
+    # A whole name needs no hash, and its directory is the one that it always had.
+    assert shard_directory("train", "math") == "shards/train/math-58a6d6"
+
+
+def test_a_shard_with_rows_of_another_category_is_not_read(tmp_path):
+    done = ingest(
+        tmp_path,
+        *(SourceConfig(path=write_lines(tmp_path / f"{name}.jsonl", numbered(60, k)).name,
+                       category=name) for name, k in (("a", 0), ("b", 500))),
+    )  # fmt: skip
+    (own,), (other,) = (done.corpus.shards("train", name) for name in ("a", "b"))
+    (done.attempt / own.path).write_bytes((done.attempt / other.path).read_bytes())
+    with pytest.raises(DataError, match=r"category 'a' only, found \['b'\]"):
+        done.corpus.read_shard(own, ["id"])
 
 
 @pytest.mark.parametrize("scheme", ["", "s3://", "memory://"])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from system.data.read import blocks
-from system.data.read.raw_rows import Defect
+from system.data.read.raw_rows import Defect, bad_utf8
 from system.data.read.readers import FileRange, read_batches, read_rows
 from system.errors import DataError
 
@@ -36,7 +36,7 @@ def test_rows_with_too_many_fields_are_defects(tmp_path):
         "line 3: 3 fields, the header has 2",
         "row",
         "line 7: 1 fields, the header has 2",
-        "row",
+        bad_utf8(0xFF).detail,
         "lines 9-10: 1 fields, the header has 2",
     ]
     assert found[2] == {"a": "x\ny", "b": "4"}

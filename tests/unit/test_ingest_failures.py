@@ -185,3 +185,13 @@ def test_a_full_disk_leaves_no_manifest_and_a_rerun_completes(tmp_path):
     whole = Ingested(config, tmp_path / "whole")
     found = {name: (attempt / name).read_bytes() for name in whole.files()}
     assert found == whole.files()
+
+
+def test_categories_are_counted_before_a_shard_of_each_is_written(tmp_path):
+    write_lines(
+        tmp_path / "rows.jsonl", [{**row, "c": f"id-{k}"} for k, row in enumerate(numbered(200))]
+    )
+    source = SourceConfig(path="rows.jsonl", category_column="c")
+    with pytest.raises(DataError, match=r"too few rows in 'id-0'.*and 190 more of 200 categories"):
+        ingest(tmp_path, source, min_train_rows=2)
+    assert not (tmp_path / "attempt" / "shards").exists()

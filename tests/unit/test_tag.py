@@ -21,9 +21,11 @@ NAMES = ("code", "creative writing", "math")
 @pytest.mark.parametrize(
     ("tag", "name"),
     [
-        ("Math", "math"), (" MATH! ", "math"), ("creative_writing", "creative writing"),
+        ("Math", "math"), (" MATH ", "math"), ("MATH!", None),
+        ("creative_writing", "creative writing"),
         ("Creative-Writing", "creative writing"), ("ｃｏｄｅ", "code"), ("maths", "math"),
-        ("Story/Telling", "creative writing"), ("coding", None), ("", None),
+        ("Story-Telling", "creative writing"), ("Story/Telling", None),
+        ("story\u2010telling", "creative writing"), ("coding", None), ("", None),
     ],
 )  # fmt: skip
 def test_free_tags_find_their_name_or_none(tag: str, name: str | None):
@@ -34,6 +36,25 @@ def test_free_tags_find_their_name_or_none(tag: str, name: str | None):
 def test_normal_form_is_idempotent():
     for tag in ("A_b-C", "Émile  (x)", "Straße", "ﬁ"):
         assert normal_form(normal_form(tag)) == normal_form(tag)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("C", "C++", "C#", "c*", "C.", "(C)"), ("Q&A", "Q A", "Q/A"), ("R", "R?"), ("10²", "102"),
+        (".NET", "net"), ("数学", "数学!"), ("①", "1"), ("naïve", "naive"),
+    ],
+)  # fmt: skip
+def test_names_that_differ_in_other_characters_are_different(names):
+    assert rename_categories(dict.fromkeys(names, 5), (), {}) == {name: name for name in names}
+    assert len({normal_form(name) for name in names}) == len(names)
+    listed = tuple(names)
+    assert rename_categories({}, listed, {}) == {}
+
+
+@pytest.mark.parametrize("spelling", ["c++ code", "C++_Code", " C++-code ", "Ｃ＋＋ code"])
+def test_names_with_punctuation_are_found_in_other_spellings(spelling):
+    assert rename_categories({spelling: 1}, ("C++ code", "C code"), {}) == {spelling: "C++ code"}
 
 
 def test_an_alias_for_something_unknown_is_an_error():

@@ -31,12 +31,13 @@ from system.data.read.raw_rows import Defect, RawRow
 from system.data.read.readers import FileRange, read_batches, read_rows
 from system.data.row_buffer import RowBuffer
 from system.data.rows.benchmarks import benchmark_index
+from system.data.rows.columns import SeenColumns
 from system.data.rows.conversation import RowRejected, Turn
 from system.data.rows.filters import run_filters
 from system.data.rows.formats import Format, choose_format
 from system.data.rows.labels import LabelColumns, Labels
 from system.data.rows.normal_batch import NormalBatch, normalise_batch, splits_of
-from system.errors import DataError
+from system.errors import DataError, printable
 
 _FLUSH_BYTES = 32 * 2**20
 """Text that is written at once, a record batch for each bucket: much of a chunk, since a batch has
@@ -124,8 +125,8 @@ def _first_rows(values: Sequence[RawRow], num_rows: int) -> Sequence[RawRow]:
 
 
 def _writable(text: str, max_chars: int) -> str:
-    """The beginning of a text, without what UTF-8 cannot hold."""
-    return text[:max_chars].encode("utf-8", "replace").decode()
+    """The beginning of a text, without what UTF-8 cannot hold or a terminal would obey."""
+    return printable(text[:max_chars].encode("utf-8", "replace").decode())
 
 
 class _ChunkWorker:
@@ -136,6 +137,7 @@ class _ChunkWorker:
     ) -> None:
         self._settings = plan.settings
         self._labels = Labels(source)
+        self._seen = SeenColumns(source)
         self._benchmarks = (
             benchmark_index(plan.benchmark_uris, plan.settings.benchmark_ngram)
             if plan.benchmark_uris
@@ -186,6 +188,7 @@ class _ChunkWorker:
     ) -> None:
         """Adds a batch of rows; the first of them has the number `first` in its file range."""
         self._read += len(values) - values.count(None)
+        self._seen.see(values)
 
         def turns_of(row: dict[str, Any]) -> list[Turn]:
             assert shape is not None, "a file with a readable row has a shape"
@@ -305,4 +308,6 @@ class _ChunkWorker:
             batches=self._rows.batches,
             rejected_batches=self._rejected.batches.get(0, []),
             without_reasoning=self._without_reasoning,
+            columns=tuple(sorted(_writable(name, _DETAIL_CHARS) for name in self._seen.names)),
+            absent=tuple(sorted(self._seen.absent)),
         )

@@ -54,7 +54,10 @@ from system.data.ingest.shards import (
     write_shards,
 )
 from system.data.ingest.spill import SpillOutcome, read_spill, read_spill_outcome, spill_inputs
+from system.data.read.listing import mixed_splits
 from system.data.read.lost_files import check_lost_files
+from system.data.read.sources import source_name
+from system.data.rows.columns import check_columns
 from system.errors import DataError, StageError
 from system.schema import REJECTED
 
@@ -90,6 +93,7 @@ def check_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
     """Stops an ingest whose input cannot be what the user meant.
 
     Raises:
+        ConfigError: no row of a source has a column that the configuration names.
         DataError: a source has no row, a file has no usable row, or more rows were rejected than
             the configuration allows.
     """
@@ -97,6 +101,8 @@ def check_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> None:
         source_outcomes = [i for i in outcomes if plan.chunks[i.index].source == number]
         if not sum(item.read for item in source_outcomes):
             raise empty_source(source, [file.uri for file in plan.files if file.source == number])
+        where = f"source {source_name(source)!r}"
+        check_columns(where, source, [(item.columns, item.absent) for item in source_outcomes])
     check_lost_files(plan, outcomes)
     num_read = sum(item.read for item in outcomes)
     reasons = _reasons(outcomes)
@@ -127,8 +133,11 @@ def _reasons(outcomes: Sequence[ChunkOutcome]) -> Counter[str]:
     return reasons
 
 
-def check_category_sizes(manifest: Manifest, settings: IngestConfig) -> None:
+def check_category_sizes(buckets: Sequence[BucketOutcome], settings: IngestConfig) -> None:
     """Checks that every category has enough rows for training, measuring and testing.
+
+    Before the shards are written: a column of ids as category would make a shard for every row.
+    With untagged rows the sizes are not final, and stage `tag` checks them.
 
     Raises:
         DataError: a category has too few rows in a split.
@@ -138,25 +147,25 @@ def check_category_sizes(manifest: Manifest, settings: IngestConfig) -> None:
         "estimate": settings.min_heldout_rows,
         "test": settings.min_heldout_rows,
     }
+    counts: Counter[tuple[str, str]] = Counter()
+    for rows in (rows for bucket in buckets for rows in bucket.kept):
+        if rows.category is None:
+            return
+        counts[rows.split, rows.category] += rows.rows
+    names = sorted({category for _, category in counts})
     short = [
-        f"{name!r} ("
-        + ", ".join(f"{split} {manifest.counts[split][name]}" for split in min_rows)
-        + ")"
-        for name in manifest.categories
-        if any(manifest.counts[split][name] < rows for split, rows in min_rows.items())
+        f"{name!r} (" + ", ".join(f"{split} {counts[split, name]}" for split in min_rows) + ")"
+        for name in names
+        if any(counts[split, name] < rows for split, rows in min_rows.items())
     ]
     if short:
+        more = f"; and {len(short) - 10:,} more of {len(names):,} categories"
         raise DataError(
-            f"too few rows in {'; '.join(short[:10])}{'; ...' if len(short) > 10 else ''}: "
+            f"too few rows in {'; '.join(short[:10])}{more if len(short) > 10 else ''}: "
             f"every category needs {min_rows['train']} train rows (ingest.min_train_rows) and "
             f"{min_rows['test']} estimate and test rows each (ingest.min_heldout_rows). Add data, "
             "merge the category into another with `category_map`, raise ingest.estimate_share and "
             "ingest.test_share, or lower the limits."
-        )
-    if not manifest.categories and not sum(manifest.untagged.values()):
-        raise DataError(
-            "expected rows for the corpus, found none: every row was rejected or is a duplicate. "
-            "The files below rejected/ list the reasons."
         )
 
 
@@ -169,7 +178,7 @@ def finish_ingest(
     """Checks that every row is accounted for, writes the rejected rows, then the manifest.
 
     Raises:
-        DataError: a category has too few rows.
+        DataError: no row is left.
         StageError: the counts do not add up.
     """
     duplicates: Counter[str] = Counter()
@@ -188,7 +197,8 @@ def finish_ingest(
         details={
             "duplicates": dict(sorted(duplicates.items())),
             "without_reasoning": without_reasoning,
-        },
+        }
+        | _notes(plan),
     )
     num_written = _write_rejected(plan, outcomes)
     if not duplicates:
@@ -196,9 +206,11 @@ def finish_ingest(
         uri = storage.join(plan.attempt, "duplicates", "00000.parquet")
         storage.write_table(uri, DUPLICATES.empty_table())
     _check_sums(manifest, num_written)
-    # With untagged rows the sizes are not final: stage `tag` checks them.
-    if not sum(manifest.untagged.values()):
-        check_category_sizes(manifest, plan.settings)
+    if not manifest.kept:
+        raise DataError(
+            "expected rows for the corpus, found none: every row was rejected or is a duplicate. "
+            "The files below rejected/ list the reasons."
+        )
     # The manifest first: if the process is killed in between, work/ can still be used.
     write_manifest(storage.join(plan.attempt, MANIFEST), manifest)
     storage.delete(storage.join(plan.attempt, "work"))
@@ -227,6 +239,16 @@ def _source_counts(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> Iterat
             "read": sum(item.read for item in source_outcomes),
             "rejected": dict(sorted(_reasons(source_outcomes).items())),
         }
+
+
+def _notes(plan: IngestPlan) -> dict[str, list[str]]:
+    """What the user should know about the files, though nothing is wrong with their rows."""
+    by_source = [
+        [file.uri for file in plan.files if file.source == number]
+        for number in range(len(plan.sources))
+    ]
+    notes = [note for uris in by_source if (note := mixed_splits(uris)) is not None]
+    return {"notes": notes} if notes else {}
 
 
 def _write_rejected(plan: IngestPlan, outcomes: Sequence[ChunkOutcome]) -> int:
@@ -355,6 +377,7 @@ def run_steps(
         leaving = _find_near(plan, bucket_inputs(plan, read), outcomes_of)
     inputs = bucket_inputs(plan, read, leaving)
     reduced = outcomes_of("reduce", {unit.index: unit for unit in inputs})
+    check_category_sizes(reduced, plan.settings)
     units = {unit.index: unit for unit in plan_shards(plan, reduced)}
     return finish_ingest(plan, read, reduced, outcomes_of("write", units))
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 from system import storage
 from system.config import IngestConfig, RunConfig, SourceConfig
 from system.data.read import sources
+from system.data.read.blocks import COMPRESSION_ENDINGS
 from system.data.read.readers import FileRange
 from system.data.read.sources import Chunk, SourceFile
 from system.data.rows.category_maps import category_map_digests, with_category_map
@@ -31,7 +32,7 @@ _COMPRESSED_GROWTH = 4
 """Assumed ratio of plain text to compressed bytes."""
 _UNKNOWN_BYTES = 16 * 2**30
 """Assumed size of a hub data set that states none: too many buckets cost less than too few."""
-_DENSE = (".gz", ".zst", ".bz2", ".parquet")
+_DENSE = (*COMPRESSION_ENDINGS, ".parquet")
 _PLACE = (
     pa.field("file", pa.int32(), nullable=False),
     pa.field("start", pa.int64(), nullable=False),  # of the file range, in the file
@@ -102,6 +103,10 @@ class ChunkOutcome:
     rejected_batches: list[int]
     without_reasoning: int
     """Conversations whose reasoning was dropped, duplicates included."""
+    columns: tuple[str, ...] = ()
+    """Some of the columns that the rows have, for messages."""
+    absent: tuple[str, ...] = ()
+    """Columns that the configuration names and that no row of the chunk has."""
 
 
 def source_fingerprint(config: RunConfig) -> dict[str, str]:
@@ -248,6 +253,7 @@ def read_outcome(plan: IngestPlan, index: int) -> ChunkOutcome | None:
     value = storage.read_json(uri)
     value["ranges"] = tuple(RangeCount(**count) for count in value["ranges"])
     value["examples"] = tuple(tuple(example) for example in value["examples"])
+    value |= {name: tuple(value.get(name, ())) for name in ("columns", "absent")}
     value["batches"] = {int(bucket): numbers for bucket, numbers in value["batches"].items()}
     return ChunkOutcome(**value)
 

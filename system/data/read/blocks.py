@@ -1,57 +1,79 @@
 """Reads (compressed) files in blocks of bytes, and cuts the blocks into lines or JSON values.
 
 The lowest layer of `readers`.  Memory stays small whatever the size of the file or of its rows: a
-block is 1 MiB, and a row of more than MAX_ROW_BYTES is skipped.
+block is at most 1 MiB, however far a few bytes decompress, and a row of more than MAX_ROW_BYTES is
+skipped.
 """
 
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
+import lzma
 import re
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 import zstandard
 
 from system import storage
 from system.errors import DataError
 
-COMPRESSION_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh"}
+COMPRESSION_MAGIC = {
+    "gzip": b"\x1f\x8b",
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "bzip2": b"BZh",
+    "xz": b"\xfd7zXZ\x00",
+    "zip": b"PK\x03\x04",
+}
+COMPRESSION_ENDINGS = (".gz", ".zst", ".bz2", ".xz", ".zip")
 MAX_ROW_BYTES = 64 * 2**20
 """A longer row is rejected without being read, so one broken file cannot fill the memory."""
 
 _BLOCK_BYTES = 1 << 20
-_ZSTD_INPUT_BYTES = 1 << 16
+_ZSTD_STEP_BYTES = 1 << 11
+"""Input of one step of zstd: three bytes of it may stand for 128 KiB, so for 90 MB at most."""
 _ZSTD_WINDOW_BYTES = 1 << 31
 """Window of `zstd --long=31`; reading a file needs as much memory as its writer's window."""
+_XZ_MEMORY_BYTES = 1 << 30
+"""Most memory for a dictionary of xz; its highest preset needs 65 MiB."""
 _QUOTE = 0x22
 _TOKEN = re.compile(rb'[{}\[\]]|"[^"\\]*(?:\\.[^"\\]*)*("?)', re.DOTALL)
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
-def read_blocks(uri: str, compression: str | None, start: int = 0) -> Iterator[bytes]:
+def read_blocks(
+    uri: str, compression: str | None, start: int = 0, encoding: str | None = None
+) -> Iterator[bytes]:
     """The (decompressed) bytes of a file.  A plain file is read from the byte before `start`.
+
+    Args:
+        uri: the file.
+        compression: a key of COMPRESSION_MAGIC.
+        start: first byte of a range; 0 where the file is compressed or has an encoding.
+        encoding: `utf-16` or `utf-32`, if the text is to be turned into UTF-8.
 
     Raises:
         DataError: the compressed file is damaged or cut off.
     """
+    blocks = _raw_blocks(uri, compression, start)
+    return blocks if encoding is None else _as_utf8(blocks, encoding, uri)
+
+
+def _raw_blocks(uri: str, compression: str | None, start: int) -> Iterator[bytes]:
     try:
         with storage.open_input(uri) as raw:
-            if compression == "zstd":
-                yield from _zstd_blocks(raw, uri)
-                return
-            if compression == "gzip":
-                file = gzip.GzipFile(fileobj=raw)
-            elif compression == "bzip2":
-                file = bz2.BZ2File(raw)
-            else:
-                file = raw
-                if start:
-                    file.seek(start - 1)
-            while block := file.read(_BLOCK_BYTES):
-                yield block
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+            if compression is None and start:
+                raw.seek(start - 1)
+            blocks = _DECOMPRESSORS[compression](raw, uri) if compression else _pieces(raw)
+            for block in blocks:
+                # The readers hold what a block becomes, so a block must be short.
+                for place in range(0, len(block), _BLOCK_BYTES):
+                    yield block[place : place + _BLOCK_BYTES]
+    except _DAMAGE as error:
         raise _damaged(uri, str(error)) from error
     except OSError as error:
         # The bzip2 module reports damage as an OSError without a number.
@@ -67,21 +89,114 @@ def _damaged(uri: str, what: str) -> DataError:
     )
 
 
-def _zstd_blocks(raw: object, uri: str) -> Iterator[bytes]:
+_DAMAGE = (
+    EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, lzma.LZMAError, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def _pieces(file: IO[bytes]) -> Iterator[bytes]:
+    while block := file.read(_BLOCK_BYTES):
+        yield block
+
+
+def _zstd_blocks(raw: IO[bytes], uri: str) -> Iterator[bytes]:
     """Decompresses frame by frame: the library's stream reader would accept a cut-off frame."""
     context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
     frame = None
-    while data := raw.read(_ZSTD_INPUT_BYTES):  # type: ignore[attr-defined]
-        while data:
-            frame = context.decompressobj() if frame is None else frame
-            block = frame.decompress(data)
-            if block:
-                yield block
-            data = b""
-            if frame.eof:
-                data, frame = frame.unused_data, None
+    for piece in _pieces(raw):
+        for place in range(0, len(piece), _ZSTD_STEP_BYTES):
+            data = piece[place : place + _ZSTD_STEP_BYTES]
+            while data:
+                frame = context.decompressobj() if frame is None else frame
+                yield frame.decompress(data)
+                data = b""
+                if frame.eof:
+                    data, frame = frame.unused_data, None
     if frame is not None:
         raise _damaged(uri, "it ends inside a zstd frame")
+
+
+def _xz_blocks(raw: IO[bytes], uri: str) -> Iterator[bytes]:
+    """Decompresses stream by stream: the module's file has no limit on memory."""
+    stream = None
+    for data in _pieces(raw):
+        while data:
+            if stream is None:
+                data = data.lstrip(b"\0")  # between streams there may be zeros
+                if not data:
+                    break
+                stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES)
+            yield stream.decompress(data, _BLOCK_BYTES)
+            while not stream.needs_input and not stream.eof:
+                yield stream.decompress(b"", _BLOCK_BYTES)
+            data = b""
+            if stream.eof:
+                data, stream = stream.unused_data, None
+    if stream is not None:
+        raise _damaged(uri, "it ends inside an xz stream")
+
+
+def _zip_blocks(raw: IO[bytes], uri: str) -> Iterator[bytes]:
+    with zipfile.ZipFile(raw) as archive:
+        name = _only_member(archive, uri)
+        try:
+            with archive.open(name) as file:
+                yield from _pieces(file)
+        except (NotImplementedError, RuntimeError) as error:
+            raise DataError(
+                f"{uri}: expected a zip file that can be unpacked, found {name!r} in it, which "
+                f"cannot: {error}. Unpack it, or compress its files with gzip."
+            ) from error
+
+
+def zip_member(uri: str) -> str:
+    """The name of the file in a zip file.
+
+    Raises:
+        DataError: it does not hold exactly one file, or is damaged.
+    """
+    try:
+        with storage.open_input(uri) as raw, zipfile.ZipFile(raw) as archive:
+            return _only_member(archive, uri)
+    except _DAMAGE as error:
+        raise _damaged(uri, str(error)) from error
+
+
+def _only_member(archive: zipfile.ZipFile, uri: str) -> str:
+    names = [name for name in archive.namelist() if not name.endswith("/")]
+    # A Mac adds a file of its own for each file.
+    names = [name for name in names if not name.startswith("__MACOSX/")]
+    if len(names) != 1:
+        raise DataError(
+            f"{uri}: expected a zip file with one file in it, found {len(names):,}"
+            f"{': ' if names else ''}{', '.join(map(repr, names[:5]))}. Unpack it, and name the "
+            "directory as the source's `path`."
+        )
+    return names[0]
+
+
+_DECOMPRESSORS: dict[str, Callable[[Any, str], Iterator[bytes]]] = {
+    "gzip": lambda raw, _: _pieces(gzip.GzipFile(fileobj=raw)),  # type: ignore[arg-type]
+    "bzip2": lambda raw, _: _pieces(bz2.BZ2File(raw)),  # type: ignore[arg-type]
+    "zstd": _zstd_blocks,
+    "xz": _xz_blocks,
+    "zip": _zip_blocks,
+}
+
+
+def _as_utf8(blocks: Iterator[bytes], encoding: str, uri: str) -> Iterator[bytes]:
+    """The same text as UTF-8; half of a surrogate pair becomes bytes that are no UTF-8."""
+    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+    try:
+        for block in blocks:
+            yield decoder.decode(block).encode("utf-8", "surrogatepass")
+        decoder.decode(b"", final=True)
+    except UnicodeError as error:
+        raise DataError(
+            f"{uri}: expected text in {encoding.upper()}, as its first bytes say, found other "
+            f"bytes or the end of the file inside of a character ({error}). Download the file "
+            "again, or convert it to UTF-8 with iconv."
+        ) from error
 
 
 def split_lines(blocks: Iterator[bytes], start: int, end: int | None) -> Iterator[bytes | None]:

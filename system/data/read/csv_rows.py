@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+import reprlib
 import sys
 from collections.abc import Iterator
 
 from system.data.read import blocks
-from system.data.read.raw_rows import TOO_LONG, Defect, RawRow
+from system.data.read.raw_rows import TOO_LONG, Defect, RawRow, bad_utf8
 from system.errors import DataError
+
+_ESCAPED = re.compile("[\udc80-\udcff]")
+"""What Python makes of a byte that is not UTF-8."""
 
 
 def read_csv(data: Iterator[bytes], delimiter: str, where: str) -> Iterator[RawRow]:
@@ -39,7 +44,9 @@ def read_csv(data: Iterator[bytes], delimiter: str, where: str) -> Iterator[RawR
                 raise lines.unclosed("by the end of the file") from error
             yield from lines.defects(records.line_num, str(error))
             continue
-        if len(record) == len(header):
+        if lines.has_bad_bytes and (byte := _bad_byte(record)):
+            yield bad_utf8(byte)
+        elif len(record) == len(header):
             yield dict(zip(header, record, strict=True))
         elif record:
             detail = f"{len(record)} fields, the header has {len(header)}"
@@ -56,10 +63,19 @@ def _header(records: Iterator[list[str]], lines: _Lines) -> list[str]:
     if lines.take_too_long():
         raise DataError(f"{lines.where}: expected a header line, found a line that is too long")
     if len(set(header)) < len(header):
+        found = reprlib.repr(header)
         raise DataError(
-            f"{lines.where}: expected a header of different column names, found {header}"
+            f"{lines.where}: expected a header of different column names, found {found}"
         )
+    if byte := _bad_byte(header):
+        raise DataError(f"{lines.where}: expected a header in UTF-8: {bad_utf8(byte).detail}")
     return header
+
+
+def _bad_byte(record: list[str]) -> int:
+    """The first byte of the record that is not UTF-8; 0 if there is none."""
+    found = _ESCAPED.search("".join(record))
+    return ord(found.group()) - 0xDC00 if found else 0
 
 
 class _Lines:
@@ -68,6 +84,8 @@ class _Lines:
     def __init__(self, data: Iterator[bytes], where: str) -> None:
         self.where = where
         self.has_ended = False
+        self.has_bad_bytes = False
+        """Whether some line so far is not UTF-8."""
         self._data = data
         self._before = 0
         """Lines before the current record."""
@@ -91,7 +109,11 @@ class _Lines:
             if run is None:
                 self._is_too_long = True
                 run = b""
-            text = run.decode("utf-8", "surrogateescape")
+            try:
+                text = run.decode()
+            except UnicodeDecodeError:
+                self.has_bad_bytes = True
+                text = run.decode("utf-8", "surrogateescape")
             text = text if self._num_yielded else text.removeprefix("\ufeff")
             self._num_yielded += 1 + text.count("\n")
             # StringIO cuts at LF only; splitlines would also cut at other separators.

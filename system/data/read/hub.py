@@ -14,6 +14,7 @@ import pyarrow as pa
 from system import storage
 from system.data.read.tables import BATCH_ROWS
 from system.errors import DataError
+from system.foreign_tables import checked_table
 
 
 @functools.cache
@@ -84,8 +85,17 @@ def dataset_batches(
     dataset = _load_hub(uri) if is_hub else _load_directory(uri)
     arrow = dataset.with_format("arrow")
     last = len(dataset) if end is None else end
-    for first in range(start, last, BATCH_ROWS):
-        yield from arrow[first : min(first + BATCH_ROWS, last)].to_batches()
+    try:
+        if dataset._indices is not None:
+            # Rows in another order are copied, which reads what nobody has checked yet.
+            checked_table(dataset.data.table)
+        for first in range(start, last, BATCH_ROWS):
+            yield from arrow[first : min(first + BATCH_ROWS, last)].to_batches()
+    except (IndexError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{uri}: expected a whole data set, found one that is damaged: {error!r}. Download or "
+            "write it again."
+        ) from error
 
 
 def count_rows(uri: str, is_hub: bool) -> int | None:
@@ -118,16 +128,25 @@ def _load_directory(uri: str) -> Any:
     import datasets
 
     try:
-        loaded = datasets.load_from_disk(uri)
-    except (OSError, ValueError) as error:
+        if storage.exists(storage.join(uri, "dataset_dict.json")):
+            # Only the split that is used: the library cannot load a directory with an empty one.
+            splits = storage.read_json(storage.join(uri, "dataset_dict.json"))["splits"]
+            if "train" not in splits:
+                raise DataError(
+                    f"{uri}: expected a split named 'train', found {sorted(splits)}. Name the "
+                    "directory of the split you mean."
+                )
+            uri = storage.join(uri, "train")
+        files = storage.read_json(storage.join(uri, "state.json"))["_data_files"]
+        if not files:
+            return datasets.Dataset.from_dict({})
+        if any("/" in file["filename"] for file in files):
+            raise DataError(f"{uri}: expected files of its own, found {files} in state.json")
+        return datasets.load_from_disk(uri)
+    except DataError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{uri}: expected a saved data set; it cannot be loaded: {error}"
+            f"{uri}: expected a saved data set; it cannot be loaded: {error!r}. Write it again "
+            "with `save_to_disk`."
         ) from error
-    if not isinstance(loaded, datasets.DatasetDict):
-        return loaded
-    if "train" not in loaded:
-        raise DataError(
-            f"{uri}: expected a split named 'train', found {sorted(loaded)}. Name the directory of "
-            "the split you mean."
-        )
-    return loaded["train"]

@@ -22,3 +22,11 @@ RawRow = dict[str, Any] | Defect | None
 """None stands for an empty line, which is not a row."""
 
 TOO_LONG = Defect("too-long", f"longer than {MAX_ROW_BYTES:,} bytes")
+
+
+def bad_utf8(byte: int) -> Defect:
+    """The row has a byte that no UTF-8 text has: often the file is Latin-1."""
+    return Defect(
+        "bad-utf8",
+        f"byte {byte:#04x} is not UTF-8; if the file is Latin-1: iconv -f WINDOWS-1252 -t UTF-8",
+    )

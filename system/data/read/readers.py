@@ -9,8 +9,8 @@ archive, an array without its last bracket) is an error, never a short result.
 
 from __future__ import annotations
 
+import codecs
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,15 +19,17 @@ import msgspec
 
 from system import storage
 from system.data.read.blocks import (
+    COMPRESSION_ENDINGS,
     COMPRESSION_MAGIC,
     read_blocks,
     split_lines,
     split_runs,
     split_values,
+    zip_member,
 )
 from system.data.read.csv_rows import read_csv
 from system.data.read.hub import dataset_batches
-from system.data.read.raw_rows import TOO_LONG, Defect, RawRow
+from system.data.read.raw_rows import TOO_LONG, Defect, RawRow, bad_utf8
 from system.data.read.tables import (
     BATCH_BYTES,
     BATCH_ROWS,
@@ -36,15 +38,36 @@ from system.data.read.tables import (
     rows_of_batches,
 )
 from system.errors import DataError
+from system.foreign_tables import decode_json, without_nulls
 
 HUB = "hub"
 DATASET = "dataset"
 
 _HEAD_BYTES = 1 << 20
-_SNIFFED_BYTES = 64
+_SNIFFED_BYTES = 512
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_NEVER_EMPTY = (".gz", ".zst", ".bz2", ".parquet", ".arrow", ".feather")
+_NEVER_EMPTY = (*COMPRESSION_ENDINGS, ".parquet", ".arrow", ".feather")
+_FOREIGN = {
+    b"\x04\x22\x4d\x18": "lz4",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!": "rar",
+    b"PK\x05\x06": "zip without files",
+    b"ORC": "ORC",
+    b"Obj\x01": "Avro",
+    b"SQLite format 3": "SQLite",
+    b"\xd0\xcf\x11\xe0": "Excel (.xls)",
+}
+"""First bytes of files that are no text and that nothing here reads."""
+_TAR_PLACE = 257
+_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order mark -> encoding; the mark of UTF-16 is the beginning of one of UTF-32."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_NULL = b"null"
 _decode = msgspec.json.Decoder().decode
 
 
@@ -69,6 +92,8 @@ class FileKind(NamedTuple):
     name: str
     """lines | values | array | csv | tsv | parquet | arrow | dataset | hub."""
     compression: str | None
+    encoding: str | None = None
+    """utf-16 | utf-32 of text that is to be turned into UTF-8."""
 
 
 def file_kind(uri: str) -> FileKind:
@@ -101,10 +126,6 @@ def file_kind(uri: str) -> FileKind:
         return FileKind("parquet", None)
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return FileKind("arrow", None)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(
-            f"{uri}: expected UTF-8, found UTF-16. Convert it: iconv -f UTF-16 -t UTF-8"
-        )
     compression = next(
         (name for name, magic in COMPRESSION_MAGIC.items() if head.startswith(magic)), None
     )
@@ -114,28 +135,66 @@ def file_kind(uri: str) -> FileKind:
             f"{uri}: expected a file of the kind that its name says, found 0 bytes; even without "
             "rows such a file is not empty. It is damaged; download or write it again."
         )
-    for ending in (".gz", ".zst", ".bz2"):
+    if compression is not None:
+        head = _first_bytes(uri, compression, _SNIFFED_BYTES)
+        name = zip_member(uri).lower() if compression == "zip" else name
+    for ending in COMPRESSION_ENDINGS:
         name = name.removesuffix(ending)
-    if name.endswith(".tsv"):
-        return FileKind("tsv", compression)
-    if name.endswith(".csv"):
-        return FileKind("csv", compression)
     if name.endswith((".parquet", ".arrow", ".feather")):
+        found = f"one that starts with {head[:8]!r}. It is damaged; download or write it again."
+        if compression is not None:
+            found = f"one inside of a {compression} file. Decompress it: such files are compressed"
+            found += " already."
+        raise DataError(f"{uri}: expected a Parquet or Arrow file, as its name says, found {found}")
+    encoding = _encoding(uri, head)
+    if name.endswith((".csv", ".tsv")):
+        return FileKind(name[-3:], compression, encoding)
+    return FileKind(_json_kind(uri, compression, encoding), compression, encoding)
+
+
+def _encoding(uri: str, head: bytes) -> str | None:
+    """The encoding of a text file that says it; None: UTF-8.
+
+    Raises:
+        DataError: the file is no text, or text in an encoding that can only be guessed.
+    """
+    for mark, encoding in _ENCODINGS.items():
+        if head.startswith(mark):
+            return encoding
+    found = next((kind for magic, kind in _FOREIGN.items() if head.startswith(magic)), None)
+    if head[_TAR_PLACE:].startswith(b"ustar"):
+        found = "tar"
+    if found:
         raise DataError(
-            f"{uri}: expected Parquet or Arrow, as its name says, found a file that starts with "
-            f"{head[:8]!r}. It is damaged; download or write it again."
+            f"{uri}: expected JSON, JSONL, CSV, Parquet or Arrow, found a file of the kind "
+            f"{found}, which cannot be read. Unpack or convert it."
         )
-    return FileKind(_json_kind(uri, compression), compression)
+    # Rows begin with a character of ASCII, so every other byte is zero.
+    zeros = [byte == 0 for byte in head[:4]]
+    if zeros in ([False, True] * 2, [True, False] * 2):
+        order = "LE" if zeros[1] else "BE"
+        raise DataError(
+            f"{uri}: expected UTF-8, found what looks like UTF-16 without a byte order mark. "
+            f"Convert it: iconv -f UTF-16{order} -t UTF-8"
+        )
+    return None
 
 
-def _json_kind(uri: str, compression: str | None) -> str:
-    """`array`, `lines` (one object a line) or `values` (objects that span several lines)."""
-    head = b""
+def _first_bytes(
+    uri: str, compression: str | None, num_bytes: int, encoding: str | None = None
+) -> bytes:
     # A compressed file may yield blocks of any size, so collect enough of them.
-    for block in read_blocks(uri, compression):
+    head = b""
+    for block in read_blocks(uri, compression, encoding=encoding):
         head += block
-        if len(head) >= _HEAD_BYTES:
+        if len(head) >= num_bytes:
             break
+    return head
+
+
+def _json_kind(uri: str, compression: str | None, encoding: str | None) -> str:
+    """`array`, `lines` (one object a line) or `values` (objects that span several lines)."""
+    head = _first_bytes(uri, compression, _HEAD_BYTES, encoding)
     head = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if head.startswith(b"["):
         return "array"
@@ -156,24 +215,34 @@ def _is_object(line: bytes) -> bool:
 
 
 def decode_row(line: bytes) -> dict[str, Any] | Defect:
-    """Decodes one JSON object; accepts NaN and Infinity, which some writers produce."""
+    """Decodes one JSON object; accepts NaN and Infinity, which some writers produce.
+
+    Null keys of the objects inside of the row are left out: a table has them in every row.
+    """
     try:
         value = _decode(line)
+        if _NULL in line:
+            value = _row_without_nulls(value)
     except UnicodeDecodeError as error:
-        return Defect("bad-utf8", f"byte {error.object[error.start]:#04x} is not UTF-8")
+        return bad_utf8(error.object[error.start])
     except RecursionError:
         return Defect("bad-json", "nested too deeply")
     except msgspec.DecodeError as strict:
         # The standard library is slower, but it reads NaN and Infinity.
         try:
-            value = json.loads(line)
+            value = _row_without_nulls(decode_json(line))
         except UnicodeDecodeError as error:
-            return Defect("bad-utf8", f"byte {line[error.start]:#04x} is not UTF-8")
+            return bad_utf8(line[error.start])
         except (ValueError, RecursionError):
             return Defect("bad-json", f"{strict}: {_excerpt(line)}")
     if type(value) is not dict:
         return Defect("bad-json", f"expected an object, found a {type(value).__name__}")
     return value
+
+
+def _row_without_nulls(row: Any) -> Any:
+    """The row; of its columns none is left out, because a column of nulls is a column."""
+    return {key: without_nulls(value) for key, value in row.items()} if type(row) is dict else row
 
 
 def _excerpt(line: bytes) -> str:
@@ -198,7 +267,7 @@ def read_numbers(file_range: FileRange) -> Iterator[tuple[int, RawRow]]:
     if kind.name == "lines":
         return enumerate(map(_decode_line, _lines(file_range, kind)))
     if kind.name in _ONE_BY_ONE:
-        data = read_blocks(file_range.uri, kind.compression)
+        data = read_blocks(file_range.uri, kind.compression, encoding=kind.encoding)
         return enumerate(_ONE_BY_ONE[kind.name](data, kind, file_range.uri))
     return enumerate(itertools.chain.from_iterable(_table_batches(file_range, kind)))
 
@@ -212,7 +281,7 @@ def read_batches(file_range: FileRange) -> Iterator[list[RawRow]]:
     if kind.name == "lines":
         return _line_batches(file_range, kind)
     if kind.name in _ONE_BY_ONE:
-        data = _CountedBlocks(read_blocks(file_range.uri, kind.compression))
+        data = _CountedBlocks(read_blocks(file_range.uri, kind.compression, encoding=kind.encoding))
         return _batches(_ONE_BY_ONE[kind.name](data, kind, file_range.uri), data)
     return _table_batches(file_range, kind)
 
@@ -245,7 +314,7 @@ def _table_batches(file_range: FileRange, kind: FileKind) -> Iterator[list[RawRo
 
 
 def _lines(file_range: FileRange, kind: FileKind) -> Iterator[bytes | None]:
-    blocks = read_blocks(file_range.uri, kind.compression, file_range.start)
+    blocks = read_blocks(file_range.uri, kind.compression, file_range.start, kind.encoding)
     for number, line in enumerate(split_lines(blocks, file_range.start, file_range.end)):
         is_start = number == 0 and file_range.start == 0
         yield line.removeprefix(_BYTE_ORDER_MARK) if line and is_start else line
@@ -258,7 +327,7 @@ def _decode_line(line: bytes | None) -> RawRow:
 
 
 def _line_batches(file_range: FileRange, kind: FileKind) -> Iterator[list[RawRow]]:
-    blocks = read_blocks(file_range.uri, kind.compression, file_range.start)
+    blocks = read_blocks(file_range.uri, kind.compression, file_range.start, kind.encoding)
     is_start = file_range.start == 0
     for run in split_runs(blocks, file_range.start, file_range.end):
         if run is None:
@@ -275,7 +344,7 @@ def decode_lines(run: bytes) -> list[RawRow]:
     try:
         values = [_decode(line) for line in lines]
         if set(map(type, values)) == {dict}:
-            return values
+            return list(map(_row_without_nulls, values)) if _NULL in run else values
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     return [_decode_line(line) for line in lines]

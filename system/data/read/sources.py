@@ -11,28 +11,22 @@ the cut.
 
 from __future__ import annotations
 
-import glob
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from system import storage
 from system.config import SourceConfig
 from system.data.read.hub import count_rows, stat_hub
+from system.data.read.listing import resolve
 from system.data.read.readers import DATASET, HUB, FileRange, file_kind
 from system.data.read.tables import count_arrow_batches
 from system.errors import DataError
 from system.redact import without_secrets
-
-_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".csv", ".tsv")
-_COMPRESSIONS = (".gz", ".zst", ".bz2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,93 +87,6 @@ def list_files(sources: Sequence[SourceConfig], data_dir: str) -> list[SourceFil
     return files
 
 
-def locate(path: str, data_dir: str) -> str:
-    """The absolute address of a path that may be relative to `data_dir`."""
-    uri = path if "://" in path or path.startswith("/") else storage.join(data_dir, path)
-    uri = storage.absolute(uri)
-    local = storage.local_path(uri)
-    return uri if local is None else os.path.normpath(str(local))
-
-
-def resolve(path: str, data_dir: str) -> list[str]:
-    """The files that a source's path names, sorted.
-
-    Raises:
-        DataError: there is none.
-    """
-    if path.startswith("hf://"):
-        return [path]
-    uri = locate(path, data_dir)
-    # A file may be named `a[1].jsonl`: an existing path is never a pattern.
-    if glob.has_magic(path) and not storage.exists(uri):
-        # Only `path` is a pattern; special characters in `data_dir` stand for themselves.
-        pattern = locate(path, glob.escape(storage.absolute(data_dir)))
-        files = [name for name in _glob(pattern) if _is_data_file(name)]
-        if not files:
-            raise DataError(
-                f"{path!r}: no data file matches {uri}; a data file ends in {_known_endings()}. "
-                "Correct `path` of this source."
-            )
-        return sorted(files)
-    if not storage.exists(uri):
-        raise DataError(
-            f"{path!r}: expected a file or directory, found nothing at {uri}. Correct `path` of "
-            "this source, or `data_dir`, from which relative paths start."
-        )
-    if not _is_directory(uri):
-        return [uri]
-    # What `save_to_disk` writes is one data set, not a directory of files.
-    if {"dataset_dict.json", "state.json"} & set(storage.list_names(uri)):
-        return [uri]
-    files = [name for name in _files_below(uri) if _is_data_file(name)]
-    if not files:
-        raise DataError(
-            f"{uri}: the directory holds no data file; a data file ends in {_known_endings()}. "
-            "Correct `path` of this source."
-        )
-    return sorted(files)
-
-
-def _known_endings() -> str:
-    return f"{', '.join(_ENDINGS)}, optionally followed by {', '.join(_COMPRESSIONS)}"
-
-
-def _is_data_file(uri: str) -> bool:
-    parts = PurePosixPath(uri).parts
-    name = parts[-1].lower()
-    for ending in _COMPRESSIONS:
-        name = name.removesuffix(ending)
-    is_hidden = any(part.startswith((".", "_")) for part in parts[-1:])
-    is_about = name in {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
-    return name.endswith(_ENDINGS) and not is_hidden and not is_about
-
-
-def _is_directory(uri: str) -> bool:
-    path = storage.local_path(uri)
-    if path is not None:
-        return path.is_dir()
-    filesystem, key = fsspec.core.url_to_fs(uri)
-    return filesystem.isdir(key)
-
-
-def _files_below(uri: str) -> list[str]:
-    if storage.local_path(uri) is not None:
-        return _glob(storage.join(glob.escape(uri), "**"))
-    filesystem, key = fsspec.core.url_to_fs(uri)
-    return [filesystem.unstrip_protocol(name) for name in filesystem.find(key)]
-
-
-def _glob(pattern: str) -> list[str]:
-    if storage.local_path(pattern) is not None:
-        return [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
-    filesystem, key = fsspec.core.url_to_fs(pattern)
-    return [
-        filesystem.unstrip_protocol(name)
-        for name in filesystem.glob(key)
-        if not filesystem.isdir(name)
-    ]
-
-
 def stat(uri: str) -> tuple[int, str]:
     """Size in bytes, and a stamp that changes when the content does.
 
@@ -233,7 +140,7 @@ def _groups(files: Sequence[SourceFile], chunk_bytes: int) -> Iterator[tuple[Fil
 def _cut(file: SourceFile, chunk_bytes: int) -> Iterator[FileRange]:
     """The ranges of one big file; a file that cannot be read from the middle stays whole."""
     kind = file_kind(file.uri)
-    if kind.name == "lines" and kind.compression is None:
+    if kind.name == "lines" and kind.compression is None and kind.encoding is None:
         for start in range(0, file.size, chunk_bytes):
             end = min(start + chunk_bytes, file.size)
             yield FileRange(file=file.index, uri=file.uri, stamp=file.stamp, start=start, end=end)

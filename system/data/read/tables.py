@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 
 from system import storage
 from system.data.read import blocks
-from system.data.read.raw_rows import TOO_LONG, Defect, RawRow
+from system.data.read.container_limits import check_arrow_sizes, check_parquet_sizes
+from system.data.read.raw_rows import TOO_LONG, Defect, RawRow, bad_utf8
 from system.errors import DataError
+from system.foreign_tables import checked, class_labels, expanded_bytes, python_rows
 
 BATCH_ROWS = 1024
 """Most rows in a batch."""
@@ -26,11 +28,13 @@ _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 def parquet_batches(uri: str, start: int, end: int | None) -> Iterator[pa.RecordBatch]:
     """The rows of the row groups from `start` up to `end` (excluded)."""
     with storage.open_input(uri) as file:
-        parquet = pq.ParquetFile(file)
-        end = parquet.num_row_groups if end is None else end
-        groups = list(range(start, end))
-        rows = _rows_at_once(parquet.metadata, groups)
-        yield from parquet.iter_batches(batch_size=rows, row_groups=groups)
+        metadata = pq.read_metadata(file)
+        for group in range(start, metadata.num_row_groups if end is None else end):
+            shared = check_parquet_sizes(file, metadata, group)
+            file.seek(0)
+            parquet = pq.ParquetFile(file, metadata=metadata, read_dictionary=shared)
+            rows = _rows_at_once(metadata, [group])
+            yield from parquet.iter_batches(batch_size=rows, row_groups=[group])
 
 
 def _rows_at_once(metadata: Any, groups: list[int]) -> int:
@@ -46,6 +50,7 @@ def arrow_batches(uri: str, start: int = 0, end: int | None = None) -> Iterator[
         DataError: a stream ends without its end mark, so rows may be missing.
     """
     with _open_arrow(uri) as (source, is_file):
+        check_arrow_sizes(source, is_file)
         if is_file:
             reader = pyarrow.ipc.open_file(source)
             last = reader.num_record_batches if end is None else end
@@ -107,12 +112,13 @@ def rows_of_batches(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[l
     """The rows of the batches as dicts.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: the file is damaged, or has columns of a type that cannot be read.
     """
     number = 0
     while True:
         try:
             batch = next(batches, None)
+            batch = None if batch is None else checked(batch)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{where}: expected a whole Parquet or Arrow file; row {number} and what follows "
@@ -120,14 +126,15 @@ def rows_of_batches(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[l
             ) from error
         if batch is None:
             return
+        labels = class_labels(batch.schema)
         for part in _small_parts(batch):
-            yield _values_of_batch(part)
+            yield _values_of_batch(part, labels)
         number += batch.num_rows
 
 
 def _small_parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """Halves the batch until each part has one row or at most BATCH_BYTES."""
-    if batch.num_rows <= 1 or batch.nbytes <= BATCH_BYTES:
+    if batch.num_rows <= 1 or expanded_bytes(batch, BATCH_BYTES) <= BATCH_BYTES:
         yield batch
         return
     middle = batch.num_rows // 2
@@ -135,28 +142,21 @@ def _small_parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     yield from _small_parts(batch.slice(middle))
 
 
-def _values_of_batch(batch: pa.RecordBatch) -> list[RawRow]:
-    if batch.num_rows == 1 and _row_bytes(batch) > blocks.MAX_ROW_BYTES:
+def _values_of_batch(batch: pa.RecordBatch, labels: dict[str, list[str]]) -> list[RawRow]:
+    limit = blocks.MAX_ROW_BYTES
+    if batch.num_rows == 1 and expanded_bytes(batch, limit) > limit:
         return [TOO_LONG]
     # One bad value makes the whole conversion fail; then each row is converted alone.
     try:
-        return batch.to_pylist()
-    except (ValueError, OverflowError) as error:
+        return python_rows(batch, labels)
+    except (ValueError, OverflowError, KeyError) as error:
         if batch.num_rows == 1:
             return [_defect(error)]
-        return [row for k in range(batch.num_rows) for row in _values_of_batch(batch.slice(k, 1))]
+        single = (batch.slice(k, 1) for k in range(batch.num_rows))
+        return [row for part in single for row in _values_of_batch(part, labels)]
 
 
-def _row_bytes(row: pa.RecordBatch) -> int:
-    """Size of a batch of one row, without dictionaries that its columns share with other rows."""
-    columns = [
-        column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
-        for column in row.columns
-    ]
-    return sum(column.nbytes for column in columns)
-
-
-def _defect(error: ValueError | OverflowError) -> Defect:
+def _defect(error: Exception) -> Defect:
     if isinstance(error, UnicodeDecodeError):
-        return Defect("bad-utf8", f"byte {error.object[error.start]:#04x} is not UTF-8")
+        return bad_utf8(error.object[error.start])
     return Defect("bad-value", str(error))

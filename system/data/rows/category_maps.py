@@ -11,8 +11,9 @@ import yaml
 
 from system import storage
 from system.config import SourceConfig
+from system.config.data import name_of
+from system.data.read.listing import locate
 from system.data.read.readers import FileRange, read_rows
-from system.data.read.sources import locate
 from system.errors import DataError
 
 _KINDS = "expected CSV, TSV, JSON, JSONL, Parquet or YAML"
@@ -49,11 +50,15 @@ def read_category_map(uri: str) -> dict[str, str]:
     """
     categories: dict[str, str] = {}
     for number, (value, category) in enumerate(_pairs(uri)):
-        if not isinstance(value, str | int) or not isinstance(category, str | int):
+        if not all(
+            isinstance(item, str | int | float) and not isinstance(item, bool)
+            for item in (value, category)
+        ):
             raise DataError(
-                f"{uri}: expected a text for a text, found {value!r} -> {category!r} at {number}"
+                f"{uri}: expected a text for a text, found {value!r} -> {category!r} at {number}. "
+                "Put names such as yes, no, on, off in quotes."
             )
-        value, category = str(value).strip(), str(category).strip()
+        value, category = name_of(value), name_of(category)
         if categories.setdefault(value, category) != category:
             raise DataError(
                 f"{uri}: expected one category for {value!r}, found {categories[value]!r} and "

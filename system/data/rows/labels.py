@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from system.config import SourceConfig
+from system.config.data import name_of
 from system.data.rows.conversation import RowRejected, check_combining, find_answer
 from system.errors import DataError
 
 _MAX_CACHED = 10_000
+_UNTYPED = re.compile(r"\.[ct]sv(\.\w+)?$")
+_WHOLE = re.compile(r"-?\d+\.0+")
 _MAX_FLOAT32 = 3.4028235e38
 
 
@@ -39,6 +44,8 @@ class Labels:
         self._names = source.category_map
         self._fixed: str | None = None
         self._cached: dict[str, str | None] = {}
+        self._is_untyped = False
+        """Whether the file knows no numbers, so that text which looks like one is one."""
         self._is_plain = (
             source.answer_column is None
             and source.answer_pattern is None
@@ -58,6 +65,8 @@ class Labels:
             DataError: `category_pattern` does not match the path, or finds an unknown category.
         """
         source = self._source
+        self._is_untyped = bool(_UNTYPED.search(uri.lower()))
+        self._cached.clear()
         self._fixed = source.category
         if source.category_pattern is not None:
             match = re.search(source.category_pattern, uri)
@@ -129,6 +138,8 @@ class Labels:
         if category is None:
             return None
         category = category.strip()
+        if self._is_untyped and _WHOLE.fullmatch(category):
+            category = category.partition(".")[0]
         renamed = self._names.get(category)
         is_unmapped = renamed is None and category and self._names
         if is_unmapped and self._source.category_unmapped != "keep":
@@ -151,14 +162,20 @@ def _fill(columns: LabelColumns, length: int) -> None:
         column.append(None)
 
 
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _label(row: dict[str, Any], column: str) -> str | None:
     """A short text from a column; None where it is missing or empty."""
     value = row.get(column)
-    if value is None:
+    if _is_missing(value):
         return None
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float | Decimal):
         raise RowRejected("missing-field", f"{column!r} holds a {type(value).__name__}, not text")
-    text = str(value).strip()
+    if isinstance(value, float) and math.isinf(value):
+        raise RowRejected("missing-field", f"{column!r} holds {value}, not text")
+    text = f"{value.normalize():f}" if isinstance(value, Decimal) else name_of(value)
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -172,17 +189,18 @@ def _score(row: dict[str, Any], column: str | None) -> float | None:
     if value is None or value == "":
         return None
     try:
-        # One that is not finite stays as it is: stage `select` quarantines and counts the row.
-        return float(value)
+        # An infinite one stays as it is: stage `select` quarantines and counts the row.
+        score = float(value)
     except (TypeError, ValueError, OverflowError):
         raise RowRejected(
             "missing-field", f"{column!r} holds {reprlib.repr(value)}, not a number"
         ) from None
+    return None if math.isnan(score) else score
 
 
 def _vector(row: dict[str, Any], column: str | None) -> list[float] | None:
     value = row.get(column) if column is not None else None
-    if value is None:
+    if _is_missing(value):
         return None
     try:
         vector = [float(item) for item in value] if isinstance(value, list) else []

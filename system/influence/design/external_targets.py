@@ -18,6 +18,7 @@ import pyarrow as pa
 from system.config import IngestConfig, RunConfig, SourceConfig
 from system.data.read.readers import Defect, FileRange, read_rows
 from system.data.read.sources import list_files
+from system.data.rows.columns import SeenColumns, check_columns
 from system.data.rows.conversation import (
     SPLITS,
     Conversation,
@@ -90,6 +91,7 @@ def read_target(
         `duplicate`; rows of the other side are not counted.
 
     Raises:
+        ConfigError: no row has a column that the configuration names.
         DataError: no file, an unknown format, or too large a share of broken rows.
     """
     name, path = source.name, source.path
@@ -97,7 +99,9 @@ def read_target(
     rows_by_id: dict[str, _Row] = {}
     left_out: Counter[str] = Counter()
     num_rows = num_broken = 0
+    seen = SeenColumns(source)
     for file in list_files([source], data_dir):
+        labels.open_file(file.uri)
         rows = read_rows(FileRange(file=file.index, uri=file.uri, stamp=file.stamp))
         # The format is guessed from the first rows, which must then not be lost.
         first = list(itertools.islice(rows, _HEAD_ROWS))
@@ -106,6 +110,7 @@ def read_target(
         )
         for _, row in itertools.chain(first, rows):
             num_rows += 1
+            seen.see([row])
             normal = _normal(row, shape, labels, ingest, left_out)
             if normal is None:
                 num_broken += 1
@@ -117,6 +122,7 @@ def read_target(
                 left_out["duplicate"] += 1
             else:
                 rows_by_id[normal.conversation.id] = normal
+    check_columns(f"influence.targets {name!r} ({path})", source, [(seen.names, seen.absent)])
     if num_broken > ingest.max_rejected_share * num_rows:
         raise DataError(
             f"influence.targets {name!r} ({path}): {num_broken} of {num_rows} rows cannot be used "

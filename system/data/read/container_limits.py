@@ -1,0 +1,259 @@
+"""Says before a table is read how much memory its compressed parts will take.
+
+The library trusts what a part says about its own size, and a few kilobytes can claim gigabytes.  So
+the sizes are read first: from the messages of an Arrow file, and from the headers of the pages of a
+Parquet file (the sizes in its footer may be wrong).  Only the few fields that are needed are
+decoded.  Source: Apache Arrow, Message.fbs and File.fbs; Apache Parquet, parquet.thrift.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+MAX_BLOCK_BYTES = 2**30
+"""Most bytes that are decompressed at once: a record batch of an Arrow file, or one page of each
+column of a Parquet file."""
+MAX_PAGE_VALUES = 2**26
+_HEADER_BYTES = 2**13
+_MAX_HEADER_BYTES = 2**24
+_DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
+_DICTIONARY_PAGE = 2
+
+
+def _too_large(what: str, size: int) -> pa.ArrowInvalid:
+    return pa.ArrowInvalid(
+        f"{what} takes {size:,} bytes when it is decompressed, more than the {MAX_BLOCK_BYTES:,} "
+        "that are allowed. If the file is yours, write it with fewer rows at once"
+    )
+
+
+class _Table:
+    """A table of a flatbuffer: its fields by their number."""
+
+    def __init__(self, data: bytes, place: int) -> None:
+        self._data, self._place = data, place
+        self._fields = place - struct.unpack_from("<i", data, place)[0]
+        self._size = struct.unpack_from("<H", data, self._fields)[0]
+
+    @classmethod
+    def root(cls, data: bytes) -> _Table:
+        return cls(data, struct.unpack_from("<I", data, 0)[0])
+
+    def _at(self, number: int) -> int | None:
+        entry = 4 + 2 * number
+        if entry >= self._size:
+            return None
+        offset = struct.unpack_from("<H", self._data, self._fields + entry)[0]
+        return self._place + offset if offset else None
+
+    def number(self, field: int, form: str) -> int:
+        place = self._at(field)
+        return 0 if place is None else struct.unpack_from(form, self._data, place)[0]
+
+    def table(self, field: int) -> _Table | None:
+        place = self._at(field)
+        if place is None:
+            return None
+        return _Table(self._data, place + struct.unpack_from("<I", self._data, place)[0])
+
+    def structs(self, field: int, form: str) -> Iterator[tuple[Any, ...]]:
+        place = self._at(field)
+        if place is None:
+            return
+        place += struct.unpack_from("<I", self._data, place)[0]
+        for k in range(struct.unpack_from("<I", self._data, place)[0]):
+            yield struct.unpack_from(form, self._data, place + 4 + k * struct.calcsize(form))
+
+
+def check_arrow_sizes(source: pa.NativeFile, is_file: bool) -> None:
+    """Makes sure that no batch of an Arrow file or stream decompresses to too much.
+
+    Raises:
+        pa.ArrowInvalid: one does, or the file is damaged.
+    """
+    size = source.size()
+    try:
+        places = _file_messages(source, size) if is_file else _stream_messages(source, size)
+        dictionary_bytes = 0
+        for metadata, body in places:
+            message = _Table.root(metadata)
+            kind, header = message.number(1, "<B"), message.table(2)
+            if kind == _DICTIONARY_BATCH and header is not None:
+                header = header.table(1)
+            if header is None or kind not in (_DICTIONARY_BATCH, _RECORD_BATCH):
+                continue
+            batch_bytes = _batch_bytes(source, header, body)
+            if kind == _DICTIONARY_BATCH:
+                dictionary_bytes += batch_bytes
+            largest = max(batch_bytes, dictionary_bytes)
+            if largest > MAX_BLOCK_BYTES:
+                raise _too_large("a batch", largest)
+    except (struct.error, OverflowError) as error:
+        raise pa.ArrowInvalid(f"its messages are damaged: {error}") from None
+    source.seek(0)
+
+
+def _file_messages(source: pa.NativeFile, size: int) -> Iterator[tuple[bytes, int]]:
+    """Metadata and place of the body of all batches that the footer lists."""
+    source.seek(max(size - 10, 0))
+    (length,) = struct.unpack_from("<i", source.read(4))
+    source.seek(max(size - 10 - length, 0))
+    footer = _Table.root(source.read(max(length, 0)))
+    for field in (2, 3):
+        for place, metadata_bytes, _, _ in footer.structs(field, "<qiiq"):
+            source.seek(min(max(place, 0), size))
+            data = source.read(max(metadata_bytes, 0))
+            skipped = 8 if data[:4] == b"\xff\xff\xff\xff" else 4
+            yield data[skipped:], place + metadata_bytes
+
+
+def _stream_messages(source: pa.NativeFile, size: int) -> Iterator[tuple[bytes, int]]:
+    place = 0
+    while place < size:
+        source.seek(place)
+        head = source.read(8)
+        if len(head) < 8:
+            return
+        is_new = head[:4] == b"\xff\xff\xff\xff"
+        (length,) = struct.unpack_from("<i", head, 4 if is_new else 0)
+        if length <= 0:
+            return
+        place += 8 if is_new else 4
+        source.seek(place)
+        metadata = source.read(min(length, size))
+        place += length
+        yield metadata, place
+        place += max(_Table.root(metadata).number(3, "<q"), 0)
+
+
+def _batch_bytes(source: pa.NativeFile, batch: _Table, body: int) -> int:
+    """What the buffers of a batch take when they are decompressed; 0 if they are not compressed."""
+    if batch.table(3) is None:
+        return 0
+    total = 0
+    for offset, length in batch.structs(2, "<qq"):
+        if length >= 8:
+            source.seek(body + offset)
+            (size,) = struct.unpack("<q", source.read(8))
+            total += length if size < 0 else size
+    return total
+
+
+def check_parquet_sizes(file: Any, metadata: Any, group: int) -> list[str]:
+    """Makes sure that no page of a row group decompresses to too much.
+
+    Args:
+        file: open, of bytes.
+        metadata: of the Parquet file.
+        group: number of the row group.
+
+    Returns:
+        Paths of the columns to read as dictionaries: their rows may share texts so that writing
+        each out could take too much.
+
+    Raises:
+        pa.ArrowInvalid: a page does, or the file is damaged.
+    """
+    total, shared = 0, []
+    for number in range(metadata.num_columns):
+        column = metadata.row_group(group).column(number)
+        largest = dictionary = values = 0
+        for page in _pages(file, column):
+            size, count = page[2], _num_values(page)
+            if count > MAX_PAGE_VALUES:
+                raise pa.ArrowInvalid(f"a page claims to hold {count:,} values")
+            if page[1] == _DICTIONARY_PAGE:
+                dictionary = max(dictionary, size)
+            else:
+                largest, values = max(largest, size), values + count
+        total += largest + dictionary
+        if total > MAX_BLOCK_BYTES:
+            raise _too_large(f"row group {group}", total)
+        if column.physical_type == "BYTE_ARRAY" and dictionary * values > MAX_BLOCK_BYTES:
+            shared.append(column.path_in_schema)
+    return shared
+
+
+def _pages(file: Any, column: Any) -> Iterator[dict[int, Any]]:
+    """The headers of the pages of a column in a row group."""
+    starts = (column.dictionary_page_offset, column.data_page_offset)
+    place = min(start for start in starts if start)
+    end = place + column.total_compressed_size
+    while place < end:
+        header, length = _page_header(file, place)
+        yield header
+        place += length + max(header[3], 0)
+
+
+def _page_header(file: Any, place: int) -> tuple[dict[int, Any], int]:
+    num_bytes = _HEADER_BYTES
+    while True:
+        file.seek(place)
+        data = file.read(num_bytes)
+        try:
+            header, length = _struct(data, 0)
+            if not {1, 2, 3} <= header.keys() or min(header[2], header[3]) < 0:
+                raise pa.ArrowInvalid("the header of a page is damaged")
+            return header, length
+        except (IndexError, RecursionError):
+            # The statistics in a header may be long texts.
+            if len(data) < num_bytes or num_bytes >= _MAX_HEADER_BYTES:
+                raise pa.ArrowInvalid("the header of a page is damaged") from None
+            num_bytes *= 8
+
+
+def _num_values(header: dict[int, Any]) -> int:
+    parts = (header.get(field) for field in (5, 7, 8))
+    return max((part.get(1, 0) for part in parts if isinstance(part, dict)), default=0)
+
+
+def _struct(data: bytes, place: int) -> tuple[dict[int, Any], int]:
+    """The fields of a struct of Thrift's compact protocol, and where it ends."""
+    fields: dict[int, Any] = {}
+    number = 0
+    while kind := data[place]:
+        place += 1
+        if kind >> 4:
+            number += kind >> 4
+        else:
+            number, place = _signed(data, place)
+        fields[number], place = _value(data, place, kind & 15)
+    return fields, place + 1
+
+
+def _value(data: bytes, place: int, kind: int) -> tuple[Any, int]:
+    if kind in (1, 2):
+        return kind == 1, place
+    if kind == 3:
+        return data[place], place + 1
+    if kind in (4, 5, 6):
+        return _signed(data, place)
+    if kind == 7:
+        return None, place + 8
+    if kind == 8:
+        length, place = _varint(data, place)
+        return None, place + length
+    if kind == 12:
+        return _struct(data, place)
+    raise pa.ArrowInvalid(f"the header of a page holds a value of the unknown kind {kind}")
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[place]
+        value |= (byte & 127) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 128:
+            return value, place
+        if shift > 63:
+            raise pa.ArrowInvalid("the header of a page holds a number that is too long")
+
+
+def _signed(data: bytes, place: int) -> tuple[int, int]:
+    value, place = _varint(data, place)
+    return (value >> 1) ^ -(value & 1), place
