@@ -23,7 +23,7 @@ _MAX_DIMS = 8
 _VERSIONS = (2, 3)
 
 
-class _Damage(Exception):
+class _DamageError(Exception):
     """What is wrong with the file."""
 
 
@@ -39,7 +39,7 @@ def check_gguf(path: Path) -> None:
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
             _Header(data).check()
-    except (OSError, ValueError, _Damage) as error:
+    except (OSError, ValueError, _DamageError) as error:
         raise ModelError(
             f"{path}: expected a GGUF model, but the file is damaged or cut off: {error}. Get the "
             "file again and compare its size and checksum with those of its publisher."
@@ -56,14 +56,14 @@ class _Header:
 
     def check(self) -> None:
         if self._data[:4] != b"GGUF":
-            raise _Damage(f"it starts with {self._data[:4]!r}, not with b'GGUF'")
+            raise _DamageError(f"it starts with {self._data[:4]!r}, not with b'GGUF'")
         self._at = 4
         version = self._scalar("I", "the version")
         if version & 0xFFFF == 0:  # written on a machine with the other byte order
             self._order = ">"
             version = int.from_bytes(version.to_bytes(4, "little"), "big")
         if version not in _VERSIONS:
-            raise _Damage(f"version {version} is none of {_VERSIONS}")
+            raise _DamageError(f"version {version} is none of {_VERSIONS}")
         num_tensors = self._scalar("Q", "the number of tensors")
         num_values = self._scalar("Q", "the number of values")
         self._require(24 * num_tensors + 12 * num_values, "its tensors and values")
@@ -76,9 +76,9 @@ class _Header:
             elif key.endswith(".block_count"):
                 num_blocks = value
         if not isinstance(alignment, int) or alignment < 1:
-            raise _Damage(f"general.alignment is {alignment!r}")
+            raise _DamageError(f"general.alignment is {alignment!r}")
         if not isinstance(num_blocks, int) or num_blocks > num_tensors:
-            raise _Damage(f"it names {num_blocks!r} blocks and has {num_tensors} tensors")
+            raise _DamageError(f"it names {num_blocks!r} blocks and has {num_tensors} tensors")
         extents = [self._tensor(number) for number in range(num_tensors)]
         start = -(-self._at // alignment) * alignment
         self._check_extents(extents, len(self._data) - start)
@@ -87,10 +87,12 @@ class _Header:
         end, before = 0, ""
         for offset, length, name in sorted(extents):
             if offset < end:
-                raise _Damage(f"the tensors {before!r} and {name!r} overlap")
+                raise _DamageError(f"the tensors {before!r} and {name!r} overlap")
             end, before = offset + length, name
             if end > size:
-                raise _Damage(f"tensor {name!r} ends at byte {end:,} of {size:,} bytes of data")
+                raise _DamageError(
+                    f"tensor {name!r} ends at byte {end:,} of {size:,} bytes of data"
+                )
 
     def _tensor(self, number: int) -> tuple[int, int, str]:
         """Offset, length in bytes and name."""
@@ -99,7 +101,7 @@ class _Header:
         name = self._text(f"the name of tensor {number}")
         num_dims = self._scalar("I", f"the number of dimensions of {name!r}")
         if num_dims > _MAX_DIMS:
-            raise _Damage(f"tensor {name!r} has {num_dims:,} dimensions")
+            raise _DamageError(f"tensor {name!r} has {num_dims:,} dimensions")
         size = 1
         for _ in range(num_dims):
             size *= self._scalar("Q", f"the shape of {name!r}")
@@ -107,7 +109,7 @@ class _Header:
         try:
             block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         except (ValueError, KeyError):
-            raise _Damage(f"tensor {name!r} has the unknown type {kind}") from None
+            raise _DamageError(f"tensor {name!r} has the unknown type {kind}") from None
         offset = self._scalar("Q", f"the offset of {name!r}")
         return offset, -(-size // block) * block_bytes, name
 
@@ -127,7 +129,7 @@ class _Header:
             for _ in range(length):
                 self._value(inner, key, depth + 1)
         else:
-            raise _Damage(f"the value of {key!r} has the unknown type {kind}")
+            raise _DamageError(f"the value of {key!r} has the unknown type {kind}")
         return None
 
     def _scalar(self, code: str, what: str) -> Any:
@@ -143,7 +145,7 @@ class _Header:
         try:
             return self._bytes(what).decode()
         except UnicodeDecodeError:
-            raise _Damage(f"{what} is no UTF-8 text") from None
+            raise _DamageError(f"{what} is no UTF-8 text") from None
 
     def _skip(self, size: int, what: str) -> int:
         """Moves on by `size` bytes; returns where it was."""
@@ -154,4 +156,6 @@ class _Header:
     def _require(self, size: int, what: str) -> None:
         left = len(self._data) - self._at
         if size > left:
-            raise _Damage(f"{what} takes {size:,} bytes at byte {self._at:,}; {left:,} are left")
+            raise _DamageError(
+                f"{what} takes {size:,} bytes at byte {self._at:,}; {left:,} are left"
+            )

@@ -38,9 +38,12 @@ _STEPS, _STEPS_PER_CHAR = 200_000, 20
 _SIZE, _SIZE_PER_CHAR = 2**22, 64
 _DEPTH = 64
 _STEP_CHARS = 1024
+_ITEM_CHARS = 16
+"""What an item of a list counts, in characters."""
 _WIDTH = 100
 """Largest width, indentation or separator."""
 _NUMBER_BITS = 4096
+_TEXTS, _LISTS = (str, bytes), (list, tuple, set)
 _PADDED = {
     "center", "expandtabs", "indent", "join", "ljust", "rjust", "round", "to_bytes", "tojson",
     "zfill",
@@ -151,7 +154,10 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def step(self) -> None:
-        _METER.get().step()
+        meter = _METER.get()
+        meter.steps -= 1
+        if meter.steps < 0:
+            meter.step()
 
     def weigh(self, value: Any) -> Any:
         _METER.get().weigh(value)
@@ -179,7 +185,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, called: Any, /, *args: Any, **values: Any) -> Any:
         meter = _METER.get()
         if not isinstance(called, Macro):
-            name, owner = getattr(called, "__name__", ""), getattr(called, "__self__", None)
+            # The sandbox wraps `str.format`.
+            method = getattr(called, "__wrapped__", called)
+            name, owner = getattr(method, "__name__", ""), getattr(method, "__self__", None)
             # The method `join` belongs to its separator.
             others = [owner] if name == "join" else [*args, *values.values()]
             _refuse_growth(name, owner, others, meter.size)
@@ -292,17 +300,17 @@ def _refuse_product(operator: str, left: Any, right: Any, limit: int) -> None:
 
 
 def _size(value: Any, limit: int) -> int:
-    """Characters and items of a value, with all that it contains; stops above the limit."""
+    """Characters of a value, with all that it contains; stops above the limit."""
     size, waiting = 0, [value]
     while waiting and size <= limit:
         item = waiting.pop()
-        if isinstance(item, str | bytes):
+        if isinstance(item, _TEXTS):
             size += len(item)
         elif isinstance(item, dict):
-            size += len(item)
+            size += 2 * _ITEM_CHARS * len(item)
             waiting += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple | set):
-            size += len(item)
+        elif isinstance(item, _LISTS):
+            size += _ITEM_CHARS * len(item)
             waiting += item
     return size
 

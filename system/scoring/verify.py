@@ -6,6 +6,8 @@ import re
 import unicodedata
 from decimal import Decimal, InvalidOperation
 
+from system.patterns import last_group
+
 _NUMBER = re.compile(r"[-+]?(\d+(,\d{3})*(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _CURRENCY = "$€£¥"
 _WRAPPERS = "\"'`*_“”‘’"
@@ -24,9 +26,7 @@ def extract_answer(text: str, pattern: str | None) -> str | None:
     """
     if pattern is None:
         return text.strip()
-    answer = None
-    for match in re.finditer(pattern, text, flags=re.MULTILINE):
-        answer = match.group(1)
+    answer = last_group(pattern, text)
     return None if answer is None else answer.strip()
 
 

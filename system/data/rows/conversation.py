@@ -17,10 +17,11 @@ question with another answer lands in the same split, and adding data moves no r
 from __future__ import annotations
 
 import hashlib
-import re
 import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from system.patterns import last_group
 
 Turn = tuple[str, str]
 """Role and text."""
@@ -182,7 +183,5 @@ def split_of(prompt_hash: int, estimate_share: float, test_share: float) -> int:
 
 def find_answer(pattern: str, text: str) -> str | None:
     """What the pattern's group holds at its last match in the text, stripped; None without one."""
-    found = None
-    for match in re.finditer(pattern, text):
-        found = match.group(1)
+    found = last_group(pattern, text)
     return None if found is None else found.strip()

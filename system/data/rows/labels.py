@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from system.config import SourceConfig
 from system.data.rows.conversation import RowRejected, find_answer
 from system.errors import DataError
+from system.patterns import compile_pattern, encodable
 
 _MAX_CACHED = 10_000
 _MAX_FLOAT32 = 3.4028235e38
@@ -60,7 +60,7 @@ class Labels:
         source = self._source
         self._fixed = source.category
         if source.category_pattern is not None:
-            match = re.search(source.category_pattern, uri)
+            match = compile_pattern(source.category_pattern).search(encodable(uri))
             if match is None:
                 raise DataError(
                     f"{uri}: expected its path to match category_pattern "
