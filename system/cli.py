@@ -9,6 +9,7 @@ configuration, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import signal
 import sys
@@ -23,6 +24,8 @@ from system.stages import STAGE_NAMES
 if TYPE_CHECKING:
     from system.config import RunConfig
 
+_BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""Error numbers that mean: no machine has such a path, so the input is wrong."""
 _RUN_DIR = "run directory: `run_dir` of the configuration"
 
 
@@ -41,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(
-            f"instructmix: a file operation failed: {error}. Check free space, permissions and the "
-            "path. Finished work is kept; run the same command again to continue.",
+            f"instructmix: a file operation failed: {str(error)[:1000]}. Check free space, "
+            "permissions and the path. Finished work is kept; run the same command again to "
+            "continue.",
             file=sys.stderr,
         )
-        return 1
+        return 2 if error.errno in _BAD_PATH else 1
     except KeyboardInterrupt as error:
         print(
             "instructmix: stopped. Finished work is kept; run the same command again to continue.",

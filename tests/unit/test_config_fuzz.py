@@ -19,13 +19,18 @@ MINIMAL: dict[str, Any] = {
     "solve": {"budget": 10},
 }
 ODD = (
-    None, True, -1, 0, 1, 3, 2**31, 2**63, 10**300, 0.5, -0.0, 1e308, float("inf"), float("nan"), "",
-    " ", "x" * 5000, "\x1b[31m", "é\u202e", "../..", "/", "/dev/null", "/proc/self/mem", "s3://", "s3://x",
-    "hf://", "hf://a/b/c", "file://", "http://[", "none://x", "~nobody/x", "${NONE}", "$", "*", "**", "[",
-    "rows.jsonl", "a.csv", "(", r"(?P<category>\w+)", r"(a)\1", "m:f", "os:system", "a.b:c", "no.gguf",
-    "org/name", "2024-01-01", "1e-4", [], [[]], [None], ["a", "a"], [1, 1], {}, {"a": {}}, {"": ""},
-    {1: 2}, {None: None}, [{"path": 3}], {"path": "rows.jsonl"}, {"a": {"path": "rows.jsonl"}},
+    None, True, -1, 0, 1, 3, 2**31, 2**63, 10**300, 0.5, -0.0, 1e308, float("inf"), float("nan"),
+    "", " ", "x" * 5000, "\x1b[31m", "é\u202e", "../..", "/", "/dev/null", "/proc/self/mem",
+    "s3://", "s3://x", "hf://", "hf://a/b/c", "file://", "http://[", "none://x", "~nobody/x",
+    "${NONE}", "$", "*", "**", "[", "rows.jsonl", "rows.jsonl/x", "a.csv", "(", "(?P<category>.)",
+    r"(a)\1", "m:f", "os:system", "a.b:c", "no.gguf", "org/name", "2024-01-01", "1e-4",
+    [], [[]], [None], ["a", "a"], [1, 1], {}, {"a": {}}, {"": ""}, {1: 2}, {None: None},
+    [{"path": 3}], {"path": "rows.jsonl"}, {"a": {"path": "rows.jsonl"}},
     "add", "loss", "gradient", "near", "messages", "columns", "2020-13-45", "auto", "local",
+)  # fmt: skip
+GARBAGE = (
+    "", "[", "{", "]", "}", ":", "- ", "&a ", "*a", "!!int ", "!!set ", "!!timestamp ", "'", '"',
+    "\t", "\n", "\x00", "<<: ", "? ", "| ", "9" * 5000, "[" * 3000, "%", "#",
 )  # fmt: skip
 
 
@@ -73,10 +78,8 @@ def garbled(draw: random.Random, text: str) -> str:
     """The text with some characters replaced, cut out or repeated."""
     for _ in range(draw.choice((1, 2, 10))):
         place = draw.randrange(len(text) + 1)
-        text = text[:place] + draw.choice(
-            ("", "[", "{", "]", "}", ":", "- ", "&a ", "*a", "!!int ", "!!set ", "!!timestamp ", "'", '"',
-             "\t", "\n", "\x00", "<<: ", "? ", "| ", "9" * 5000, "[" * 3000, text[:place][-30:], "%", "#")
-        ) + text[place + draw.choice((0, 0, 1, 20)) :]  # fmt: skip
+        piece = draw.choice((*GARBAGE, text[:place][-30:]))
+        text = text[:place] + piece + text[place + draw.choice((0, 0, 1, 20)) :]
     return text
 
 
