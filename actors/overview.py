@@ -18,7 +18,7 @@ from system.devices import idle_gpus_remark, visible_gpus
 from system.errors import ConfigError
 from system.forecast import Forecast, RunState, describe, make_forecast
 from system.influence.append.earlier import APPENDS_TO
-from system.models.base import kind_of
+from system.models.base import check_model, kind_of
 from system.rundir import RunDir, StageRecord, describe_change, fingerprint
 from system.solve import Mix
 from system.stages import STAGE_FOLDERS
@@ -58,6 +58,8 @@ def _describe_plan(config: RunConfig, probe: bool) -> PlanView:
     for stage in STAGES:
         state = _state(stage, config, records, run_dir)
         lines.append(f"  {stage.name:<11} {state}")
+    if "model" not in records:
+        check_model(config.model)
     run_state = _run_state(config, records, run_dir)
     remarks = _remarks(config, _train_rows(run_state))
     forecast = make_forecast(config, run_state, probe=probe)

@@ -2,16 +2,18 @@
 
 Heavy modules are imported inside the command that needs them, after the arguments are parsed, so
 that `--help` is fast.  This is the only module of `system` that may import `actors`, and it does so
-inside functions.  Exit codes: 0 success, 1 failure, 2 invalid input or configuration, 130 stopped
-by Ctrl-C, 143 stopped by SIGTERM.
+inside functions.  Exit codes: 0 success, 1 failure (or a defect of instructmix), 2 invalid input or
+configuration, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -23,6 +25,8 @@ from system.stages import STAGE_NAMES
 if TYPE_CHECKING:
     from system.config import RunConfig
 
+_BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""Error numbers that mean: no machine has such a path, so the input is wrong."""
 _RUN_DIR = "run directory: `run_dir` of the configuration"
 
 
@@ -41,18 +45,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(
-            f"instructmix: a file operation failed: {without_secrets(str(error))}. Check free "
-            "space, permissions and the path. Finished work is kept; run the same command again "
-            "to continue.",
+            f"instructmix: a file operation failed: {without_secrets(str(error))[:1000]}. Check "
+            "free space, permissions and the path. Finished work is kept; run the same command "
+            "again to continue.",
             file=sys.stderr,
         )
-        return 1
+        return 2 if error.errno in _BAD_PATH else 1
     except KeyboardInterrupt as error:
         print(
             "instructmix: stopped. Finished work is kept; run the same command again to continue.",
             file=sys.stderr,
         )
         return 128 + (signal.SIGTERM if isinstance(error, _TerminatedError) else signal.SIGINT)
+    except Exception as error:
+        # The last line of defence: every error of the user has a class of its own.
+        if arguments.debug:
+            raise
+        print(f"instructmix: {_describe_defect(error)}", file=sys.stderr)
+        return 1
+
+
+def _describe_defect(error: Exception) -> str:
+    places = [
+        f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    found = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({places[-1]}). Finished work is kept; use a larger machine."
+    version = importlib.metadata.version("instructmix")
+    return (
+        f"this is a defect of instructmix {version}, not of your input: expected a result or a "
+        f"message that names the cause, found {found} (at {' > '.join(places[-3:])}). Finished "
+        "work is kept. Please report it with the command, the configuration, and what the same "
+        "command prints with --debug."
+    )
 
 
 class _TerminatedError(KeyboardInterrupt):

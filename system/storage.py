@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
@@ -61,6 +62,7 @@ def join(uri: str, *parts: str) -> str:
 
 def _filesystem(uri: str) -> tuple[Any, str]:
     try:
+        urlsplit(uri)  # libraries raise later, and in their own ways, what it refuses
         # Without a cache: other processes write there too, so a cached listing would be wrong.
         return fsspec.core.url_to_fs(uri, use_listings_cache=False)
     except (ImportError, ValueError) as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from system.functions import FUNCTION_NAME
+from system.patterns import compile_pattern
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -50,7 +50,7 @@ class SourceConfig(Section):
     category_column: str | None = None
     """Column that holds the category."""
     category_pattern: str | None = None
-    """Regular expression with a group `category`, matched against the file's path."""
+    """Regular expression (RE2 syntax) with a group `category`, matched against the file's path."""
     category_map: dict[str, str] | str = {}
     """Renames categories; two that map to the same name are merged. A mapping, or the path of a
     file that holds one: CSV, JSONL or Parquet with the column `category` and one other column, or
@@ -62,8 +62,8 @@ class SourceConfig(Section):
     answer_column: str | None = None
     """Column that holds the final answer, so that generated answers can be checked against it."""
     answer_pattern: str | None = None
-    """Regular expression with one group that finds the final answer inside a response. `^` and `$`
-    match at every line; the last match counts."""
+    """Regular expression (RE2 syntax) with one group that finds the final answer inside a response.
+    The last match counts; `^` and `$` match at every line."""
     score_column: str | None = None
     """Column with a quality score, for `select.score: column`. Rows without a score come last."""
     embedding_column: str | None = None
@@ -114,13 +114,15 @@ class SourceConfig(Section):
             if pattern is None:
                 continue
             try:
-                compiled = re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{name} {pattern!r} does not compile: {error}") from error
+                compiled = compile_pattern(pattern)
+            except ValueError as error:
+                raise ValueError(
+                    f"{name} {pattern[:200]!r} cannot be used as a pattern: {error}"
+                ) from error
             if name == "category_pattern" and "category" not in compiled.groupindex:
-                raise ValueError(f"{name} {pattern!r} needs a group (?P<category>...)")
+                raise ValueError(f"{name} {pattern[:200]!r} needs a group (?P<category>...)")
             if name == "answer_pattern" and compiled.groups != 1:
-                raise ValueError(f"{name} {pattern!r} needs exactly one group")
+                raise ValueError(f"{name} {pattern[:200]!r} needs exactly one group")
         if self.format == "columns" and not {"prompt", "response"} <= set(self.columns):
             raise ValueError("format 'columns' needs columns.prompt and columns.response")
         return self

@@ -76,8 +76,8 @@ class TargetConfig(Section):
     answer_column: str | None = None
     """Column that holds the final answer, so that generated answers can be checked against it."""
     answer_pattern: str | None = None
-    """Regular expression with one group that finds the final answer inside a response. `^` and `$`
-    match at every line; the last match counts."""
+    """Regular expression (RE2 syntax) with one group that finds the final answer inside a response.
+    The last match counts; `^` and `$` match at every line."""
     test_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Share of the rows that is kept away from the effect matrix. Stage `evaluate` judges the
     trained models on these rows (at most `evaluate.test_rows`). The hash of the question decides.

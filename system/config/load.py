@@ -8,16 +8,17 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from system.config import RunConfig, Unexpanded
 from system.errors import ConfigError
 from system.redact import without_secrets
+from system.yaml_text import parse_yaml
 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 """Numbers that YAML 1.1 reads as strings, such as 1e-4."""
@@ -41,8 +42,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
             f"{'a directory' if file.is_dir() else 'nothing'} there. Examples are in configs/."
         )
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        value = parse_yaml(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: expected YAML, but it cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(
@@ -90,12 +91,14 @@ def _apply_override(value: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         raise ConfigError(
-            f"--set {override!r}: expected a.b=value, such as --set train.learning_rate=1e-4"
+            f"--set {override[:200]!r}: expected a.b=value, such as --set train.learning_rate=1e-4"
         )
     try:
-        parsed = yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+        parsed = parse_yaml(text) if text.strip() else ""
+    except ValueError as error:
+        raise ConfigError(
+            f"--set {override[:200]!r}: the value is not YAML that can be read: {error}"
+        ) from error
     if isinstance(parsed, str) and _SCIENTIFIC.fullmatch(parsed):
         parsed = float(parsed)
     *parents, last = name.strip().split(".")
@@ -109,23 +112,24 @@ def _apply_override(value: dict[str, Any], override: str) -> None:
 
 
 def _child(node: Any, key: str, override: str, path: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, key, override)]
-    child = node.setdefault(key, {})
+    place = _index(node, key, override) if isinstance(node, list) else key
+    child = node[place] if isinstance(node, list) else node.setdefault(place, {})
     # A section that is null in the file, such as `lora:`, is empty until a key of it is set.
     if child is None:
-        child = node[key] = {}
+        child = node[place] = {}
     if not isinstance(child, dict | list):
         raise ConfigError(
-            f"--set {override!r}: expected a section at {path}, found the value {child!r}"
+            f"--set {override[:200]!r}: expected a section at {path}, found the value "
+            f"{child!r:.200}"
         )
     return child
 
 
 def _index(node: list[Any], key: str, override: str) -> int:
-    if not key.isdecimal() or int(key) >= len(node):
+    if not key.isdecimal() or len(key) > 9 or int(key) >= len(node):
         raise ConfigError(
-            f"--set {override!r}: expected an index from 0 to {len(node) - 1}, found {key!r}"
+            f"--set {override[:200]!r}: expected an index from 0 to {len(node) - 1}, found "
+            f"{key!r:.100}"
         )
     return int(key)
 
@@ -172,7 +176,7 @@ def _describe(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     value = item["input"]
     # A whole section as the value found would bury the message.
-    shown = "" if isinstance(value, dict | list) or not name else f", found {value!r}"
+    shown = "" if isinstance(value, dict | list) or not name else f", found {reprlib.repr(value)}"
     return f"{name}: {message}{shown}" if name else message
 
 

@@ -7,10 +7,8 @@ of stage `evaluate` are on the disk together until they are scored.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from system.influence.design.cost import most_replications
 from system.influence.design.doses import at_every_dose
 from system.influence.design.estimators import ESTIMATORS, UNSCORED
 from system.influence.measure.ledger import open_checkpoints
+from system.models.weights import count_parameters, read_tensors
 
 _FLOAT32 = 4
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -54,23 +53,17 @@ def model_size(model_dir: Path, lora: LoraConfig | None) -> ModelSize:
         model_dir: local Hugging Face directory.
         lora: adapters of the training; None: all weights are trained.
     """
-    parameters = adapted = 0
+    adapted = None
     targets = "|".join(map(re.escape, lora.targets)) if lora else "(?!)"
     is_target = re.compile(rf"(^|\.)({targets})\.weight$")
-    for file in sorted(model_dir.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        for name, tensor in header.items():
-            if name == "__metadata__":
-                continue
-            size = 1
-            for side in tensor["shape"]:
-                size *= side
-            parameters += size
-            if lora is not None and is_target.search(name) and len(tensor["shape"]) == 2:
-                adapted += lora.rank * sum(tensor["shape"])
-    return ModelSize(parameters=parameters, adapted=None if lora is None else adapted)
+    tensors = read_tensors(model_dir)
+    if lora is not None:
+        adapted = sum(
+            lora.rank * sum(shape)
+            for name, (_, shape) in tensors.items()
+            if is_target.search(name) and len(shape) == 2
+        )
+    return ModelSize(parameters=count_parameters(tensors), adapted=adapted)
 
 
 def disk_parts(

@@ -8,7 +8,6 @@ only if `model.trust_remote_code` is set.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -20,6 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from system import storage
 from system.config import ModelConfig
 from system.errors import ModelError
+from system.models.gguf_header import check_gguf
+from system.models.weights import (
+    check_files,
+    check_loads,
+    check_report,
+    count_parameters,
+    loading,
+    read_object,
+    read_tensors,
+    refuse_pointer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,6 +81,9 @@ def model_identity(config: ModelConfig) -> dict[str, str]:
     files = _model_files(config)
     template = _read_template(config)
     if template is not None:
+        from system.models.template import check_template
+
+        check_template(template, f"model.chat_template {config.chat_template!r}")
         files["model.chat_template"] = hashlib.sha256(template.encode()).hexdigest()
     return files
 
@@ -81,9 +94,11 @@ def _model_files(config: ModelConfig) -> dict[str, str]:
         case "builtin" | "hub":
             return {}
         case "gguf":
+            refuse_pointer(path)
+            check_gguf(path)
             return {path.name: storage.stat(str(path))[1]}
         case "directory":
-            check_directory(path)
+            check_files(path)
             return {
                 file.name: storage.stat(str(file))[1]
                 for file in sorted(path.iterdir())
@@ -91,26 +106,25 @@ def _model_files(config: ModelConfig) -> dict[str, str]:
             }
 
 
-def check_directory(path: Path) -> None:
-    """Checks that transformers can load the directory without unpickling anything.
+def check_model(config: ModelConfig) -> None:
+    """Checks that the model loads and that its chat template can be trained on; reads no weights.
+
+    Only files on this machine are checked; stage `model` checks those of the hub.
 
     Raises:
-        ModelError: config, tokenizer or safetensors are missing.
+        ModelError: files are damaged or do not fit each other, or the template gives no exact mask.
+        ConfigError: the chat template does not end.
     """
-    names = {file.name for file in path.iterdir()}
-    missing = []
-    if "config.json" not in names:
-        missing.append("config.json")
-    if not any(name.endswith(".safetensors") for name in names):
-        missing.append("*.safetensors")
-    if not names & {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}:
-        missing.append("a tokenizer")
-    if missing:
-        raise ModelError(
-            f"{path}: expected a Hugging Face model directory, but {' and '.join(missing)} is "
-            f"missing (found {sorted(names)[:12]}). Weights in other formats can be converted with "
-            "transformers' save_pretrained."
-        )
+    if kind_of(config.path) != "directory":
+        return
+    from system.models.template import template_profile
+
+    trust = config.trust_remote_code
+    _quiet()
+    check_loads(Path(config.path), trust_remote_code=trust)
+    tokenizer = load_tokenizer(config.path, trust_remote_code=trust)
+    tokenizer.chat_template = template_of(config, tokenizer)
+    template_profile(tokenizer, str(tokenizer.chat_template))
 
 
 def materialise(config: ModelConfig, target: Path) -> None:
@@ -133,6 +147,7 @@ def materialise(config: ModelConfig, target: Path) -> None:
             _download(config, target)
         case "builtin":
             raise AssertionError("system.examples.tiny_model builds the built-in model")
+    check_loads(target, trust_remote_code=config.trust_remote_code)
     _check_template(config, target)
 
 
@@ -146,10 +161,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     from transformers import AutoTokenizer
 
     copy = storage.LocalCopy(str(path), without=".safetensors")
-    try:
+    with loading(f"{path}: the tokenizer"):
         return AutoTokenizer.from_pretrained(copy.path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: the tokenizer cannot be loaded: {error}") from error
 
 
 def load_model(
@@ -175,16 +188,17 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     model: Any
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    with loading(f"{path}: the model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
             str(path),
             dtype=getattr(torch, dtype),
             attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # reported by name, and refused
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: the model cannot be loaded: {error}") from error
+    check_report(path, report)
     # Training and scoring read whole sequences, so a cache would only cost memory.
     model.config.use_cache = False
     return model.to(device).eval()
@@ -192,20 +206,10 @@ def load_model(
 
 def describe_model(path: str | Path) -> dict[str, int | str]:
     """Architecture, parameters and vocabulary of a model, read from its file headers only."""
-    import safetensors
-
-    config = json.loads((Path(path) / "config.json").read_text())
-    parameters = 0
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with safetensors.safe_open(str(file), framework="np") as weights:
-            for name in weights.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                size = 1
-                for length in weights.get_slice(name).get_shape():
-                    size *= length
-                parameters += size
+    config = read_object(Path(path) / "config.json")
     return {
         "architecture": str((config.get("architectures") or ["unknown"])[0]),
-        "parameters": parameters,
+        "parameters": count_parameters(read_tensors(Path(path))),
         "vocabulary": int(config.get("vocab_size", 0)),
     }
 
@@ -225,18 +229,17 @@ def _convert_gguf(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder, name = str(source.parent), source.name
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    with loading(f"{source}: the model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=name,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
+            ignore_mismatched_sizes=True,  # reported by name, and refused
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{source}: expected a GGUF model; it cannot be converted: {error}"
-        ) from error
+    check_report(source, report)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
@@ -256,7 +259,7 @@ def _download(config: ModelConfig, target: Path) -> None:
             f"neither ({type(error).__name__}: {error}). Check the id and the network, log in "
             "for a gated model, or name a local directory or .gguf file."
         ) from error
-    check_directory(target)
+    check_files(target)
 
 
 def _check_template(config: ModelConfig, target: Path) -> None:

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from system.errors import DataError, ModelError
+from system.errors import ConfigError, DataError, ModelError
+from system.models.jinja_limits import LimitedTemplate, TemplateLimitError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,19 +153,94 @@ def render(
 
     Raises:
         DataError: the template refuses the conversation.
+        ModelError: the template cannot be compiled.
+        ConfigError: the template goes beyond a limit (see `system.models.jinja_limits`).
     """
+    name = tokenizer.name_or_path
     try:
-        text: Any = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=prompt
+        source = tokenizer.get_chat_template()
+    except ValueError as error:  # several templates, none of them the default
+        raise ModelError(f"the chat template of {name!r} cannot be chosen: {error}") from error
+    template = compile_template(source, f"the chat template of {name!r}")
+    if not messages:
+        raise DataError(f"the chat template of {name!r} needs a conversation with a first turn")
+    try:
+        return template.render(
+            [dict(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=prompt,
+            **tokenizer.special_tokens_map,
         )
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
+    except TemplateLimitError as error:
+        # Not an error of the row: no row may be rejected for a template that never ends.
+        raise _beyond(f"the chat template of {name!r}", error) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the code of the template raises
         roles = [message.get("role") for message in messages]
         raise DataError(
-            f"the chat template of {tokenizer.name_or_path!r} refuses a conversation with the "
-            f"roles {roles}: {error}. Leave such rows out or give another template in "
+            f"the chat template of {name!r} refuses a conversation with the roles {roles}: "
+            f"{type(error).__name__}: {error}. Leave such rows out or give another template in "
             "model.chat_template."
         ) from error
-    return text
+
+
+def _beyond(name: str, error: TemplateLimitError) -> ConfigError:
+    return ConfigError(
+        f"{name} {error}: expected one that renders a conversation in a few steps. Give another "
+        "template in model.chat_template."
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def compile_template(source: str, name: str) -> LimitedTemplate:
+    """Compiles a chat template.
+
+    Args:
+        source: text of the template.
+        name: what it is, for the message.
+
+    Raises:
+        ModelError: the text is not a template, or is too long or nested too deeply.
+    """
+    try:
+        return LimitedTemplate(source)
+    except MemoryError:
+        raise
+    except Exception as error:
+        line = getattr(error, "lineno", None)
+        where = "" if line is None else f" in line {line}"
+        raise ModelError(
+            f"{name} is not a Jinja template that can be used: {type(error).__name__}{where}: "
+            f"{error}. Give another template in model.chat_template."
+        ) from error
+
+
+def check_template(source: str, name: str) -> None:
+    """Renders a sample without a tokenizer, to find templates that fail on every conversation.
+
+    Args:
+        source: text of the template.
+        name: what it is, for the message.
+
+    Raises:
+        ModelError: the text is not a template, or it fails on the sample.
+        ConfigError: the template goes beyond a limit.
+    """
+    template = compile_template(source, name)
+    tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
+    try:
+        template.render(_PROBE, tools=None, documents=None, add_generation_prompt=True, **tokens)
+    except TemplateLimitError as error:
+        raise _beyond(name, error) from error
+    except (jinja2.UndefinedError, MemoryError):
+        return  # a special token that only the tokenizer knows
+    except Exception as error:
+        raise ModelError(
+            f"{name} fails on a plain conversation: {type(error).__name__}: {error}. Give another "
+            "template in model.chat_template."
+        ) from error
 
 
 def _with_thought(turn: dict[str, str], key: str) -> dict[str, str]:

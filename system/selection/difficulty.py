@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from system.errors import ModelError
 from system.models.chat import encode_rows
-from system.models.template import Encoded, template_profile
+from system.models.template import Encoded, render, template_profile
 from system.schema import SELECTION_SCORES, TOKENS
 from system.scoring.score import score_tokens
 from system.selection.scores import judge
@@ -84,10 +84,7 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     text = profile.opening
     if profile.opens_as_prompted:
         question = [{"role": "user", "content": "Which city is the capital of France?"}]
-        bare, prompt = (
-            str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=on))
-            for on in (False, True)
-        )
+        bare, prompt = (render(tokenizer, question, prompt=on) for on in (False, True))
         text = prompt[len(bare) :] if prompt.startswith(bare) else ""
     encoded: Any = tokenizer(text, add_special_tokens=False, return_attention_mask=False)
     ids: list[int] = encoded["input_ids"]

@@ -123,3 +123,5 @@ def _write(path: str, text: str) -> None:
         os.replace(beside, target)
     except OSError as error:
         raise ConfigError(f"--out {path}: cannot be written: {error}") from error
+    finally:
+        beside.unlink(missing_ok=True)

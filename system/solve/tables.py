@@ -151,11 +151,11 @@ def read_limits(path: str) -> dict[str, Any]:
     Raises:
         DataError: the file is unreadable or is not a mapping.
     """
-    import yaml
+    from system.yaml_text import parse_yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as YAML: {error}") from error
     content = {} if content is None else content
     if not isinstance(content, dict):
@@ -237,12 +237,12 @@ def _cell(value: Any) -> str:
 def _number(cell: Any, path: str, row: int, name: str, column: str) -> float:
     try:
         value = float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = float("nan")
     if not np.isfinite(value):
         raise DataError(
             f"{path}: expected a finite number in column {column!r} of row {name!r} (table row "
-            f"{row + 2}), found {cell!r}; leave the cell empty if it could not be measured"
+            f"{row + 2}), found {cell!r:.100}; leave the cell empty if it could not be measured"
         )
     return value
 

@@ -60,3 +60,26 @@ def test_what_is_said_is_kept_with_its_time(tmp_path, capsys):
     assert first.endswith("+00:00 solve ...")
     assert second.endswith("DataError: only in the file")
     assert capsys.readouterr().err.splitlines() == ["before", "solve ..."]
+
+
+def test_an_error_of_our_own_is_called_a_defect(monkeypatch, capsys):
+    def broken(arguments) -> int:
+        raise KeyError("no\nsuch key")
+
+    monkeypatch.setattr(cli, "_status", broken)
+    assert cli.main(["status", "somewhere"]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for words in ("a defect of instructmix 0.", "KeyError", "test_cli.py:", "--debug", "report"):
+        assert words in message
+    with pytest.raises(KeyError):
+        cli.main(["status", "somewhere", "--debug"])
+
+
+def test_too_little_memory_is_no_defect(monkeypatch, capsys):
+    def full(arguments) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "_status", full)
+    assert cli.main(["status", "somewhere"]) == 1
+    assert "not enough memory" in capsys.readouterr().err

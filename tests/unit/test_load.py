@@ -63,7 +63,14 @@ def test_bad_values_are_named(tmp_path: Path, changes: dict, words: list[str]) -
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["train", "=3", "run_dir.x=3", "sources.7.path=x"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train", "=3", "run_dir.x=3", "sources.7.path=x", "sources.0.path.x=1", "sources.x.path=1",
+        "sources.-1.path=x", f"sources.{'9' * 5000}.path=x", "train.num_workers=!!int abc",
+        "sources.0=[&a [*a]]", f"seed={'9' * 5000}", f"seed={'[' * 3000}", "seed={a: 1, a: 2}",
+    ],
+)  # fmt: skip
 def test_bad_overrides_are_named(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         load_config(write(tmp_path), [override])

@@ -7,14 +7,13 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
 from system import storage
 from system.config import SourceConfig
 from system.config.data import name_of
 from system.data.read.listing import locate
 from system.data.read.readers import FileRange, read_rows
 from system.errors import DataError
+from system.yaml_text import parse_yaml
 
 _KINDS = "expected CSV, TSV, JSON, JSONL, Parquet or YAML"
 
@@ -79,12 +78,12 @@ def _pairs(uri: str) -> Iterator[tuple[Any, Any]]:
     name, data = uri.lower(), _content(uri)
     try:
         if name.endswith((".yaml", ".yml")):
-            value = yaml.safe_load(data)
+            value = parse_yaml(data.decode("utf-8-sig"))
         elif name.endswith(".json"):
             value = json.loads(data)
         else:
             value = None
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{uri}: {_KINDS}, found what cannot be read: {error}") from error
     if isinstance(value, Mapping):
         yield from value.items()

@@ -21,10 +21,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import operator
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from system.patterns import last_group
 
 
 class Marks(NamedTuple):
@@ -363,15 +364,12 @@ def find_answer(pattern: str, text: str) -> str | None:
     """The final answer in a response.
 
     Args:
-        pattern: regular expression with one group, which holds the answer.  `^` and `$` match at
-            the start and end of every line (MULTILINE); no other flag is set.
+        pattern: regular expression with one group, which holds the answer (`system/patterns.py`).
         text: the response.
 
     Returns:
         The group of the last match that has one, stripped, because a model may state intermediate
         results first.  None: there is none, or it is empty.
     """
-    found = None
-    for match in re.finditer(pattern, text, re.MULTILINE):
-        found = match[1] if match[1] is not None else found
+    found = last_group(pattern, text)
     return found.strip() or None if found is not None else None

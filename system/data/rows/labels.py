@@ -13,6 +13,7 @@ from system.config import SourceConfig
 from system.config.data import name_of
 from system.data.rows.conversation import RowRejected, check_combining, find_answer
 from system.errors import DataError
+from system.patterns import compile_pattern, encodable
 
 _MAX_CACHED = 10_000
 _UNTYPED = re.compile(r"\.[ct]sv(\.\w+)?$")
@@ -69,7 +70,7 @@ class Labels:
         self._cached.clear()
         self._fixed = source.category
         if source.category_pattern is not None:
-            match = re.search(source.category_pattern, uri)
+            match = compile_pattern(source.category_pattern).search(encodable(uri))
             if match is None:
                 raise DataError(
                     f"{uri}: expected its path to match category_pattern "
