@@ -326,6 +326,8 @@ def as_text(value: Any, where: str) -> str:
     Raises:
         RowRejected: missing-field.
     """
+    if isinstance(value, float) and value != value:
+        raise RowRejected("missing-field", f"{where!r} holds no number and no text")
     if isinstance(value, bool | int | float):
         return str(value)
     raise RowRejected("missing-field", f"{where!r} holds a {type(value).__name__}, not text")
