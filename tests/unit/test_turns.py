@@ -307,7 +307,12 @@ def test_messages_with_media_are_rejected_by_name(message):
 
 
 @pytest.mark.parametrize(
-    "row", [{"images": [], "audio": None, "video": ""}, {"image": {"bytes": None, "path": None}}]
+    "row",
+    [
+        {"images": [], "audio": None, "video": ""},
+        {"image": {"bytes": None, "path": None}},
+        {"image": False, "images": 0, "audio": float("nan")},
+    ],
 )
 def test_empty_media_are_no_media(row):
     assert said({"prompt": "q", "completion": "a", **row}) == PAIR
