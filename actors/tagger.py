@@ -77,7 +77,11 @@ def run(context: StageContext) -> StageResult:
         "tagged": to_tag,
         "renamed": stage.renamed,
         "dropped": dropped,
-        "unusable": tagged.kept - manifest.kept,
+        "unusable": {
+            reason: count
+            for reason, count in manifest.rejected.items()
+            if reason not in tagged.rejected
+        },
         "categories": len(manifest.categories),
         "without_rows": sorted(set(stage.names) - set(manifest.categories)),
         "accuracy_rows": 0 if accuracy is None else accuracy.rows,
@@ -336,10 +340,10 @@ def _lines(counts: Mapping[str, Any], accuracy: TagAccuracy | None) -> tuple[str
             f"rows left out, because the engine failed on them: {counts['dropped']['tag-failed']:,}"
         )
     if counts["unusable"]:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts["unusable"].items())
         lines.append(
             f"rows left out, because no response fits into model.max_length or the chat template "
-            f"refuses them: "
-            f"{counts['unusable']:,}"
+            f"cannot render them: {reasons}"
         )
     if accuracy is not None:
         share = accuracy.interval

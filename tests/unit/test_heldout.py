@@ -118,6 +118,19 @@ def test_an_external_target_is_a_target_without_a_source(corpus, tokenizer, tmp_
     assert rows["category"].to_pylist()[-12:] == ["bench"] * 12
 
 
+def test_marks_of_an_external_target_are_kept(tmp_path):
+    quiet = {"role": "assistant", "content": "a", "weight": 0}
+    asked = [{"role": "user", "content": "q"}, quiet, {"role": "user", "content": "r"}]
+    answer = {"role": "assistant", "content": "b", "thinking": "hm"}
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"messages": [*asked, answer]}))
+    kept, _ = read(tmp_path)
+    dropped, _ = read(tmp_path, reasoning="drop")
+    (turns,), (bare,) = kept["messages"].to_pylist(), dropped["messages"].to_pylist()
+    assert [turn["loss"] for turn in turns] == [None, False, None, None]
+    assert [turn["reasoning"] for turn in turns] == [None, None, None, "hm"]
+    assert {turn["reasoning"] for turn in bare} == {None}
+
+
 def test_rows_that_are_trained_on_are_taken_out_of_a_target(corpus, root, tmp_path):
     source = (root / "data" / "size.jsonl").read_text().splitlines()[:40]
     (tmp_path / "bench.jsonl").write_text("\n".join(source))

@@ -200,6 +200,17 @@ def test_turns_that_are_no_json_are_never_trained_as_text(text):
     assert reason({"prompt": "q", "chosen": text, "rejected": "b"}) == "bad-json"
 
 
+def test_what_is_not_a_number_is_missing():
+    nothing = float("nan")
+    assert said({"instruction": "q", "input": nothing, "output": "a", "system": nothing}) == PAIR
+    for row in (
+        {"prompt": "q", "completion": nothing},
+        {"messages": [USER, {"role": "assistant", "content": nothing}]},
+        {"prompt": "q", "chosen": nothing, "rejected": "b"},
+    ):
+        assert reason(row) == "missing-field"
+
+
 MUTED = Marks(loss=False)
 
 
@@ -296,7 +307,12 @@ def test_messages_with_media_are_rejected_by_name(message):
 
 
 @pytest.mark.parametrize(
-    "row", [{"images": [], "audio": None, "video": ""}, {"image": {"bytes": None, "path": None}}]
+    "row",
+    [
+        {"images": [], "audio": None, "video": ""},
+        {"image": {"bytes": None, "path": None}},
+        {"image": False, "images": 0, "audio": float("nan")},
+    ],
 )
 def test_empty_media_are_no_media(row):
     assert said({"prompt": "q", "completion": "a", **row}) == PAIR

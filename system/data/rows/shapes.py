@@ -55,7 +55,7 @@ def optional_text_of(row: Row, key: str) -> str:
     value = row.get(key)
     if type(value) is str:
         return value
-    return "" if value is None else as_text(value, key)
+    return "" if value is None or value != value else as_text(value, key)
 
 
 def _first_key(row: Row, keys: Sequence[str]) -> str:

@@ -214,7 +214,7 @@ def _loss(message: Row) -> bool | None:
 
 def _flag(value: Any, where: str) -> bool | None:
     """A mark that says yes or no; None where it is empty."""
-    if value is not False and _is_empty(value):
+    if _is_empty(value):
         return None
     flag = _yes_or_no(value)
     if flag is None:
@@ -260,7 +260,8 @@ def check_media(row: Row, keys: frozenset[str]) -> None:
     if keys.isdisjoint(row):
         return
     for key in sorted(keys & row.keys()):
-        if not _is_empty(row[key]):
+        # False and 0 say that there is none.
+        if row[key] and not _is_empty(row[key]):
             raise RowRejected(
                 "media", f"{key!r} holds something that is no text; drop it if the text is enough"
             )
@@ -326,6 +327,8 @@ def as_text(value: Any, where: str) -> str:
     Raises:
         RowRejected: missing-field.
     """
+    if isinstance(value, float) and value != value:
+        raise RowRejected("missing-field", f"{where!r} holds no number and no text")
     if isinstance(value, bool | int | float):
         return str(value)
     raise RowRejected("missing-field", f"{where!r} holds a {type(value).__name__}, not text")
@@ -346,7 +349,7 @@ def given(value: Any, where: str) -> Any:
             for item in value
             if not _is_empty(item)
         ]
-    return None if _is_empty(value) else value
+    return None if not value or _is_empty(value) else value
 
 
 def _is_empty(value: Any, depth: int = 3) -> bool:
@@ -360,7 +363,7 @@ def _is_empty(value: Any, depth: int = 3) -> bool:
             not item.strip() if isinstance(item, str) else depth > 0 and _is_empty(item, depth - 1)
             for item in items
         )
-    return value is None or value is False or value != value
+    return value is None or value != value
 
 
 def decoded(value: Any, where: str) -> Any:
