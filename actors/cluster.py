@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._raylet import Config as RayletConfig
+from ray._raylet import Config as RayletConfig  # pyright: ignore[reportAttributeAccessIssue]
 
 from actors.pool import ActorPool, ActorSpec
 from system.config import ClusterConfig

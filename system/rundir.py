@@ -248,8 +248,8 @@ class RunDir:
         """
         mine = self._take()
         stop, is_lost = threading.Event(), threading.Event()
-        main = threading.main_thread().ident
-        is_main = main == threading.get_ident()
+        caller = threading.get_ident()
+        is_main = caller == threading.main_thread().ident
 
         def beat() -> None:
             while not stop.wait(HEARTBEAT_SECONDS):
@@ -258,7 +258,7 @@ class RunDir:
                     if not self._has_lease(mine):
                         is_lost.set()
                         if is_main:  # else the next commit finds out
-                            signal.pthread_kill(main, signal.SIGINT)
+                            signal.pthread_kill(caller, signal.SIGINT)
                         return
                     self._write_lease(mine)
 
@@ -361,8 +361,10 @@ class RunDir:
 
     def _lost(self, mine: _Epoch) -> RunBusyError:
         newest = self._newest_epoch()
-        is_mine = newest is None or newest.holder.token == mine.holder.token
-        holder = self.read_lease() if is_mine else newest.holder
+        if newest is None or newest.holder.token == mine.holder.token:
+            holder = self.read_lease()
+        else:
+            holder = newest.holder
         found = "none" if holder is None else f"that of process {holder.pid} on {holder.host}"
         return RunBusyError(
             f"{self.uri}: another driver has taken over: expected the lease of this one (epoch "

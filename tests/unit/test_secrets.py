@@ -47,7 +47,7 @@ def write_config(folder: Path, **changes: Any) -> str:
     (folder / SECRETS["DATA_FOLDER"]).mkdir(exist_ok=True)
     rows = [*numbered(60), *numbered(3), {"prompt": "q"}]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / SECRETS["DATA_FOLDER"] / "a.jsonl").write_text(text)
+    first_file(folder).write_text(text)
     paths = [
         "memory://${DATA_USER}:${DATA_PASSWORD}@host/b.jsonl?sig=${DATA_SIGNATURE}",
         f"memory://{LITERAL[0]}:{LITERAL[1]}@host/c.jsonl?X-Amz-Signature={LITERAL[2]}&v=1",
@@ -59,7 +59,7 @@ def write_config(folder: Path, **changes: Any) -> str:
         "run_dir": str(folder / "run"),
         "data_dir": str(folder),
         "sources": [
-            {"path": "${DATA_FOLDER}/a.jsonl", "category": "a"},
+            {"path": "${DATA_FOLDER}/${DATA_USER}.jsonl", "category": "a"},
             {"path": paths[0], "category": "b"},
             {"path": paths[1], "category": "c"},
         ],
@@ -70,6 +70,10 @@ def write_config(folder: Path, **changes: Any) -> str:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(value | changes))
     return str(path)
+
+
+def first_file(folder: Path) -> Path:
+    return folder / SECRETS["DATA_FOLDER"] / f"{SECRETS['DATA_USER']}.jsonl"
 
 
 def assert_hidden(text: str | bytes) -> None:
@@ -109,7 +113,7 @@ def test_a_whole_run_directory_holds_no_secret(
     assert_hidden(printed.out + printed.err)
     # What was read is still said, without the secret.
     manifest = next((folder / "run").rglob("manifest.json")).read_text()
-    assert "${DATA_FOLDER}/a.jsonl" in manifest
+    assert "${DATA_FOLDER}/${DATA_USER}.jsonl" in manifest
     assert "***@host/c.jsonl?***" in manifest
 
 
@@ -123,7 +127,7 @@ def test_config_json_keeps_variables_and_runs_again(
     run_ingest(load_config(path), monkeypatch)
     again = load_config(str(folder / "run" / "config.json"))
     assert again == load_config(path)
-    assert again.sources[0].path == f"{SECRETS['DATA_FOLDER']}/a.jsonl"
+    assert folder / again.sources[0].path == first_file(folder)
     capsys.readouterr()
     run_ingest(again, monkeypatch)
     assert "ingest: already finished" in capsys.readouterr().err
@@ -140,9 +144,9 @@ def test_an_ingest_that_was_killed_goes_on_from_a_plan_without_secrets(folder: P
 
 def test_errors_hide_secrets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(write_config(folder))
-    (folder / SECRETS["DATA_FOLDER"] / "a.jsonl").unlink()
+    first_file(folder).unlink()
     for fails in (partial(run_ingest, config, monkeypatch), partial(describe_plan, config)):
-        with pytest.raises(DataError, match=r"\$\{DATA_FOLDER\}/a.jsonl") as error:
+        with pytest.raises(DataError, match=r"\$\{DATA_FOLDER\}/\$\{DATA_USER\}.jsonl") as error:
             fails()
         assert_hidden(str(error.value))
     path = write_config(folder, seed="${DATA_SIGNATURE}", model={"path": 3})

@@ -141,7 +141,7 @@ def plan_ingest(config: RunConfig, attempt: str) -> IngestPlan:
     total = sum(_text_bytes(file) for file in files)
     return IngestPlan(
         settings=config.ingest,
-        sources=tuple(with_category_map(item, config.data_dir) for item in config.sources),
+        sources=tuple(with_category_map(item, config.data_dir) for item in _named(config)),
         files=tuple(files),
         chunks=tuple(sources.plan_chunks(files, config.sources, config.ingest.chunk_bytes)),
         num_buckets=min(max(1, -(-total // BUCKET_BYTES)), MAX_BUCKETS),
@@ -149,6 +149,19 @@ def plan_ingest(config: RunConfig, attempt: str) -> IngestPlan:
         benchmark_uris=tuple(_benchmark_uris(config)),
         filters=_filters(config),
     )
+
+
+def _named(config: RunConfig) -> list[SourceConfig]:
+    """The sources with their names, which are made from paths whose variables are not expanded."""
+    written = [item["path"] for item in config.to_write()["sources"]]
+    names = [
+        sources.source_name(source.model_copy(update={"path": path}))
+        for source, path in zip(config.sources, written, strict=True)
+    ]
+    return [
+        source.model_copy(update={"name": name})
+        for source, name in zip(config.sources, names, strict=True)
+    ]
 
 
 def _text_bytes(file: SourceFile) -> int:
