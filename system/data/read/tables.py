@@ -50,7 +50,7 @@ def arrow_batches(uri: str, start: int = 0, end: int | None = None) -> Iterator[
         DataError: a stream ends without its end mark, so rows may be missing.
     """
     with _open_arrow(uri) as (source, is_file):
-        check_arrow_sizes(source, is_file)
+        check_arrow_sizes(source, is_file, start, end)
         if is_file:
             reader = pyarrow.ipc.open_file(source)
             last = reader.num_record_batches if end is None else end
@@ -119,7 +119,7 @@ def rows_of_batches(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[l
         try:
             batch = next(batches, None)
             batch = None if batch is None else checked(batch)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{where}: expected a whole Parquet or Arrow file; row {number} and what follows "
                 f"cannot be read: {error}"
