@@ -12,7 +12,11 @@ import pyarrow.parquet as pq
 
 from system import storage
 from system.data.read import blocks
-from system.data.read.container_limits import check_arrow_sizes, check_parquet_sizes
+from system.data.read.container_limits import (
+    check_arrow_sizes,
+    check_parquet_sizes,
+    read_row_groups,
+)
 from system.data.read.raw_rows import TOO_LONG, Defect, RawRow, bad_utf8
 from system.errors import DataError
 from system.foreign_tables import checked, class_labels, expanded_bytes, python_rows
@@ -29,8 +33,9 @@ def parquet_batches(uri: str, start: int, end: int | None) -> Iterator[pa.Record
     """The rows of the row groups from `start` up to `end` (excluded)."""
     with storage.open_input(uri) as file:
         metadata = pq.read_metadata(file)
+        groups = read_row_groups(file)
         for group in range(start, metadata.num_row_groups if end is None else end):
-            shared = check_parquet_sizes(file, metadata, group)
+            shared = check_parquet_sizes(file, groups[group])
             file.seek(0)
             parquet = pq.ParquetFile(file, metadata=metadata, read_dictionary=shared)
             rows = _rows_at_once(metadata, [group])
