@@ -183,14 +183,14 @@ def write_bomb(kind: str, path: Path) -> Path:
 
 
 COUNT = """
-import resource, sys
+import re, sys
 from system.data.read.readers import FileRange, read_batches
 from system.errors import DataError
 try:
     print(sum(map(len, read_batches(FileRange(file=0, uri=sys.argv[1], stamp="")))))
 except DataError as error:
     print("refused", error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) // 1024)
 """
 
 
