@@ -220,8 +220,10 @@ def python_rows(batch: pa.RecordBatch, labels: dict[str, list[str]]) -> list[dic
     """
     columns = []
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        values = column.to_pylist(maps_as_pydicts="strict")
-        clean = _cleaner(field.type)
+        # The library converts maps in its own slow way only.
+        has_maps = "map<" in str(field.type)
+        values = column.to_pylist(maps_as_pydicts="strict") if has_maps else column.to_pylist()
+        clean = _cleaner(column)
         if field.name in labels and pa.types.is_integer(field.type):
             clean = _class_names(labels[field.name])
         columns.append(values if clean is None else [clean(value) for value in values])
@@ -254,25 +256,24 @@ def _class_names(names: list[str]) -> Clean:
     )
 
 
-def _cleaner(kind: pa.DataType) -> Clean | None:
-    """What makes a value of this type the value that JSON would give; None: nothing to do."""
+def _cleaner(array: pa.Array) -> Clean | None:
+    """What makes a value of the array the value that JSON would give; None: nothing to do."""
+    kind = array.type
     if isinstance(kind, pa.JsonType):
         return _json_value
     if pa.types.is_floating(kind):
         return lambda value: value if value == value else None
     if pa.types.is_dictionary(kind):
-        return _cleaner(kind.value_type)
+        return _cleaner(array.dictionary)
     if pa.types.is_struct(kind):
-        return _object_cleaner([(field.name, _cleaner(field.type)) for field in kind])
+        children = _children(array)
+        cleaners = {f.name: _cleaner(child) for f, child in zip(kind, children, strict=True)}
+        is_whole = not any(child.null_count for child in children)
+        return None if is_whole and not any(cleaners.values()) else _object_cleaner(cleaners)
     if pa.types.is_map(kind):
-        clean = _cleaner(kind.item_type) or _same
-        return lambda value: (
-            None
-            if value is None
-            else {key: cleaned for key, v in value.items() if (cleaned := clean(v)) is not None}
-        )
+        return _object_cleaner({}, _cleaner(array.items))
     if _is_list(kind):
-        inner = _cleaner(kind.value_type)
+        inner = _cleaner(array.values)
         if inner is not None:
             return lambda value: None if value is None else [inner(item) for item in value]
     return None
@@ -285,18 +286,17 @@ def _json_value(text: str | None) -> Any:
         raise ValueError("JSON that is nested too deeply") from None
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
-def _object_cleaner(fields: list[tuple[str, Clean | None]]) -> Clean:
-    cleaners = {name: clean for name, clean in fields if clean is not None}
+def _object_cleaner(cleaners: dict[str, Clean | None], of_others: Clean | None = None) -> Clean:
+    """Cleans the values by their key, and leaves out the keys that are null then."""
+    by_key = {key: clean for key, clean in cleaners.items() if clean is not None}
 
     def clean(value: dict[str, Any] | None) -> dict[str, Any] | None:
         if value is None:
             return None
-        for name, clean_inner in cleaners.items():
-            value[name] = clean_inner(value[name])
+        if of_others is not None:
+            value = {key: of_others(inner) for key, inner in value.items()}
+        for key, clean_inner in by_key.items():
+            value[key] = clean_inner(value[key])
         return {key: inner for key, inner in value.items() if inner is not None}
 
     return clean

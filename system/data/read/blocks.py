@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
+import errno
 import gzip
 import lzma
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -137,16 +140,8 @@ def _xz_blocks(raw: IO[bytes], uri: str) -> Iterator[bytes]:
 
 
 def _zip_blocks(raw: IO[bytes], uri: str) -> Iterator[bytes]:
-    with zipfile.ZipFile(raw) as archive:
-        name = _only_member(archive, uri)
-        try:
-            with archive.open(name) as file:
-                yield from _pieces(file)
-        except (NotImplementedError, RuntimeError) as error:
-            raise DataError(
-                f"{uri}: expected a zip file that can be unpacked, found {name!r} in it, which "
-                f"cannot: {error}. Unpack it, or compress its files with gzip."
-            ) from error
+    with _open_zip(raw, uri) as archive, archive.open(_only_member(archive, uri)) as file:
+        yield from _pieces(file)
 
 
 def zip_member(uri: str) -> str:
@@ -155,10 +150,26 @@ def zip_member(uri: str) -> str:
     Raises:
         DataError: it does not hold exactly one file, or is damaged.
     """
+    with storage.open_input(uri) as raw, _open_zip(raw, uri) as archive:
+        return _only_member(archive, uri)
+
+
+@contextlib.contextmanager
+def _open_zip(raw: IO[bytes], uri: str) -> Iterator[zipfile.ZipFile]:
     try:
-        with storage.open_input(uri) as raw, zipfile.ZipFile(raw) as archive:
-            return _only_member(archive, uri)
-    except _DAMAGE as error:
+        with zipfile.ZipFile(raw) as archive:
+            yield archive
+    except DataError:
+        raise
+    except RuntimeError as error:
+        raise DataError(
+            f"{uri}: expected a zip file that can be unpacked, found one that cannot: {error}. "
+            "Unpack it, or compress its file with gzip."
+        ) from error
+    except (*_DAMAGE, ValueError, KeyError, struct.error, OSError) as error:
+        # A place outside of the file is an invalid argument.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise _damaged(uri, str(error)) from error
 
 

@@ -8,6 +8,7 @@ decoded.  Source: Apache Arrow, Message.fbs and File.fbs; Apache Parquet, parque
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,9 @@ _HEADER_BYTES = 2**13
 _MAX_HEADER_BYTES = 2**24
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
 _DICTIONARY_PAGE = 2
+_DICTIONARY_ENCODINGS = (2, 8)
+_BYTE_ARRAY = 6
+_CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 
 
 def _too_large(what: str, size: int) -> pa.ArrowInvalid:
@@ -69,15 +73,25 @@ class _Table:
             yield struct.unpack_from(form, self._data, place + 4 + k * struct.calcsize(form))
 
 
-def check_arrow_sizes(source: pa.NativeFile, is_file: bool) -> None:
+def check_arrow_sizes(
+    source: pa.NativeFile, is_file: bool, start: int = 0, end: int | None = None
+) -> None:
     """Makes sure that no batch of an Arrow file or stream decompresses to too much.
+
+    Args:
+        source: open.
+        is_file: whether it has the file format, else it is a stream.
+        start: first record batch that will be read from a file.
+        end: where reading will end (excluded); None: all are read.
 
     Raises:
         pa.ArrowInvalid: one does, or the file is damaged.
     """
     size = source.size()
     try:
-        places = _file_messages(source, size) if is_file else _stream_messages(source, size)
+        places = (
+            _file_messages(source, size, start, end) if is_file else _stream_messages(source, size)
+        )
         dictionary_bytes = 0
         for metadata, body in places:
             message = _Table.root(metadata)
@@ -97,18 +111,20 @@ def check_arrow_sizes(source: pa.NativeFile, is_file: bool) -> None:
     source.seek(0)
 
 
-def _file_messages(source: pa.NativeFile, size: int) -> Iterator[tuple[bytes, int]]:
-    """Metadata and place of the body of all batches that the footer lists."""
+def _file_messages(
+    source: pa.NativeFile, size: int, start: int, end: int | None
+) -> Iterator[tuple[bytes, int]]:
+    """Metadata and place of the body of the batches that the footer lists, dictionaries first."""
     source.seek(max(size - 10, 0))
     (length,) = struct.unpack_from("<i", source.read(4))
     source.seek(max(size - 10 - length, 0))
     footer = _Table.root(source.read(max(length, 0)))
-    for field in (2, 3):
-        for place, metadata_bytes, _, _ in footer.structs(field, "<qiiq"):
-            source.seek(min(max(place, 0), size))
-            data = source.read(max(metadata_bytes, 0))
-            skipped = 8 if data[:4] == b"\xff\xff\xff\xff" else 4
-            yield data[skipped:], place + metadata_bytes
+    records = itertools.islice(footer.structs(3, "<qiiq"), start, end)
+    for place, metadata_bytes, _, _ in itertools.chain(footer.structs(2, "<qiiq"), records):
+        source.seek(min(max(place, 0), size))
+        data = source.read(max(metadata_bytes, 0))
+        skipped = 8 if data[:4] == b"\xff\xff\xff\xff" else 4
+        yield data[skipped:], place + metadata_bytes
 
 
 def _stream_messages(source: pa.NativeFile, size: int) -> Iterator[tuple[bytes, int]]:
@@ -143,13 +159,33 @@ def _batch_bytes(source: pa.NativeFile, batch: _Table, body: int) -> int:
     return total
 
 
-def check_parquet_sizes(file: Any, metadata: Any, group: int) -> list[str]:
+def read_row_groups(file: Any) -> list[dict[int, Any]]:
+    """The row groups in the footer of a Parquet file, for `check_parquet_sizes`.
+
+    Read here, because a damaged one ends the process when the library describes its columns.
+
+    Raises:
+        pa.ArrowInvalid: the file is damaged.
+    """
+    end = file.seek(0, 2)
+    file.seek(max(end - 8, 0))
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(max(end - 8 - length, 0))
+    try:
+        footer, _ = _struct(file.read(length), 0)
+        groups = footer[4]
+        assert all(type(column[3][7]) is int for group in groups for column in group[1])
+    except (LookupError, TypeError, AssertionError, RecursionError) as error:
+        raise pa.ArrowInvalid(f"its footer is damaged: {error!r}") from None
+    return groups
+
+
+def check_parquet_sizes(file: Any, group: dict[int, Any]) -> list[str]:
     """Makes sure that no page of a row group decompresses to too much.
 
     Args:
         file: open, of bytes.
-        metadata: of the Parquet file.
-        group: number of the row group.
+        group: one of `read_row_groups`.
 
     Returns:
         Paths of the columns to read as dictionaries: their rows may share texts so that writing
@@ -159,34 +195,50 @@ def check_parquet_sizes(file: Any, metadata: Any, group: int) -> list[str]:
         pa.ArrowInvalid: a page does, or the file is damaged.
     """
     total, shared = 0, []
-    for number in range(metadata.num_columns):
-        column = metadata.row_group(group).column(number)
-        largest = dictionary = values = 0
-        for page in _pages(file, column):
-            size, count = page[2], _num_values(page)
+    for column in (chunk[3] for chunk in group[1]):
+        largest = dictionary = longest = values = 0
+        for page, place in _pages(file, column):
+            size, count = page[2], _about_values(page, 1)
             if count > MAX_PAGE_VALUES:
                 raise pa.ArrowInvalid(f"a page claims to hold {count:,} values")
             if page[1] == _DICTIONARY_PAGE:
                 dictionary = max(dictionary, size)
+                if size <= MAX_BLOCK_BYTES and column.get(1) == _BYTE_ARRAY:
+                    file.seek(place)
+                    longest = _longest_value(file.read(page[3]), size, column.get(4))
             else:
-                largest, values = max(largest, size), values + count
+                largest = max(largest, size)
+                values += count if _about_values(page, 2) in _DICTIONARY_ENCODINGS else 0
         total += largest + dictionary
         if total > MAX_BLOCK_BYTES:
-            raise _too_large(f"row group {group}", total)
-        if column.physical_type == "BYTE_ARRAY" and dictionary * values > MAX_BLOCK_BYTES:
-            shared.append(column.path_in_schema)
+            raise _too_large("a row group", total)
+        if longest * values > MAX_BLOCK_BYTES:
+            shared.append(".".join(part.decode() for part in column[3]))
     return shared
 
 
-def _pages(file: Any, column: Any) -> Iterator[dict[int, Any]]:
-    """The headers of the pages of a column in a row group."""
-    starts = (column.dictionary_page_offset, column.data_page_offset)
-    place = min(start for start in starts if start)
-    end = place + column.total_compressed_size
+def _longest_value(data: bytes, size: int, codec: int | None) -> int:
+    """Bytes of the longest text on a dictionary page; of the page, if it cannot be read here."""
+    try:
+        if codec:
+            data = pa.Codec(_CODECS[codec]).decompress(data, size, asbytes=True)
+    except (pa.ArrowException, ValueError, OSError, KeyError):
+        return size
+    longest = place = 0
+    while place + 4 <= len(data):
+        length = int.from_bytes(data[place : place + 4], "little")
+        longest, place = max(longest, length), place + 4 + length
+    return min(longest, size)
+
+
+def _pages(file: Any, column: Any) -> Iterator[tuple[dict[int, Any], int]]:
+    """The header of each page of a column in a row group, and where the page begins after it."""
+    place = min(start for start in (column.get(11), column[9]) if start)
+    end = place + column[7]
     while place < end:
         header, length = _page_header(file, place)
-        yield header
-        place += length + max(header[3], 0)
+        yield header, place + length
+        place += length + header[3]
 
 
 def _page_header(file: Any, place: int) -> tuple[dict[int, Any], int]:
@@ -206,9 +258,14 @@ def _page_header(file: Any, place: int) -> tuple[dict[int, Any], int]:
             num_bytes *= 8
 
 
-def _num_values(header: dict[int, Any]) -> int:
-    parts = (header.get(field) for field in (5, 7, 8))
-    return max((part.get(1, 0) for part in parts if isinstance(part, dict)), default=0)
+def _about_values(header: dict[int, Any], field: int) -> int:
+    """Number (field 1) or encoding (field 2) of the values of a page of any kind."""
+    for kind in (5, 7, 8):
+        part = header.get(kind)
+        if isinstance(part, dict):
+            # A data page of version 2 counts nulls and rows before it names the encoding.
+            return part.get(4 if kind == 8 and field == 2 else field) or 0
+    return 0
 
 
 def _struct(data: bytes, place: int) -> tuple[dict[int, Any], int]:
@@ -236,10 +293,24 @@ def _value(data: bytes, place: int, kind: int) -> tuple[Any, int]:
         return None, place + 8
     if kind == 8:
         length, place = _varint(data, place)
-        return None, place + length
+        return data[place : place + length], place + length
+    if kind in (9, 10):
+        return _list(data, place)
     if kind == 12:
         return _struct(data, place)
-    raise pa.ArrowInvalid(f"the header of a page holds a value of the unknown kind {kind}")
+    raise pa.ArrowInvalid(f"it holds a value of the unknown kind {kind}")
+
+
+def _list(data: bytes, place: int) -> tuple[list[Any], int]:
+    kind, count, place = data[place] & 15, data[place] >> 4, place + 1
+    if count == 15:
+        count, place = _varint(data, place)
+    values = []
+    for _ in range(count):
+        # A truth value takes a byte in a list.
+        value, place = _value(data, place, 3 if kind in (1, 2) else kind)
+        values.append(value)
+    return values, place
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
@@ -251,7 +322,7 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
         if byte < 128:
             return value, place
         if shift > 63:
-            raise pa.ArrowInvalid("the header of a page holds a number that is too long")
+            raise pa.ArrowInvalid("it holds a number that is too long")
 
 
 def _signed(data: bytes, place: int) -> tuple[int, int]:

@@ -182,5 +182,5 @@ def _parquet_metadata(uri: str) -> Any:
     try:
         with storage.open_input(uri) as file:
             return pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{uri}: expected a Parquet file; it cannot be read: {error}") from error

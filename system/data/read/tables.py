@@ -12,7 +12,11 @@ import pyarrow.parquet as pq
 
 from system import storage
 from system.data.read import blocks
-from system.data.read.container_limits import check_arrow_sizes, check_parquet_sizes
+from system.data.read.container_limits import (
+    check_arrow_sizes,
+    check_parquet_sizes,
+    read_row_groups,
+)
 from system.data.read.raw_rows import TOO_LONG, Defect, RawRow, bad_utf8
 from system.errors import DataError
 from system.foreign_tables import checked, class_labels, expanded_bytes, python_rows
@@ -29,8 +33,9 @@ def parquet_batches(uri: str, start: int, end: int | None) -> Iterator[pa.Record
     """The rows of the row groups from `start` up to `end` (excluded)."""
     with storage.open_input(uri) as file:
         metadata = pq.read_metadata(file)
+        groups = read_row_groups(file)
         for group in range(start, metadata.num_row_groups if end is None else end):
-            shared = check_parquet_sizes(file, metadata, group)
+            shared = check_parquet_sizes(file, groups[group])
             file.seek(0)
             parquet = pq.ParquetFile(file, metadata=metadata, read_dictionary=shared)
             rows = _rows_at_once(metadata, [group])
@@ -50,7 +55,7 @@ def arrow_batches(uri: str, start: int = 0, end: int | None = None) -> Iterator[
         DataError: a stream ends without its end mark, so rows may be missing.
     """
     with _open_arrow(uri) as (source, is_file):
-        check_arrow_sizes(source, is_file)
+        check_arrow_sizes(source, is_file, start, end)
         if is_file:
             reader = pyarrow.ipc.open_file(source)
             last = reader.num_record_batches if end is None else end
@@ -119,7 +124,7 @@ def rows_of_batches(batches: Iterator[pa.RecordBatch], where: str) -> Iterator[l
         try:
             batch = next(batches, None)
             batch = None if batch is None else checked(batch)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{where}: expected a whole Parquet or Arrow file; row {number} and what follows "
                 f"cannot be read: {error}"
