@@ -25,6 +25,7 @@ from system.report.blocks import (
 from system.report.formatting import (
     count,
     decimals,
+    ends_note,
     fixed,
     interval,
     names,
@@ -68,6 +69,7 @@ def mix_section(view: RunView) -> Section:
             captions=[
                 "Examples per pass in the base mix and in the solved mix, sorted by change. The "
                 "number beside a bar is the change in examples."
+                f"{ends_note(len(mix.categories))}"
             ],
         ),
         _mix_table(mix),

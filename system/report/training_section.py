@@ -30,7 +30,7 @@ from system.report.formatting import (
     percent,
     plural,
 )
-from system.report.graph import graph_svg
+from system.report.graph import MOST_EDGES, graph_svg
 from system.report.theme import MAIN, MUTED, Figure, axis, category_axis, layout
 from system.report.view import RunView
 from system.taxonomy.records import Edge, Taxonomy
@@ -58,7 +58,8 @@ def graph_section(view: RunView) -> Section:
                 svg=graph_svg(taxonomy),
                 caption="An arrow points from a category to one that depends on it: data of the "
                 "first helps the second more than the reverse. Wider arrows are stronger."
-                f"{stability} Arrows that a longer path implies are not drawn.",
+                f"{stability} Arrows that a longer path implies are not drawn."
+                f"{_left_out(taxonomy)}",
             ),
             _edge_table(taxonomy),
         ]
@@ -70,6 +71,13 @@ def graph_section(view: RunView) -> Section:
             )
         )
     return Section(name="dependencies", title=GRAPH, short="Dependencies", blocks=blocks)
+
+
+def _left_out(taxonomy: Taxonomy) -> str:
+    reduced = sum(edge.is_reduced for edge in taxonomy.edges)
+    if reduced <= MOST_EDGES:
+        return ""
+    return f" Of {reduced:,} arrows, the {MOST_EDGES} strongest are drawn."
 
 
 def _edge_table(taxonomy: Taxonomy) -> Table:
