@@ -28,7 +28,7 @@ from system.report.theme import DIVERGING, INK, MUTED, PAPER, UNKNOWN, Figure, a
 _WIDE_LABEL, _NARROW_LABEL, _TOP_LABEL = 20, 13, 24
 WIDEST_BESIDE = 15
 """Largest number of sources with which two heat maps fit next to each other."""
-_CELL, _TICK, _MOST_CELLS = 3, 14, 300
+_CELL, _TICK, _MOST_CELLS = 3, 14, 400
 """Of a map of many categories: pixels of a cell, pixels between names, largest number of cells in
 a row or column."""
 _LARGEST_GAMMA = 2.0
@@ -163,7 +163,7 @@ def _overview(
 ) -> Figure:
     """A map of many categories: small cells, and names of some rows and columns.
 
-    Above 300 rows or columns, a cell is the mean of neighbours.
+    Above 400 rows or columns, a cell is the mean of neighbours.
     """
     z = np.array([[np.nan if value is None else value for value in row] for row in values])
     z, rows = _merged(z, targets)
@@ -210,7 +210,7 @@ def _overview(
 
 
 def _merged(values: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Means of neighbouring rows, so that at most 300 are left; NaN is left out."""
+    """Means of neighbouring rows, so that at most 400 are left; NaN is left out."""
     size = -(-len(names) // _MOST_CELLS)
     if size == 1:
         return values, [figure_text(name) for name in names]

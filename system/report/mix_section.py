@@ -23,6 +23,7 @@ from system.report.blocks import (
     waiting,
 )
 from system.report.formatting import (
+    LONGEST,
     count,
     decimals,
     ends_note,
@@ -232,7 +233,9 @@ def _prices(mix: Mix) -> list[Block]:
     figures = price_figures(mix)
     if not figures:
         return []
-    return [Picture(figures=figures, captions=[captions[figure.name] for figure in figures])]
+    sampled = f" At most {LONGEST} are shown." if len(mix.categories) > LONGEST else ""
+    shown = [captions[figure.name] + sampled for figure in figures]
+    return [Picture(figures=figures, captions=shown)]
 
 
 def _price_unit(mix: Mix) -> str:

@@ -39,6 +39,7 @@ GRAPH, CURRICULUM, TRAINING = "What depends on what", "The curriculum", "The tra
 _LEVELS = ("#08306b", "#2171b5", "#6baed6", "#c6dbef", "#fdd0a2", "#fd8d3c", "#c23e00")
 """Colours from the base level to the most dependent level; levels between them are mixed."""
 _UNPLACED = "#c9ced4"
+_MOST_LEVELS = 12
 
 
 def graph_section(view: RunView) -> Section:
@@ -175,13 +176,16 @@ def _curriculum_figure(curriculum: Curriculum) -> Figure:
     stages = curriculum.stages
     data: list[dict[str, Any]] = []
     shown: set[int | None] = set()
+    # Of many levels the legend names the ends and the middle of the scale.
+    named = {None, *(range(top + 1) if top < _MOST_LEVELS else (0, top // 2, top))}
     for name in _by_level(curriculum):
         level = curriculum.levels[name]
         data.append(
             {
                 "type": "bar", "orientation": "h", "y": list(range(len(stages))),
                 "x": [stage.counts[name] for stage in stages], "name": _level_name(level),
-                "legendgroup": _level_name(level), "showlegend": level not in shown,
+                "legendgroup": _level_name(level),
+                "showlegend": level not in shown and level in named,
                 "marker": {
                     "color": _level_color(level, top),
                     "line": {"color": "#ffffff", "width": 1},
