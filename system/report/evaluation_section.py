@@ -27,6 +27,8 @@ from system.report.formatting import (
     NOTHING,
     count,
     decimals,
+    ends,
+    ends_note,
     fixed,
     interval,
     percent,
@@ -138,10 +140,14 @@ def _scope_order(rows: list[dict[str, Any]]) -> list[str | None]:
 
 def _differences(rows: list[dict[str, Any]]) -> list[Block]:
     shown = [row for row in rows if row["weighting"] != "uniform"]
+    scopes = _scope_order(shown)
     return [
         Picture(
-            figures=[difference_figure(shown, _scope_order(shown))],
-            captions=["Right of zero: better than a natural mix of the same budget."],
+            figures=[difference_figure(shown, ends(scopes))],
+            captions=[
+                "Right of zero: better than a natural mix of the same budget."
+                f"{ends_note(len(scopes))}"
+            ],
         ),
         Table(
             caption="Gains over the natural mix",
@@ -306,10 +312,11 @@ def _levels(evaluation: Evaluation) -> list[Block]:
     scopes: list[str | None] = [None, *categories]
     return [
         Picture(
-            figures=[level_figure(rows, scopes, order)],
+            figures=[level_figure(rows, ends(scopes), order)],
             captions=[
                 "Held-out loss of every model; lower is better. The intervals of single models "
                 "are wide because examples differ; the comparisons above use paired examples."
+                f"{ends_note(len(scopes))}"
             ],
         ),
         Table(

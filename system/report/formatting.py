@@ -5,10 +5,15 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 MINUS = "−"
 NOTHING = "–"
+LONGEST = 60
+"""Largest number of categories that a figure shows one by one."""
+
+T = TypeVar("T")
 
 
 def fixed(value: float | None, digits: int) -> str:
@@ -90,6 +95,23 @@ def names(items: Iterable[str], *, most: int = 6) -> str:
     if len(listed) == 1:
         return listed[0]
     return f"{', '.join(listed[:-1])} and {listed[-1]}"
+
+
+def ends(items: Sequence[T]) -> list[T]:
+    """All items of a short list; of a long one the first and the last, which tell the most."""
+    if len(items) <= LONGEST:
+        return list(items)
+    return [*items[: LONGEST // 2], *items[-LONGEST // 2 :]]
+
+
+def ends_note(number: int) -> str:
+    """What `ends` left out, as a sentence behind a caption; empty if nothing."""
+    if number <= LONGEST:
+        return ""
+    return (
+        f" Shown: the first {LONGEST // 2} and the last {LONGEST // 2} of {number:,}; the table "
+        "has all."
+    )
 
 
 def quote(name: str) -> str:

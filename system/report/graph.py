@@ -7,6 +7,7 @@ the neighbours remove most crossings.
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import itertools
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from system.taxonomy.records import Edge, Taxonomy
 
 _NODE_WIDTH, _NODE_HEIGHT, _COLUMN, _ROW, _MARGIN, _HEAD = 148, 40, 216, 58, 4, 30
 _SWEEPS = 12
+MOST_EDGES = 40
+"""Largest number of arrows that can still be followed."""
 
 Vertex = tuple[str, int]
 """A category at its level, or a waypoint of an edge: (name or edge key, level)."""
@@ -33,6 +36,21 @@ class Drawing:
     num_levels: int
     width: float
     height: float
+
+
+def strongest(taxonomy: Taxonomy) -> tuple[Taxonomy, list[int]]:
+    """The part of a large graph that is drawn, and the level that each column shows.
+
+    Only the strongest reduced edges are kept, and levels without them get no column.
+    """
+    reduced = [edge for edge in taxonomy.edges if edge.is_reduced]
+    if len(reduced) <= MOST_EDGES:
+        return taxonomy, list(range(max(taxonomy.levels, default=0) + 1))
+    level = taxonomy.level_by_category
+    kept = sorted(reduced, key=lambda edge: (-edge.weight, edge.target, edge.source))[:MOST_EDGES]
+    shown = sorted({level[name] for edge in kept for name in (edge.source, edge.target)})
+    levels = tuple(shown.index(place) if place in shown else 0 for place in taxonomy.levels)
+    return dataclasses.replace(taxonomy, edges=tuple(kept), levels=levels), shown
 
 
 def draw(taxonomy: Taxonomy) -> Drawing:
@@ -101,6 +119,7 @@ def _place(
 
 def graph_svg(taxonomy: Taxonomy) -> str:
     """The drawing as SVG text; every name in it is escaped."""
+    taxonomy, levels = strongest(taxonomy)
     drawing = draw(taxonomy)
     heaviest = max(edge.weight for edge, _ in drawing.routes)
     parts = [
@@ -111,8 +130,8 @@ def graph_svg(taxonomy: Taxonomy) -> str:
         'markerHeight="8" markerUnits="userSpaceOnUse" orient="auto">'
         f'<path d="M0 0.6 L8 4 L0 7.4 z" fill="{MAIN}"/></marker></defs>',
     ]
-    for level in range(drawing.num_levels):
-        x = _MARGIN + _NODE_WIDTH / 2 + level * _COLUMN
+    for column, level in enumerate(levels):
+        x = _MARGIN + _NODE_WIDTH / 2 + column * _COLUMN
         text = "base" if level == 0 else f"level {level}"
         parts.append(
             f'<text x="{x:.0f}" y="18" text-anchor="middle" font-size="12" fill="{MUTED}">'

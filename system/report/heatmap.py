@@ -5,6 +5,7 @@ Legend of shape suffixes: T target (measured on), S source (trained on).
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,24 @@ from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import pdist
 
 from system.influence.estimate.matrix import EffectMatrix
-from system.report.formatting import figure_label, figure_text, fixed, shortened, signed, wrapped
+from system.report.formatting import (
+    LONGEST,
+    figure_label,
+    figure_text,
+    fixed,
+    shortened,
+    signed,
+    wrapped,
+)
 from system.report.pairs import Entry
 from system.report.theme import DIVERGING, INK, MUTED, PAPER, UNKNOWN, Figure, axis, layout
 
 _WIDE_LABEL, _NARROW_LABEL, _TOP_LABEL = 20, 13, 24
 WIDEST_BESIDE = 15
 """Largest number of sources with which two heat maps fit next to each other."""
+_CELL, _TICK, _MOST_CELLS = 3, 14, 400
+"""Of a map of many categories: pixels of a cell, pixels between names, largest number of cells in
+a row or column."""
 _LARGEST_GAMMA = 2.0
 """End of the colour scale of gamma: a larger one would make all other cells look the same."""
 
@@ -99,6 +111,8 @@ def _figure(
 ) -> Figure:
     targets, sources = [row[0].target for row in grid], [entry.source for entry in grid[0]]
     limit = _limit(grid, values, largest)
+    if max(len(targets), len(sources)) > LONGEST:
+        return _overview(targets, sources, values, limit, name, label, title)
     data = [
         _tiles(grid, values, limit, title),
         _hatching(grid),
@@ -138,6 +152,77 @@ def _figure(
     )  # fmt: skip
 
 
+def _overview(
+    targets: list[str],
+    sources: list[str],
+    values: list[list[float | None]],
+    limit: float,
+    name: str,
+    label: str,
+    title: str,
+) -> Figure:
+    """A map of many categories: small cells, and names of some rows and columns.
+
+    Above 400 rows or columns, a cell is the mean of neighbours.
+    """
+    z = np.array([[np.nan if value is None else value for value in row] for row in values])
+    z, rows = _merged(z, targets)
+    z, columns = _merged(z.T, sources)
+    z = z.T
+    ticks: dict[str, Any] = {
+        "type": "category", "tickmode": "array", "ticks": "", "showgrid": False,
+        "zeroline": False, "showline": False, "tickfont": {"size": 10, "color": INK},
+    }  # fmt: skip
+    step = -(-_TICK // _CELL)
+    data = {
+        "type": "heatmap", "zmin": -limit, "zmax": limit, "x": columns, "y": rows,
+        # Packed numbers: as text they would be most of the page.
+        "z": {
+            "dtype": "f4", "shape": f"{len(rows)}, {len(columns)}",
+            "bdata": base64.b64encode(z.astype("<f4").tobytes()).decode(),
+        },
+        "colorscale": [list(stop) for stop in DIVERGING],
+        "hovertemplate": f"<b>%{{x}}</b> → <b>%{{y}}</b><br>{title} %{{z:.4f}}<extra></extra>",
+        "colorbar": _colorbar(title),
+    }  # fmt: skip
+    return Figure(
+        name=name,
+        label=label,
+        data=[data],
+        layout=layout(
+            xaxis=axis(
+                "", side="top", tickvals=columns[::step], tickangle=-50,
+                ticktext=[figure_text(_cut(text)) for text in columns[::step]],
+                range=[-0.5, len(columns) - 0.5], **ticks,
+            ),
+            yaxis=axis(
+                "", tickvals=rows[::step],
+                ticktext=[figure_text(_cut(text)) for text in rows[::step]],
+                range=[len(rows) - 0.5, -0.5], **ticks,
+            ),
+            margin={"l": 8, "r": 90, "t": 8, "b": 66},
+            showlegend=False,
+        )
+        | {"plot_bgcolor": UNKNOWN},
+        height=98 + round(4.9 * _TOP_LABEL) + _CELL * len(rows),
+        min_width=250 + _CELL * len(columns),
+    )  # fmt: skip
+
+
+def _merged(values: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Means of neighbouring rows, so that at most 400 are left; NaN is left out."""
+    size = -(-len(names) // _MOST_CELLS)
+    if size == 1:
+        return values, [figure_text(name) for name in names]
+    starts = np.arange(0, len(names), size)
+    known = np.isfinite(values)
+    number = np.add.reduceat(known.astype(int), starts, axis=0)
+    total = np.add.reduceat(np.where(known, values, 0.0), starts, axis=0)
+    means = np.where(number > 0, total / np.maximum(number, 1), np.nan)
+    parts = [names[start : start + size] for start in starts]
+    return means, [figure_text(f"{part[0]} … {part[-1]}") for part in parts]
+
+
 def _tiles(
     grid: list[list[Entry]], values: list[list[float | None]], limit: float, title: str
 ) -> dict[str, Any]:
@@ -151,12 +236,16 @@ def _tiles(
             "<b>%{customdata[0]}</b> → <b>%{customdata[1]}</b><br>effect %{customdata[2]}"
             "<br>gamma %{customdata[3]}<br>%{customdata[4]}<extra></extra>"
         ),
-        "colorbar": {
-            "orientation": "h", "thickness": 9, "len": 0.6, "lenmode": "fraction", "x": 0,
-            "xanchor": "left", "y": 0, "yanchor": "top", "ypad": 14, "outlinewidth": 0,
-            "title": {"text": title, "side": "top", "font": {"size": 11, "color": MUTED}},
-            "tickfont": {"size": 11}, "nticks": 5, "tickformat": "~g",
-        },
+        "colorbar": _colorbar(title),
+    }  # fmt: skip
+
+
+def _colorbar(title: str) -> dict[str, Any]:
+    return {
+        "orientation": "h", "thickness": 9, "len": 0.6, "lenmode": "fraction", "x": 0,
+        "xanchor": "left", "y": 0, "yanchor": "top", "ypad": 14, "outlinewidth": 0,
+        "title": {"text": title, "side": "top", "font": {"size": 11, "color": MUTED}},
+        "tickfont": {"size": 11}, "nticks": 5, "tickformat": "~g",
     }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from system.report.blocks import (
 from system.report.comparison_section import comparison_blocks
 from system.report.dose_section import dose_blocks
 from system.report.formatting import (
+    LONGEST,
     count,
     decimals,
     fixed,
@@ -50,8 +51,15 @@ from system.report.view import Influence, RunView
 
 TITLE = "How categories help and harm each other"
 _STRONGEST = 12
-_LARGEST_TABLE = 60
-"""With more sources than this, the page leaves out the table of all effects."""
+_DETAILS = (
+    "A dot means that the interval excludes zero; without a dot the colour may be noise. Framed "
+    "cells: the effect of a category on itself. Hatched cells: gamma is not identifiable, because "
+    "the errors are too large for a ratio."
+)
+_OVERVIEW = (
+    "There are too many categories to name each: point at a cell to see its names and its value. "
+    "Colours may be noise. The tables below name the pairs that matter, and report.json has all."
+)
 _NAMED = 6
 """Largest number of targets that a sentence lists by name."""
 _VERB = {"add": "adding", "remove": "removing"}
@@ -69,15 +77,14 @@ def influence_section(view: RunView) -> Section:
     matrices = list(influence.matrices.values())
     targets, sources = clustered_order(matrices)
     dose = reference_dose(influence)
+    is_small = max(len(targets), len(sources)) <= LONGEST
     blocks: list[Block] = [
         Prose(
             text=f"Each cell shows how much a dose of {count(dose)} examples of the source "
             "category (column) improves the target category (row) on held-out data. Blue: the "
-            "source helps. Orange: it harms. A dot means that the interval excludes zero; without "
-            "a dot the colour may be noise. Framed cells: the effect of a category on itself. "
-            "Hatched cells: gamma is not identifiable, because the errors are too large for a "
-            "ratio. Categories with similar effects are next to each other. The colour scale is "
-            "set by the effects between different categories.",
+            f"source helps. Orange: it harms. {_DETAILS if is_small else _OVERVIEW} Categories "
+            "with similar effects are next to each other. The colour scale is set by the effects "
+            "between different categories.",
             tone="lead",
         ),
         Bullets(items=_reliability(influence)),
@@ -102,8 +109,7 @@ def influence_section(view: RunView) -> Section:
             ),
             _strongest_table(grid, direction, dose, influence.summary["confidence"]),
         ]
-        if len(sources) <= _LARGEST_TABLE:
-            blocks.append(_whole_table(grid, direction))
+        blocks.append(_whole_table(grid, direction) if is_small else _target_table(grid, direction))
     blocks += dose_blocks(influence.summary, sources)
     blocks += comparison_blocks(view.comparisons, short_unit(influence.summary["unit"]))
     return Section(name="effects", title=TITLE, short="Effects", blocks=blocks)
@@ -271,6 +277,34 @@ def _strongest_table(
         note=f"Effects of {count(dose)} examples, selected by the size of the shrunk effect. "
         "Extreme raw effects are partly noise; shrinkage corrects for this.",
     )  # fmt: skip
+
+
+def _target_table(grid: list[list[Entry]], direction: str) -> Table:
+    """For many categories: what helps and what harms each target most."""
+    digits = decimals([entry.se for row in grid for entry in row], least=3)
+
+    def cells(entry: Entry) -> tuple[str, Cell]:
+        tone = "good" if entry.low > 0 else "bad" if entry.high < 0 else "quiet"
+        text = f"{signed(entry.effect, digits)} ± {fixed(entry.se, digits)}{entry.mark}"
+        return entry.source, Cell(text=text, tone=tone)
+
+    rows = []
+    for row in grid:
+        others = sorted((e for e in row if not e.is_own), key=lambda entry: entry.shrunk)
+        rows.append((row[0].target, *cells(others[-1]), *cells(others[0])))
+    return Table(
+        caption=f"What helps and what harms each target most, measured by {_VERB[direction]}",
+        columns=(
+            text_column("target"),
+            text_column("helps most"),
+            Column(label="effect"),
+            text_column("harms most"),
+            Column(label="effect"),
+        ),
+        rows=rows,
+        folded=True,
+        note="By the shrunk effect of another category. Grey: the interval contains zero.",
+    )
 
 
 def _whole_table(grid: list[list[Entry]], direction: str) -> Table:

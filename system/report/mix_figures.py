@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from system.influence.estimate.summary import short_unit
-from system.report.formatting import decimals, figure_label, figure_text, interval, signed
+from system.report.formatting import decimals, ends, figure_label, figure_text, interval, signed
 from system.report.theme import BASE, GAIN, HARM, INK, MAIN, Figure, axis, category_axis, layout
 from system.solve.mix import CategoryMix, Mix
 
@@ -20,11 +20,14 @@ def by_change(mix: Mix) -> list[CategoryMix]:
 
 
 def mix_figure(mix: Mix) -> Figure:
-    """Bars for each category: examples in the base mix and in the solved mix."""
-    rows = by_change(mix)
+    """Bars for each category: examples in the base mix and in the solved mix.
+
+    Of many categories, those with the largest changes in both directions.
+    """
+    rows = ends(by_change(mix))
     places = list(range(len(rows)))
     changes = [row.count - row.base for row in rows]
-    total = sum(row.base for row in rows)
+    total = sum(row.base for row in mix.categories)
     hover = [
         [figure_text(row.category), row.base / total, row.share, signed(change, 0)]
         for row, change in zip(rows, changes, strict=True)
@@ -112,7 +115,8 @@ def price_figures(mix: Mix) -> list[Figure]:
 
 
 def _price_bars(name: str, label: str, value: dict[str, float], unit: str) -> Figure:
-    names = list(value)
+    names = ends(list(value))
+    value = {text: value[text] for text in names}
     digits = decimals(value.values(), least=4)
     bars: dict[str, Any] = {
         "type": "bar", "orientation": "h", "y": list(range(len(names))), "x": list(value.values()),

@@ -23,8 +23,10 @@ from system.report.blocks import (
     waiting,
 )
 from system.report.formatting import (
+    LONGEST,
     count,
     decimals,
+    ends_note,
     fixed,
     interval,
     names,
@@ -68,6 +70,7 @@ def mix_section(view: RunView) -> Section:
             captions=[
                 "Examples per pass in the base mix and in the solved mix, sorted by change. The "
                 "number beside a bar is the change in examples."
+                f"{ends_note(len(mix.categories))}"
             ],
         ),
         _mix_table(mix),
@@ -230,7 +233,9 @@ def _prices(mix: Mix) -> list[Block]:
     figures = price_figures(mix)
     if not figures:
         return []
-    return [Picture(figures=figures, captions=[captions[figure.name] for figure in figures])]
+    sampled = f" At most {LONGEST} are shown." if len(mix.categories) > LONGEST else ""
+    shown = [captions[figure.name] + sampled for figure in figures]
+    return [Picture(figures=figures, captions=shown)]
 
 
 def _price_unit(mix: Mix) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from system.report.blocks import Picture, Section
+from system.report.blocks import Picture, Section, Table
 from system.report.evaluation_section import evaluation_section
 from system.report.formatting import moment
 from system.report.influence_section import influence_section
@@ -21,6 +22,8 @@ from system.report.training_section import curriculum_section, graph_section, tr
 from system.report.verdict import give_verdict
 from system.report.view import RunView
 
+_MOST_ROWS = 600
+"""Largest number of rows of a table."""
 SECTIONS = (
     mix_section,
     influence_section,
@@ -42,7 +45,7 @@ def render_report(view: RunView) -> str:
     """
     from plotly.offline import get_plotlyjs
 
-    sections = [build(view) for build in SECTIONS]
+    sections = [_trimmed(build(view)) for build in SECTIONS]
     scripts = [get_plotlyjs(), _resource("report.js")]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -57,6 +60,24 @@ def render_report(view: RunView) -> str:
         script=scripts[1],
         figures=_script_json(_figures(sections)),
         policy=_policy(scripts),
+    )
+
+
+def _trimmed(section: Section) -> Section:
+    """The section with the first rows only of its longest tables, so that the page stays small."""
+    return dataclasses.replace(
+        section,
+        blocks=[
+            dataclasses.replace(
+                block,
+                rows=block.rows[:_MOST_ROWS],
+                note=f"{len(block.rows) - _MOST_ROWS:,} more rows are left out here; report.json "
+                f"has all numbers. {block.note}".rstrip(),
+            )
+            if isinstance(block, Table) and len(block.rows) > _MOST_ROWS
+            else block
+            for block in section.blocks
+        ],
     )
 
 

@@ -29,8 +29,15 @@
   }
 
   const elements = Array.from(document.querySelectorAll("[data-figure]"));
-  elements.forEach(draw);
-  document.documentElement.dataset.drawn = "yes";
+  /* One figure after the other, so that the page can be read and scrolled at once. */
+  (function drawNext(rest) {
+    if (!rest.length) {
+      document.documentElement.dataset.drawn = "yes";
+      return;
+    }
+    draw(rest[0]);
+    setTimeout(drawNext, 0, rest.slice(1));
+  })(elements);
 
   let waiting;
   window.addEventListener("resize", () => {

@@ -30,7 +30,7 @@ from system.report.formatting import (
     percent,
     plural,
 )
-from system.report.graph import graph_svg
+from system.report.graph import MOST_EDGES, graph_svg
 from system.report.theme import MAIN, MUTED, Figure, axis, category_axis, layout
 from system.report.view import RunView
 from system.taxonomy.records import Edge, Taxonomy
@@ -39,6 +39,7 @@ GRAPH, CURRICULUM, TRAINING = "What depends on what", "The curriculum", "The tra
 _LEVELS = ("#08306b", "#2171b5", "#6baed6", "#c6dbef", "#fdd0a2", "#fd8d3c", "#c23e00")
 """Colours from the base level to the most dependent level; levels between them are mixed."""
 _UNPLACED = "#c9ced4"
+_MOST_LEVELS = 12
 
 
 def graph_section(view: RunView) -> Section:
@@ -58,7 +59,8 @@ def graph_section(view: RunView) -> Section:
                 svg=graph_svg(taxonomy),
                 caption="An arrow points from a category to one that depends on it: data of the "
                 "first helps the second more than the reverse. Wider arrows are stronger."
-                f"{stability} Arrows that a longer path implies are not drawn.",
+                f"{stability} Arrows that a longer path implies are not drawn."
+                f"{_left_out(taxonomy)}",
             ),
             _edge_table(taxonomy),
         ]
@@ -70,6 +72,13 @@ def graph_section(view: RunView) -> Section:
             )
         )
     return Section(name="dependencies", title=GRAPH, short="Dependencies", blocks=blocks)
+
+
+def _left_out(taxonomy: Taxonomy) -> str:
+    reduced = sum(edge.is_reduced for edge in taxonomy.edges)
+    if reduced <= MOST_EDGES:
+        return ""
+    return f" Of {reduced:,} arrows, the {MOST_EDGES} strongest are drawn."
 
 
 def _edge_table(taxonomy: Taxonomy) -> Table:
@@ -167,13 +176,16 @@ def _curriculum_figure(curriculum: Curriculum) -> Figure:
     stages = curriculum.stages
     data: list[dict[str, Any]] = []
     shown: set[int | None] = set()
+    # Of many levels the legend names the ends and the middle of the scale.
+    named = {None, *(range(top + 1) if top < _MOST_LEVELS else (0, top // 2, top))}
     for name in _by_level(curriculum):
         level = curriculum.levels[name]
         data.append(
             {
                 "type": "bar", "orientation": "h", "y": list(range(len(stages))),
                 "x": [stage.counts[name] for stage in stages], "name": _level_name(level),
-                "legendgroup": _level_name(level), "showlegend": level not in shown,
+                "legendgroup": _level_name(level),
+                "showlegend": level not in shown and level in named,
                 "marker": {
                     "color": _level_color(level, top),
                     "line": {"color": "#ffffff", "width": 1},
