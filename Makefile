@@ -44,7 +44,7 @@ quickstart: $(READY)
 
 test: $(READY)
 	@echo "== running the tests, in $(JOBS) processes"
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not real_model"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not long and not real_model"
 
 test-slow: $(READY)
 	@echo "== slow tests and the real-model check"
