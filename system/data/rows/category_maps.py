@@ -84,7 +84,7 @@ def _pairs(uri: str) -> Iterator[tuple[Any, Any]]:
             value = json.loads(data)
         else:
             value = None
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{uri}: {_KINDS}, found what cannot be read: {error}") from error
     if isinstance(value, Mapping):
         yield from value.items()
