@@ -119,7 +119,24 @@ def write_saved_column(folder: Path) -> str:
     return "saved"
 
 
+def write_text(folder: Path) -> str:
+    rows = [{"messages": json.dumps(row["messages"]), "source": row["source"]} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    return "rows.parquet"
+
+
+def write_arguments(folder: Path) -> str:
+    """Calls whose arguments are JSON text, as the API of OpenAI gives them."""
+    rows = json.loads(json.dumps(ROWS))
+    for row in rows:
+        function = row["messages"][1]["tool_calls"][0]["function"]
+        function["arguments"] = json.dumps(function["arguments"])
+    write_lines(folder / "arguments.jsonl", rows)
+    return "arguments.jsonl"
+
+
 CONTAINERS = (
+    write_text, write_arguments,
     write_array, write_struct_parquet, write_struct_arrow, write_json_parquet, write_saved,
     write_saved_json, write_saved_turns, write_saved_column,
 )  # fmt: skip

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from system.data.rows.conversation import RowRejected, Turn
+from system.foreign_tables import without_nulls
 
 Row = Mapping[str, Any]
 Shape = Callable[[Row], list[Turn]]
@@ -201,7 +202,7 @@ def _decoded(value: Any, where: str) -> Any:
     """The value of a JSON text (some writers put lists into strings); other values as they are."""
     if isinstance(value, str):
         try:
-            return json.loads(value)
+            return without_nulls(json.loads(value))
         except ValueError:
             return value
         except RecursionError:
