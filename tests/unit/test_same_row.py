@@ -177,6 +177,14 @@ def test_nan_is_missing_in_json_and_in_tables(tmp_path):
     assert raw(tmp_path / "x.parquet") == [expected]
 
 
+def test_broken_json_in_a_json_column_costs_its_row(tmp_path):
+    texts = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{broken", '{"a": null}', None]))
+    pq.write_table(pa.table({"j": texts}), tmp_path / "x.parquet")
+    bad, *good = raw(tmp_path / "x.parquet")
+    assert bad.reason == "bad-json"
+    assert good == [{"j": {}}, {"j": None}]
+
+
 def test_class_labels_give_their_names(tmp_path):
     features = datasets.Features(
         {"topic": datasets.ClassLabel(names=["zero", "one"]), "prompt": datasets.Value("string")}
