@@ -203,8 +203,11 @@ def _text_lengths(array: pa.Array) -> np.ndarray:
     if array.type not in (pa.string_view(), pa.binary_view()):
         return np.asarray(pc.fill_null(pc.binary_length(array), 0)).astype(np.int64)
     # A view is 16 bytes, the first four of which are the length.
-    views = np.frombuffer(array.buffers()[1], np.int32).reshape(-1, 4)
-    lengths = views[array.offset : array.offset + len(array), 0].astype(np.int64)
+    if not len(array):
+        return np.zeros(0, np.int64)
+    end = array.offset + len(array)
+    views = np.frombuffer(array.buffers()[1], np.int32, 4 * end).reshape(-1, 4)
+    lengths = views[array.offset :, 0].astype(np.int64)
     return np.where(np.asarray(array.is_valid()), lengths, 0)
 
 

@@ -119,7 +119,24 @@ def write_saved_column(folder: Path) -> str:
     return "saved"
 
 
+def write_text(folder: Path) -> str:
+    rows = [{"messages": json.dumps(row["messages"]), "source": row["source"]} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    return "rows.parquet"
+
+
+def write_arguments(folder: Path) -> str:
+    """Calls whose arguments are JSON text, as the API of OpenAI gives them."""
+    rows = json.loads(json.dumps(ROWS))
+    for row in rows:
+        function = row["messages"][1]["tool_calls"][0]["function"]
+        function["arguments"] = json.dumps(function["arguments"])
+    write_lines(folder / "arguments.jsonl", rows)
+    return "arguments.jsonl"
+
+
 CONTAINERS = (
+    write_text, write_arguments,
     write_array, write_struct_parquet, write_struct_arrow, write_json_parquet, write_saved,
     write_saved_json, write_saved_turns, write_saved_column,
 )  # fmt: skip
@@ -158,6 +175,14 @@ def test_nan_is_missing_in_json_and_in_tables(tmp_path):
     expected = {"t": None, "inner": {"y": [None, 1.5]}, "z": None}
     assert raw(tmp_path / "x.jsonl") == [expected, {"t": "null"}]
     assert raw(tmp_path / "x.parquet") == [expected]
+
+
+def test_broken_json_in_a_json_column_costs_its_row(tmp_path):
+    texts = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{broken", '{"a": null}', None]))
+    pq.write_table(pa.table({"j": texts}), tmp_path / "x.parquet")
+    bad, *good = raw(tmp_path / "x.parquet")
+    assert bad.reason == "bad-json"
+    assert good == [{"j": {}}, {"j": None}]
 
 
 def test_class_labels_give_their_names(tmp_path):

@@ -194,6 +194,15 @@ def check_parquet_sizes(file: Any, group: dict[int, Any]) -> list[str]:
     Raises:
         pa.ArrowInvalid: a page does, or the file is damaged.
     """
+    try:
+        return _check_pages(file, group)
+    except pa.ArrowException:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+        raise pa.ArrowInvalid(f"the header of a page is damaged: {error!r}") from None
+
+
+def _check_pages(file: Any, group: dict[int, Any]) -> list[str]:
     total, shared = 0, []
     for column in (chunk[3] for chunk in group[1]):
         largest = dictionary = longest = values = 0

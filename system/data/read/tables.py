@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -153,7 +154,8 @@ def _values_of_batch(batch: pa.RecordBatch, labels: dict[str, list[str]]) -> lis
         return [TOO_LONG]
     # One bad value makes the whole conversion fail; then each row is converted alone.
     try:
-        return python_rows(batch, labels)
+        rows: list[Any] = python_rows(batch, labels)
+        return rows
     except (ValueError, OverflowError, KeyError) as error:
         if batch.num_rows == 1:
             return [_defect(error)]
@@ -164,4 +166,5 @@ def _values_of_batch(batch: pa.RecordBatch, labels: dict[str, list[str]]) -> lis
 def _defect(error: Exception) -> Defect:
     if isinstance(error, UnicodeDecodeError):
         return bad_utf8(error.object[error.start])
-    return Defect("bad-value", str(error))
+    reason = "bad-json" if isinstance(error, json.JSONDecodeError) else "bad-value"
+    return Defect(reason, str(error))

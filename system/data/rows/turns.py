@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from system.data.rows.conversation import Marks, RowRejected, Turn
+from system.foreign_tables import without_nulls
 
 Row = Mapping[str, Any]
 
@@ -122,7 +123,7 @@ def listed_turns(value: Any) -> Any:
     if not isinstance(value, str) or value.lstrip()[:1] not in _JSON_STARTS:
         return value
     try:
-        turns = json.loads(value)
+        turns = without_nulls(json.loads(value))
     except (ValueError, RecursionError):
         if _LIKE_TURNS.match(value.lstrip()):
             raise RowRejected("bad-json", f"turns that are no JSON: {value[:60]!r}") from None
@@ -374,7 +375,7 @@ def decoded(value: Any, where: str) -> Any:
     """
     if isinstance(value, str):
         try:
-            return json.loads(value)
+            return without_nulls(json.loads(value))
         except ValueError:
             return value
         except RecursionError:
