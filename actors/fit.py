@@ -37,7 +37,7 @@ from ray.util.placement_group import (
 from actors.stage import StageContext
 from actors.train_worker import Outcome, train_jobs
 from system import storage
-from system.errors import ClusterError, ConfigError, StageError
+from system.errors import ClusterError, ConfigError, DataError, StageError
 from system.progress import Progress
 from system.training.job import read_finished
 from system.training.records import TrainedModel, TrainJob
@@ -279,7 +279,8 @@ def _done_share(job: TrainJob) -> float:
     uri = storage.join(job.output_uri, "progress.json")
     if not storage.exists(uri):
         return 0.0
-    with contextlib.suppress(FileNotFoundError):  # the worker deletes it at the end
+    # The worker deletes it at the end; a damaged one must not end the bar.
+    with contextlib.suppress(FileNotFoundError, DataError, LookupError, TypeError):
         state = storage.read_json(uri)
         return state["step"] / state["of"]
     return 0.0

@@ -385,7 +385,8 @@ def _execute(stage: Stage, context: StageContext, inputs: dict[str, Any]) -> Sta
     storage.remove_unfinished(context.attempt)
     # The time of interrupted sessions counts too, so it is kept beside their work units.
     seconds_uri = storage.join(context.attempt, "seconds.json")
-    earlier_seconds = storage.read_json(seconds_uri) if storage.is_whole(seconds_uri) else 0.0
+    recorded = storage.read_json(seconds_uri) if storage.is_whole(seconds_uri) else 0.0
+    earlier_seconds = recorded if isinstance(recorded, int | float) else 0.0
     started = time.monotonic()
     try:
         result: StageResult = run(context)

@@ -137,10 +137,16 @@ def read_manifest(uri: str) -> Manifest:
             f"{uri}: expected a corpus manifest of format {FORMAT}, found {version!r}; run "
             "`ingest` again with --redo"
         )
-    value["shards"] = tuple(Shard(**shard) for shard in value["shards"])
-    value["categories"] = tuple(value["categories"])
-    value["sources"] = tuple(value["sources"])
-    return Manifest(**value)
+    try:
+        value["shards"] = tuple(Shard(**shard) for shard in value["shards"])
+        value["categories"] = tuple(value["categories"])
+        value["sources"] = tuple(value["sources"])
+        return Manifest(**value)
+    except (LookupError, TypeError) as error:
+        raise DataError(
+            f"{uri}: expected a corpus manifest, but it is damaged ({error!r}); run `ingest` again "
+            "with --redo"
+        ) from error
 
 
 def shard_directory(split: str, category: str | None) -> str:

@@ -103,6 +103,8 @@ def find_checkpoints(root: str, identity: Mapping[str, str]) -> list[Checkpoint]
             commit = storage.read_json(commit_uri)
         except DataError:  # a torn COMMIT counts as not committed
             continue
+        if not _is_commit(commit):
+            continue
         if commit["format"] != FORMAT or commit["identity"] != dict(identity):
             raise DataError(_refusal(uri, commit, identity))
         sizes = file_sizes(uri)
@@ -116,6 +118,17 @@ def find_checkpoints(root: str, identity: Mapping[str, str]) -> list[Checkpoint]
                 )
             )
     return sorted(checkpoints, key=lambda checkpoint: (-checkpoint.step, checkpoint.uri))
+
+
+def _is_commit(value: Any) -> bool:
+    """Whether the content of a COMMIT.json has all of its parts."""
+    return (
+        isinstance(value, dict)
+        and {"format", "counters", "best_step", "versions"} <= value.keys()
+        and type(value.get("step")) is int
+        and isinstance(value.get("identity"), dict)
+        and isinstance(value.get("files"), dict)
+    )
 
 
 def load_checkpoint(

@@ -93,6 +93,8 @@ def read_finished(job: TrainJob) -> TrainedModel | None:
     if not storage.is_whole(uri):
         return None
     done = storage.read_json(uri)
+    if not isinstance(done, dict) or "summary" not in done:
+        return None
     inputs = _input_hashes(job, read_plan(job.plan_uri))
     differing = sorted(name for name, value in inputs.items() if done.get(name) != value)
     if differing:

@@ -90,7 +90,9 @@ def test_saving_does_not_disturb_the_training(tmp_path):
     assert largest_difference(run_all(tmp_path), run_all(None)) == 0.0
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "uncommitted", "torn commit", "stray"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "remove", "uncommitted", "torn commit", "{}", "[]", "null", "stray"]
+)
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     whole = run_all(tmp_path)
     newest = Path(find_checkpoints(str(tmp_path), IDENTITY)[0].uri)
@@ -104,6 +106,8 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, damage
     elif damage == "torn commit":
         commit = newest / "COMMIT.json"
         commit.write_bytes(commit.read_bytes()[:-20])
+    elif damage in ("{}", "[]", "null"):
+        (newest / "COMMIT.json").write_text(damage)
     else:
         data.unlink()
         (tmp_path / "step-00000006-dead00").mkdir()

@@ -7,8 +7,10 @@ import pyarrow as pa
 import pytest
 from ingest_builders import ingest, numbered, write_lines
 
+from system import storage
 from system.config import SourceConfig
 from system.data.corpus import (
+    FORMAT,
     Corpus,
     make_manifest,
     moved_shards,
@@ -239,3 +241,13 @@ def test_a_shard_with_rows_of_another_category_is_not_read(tmp_path):
 def test_paths_are_relative_for_local_and_remote_places_alike(scheme):
     base, uri = f"{scheme}/run/tags/x", f"{scheme}/run/corpus/y/shard.arrow"
     assert resolve_path(base, relative_path(uri, base)) == uri
+
+
+@pytest.mark.parametrize("content", [{}, [], {"shards": [{}]}, {"shards": 1, "categories": []}])
+def test_a_damaged_manifest_is_one_clear_error(tmp_path, content):
+    uri = str(tmp_path / "manifest.json")
+    if isinstance(content, dict):
+        content = {"format": FORMAT, **content}
+    storage.write_json(uri, content)
+    with pytest.raises(DataError, match=r"manifest.json: expected a corpus manifest.*--redo"):
+        read_manifest(uri)
