@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 """Error numbers that mean: no machine has such a path, so the input is wrong."""
+_LONGEST = 3000
+"""Largest number of characters of a message."""
 _RUN_DIR = "run directory: `run_dir` of the configuration"
 
 
@@ -38,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InstructMixError as error:
         if arguments.debug:
             raise
-        print(f"instructmix: {error}", file=sys.stderr)
+        text = str(error)
+        # A message may quote the input, which may be of any length.
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … (cut here)"
+        print(f"instructmix: {text}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if arguments.debug:
