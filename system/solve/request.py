@@ -39,7 +39,7 @@ def read_request(args: argparse.Namespace) -> tuple[MixProblem, MixOptions]:
     """
     for flag in _OPTION_FLAGS:
         value = getattr(args, flag)
-        if isinstance(value, int | float) and not abs(value) <= LARGEST:
+        if isinstance(value, int | float) and LARGEST < abs(value) < float("inf"):
             raise ConfigError(
                 f"--{flag.replace('_', '-')}: expected a number up to {LARGEST:g}, found {value:g}"
             )

@@ -241,8 +241,9 @@ def _number(cell: Any, path: str, row: int, name: str, column: str) -> float:
         value = float("nan")
     if not abs(value) <= LARGEST:
         raise DataError(
-            f"{path}: expected a finite number up to {LARGEST:g} in column {column!r} of row "
-            f"{name!r} (table row {row + 2}), found {cell!r:.100}; leave the cell empty if it could not be measured"
+            f"{path}: expected a finite number in column {column!r} of row {name!r} (table row "
+            f"{row + 2}), of at most {LARGEST:g}, found {cell!r:.100}; leave the cell empty if it "
+            "could not be measured"
         )
     return value
 

@@ -21,7 +21,8 @@ LIMITS = (
     "groups: {? [a] : 1}", "guards: {math: 2020-13-45}", "guards: {math: .nan}",
 )  # fmt: skip
 FLAGS = (
-    [], [], [], [], [], [], [], ["--budget", "5"], ["--budget", "0"], ["--budget", "1e300"], ["--budget", "nan"],
+    [], [], [], [], [], [], [], ["--budget", "5"], ["--budget", "0"], ["--budget", "1e300"],
+    ["--budget", "nan"],
     ["--move", "2"], ["--guard", "0.1"], ["--objective", "max-min"], ["--integer"],
     ["--objective", "concave"], ["--max-categories", "1"], ["--max-categories", "0"],
     ["--objective", "robust"], ["--move", "-1"],
