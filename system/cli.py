@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 """Error numbers that mean: no machine has such a path, so the input is wrong."""
+_LONGEST = 3000
+"""Largest number of characters of a message."""
 _RUN_DIR = "run directory: `run_dir` of the configuration"
 
 
@@ -39,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InstructMixError as error:
         if arguments.debug:
             raise
-        print(printable(f"instructmix: {without_secrets(str(error))}"), file=sys.stderr)
+        text = printable(without_secrets(str(error)))
+        # A message may quote the input, which may be of any length.
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … (cut here)"
+        print(f"instructmix: {text}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if arguments.debug:

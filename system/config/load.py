@@ -112,7 +112,7 @@ def _apply_override(value: dict[str, Any], override: str) -> None:
 
 
 def _child(node: Any, key: str, override: str, path: str) -> Any:
-    place = _index(node, key, override) if isinstance(node, list) else key
+    place: Any = _index(node, key, override) if isinstance(node, list) else key
     child = node[place] if isinstance(node, list) else node.setdefault(place, {})
     # A section that is null in the file, such as `lora:`, is empty until a key of it is set.
     if child is None:

@@ -187,9 +187,8 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any
     with loading(f"{path}: the model"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
             dtype=getattr(torch, dtype),
             attn_implementation="sdpa",
@@ -198,6 +197,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # reported by name, and refused
             output_loading_info=True,
         )
+    model, report = loaded
     check_report(path, report)
     # Training and scoring read whole sequences, so a cache would only cost memory.
     model.config.use_cache = False
@@ -230,7 +230,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
     folder, name = str(source.parent), source.name
     with loading(f"{source}: the model"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=name,
             dtype=torch.float32,
@@ -239,6 +239,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    model, report = loaded
     check_report(source, report)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -10,7 +10,7 @@ import numpy as np
 
 from system.errors import ConfigError, DataError
 from system.solve.problem import GroupLimit, MixOptions, MixProblem
-from system.solve.tables import BaseTable, align, read_base, read_limits, read_matrix
+from system.solve.tables import LARGEST, BaseTable, align, read_base, read_limits, read_matrix
 
 _OPTION_FLAGS = (
     "budget",
@@ -37,6 +37,12 @@ def read_request(args: argparse.Namespace) -> tuple[MixProblem, MixOptions]:
         DataError: a table is invalid.
         ConfigError: an option is invalid, or a value is set in two places.
     """
+    for flag in _OPTION_FLAGS:
+        value = getattr(args, flag)
+        if isinstance(value, int | float) and LARGEST < abs(value) < float("inf"):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')}: expected a number up to {LARGEST:g}, found {value:g}"
+            )
     base = read_base(args.base)
     limits = _Limits(args.limits, base) if args.limits else None
     main = read_matrix(args.gamma or args.effect, base)

@@ -9,6 +9,8 @@ import numpy as np
 
 from system.errors import DataError
 
+LARGEST = 1e15
+"""Largest size of a number in a table; products of larger ones would not fit float64."""
 _BASE_NUMBERS = ("count", "supply", "importance", "lower", "upper", "cap", "tokens")
 _BASE_COLUMNS = ("category", *_BASE_NUMBERS, "group")
 
@@ -239,10 +241,11 @@ def _number(cell: Any, path: str, row: int, name: str, column: str) -> float:
         value = float(cell)
     except (TypeError, ValueError, OverflowError):
         value = float("nan")
-    if not np.isfinite(value):
+    if not abs(value) <= LARGEST:
         raise DataError(
             f"{path}: expected a finite number in column {column!r} of row {name!r} (table row "
-            f"{row + 2}), found {cell!r:.100}; leave the cell empty if it could not be measured"
+            f"{row + 2}), of at most {LARGEST:g}, found {cell!r:.100}; leave the cell empty if it "
+            "could not be measured"
         )
     return value
 
