@@ -41,33 +41,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InstructMixError as error:
         if arguments.debug:
             raise
-        text = printable(without_secrets(str(error)))
-        # A message may quote the input, which may be of any length.
-        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … (cut here)"
-        print(f"instructmix: {text}", file=sys.stderr)
+        _complain(str(error))
         return error.exit_code
     except OSError as error:
         if arguments.debug:
             raise
-        print(
-            f"instructmix: a file operation failed: {without_secrets(str(error))[:1000]}. Check "
-            "free space, permissions and the path. Finished work is kept; run the same command "
-            "again to continue.",
-            file=sys.stderr,
+        _complain(
+            f"a file operation failed: {str(error)[:1000]}. Check free space, permissions and the "
+            "path. Finished work is kept; run the same command again to continue."
         )
         return 2 if error.errno in _BAD_PATH else 1
     except KeyboardInterrupt as error:
-        print(
-            "instructmix: stopped. Finished work is kept; run the same command again to continue.",
-            file=sys.stderr,
-        )
+        _complain("stopped. Finished work is kept; run the same command again to continue.")
         return 128 + (signal.SIGTERM if isinstance(error, _TerminatedError) else signal.SIGINT)
     except Exception as error:
         # The last line of defence: every error of the user has a class of its own.
         if arguments.debug:
             raise
-        print(f"instructmix: {_describe_defect(error)}", file=sys.stderr)
+        _complain(_describe_defect(error))
         return 1
+
+
+def _complain(text: str) -> None:
+    """Prints why the command ended.  A message may quote the input: anything, of any length."""
+    text = printable(without_secrets(text))
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … (cut here)"
+    print(f"instructmix: {text}", file=sys.stderr)
 
 
 def _describe_defect(error: Exception) -> str:
