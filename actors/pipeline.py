@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -243,10 +244,11 @@ def stage_inputs(
 def _without_secrets(files: Mapping[str, str], config: RunConfig) -> dict[str, str]:
     """The stamps of files; an address that differs from another only in what is hidden stays."""
     shown: dict[str, str] = {}
+    seen: Counter[str] = Counter()
     for name, stamp in files.items():
         base = config.without_secrets(name)
-        same = sum(other == base or other.startswith(f"{base} #") for other in shown)
-        shown[f"{base} #{same + 1}" if same else base] = stamp
+        seen[base] += 1
+        shown[f"{base} #{seen[base]}" if seen[base] > 1 else base] = stamp
     return shown
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-_URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"'<>]+""")
+# The lengths are bounded, so that a long text without an address takes no longer than another one.
+_URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s"'<>]+""")
 _USER = re.compile(
     r"""(?<=://)(?:
         [^/]*@                            # up to the last @ before the path
-        | [^/:@]*:(?!\d+(?:/|$))[^@]*@    # a secret key may contain slashes; a port may not follow
+        | [^/:@]*:(?!\d+(?:/|$))[^@]{0,1024}@  # a key may have slashes; not a port
     )""",
     re.VERBOSE,
 )

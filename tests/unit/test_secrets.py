@@ -235,6 +235,12 @@ def test_a_job_gets_variables_beside_its_configuration(
     assert json.loads(sent["text"])["run_dir"] == str(folder / "run")
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", ["a" * 10**6, "a://" * 50_000, "https://h/?" + "&a" * 10**5])
+def test_long_texts_take_no_long_time(text: str) -> None:
+    assert without_secrets(text) == text
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
