@@ -97,9 +97,10 @@ def influence_section(view: RunView) -> Section:
             Heading(text=f"Measured by {_VERB[direction]}"),
             Picture(
                 are_beside=len(sources) <= WIDEST_BESIDE,
+                # Of many categories the map of gamma would double the page and add little.
                 figures=[
                     effect_figure(grid, direction, short_unit(influence.summary["unit"])),
-                    gamma_figure(grid, direction),
+                    *([gamma_figure(grid, direction)] if is_small else []),
                 ],
                 captions=[
                     f"Effect ({influence.summary['unit']}): {_MEANING[direction]}.",

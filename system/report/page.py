@@ -22,7 +22,7 @@ from system.report.training_section import curriculum_section, graph_section, tr
 from system.report.verdict import give_verdict
 from system.report.view import RunView
 
-_MOST_ROWS = 600
+_MOST_ROWS = 400
 """Largest number of rows of a table."""
 SECTIONS = (
     mix_section,
