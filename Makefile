@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # Each process takes whole test modules, so what a module starts (a Ray, an engine) starts once; the
-# longest, in tests/e2e, come first.  The slow tests run alone: a training inside a test would starve
-# the actors of another one, which Ray runs at low priority.
+# longest, in tests/e2e, come first.
 JOBS := 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
@@ -47,8 +46,8 @@ test: $(READY)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not long and not real_model"
 
 test-slow: $(READY)
-	@echo "== slow tests and the real-model check"
-	$(BIN)/python -m pytest --durations=40 -m "(slow or real_model) and not long"
+	@echo "== slow tests and the real-model check, in $(JOBS) processes"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=60 -m "(slow or real_model) and not long"
 
 test-all: test test-slow
 	$(BIN)/python -m pytest -m long
