@@ -23,6 +23,7 @@ import ray
 from ray._raylet import Config as RayletConfig  # pyright: ignore[reportAttributeAccessIssue]
 
 from actors.pool import ActorPool, ActorSpec
+from system import disk
 from system.config import ClusterConfig
 from system.devices import idle_gpus_remark
 from system.errors import ClusterError, ConfigError
@@ -229,20 +230,18 @@ def _short_temporary_directory() -> str:
     if not configured and len(os.fsencode(path)) > MAX_DIRECTORY_BYTES:
         path = _directory_in("/tmp")
     try:
-        path.mkdir(mode=0o700, exist_ok=True)
+        disk.own_directory(path)
+    except FileExistsError as error:
+        raise ClusterError(
+            f"{path}: expected a directory of this user for Ray's files, but {error.strerror}. Set "
+            "RAY_TMPDIR to another directory with a short path."
+        ) from error
     except OSError as error:
         raise ConfigError(
             f"{path.parent}: expected a directory for Ray's files in which this user can write, "
             f"found none ({error.strerror}). Set RAY_TMPDIR to an existing directory with a short "
             "path, or unset it."
         ) from error
-    owner = path.lstat().st_uid
-    if owner != os.getuid():
-        raise ClusterError(
-            f"{path}: expected a directory of this user for Ray's files, found one of user "
-            f"{owner}. Set RAY_TMPDIR to another directory with a short path."
-        )
-    path.chmod(0o700)
     return str(path / _RAY)
 
 

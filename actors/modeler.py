@@ -32,7 +32,18 @@ class Modeler:
     def build(self, manifest: str, target: str) -> dict[str, Any]:
         """Writes the model to `target` and returns its sizes and counts."""
         local = storage.local_path(target)
-        folder = local if local is not None else Path(tempfile.mkdtemp()) / "model"
+        if local is not None:
+            counts = self._write(manifest, local)
+        else:
+            with tempfile.TemporaryDirectory(prefix="instructmix-model-") as folder:
+                counts = self._write(manifest, Path(folder))
+                storage.upload_directory(Path(folder), target)
+        # Other code wrote these files: without this, a loss of power could leave the record of the
+        # stage and half a model.
+        storage.flush_directory(target)
+        return counts
+
+    def _write(self, manifest: str, folder: Path) -> dict[str, Any]:
         counts: dict[str, Any] = {}
         if kind_of(self._config.path) == "builtin":
             from system.examples.tiny_model import build_tiny_model
@@ -41,11 +52,6 @@ class Modeler:
             counts = build_tiny_model(Corpus.open(manifest), self._config, self._seed, folder)
         else:
             materialise(self._config, folder)
-        if local is None:
-            storage.upload_directory(folder, target)
-        # Other code wrote these files: without this, a loss of power could leave the record of the
-        # stage and half a model.
-        storage.flush_directory(target)
         return {**describe_model(folder), **counts}
 
 

@@ -7,6 +7,7 @@ the directory is flushed, too.  `system.storage` calls this for local paths.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import uuid
@@ -27,6 +28,20 @@ def temporary_name(path: str) -> str:
 def is_unfinished(name: str) -> bool:
     """Whether a file name is one of `temporary_name`."""
     return name.startswith(".") and name.endswith(_UNFINISHED)
+
+
+def own_directory(path: Path) -> Path:
+    """Makes a directory that only this user can enter, where all users may write beside it.
+
+    Raises:
+        FileExistsError: it belongs to another user, who could have prepared files in it.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    owner = path.lstat().st_uid
+    if owner != os.getuid():
+        raise FileExistsError(errno.EEXIST, f"it belongs to user {owner}", str(path))
+    path.chmod(0o700)
+    return path
 
 
 @contextlib.contextmanager

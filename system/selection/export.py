@@ -8,6 +8,7 @@ written in the fields that each trainer documents.
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from system import storage
+from system import disk, storage
 from system.errors import ConfigError
 from system.rundir import RunDir
 from system.schema import SELECTION, check_table
@@ -76,10 +77,17 @@ def export_selection(run_dir_uri: str, trainer: str, out: str | None) -> Exporte
     # Files of an earlier export would mix with the new ones without anyone noticing.
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target}: expected a new or empty directory for the export")
-    target.mkdir(parents=True, exist_ok=True)
     files = [storage.join(folder, item["path"]) for item in manifest["files"]]
     lost: Counter[str] = Counter()
-    _WRITERS[trainer](files, target, lost)
+    # An export that fails must not leave a directory that looks like one.
+    unfinished = Path(disk.temporary_name(str(target)))
+    try:
+        unfinished.mkdir(parents=True)
+        _WRITERS[trainer](files, unfinished, lost)
+        unfinished.replace(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     remarks = tuple(text.format(count=count) for text, count in lost.items())
     return Exported(path=str(target), remarks=remarks)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from system import storage
+from system import disk, storage
 from system.errors import ModelError
 from system.training.kernels import resolve_kernels
 from system.training.plan import TrainPlan
@@ -101,8 +101,11 @@ def _files_hash(paths: Iterable[Path]) -> str:
 
 def local_model(uri: str) -> Path:
     """The model directory on this machine; a remote one is downloaded once per machine."""
-    key = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    folder = storage.download_directory(uri, Path(tempfile.gettempdir()) / f"instructmix-{key}")
+    folder = storage.local_path(uri)
+    if folder is None:
+        cache = Path(tempfile.gettempdir()) / f"instructmix-models-{os.getuid()}"
+        key = hashlib.sha256(uri.encode()).hexdigest()[:16]
+        folder = storage.download_directory(uri, disk.own_directory(cache) / key)
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{uri}: expected a model directory, found no config.json in it; check model.path"

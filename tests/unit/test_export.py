@@ -242,6 +242,19 @@ def test_hf_has_the_columns_of_the_selection(run, tmp_path):
     assert [row["id"] for row in rows] == [identity(row) for row in ROWS]
 
 
+def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+    def fails(*arguments: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("system.selection.export._write_yaml", fails)
+    with pytest.raises(OSError, match="disk full"):
+        export_selection(str(run), "axolotl", str(tmp_path / "x"))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    (tmp_path / "x").mkdir()
+    exported(run, tmp_path / "x", "axolotl")
+
+
 def test_an_unknown_format_and_a_full_directory_are_refused(run, tmp_path):
     with pytest.raises(ConfigError, match="hf, trl, llama-factory, axolotl, found 'csv'"):
         export_selection(str(run), "csv", str(tmp_path / "x"))
