@@ -11,7 +11,9 @@ from typing import TypeVar
 MINUS = "−"
 NOTHING = "–"
 LONGEST = 60
-"""Largest number of categories that a figure shows one by one."""
+"""Largest number of categories that a figure shows one by one; of more it shows the ends."""
+_END = 20
+"""Number of categories at each end."""
 
 T = TypeVar("T")
 
@@ -101,17 +103,14 @@ def ends(items: Sequence[T]) -> list[T]:
     """All items of a short list; of a long one the first and the last, which tell the most."""
     if len(items) <= LONGEST:
         return list(items)
-    return [*items[: LONGEST // 2], *items[-LONGEST // 2 :]]
+    return [*items[:_END], *items[-_END:]]
 
 
 def ends_note(number: int) -> str:
     """What `ends` left out, as a sentence behind a caption; empty if nothing."""
     if number <= LONGEST:
         return ""
-    return (
-        f" Shown: the first {LONGEST // 2} and the last {LONGEST // 2} of {number:,}; the table "
-        "has all."
-    )
+    return f" Shown: the first {_END} and the last {_END} of {number:,}; the table has more."
 
 
 def quote(name: str) -> str:

@@ -233,7 +233,7 @@ def _prices(mix: Mix) -> list[Block]:
     figures = price_figures(mix)
     if not figures:
         return []
-    sampled = f" At most {LONGEST} are shown." if len(mix.categories) > LONGEST else ""
+    sampled = " Of many, the first and the last are shown." if len(mix.categories) > LONGEST else ""
     shown = [captions[figure.name] + sampled for figure in figures]
     return [Picture(figures=figures, captions=shown)]
 
