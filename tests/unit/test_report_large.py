@@ -54,6 +54,7 @@ def test_a_page_of_80_categories_is_small_and_readable(tmp_path):
     assert len(figures["mix"]["data"][0]["y"]) == 40
 
 
+@pytest.mark.long  # three minutes; 80 categories show the same figures
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_page_of_300_categories_stays_below_its_limit(tmp_path):
