@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make quickstart   set up and run the whole job on generated data (about ten minutes with set-up)"
 	@echo "make test         set up and run the tests (about a quarter of an hour)"
-	@echo "make test-slow    the slow tests and the real-model check (about three quarters of an hour)"
+	@echo "make test-slow    the slow tests and the real-model check (about forty minutes)"
 	@echo "make test-all     all tests, also those marked long (two hours)"
 	@echo "make check        lint, format check, types"
 	@echo "make setup        only set up: virtual environment and packages in $(VENV)"
