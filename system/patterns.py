@@ -10,7 +10,6 @@ RE2 cannot; in return it has no backreferences and no look-around, and such patt
 from __future__ import annotations
 
 import functools
-import itertools
 import re
 from typing import Any
 
@@ -54,11 +53,13 @@ def compile_pattern(pattern: str) -> Any:
 def last_group(pattern: str, text: str) -> str | None:
     """What the first group holds at the last match in which it has a part; None without one.
 
-    A text with more than 10,000 matches holds no answer; of it, only so many are looked at.
+    None, too, for a text with more than 10,000 matches: it holds no answer, and to search so often
+    takes time with the square of its length.
     """
     found = None
-    matches = compile_pattern(pattern).finditer(encodable(text))
-    for match in itertools.islice(matches, _MAX_MATCHES):
+    for number, match in enumerate(compile_pattern(pattern).finditer(encodable(text))):
+        if number == _MAX_MATCHES:
+            return None
         found = match.group(1) if match.group(1) is not None else found
     return found
 

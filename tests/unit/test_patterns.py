@@ -70,3 +70,9 @@ def test_the_last_match_of_a_line_counts_everywhere() -> None:
 def test_half_characters_match_nothing_and_break_nothing() -> None:
     assert last_group("(.)", "a\ud800") == "?"
     assert encodable("né\udcff") == "né?"
+
+
+def test_a_text_full_of_matches_holds_no_answer() -> None:
+    """The 10,000th match is not the last one, so it must not pass for it."""
+    assert last_group(r"(\d)", "1" * 9_999 + "2") == "2"
+    assert last_group(r"(\d)", "1" * 10_000 + "2") is None
