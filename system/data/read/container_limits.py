@@ -174,8 +174,9 @@ def read_row_groups(file: Any) -> list[dict[int, Any]]:
     try:
         footer, _ = _struct(file.read(length), 0)
         groups = footer[4]
-        assert all(type(column[3][7]) is int for group in groups for column in group[1])
-    except (LookupError, TypeError, AssertionError, RecursionError) as error:
+        if not all(type(column[3][7]) is int for group in groups for column in group[1]):
+            raise TypeError("the size of a column is no number")
+    except (LookupError, TypeError, RecursionError) as error:
         raise pa.ArrowInvalid(f"its footer is damaged: {error!r}") from None
     return groups
 
