@@ -197,9 +197,7 @@ class SelectConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where the run executes. Results do not depend on this section, so changing it makes no stage
-    run again.
-    """
+    """Where the run executes. Results do not depend on it, so changing it repeats no stage."""
 
     address: str = "auto"
     """Ray cluster. `local`: start Ray on this machine; `auto`: join the cluster of the Ray job

@@ -82,12 +82,7 @@ def plan_curriculum(
     level_S = np.array([np.nan if v is None else v for v in level_by_name.values()], dtype=float)
     used = counts_S > 0
     if preset == "paper":
-        if stage_sizes is not None:
-            raise ConfigError(
-                "stage_sizes cannot be given with the preset 'paper', whose three passes are each "
-                f"as long as the mix ({counts_S.sum()} examples); leave them out or choose another "
-                "preset."
-            )
+        _refuse_sizes(stage_sizes, int(counts_S.sum()))
         epochs, num_stages = PAPER_PASSES, PAPER_PASSES
     totals_S = counts_S * epochs
     sizes_T = read_sizes(stage_sizes, num_stages, totals_S, level_S[used], preset)
@@ -114,6 +109,14 @@ def plan_curriculum(
         missed=tuple((stage_names[t], used_names[s]) for t, s in missed),
         note=_note(preset, problem.is_flat, len(missed)),
     )
+
+
+def _refuse_sizes(stage_sizes: Sequence[int] | None, num_examples: int) -> None:
+    if stage_sizes is not None:
+        raise ConfigError(
+            "stage_sizes cannot be given with the preset 'paper', whose three passes are each as "
+            f"long as the mix ({num_examples} examples); leave them out or choose another preset."
+        )
 
 
 def _stages(

@@ -29,6 +29,7 @@ so stabilities are rather too low than too high.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -63,9 +64,9 @@ def estimate_taxonomy(
     exact_limit: int = 40,
     node_limit: int = 500,
 ) -> Taxonomy:
-    """Finds which categories depend on which, and the levels that follow from it.
+    """Finds which categories depend on which, and the levels, by the rules of this module.
 
-    The module docstring describes the rules.
+    Without a significant pair there are no edges, and all levels are 0.
 
     Args:
         categories: names, in the order of both axes.
@@ -81,9 +82,6 @@ def estimate_taxonomy(
         seed: of the draws.
         exact_limit: largest cluster of mutually reachable categories that is solved exactly.
         node_limit: largest number of branch-and-bound nodes per cluster.
-
-    Returns:
-        The taxonomy.  Without a significant pair it has no edges, and all levels are 0.
 
     Raises:
         DataError: arrays do not fit the categories, or usable entries are not finite.
@@ -105,22 +103,17 @@ def estimate_taxonomy(
     stability_TS, level_stability_S = _bootstrap(
         table, rule, effect_RTS, level_S, num_bootstrap=num_bootstrap, seed=seed
     )
-    is_reduced_TS = transitive_reduction(graph.kept)
-
-    def edges(chosen_TS: np.ndarray) -> tuple[Edge, ...]:
-        stable_TS = stability_TS if num_bootstrap else None
-        return _read_edges(
-            table.categories, chosen_TS, tests, stability_TS=stable_TS, is_reduced_TS=is_reduced_TS
-        )
-
-    by_level = np.argsort(level_S, kind="stable")
+    edges = functools.partial(
+        _read_edges, table.categories, tests=tests, is_reduced_TS=transitive_reduction(graph.kept),
+        stability_TS=stability_TS if num_bootstrap else None,
+    )  # fmt: skip
     return Taxonomy(
         categories=table.categories,
-        edges=edges(graph.kept),
-        dropped=edges((tests.weight_TS > 0) & ~graph.kept),
+        edges=edges(chosen_TS=graph.kept),
+        dropped=edges(chosen_TS=(tests.weight_TS > 0) & ~graph.kept),
         levels=tuple(int(level) for level in level_S),
         level_stability=tuple(float(x) for x in level_stability_S) if num_bootstrap else None,
-        order=tuple(table.categories[s] for s in by_level),
+        order=tuple(table.categories[s] for s in np.argsort(level_S, kind="stable")),
         objective=graph.objective,
         gap=(graph.bound - graph.objective) / graph.bound if graph.bound > 0 else 0.0,
         method=graph.method,

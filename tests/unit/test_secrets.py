@@ -139,7 +139,7 @@ def test_an_ingest_that_was_killed_goes_on_from_a_plan_without_secrets(folder: P
     first = open_plan(config, attempt)
     assert open_plan(config, attempt) == first
     assert first.chunks[1].ranges[0].uri.endswith(SECRETS["DATA_SIGNATURE"])
-    assert_hidden((folder / "attempt/work/plan.json").read_bytes())
+    assert_hidden((folder / "attempt" / "work" / "plan.json").read_bytes())
 
 
 def test_errors_hide_secrets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
